@@ -1,0 +1,3192 @@
+#!/usr/bin/env python3
+# MIT licence; see LICENSE.  One of two files that work together or alone: daemonize.py.
+"""Serve over HTTP to who has a password: Basic and Digest, from one dictionary.
+
+    python3 authserver.py passwd users jim          (asks for jim's password, twice)
+    python3 authserver.py --passwords users
+    curl --digest -u jim http://127.0.0.1:8081/example/foo
+
+One exchange, as it goes over the wire (\\ marks a line broken for this page):
+
+    GET /example/foo HTTP/1.1
+                                401 Unauthorized
+                                WWW-Authenticate: Digest realm="files", nonce="AQ...x7", \\
+                                    qop="auth", algorithm=MD5, charset=UTF-8
+                                WWW-Authenticate: Basic realm="files", charset="UTF-8"
+    GET /example/foo HTTP/1.1
+    Authorization: Digest username="jim", realm="files", nonce="AQ...x7", \\
+        uri="/example/foo", qop=auth, nc=00000001, cnonce="f2", response="8ca5...dbec"
+                                200 OK
+                                Authentication-Info: rspauth="9b71...09a5", qop=auth, \\
+                                    nc=00000001, cnonce="f2"
+
+Throughout this file
+
+    realm           the name of what is protected; a password is for one realm
+    challenge       what a 401 asks for: one WWW-Authenticate line per scheme and algorithm
+    credentials     what an Authorization field brings
+    HA1             H(user:realm:password): all that a server must know for Digest, and,
+                    because Basic brings the password itself, all it must know for Basic
+    HA2             H(method:uri): the request
+    response        H(HA1:nonce:nc:cnonce:qop:HA2): the proof
+    nonce           our signed time stamp in the proof; nc counts its uses; cnonce is
+                    random text of the client
+    stale           the proof is right but its nonce is not, or no longer: try again with
+                    this one, and do not ask the person
+    target          what the request line asks for, as sent, before any clean-up
+    head            request line and fields; an exchange is one request and its answer
+
+The way of a request: bytes -> head (7) -> Authorization (1) -> credentials (2, 3) -> the one
+dictionary (4) -> Verdict (5) -> handler (8) -> one write (9, 10).  Sections 11 to 13 put it
+before other people's handlers and applications, and on the command line.
+
+For programs: protect(HandlerClass, passwords), protect_wsgi(application, passwords),
+Passwords({"jim": "secret"}, realm="files"), AuthServer.  daemonize.py finds add_arguments()
+and bind().
+
+See: RFC 7616 (Digest), RFC 7617 (Basic), RFC 9110 (HTTP), RFC 9112 (its messages).
+"""
+import argparse
+import base64
+import binascii
+import collections
+import email.utils
+import errno
+import fcntl
+import functools
+import hashlib
+import heapq
+import hmac
+import html
+import http.client
+import http.server
+import io
+import ipaddress
+import math
+import mmap
+import os
+import re
+import selectors
+import socket
+import socketserver
+import stat
+import struct
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import unicodedata
+import urllib.parse
+from typing import (Any, Callable, Deque, Dict, Iterable, List, Mapping, NamedTuple, Optional,
+                    Sequence, Set, Tuple, Union)
+
+# -- 0. Settings and messages -------------------------------------------------
+
+REALM = "authserver"
+SCHEMES = ("digest", "basic")   # Digest first: urllib reads only the first challenge
+ALGORITHMS = ("MD5",)       # alone: urllib before 3.14 fails when another stands before it
+QOP = ("auth",)             # "auth-int" beside it makes wget fall back to RFC 2069
+NONCE_LIFETIME = 300.0      # seconds; with 5 nobody could log in from Safari
+NEXT_NONCE = 0.9            # of that life; then answers bring the next nonce along
+CLOCK_SKEW = 30.0           # seconds that machines with one nonce secret may differ
+NC_WINDOW = 128             # uses of a nonce that may overtake one another: two 64-bit words
+NONCE_SLOTS = 1 << 16       # nonces in use whose counts are kept, 32 bytes each
+CLIENT_SLOTS = 1 << 13      # clients whose failures are counted, 24 bytes each
+MAX_FAILURES = (10, 60.0)   # wrong passwords in so many seconds: more than a person mistypes
+MAX_CREDENTIALS = 16384     # characters of an Authorization field: a uri of 8 KiB fits
+MAX_TEXT = 1024             # bytes of a name or user:password; to normalize 16 KiB takes 100 ms
+MAX_CHALLENGE = 255         # characters; wget 1.21 aborts on a longer one before another
+SLOW_HASHES = 2             # verified at a time, so that guessing cannot take every CPU
+SLOW_QUEUE = 32             # more that may wait for their turn; the next is told 503
+REMEMBERED = 8192           # slow hashes found right, by a keyed hash; 150 bytes each
+COUNTERS = ("requests", "connections", "challenges", "failures", "stale", "replays",
+            "lockouts", "malformed", "busy", "errors", "workers")
+MAX_LINE = 8192         # bytes of request line (RFC 9112 section 3 asks for 8000); beyond: 414
+MAX_HEAD = 32768        # bytes of a request head; browsers stop at about 16 KiB; beyond: 431
+MAX_FIELDS = 100        # field lines, as many as http.client reads; beyond: 431
+MAX_BODY = 1 << 30      # bytes of request body, for handlers that take uploads; beyond: 413
+IN_MEMORY = 1 << 16     # bytes of body, and of answers, that the loop holds for a connection
+MAX_MEMOS = 512         # heads remembered per listening address, about 3 KiB each
+MAX_CONNECTIONS = 20000     # per worker, where the limit of open files allows; about 20 MiB
+MAX_PER_ADDRESS = 1000      # of them from one address: a large office behind one NAT
+SPARE_FILES = 64        # descriptors kept back, for logs and for what handlers open
+BACKLOG = 1024          # connections that the kernel queues; http.server's 5 loses SYNs
+BATCH = 16              # connections accepted, or closed to make room, at a time
+POOL_THREADS = 40       # handlers that may wait at the same time; beyond: 503
+FIRST_SECONDS = 20      # from accept to the first byte
+HEAD_SECONDS = 20       # from the first byte of a head to its last: not per byte
+PACE_SECONDS = 30       # for each 64 KiB of body or answer: who is slower than 2 KiB/s goes
+IDLE_SECONDS = 75       # between two requests; browsers wait for 60 to 120 s
+LINGER_SECONDS = 10     # in which a refused client may finish sending
+PAUSE_SECONDS = 0.2     # without accepting, when descriptors ran out and nobody is idle
+DRAIN_SECONDS = 1       # for which a draining server waits for a connection's next request
+PROBE_SECONDS = 5       # for the answer to probe()
+
+
+class Refusal(ValueError):
+    """What a person must read instead of a running server; a second line may say `try:`."""
+
+    status = 2              # of the command: a mistake in what it was given
+
+
+class Malformed(ValueError):
+    """Credentials that break the grammar: 400, whoever sent them."""
+
+
+class Busy(Exception):
+    """Too many slow hashes wait for their turn: 503."""
+
+
+# -- 1. Reading the header ----------------------------------------------------
+#
+# One strict parser. It accepts what RFC 9110 allows, blanks around "=", empty list
+# elements and quoted pairs included; all else raises Malformed, so that no later line
+# meets a form it does not expect. Header fields are bytes; they are held as text by
+# Latin-1, which gives the same bytes back.
+
+# RFC 9110 section 5.6.2: token = 1*tchar
+TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+# RFC 9110 section 5.6.4: quoted-string = DQUOTE *( qdtext / quoted-pair ) DQUOTE
+QDTEXT = r'[^"\\\x00-\x08\x0a-\x1f\x7f]*'
+QUOTED_STRING = rf'"({QDTEXT}(?:\\[\t\x20-\x7e\x80-\xff]{QDTEXT})*)"'
+# RFC 9110 section 11.2: auth-param = token BWS "=" BWS ( token / quoted-string )
+match_param = re.compile(
+    rf'[ \t,]*({TOKEN})[ \t]*=[ \t]*(?:({TOKEN})|{QUOTED_STRING})[ \t]*(?:,|\Z)').match
+is_token = re.compile(TOKEN).fullmatch
+# RFC 9110 section 11.2: token68 = 1*( ALPHA / DIGIT / "-" / "." / "_" / "~" / "+" / "/" ) *"="
+is_token68 = re.compile(r"[A-Za-z0-9\-._~+/]+=*").fullmatch
+# RFC 7616 section 3.4: nc-value = 8LHEX, counting from 1
+is_nc = re.compile(r"(?!0{8})[0-9a-fA-F]{8}").fullmatch
+is_response = re.compile(r"[0-9a-fA-F]{32}(?:[0-9a-fA-F]{32})?").fullmatch
+# RFC 8187 section 3.2.1: ext-value = charset "'" [ language ] "'" value-chars
+match_extended = re.compile(r"(?i)UTF-8'[^']*'([^']*)").fullmatch
+has_control = re.compile(r"[\x00-\x1f\x7f]").search
+
+
+class DigestCredentials(NamedTuple):
+    """What a Digest Authorization field claims; nothing in it is believed yet."""
+
+    usernames: Tuple[str, ...]      # the readings of the name, likeliest first
+    userhash: bool                  # the name is H(user:realm)
+    realm: str
+    nonce: str
+    uri: str
+    response: str
+    algorithm: str
+    qop: str                        # "" in the old form of RFC 2069
+    nc: str
+    cnonce: str
+
+
+def parse_authorization(value: str) -> Tuple[str, str, Dict[str, str]]:
+    """Return scheme, token and parameters of credentials; escapes in values are kept.
+
+    >>> parse_authorization("Basic QWxhZGRpbjpvcGVuIHNlc2FtZQ==")
+    ('basic', 'QWxhZGRpbjpvcGVuIHNlc2FtZQ==', {})
+    >>> parse_authorization('DIGEST username = "a,b" , ,NC=1')
+    ('digest', '', {'username': 'a,b', 'nc': '1'})
+
+    See: RFC 9110 section 11.4; 11.2 (a parameter "MUST only occur once").
+    """
+    # credentials = auth-scheme [ 1*SP ( token68 / #auth-param ) ]
+    scheme, _, rest = value.strip(" \t").partition(" ")
+    rest = rest.strip(" \t")
+    if len(value) > MAX_CREDENTIALS or not is_token(scheme):
+        raise Malformed("no scheme, or too long")
+    if is_token68(rest):
+        return scheme.lower(), rest, {}
+    params: Dict[str, str] = {}
+    position, end = 0, len(rest.rstrip(" \t,"))
+    while position < end:
+        match = match_param(rest, position)
+        if match is None or match.group(1).lower() in params:
+            raise Malformed("parameter syntax" if match is None else "a parameter twice")
+        params[match.group(1).lower()] = match.group(2) or match.group(3) or ""
+        position = match.end()
+    return scheme.lower(), "", params
+
+
+def unescape(value: str) -> str:
+    r"""Return a quoted-string's content without the backslashes of its quoted pairs.
+
+    >>> unescape(r'DOM\\jim')
+    'DOM\\jim'
+    """
+    return re.sub(r"\\(.)", r"\1", value) if "\\" in value else value
+
+
+def from_octets(octets: bytes) -> str:
+    """Return octets as text in Unicode's composed form: UTF-8 if they are that, else Latin-1.
+
+    All challenges ask for UTF-8, yet requests, aiohttp and old browsers send Latin-1;
+    text in Latin-1 is hardly ever valid UTF-8 by accident.
+
+    See: RFC 7617 section 2.1, RFC 7616 section 4.
+    """
+    try:
+        text = octets.decode("utf-8")
+    except UnicodeDecodeError:
+        text = octets.decode("latin-1")
+    if len(octets) > MAX_TEXT or has_control(text):
+        raise Malformed("name or password too long, or with control characters")
+    return unicodedata.normalize("NFC", text)
+
+
+def decode_basic(token: str) -> Tuple[str, str]:
+    """Return user name and password from the token of Basic credentials.
+
+    >>> decode_basic("QWxhZGRpbjpvcGVuIHNlc2FtZQ==")
+    ('Aladdin', 'open sesame')
+
+    See: RFC 7617 section 2.
+    """
+    try:
+        octets = binascii.a2b_base64(token)
+    except binascii.Error:
+        octets = b""
+    # The decoder passes over what is not base64: only encoding again shows that it did.
+    if not octets or binascii.b2a_base64(octets)[:-1] != token.encode("ascii"):
+        raise Malformed("not base64")
+    # user-pass = user-id ":" password
+    username, colon, password = from_octets(octets).partition(":")
+    if not colon:
+        raise Malformed("no colon")
+    return username, password
+
+
+def read_usernames(params: Mapping[str, str]) -> Tuple[str, ...]:
+    r"""Return the readings of username or username*, likeliest first.
+
+    Four of six clients send DOMAIN\user with a bare backslash, and curl has begun to
+    percent-encode what is not ASCII. Trying all readings helps no stranger: the proof
+    must fit the entry that is found.
+
+    >>> read_usernames({"username": r"DOM\jim"})
+    ('DOMjim', 'DOM\\jim')
+    >>> read_usernames({"username*": "UTF-8''J%C3%A4s%C3%B8n%20Doe"})
+    ('Jäsøn Doe',)
+
+    See: RFC 7616 section 3.4 (username*).
+    """
+    raw, extended = params.get("username"), match_extended(params.get("username*", ""))
+    if raw is None and extended is not None:
+        return (from_octets(urllib.parse.unquote_to_bytes(extended.group(1))),)
+    if raw is None or "username*" in params:
+        raise Malformed("username")
+    octets = raw.encode("latin-1")
+    forms = [octets]
+    if "\\" in raw:
+        forms.insert(0, unescape(raw).encode("latin-1"))
+    if "%" in raw:
+        forms.append(urllib.parse.unquote_to_bytes(octets))
+    return tuple(map(from_octets, forms))
+
+
+def parse_digest(params: Mapping[str, str]) -> DigestCredentials:
+    """Return the credentials in the parameters of a Digest Authorization field.
+
+    See: RFC 7616 section 3.4.
+    """
+    realm, nonce, cnonce = (params.get(name, "") for name in ("realm", "nonce", "cnonce"))
+    uri, response, algorithm, qop, nc = (params.get(name, "") for name in (
+        "uri", "response", "algorithm", "qop", "nc"))
+    userhash = params.get("userhash", "").lower() == "true"
+    if not realm or not nonce or not uri or not is_response(response):
+        raise Malformed("realm, nonce, uri or response")
+    if qop and not (is_nc(nc) and cnonce) or len(realm + nonce + cnonce) > MAX_TEXT:
+        raise Malformed("nc or cnonce, or something is too long")
+    if userhash and "username*" in params:
+        raise Malformed("userhash with username*")
+    return DigestCredentials(
+        read_usernames(params), userhash, unescape(realm), unescape(nonce), uri, response.lower(),
+        CANONICAL.get(algorithm.lower() or "md5", ""), qop, nc, unescape(cnonce))
+
+
+# -- 2. Digest arithmetic -----------------------------------------------------
+#
+# MD5 is broken where an attacker chooses both texts. Here it hashes a secret with the
+# request, and for that it is not known to be broken; but it is fast, as is SHA-256: who
+# records one exchange can try millions of passwords a second against it. MD5 is the
+# default because every client knows it.
+
+
+def find_hash(*names: str) -> Optional[Callable[[bytes], str]]:
+    """Return bytes -> hex by the first of these hashes that this Python has, or None.
+
+    In FIPS mode MD5 is there only for who says usedforsecurity=False (from Python 3.9
+    on; on RHEL 8 in its 3.6 too). Elsewhere older Pythons do not know that word.
+    """
+    for name in names:
+        maker = getattr(hashlib, name, None) or functools.partial(hashlib.new, name)
+        for keywords in ({"usedforsecurity": False}, {}):
+            make = functools.partial(maker, **keywords)
+            try:
+                make(b"")
+            except (TypeError, ValueError):
+                continue
+            return lambda data: str(make(data).hexdigest())
+    return None
+
+
+FOUND = {"MD5": find_hash("md5"), "SHA-256": find_hash("sha256"),
+         "SHA-512-256": find_hash("sha512_256", "sha512-256")}
+HASHES = {name + sess: found for name, found in FOUND.items() if found for sess in ("", "-sess")}
+CANONICAL = {(name + sess).lower(): name + sess for name in FOUND for sess in ("", "-sess")}
+
+
+def hash_name(algorithm: str) -> str:
+    """Return the algorithm without its -sess: an HA1 is kept under that name."""
+    return algorithm[:-5] if algorithm.endswith("-sess") else algorithm
+
+
+def digest_ha1(username: str, realm: str, password: str, algorithm: str = "MD5") -> str:
+    """Return HA1, the only part of the digest that depends on the password.
+
+    >>> digest_ha1("Mufasa", "http-auth@example.org", "Circle of Life")
+    '3d78807defe7de2157e2b0b6573a855f'
+
+    See: RFC 7616 section 3.4.2.
+    """
+    # A1 = unq(username) ":" unq(realm) ":" passwd
+    return HASHES[algorithm](f"{username}:{realm}:{password}".encode("utf-8", "surrogatepass"))
+
+
+def digest_ha1_session(ha1: str, nonce: str, cnonce: str, algorithm: str = "MD5-sess") -> str:
+    """Return the HA1 of a -sess algorithm, from the stored one.
+
+    See: RFC 7616 section 3.4.2.
+    """
+    # A1 = H( unq(username) ":" unq(realm) ":" passwd ) ":" unq(nonce) ":" unq(cnonce)
+    return HASHES[algorithm](f"{ha1}:{nonce}:{cnonce}".encode("latin-1"))
+
+
+def digest_ha2(method: str, uri: str, algorithm: str = "MD5", body: Optional[bytes] = None) -> str:
+    """Return HA2, which ties the proof to this request; with a body, in its auth-int form.
+
+    >>> digest_ha2("GET", "/dir/index.html")
+    '39aff3a2bab6126f332b942af96d3366'
+
+    See: RFC 7616 section 3.4.3.
+    """
+    # A2 = Method ":" request-uri                       (auth)
+    # A2 = Method ":" request-uri ":" H(entity-body)    (auth-int)
+    integrity = "" if body is None else ":" + HASHES[algorithm](body)
+    return HASHES[algorithm](f"{method}:{uri}{integrity}".encode("latin-1"))
+
+
+def digest_response(ha1: str, nonce: str, nc: str, cnonce: str, qop: str, ha2: str,
+                    algorithm: str = "MD5") -> str:
+    """Return the proof that whoever made it knows HA1.
+
+    >>> digest_response("939e7578ed9e3c518a452acee763bce9", "dcd98b7102dd2f0e8b11d0f600bfb0c093",
+    ...                 "00000001", "0a4f113b", "auth", "39aff3a2bab6126f332b942af96d3366")
+    '6629fae49393a05397450978507c4ef1'
+
+    See: RFC 7616 section 3.4.1.
+    """
+    # response = KD ( H(A1), unq(nonce) ":" nc ":" unq(cnonce) ":" unq(qop) ":" H(A2) )
+    return HASHES[algorithm](f"{ha1}:{nonce}:{nc}:{cnonce}:{qop}:{ha2}".encode("latin-1"))
+
+
+def digest_userhash(username: str, realm: str, algorithm: str = "MD5") -> str:
+    """Return what a client sends as its name when it hides the name.
+
+    See: RFC 7616 section 3.4.4.
+    """
+    # username = H( unq(username) ":" unq(realm) )
+    return HASHES[algorithm](f"{username}:{realm}".encode("utf-8"))
+
+
+# -- 3. Nonces, and what the workers share ------------------------------------
+#
+# A nonce says when it was made and carries our signature: a 401 costs no memory, nor do
+# a million of them. Memory is spent only once a right response has used a nonce: the
+# table then knows which counts (nc) are used up. Without it, whoever records a request
+# could send it again for as long as the nonce lives.
+#
+# The table is memory that was mapped before the workers were forked. Memory alone has
+# no atomic test-and-set: of 20,000 races forced between two processes both won 19,985.
+# So a slot is read and written under fcntl.lockf on a byte of its own (3 us), which the
+# kernel gives back when a worker dies, and under a thread lock, because POSIX record
+# locks do not keep the threads of one process apart. They vanish when the process closes
+# ANY descriptor of the file; so one object holds the only one. The locked file stays
+# empty: if it were mapped, a full disk would turn the first touch of a page into SIGBUS.
+#
+# Nothing here grows. A newer nonce takes over the slot of an older one, and no slot ever
+# accepts an older nonce than the newest it has held: what was forgotten is never good
+# again. Its owner is told `stale` and comes back with a new nonce, in another slot.
+
+is_nonce = re.compile(r"[A-Za-z0-9_-]{36}").fullmatch
+
+
+def sign(key: bytes, data: bytes) -> bytes:
+    """Return 12 bytes that only a holder of the key can make."""
+    return hashlib.blake2s(data, key=key, digest_size=12).digest()
+
+
+def make_nonce(key: bytes, now: float, salt: bytes) -> str:
+    """Return a nonce: time, salt (6 random bytes and 4 that name the issuer), signature.
+
+    >>> make_nonce(b"key", 1.0, b"random" + b"boot")
+    'AAAAAGRyYW5kb21ib290W8okM-1KMPfcdDSm'
+
+    See: RFC 7616 section 3.3, and 5.4, why the client's address is not in it: proxies.
+    """
+    body = int(now * 100).to_bytes(5, "big") + salt
+    return base64.urlsafe_b64encode(body + sign(key, body)).decode("ascii")
+
+
+def check_nonce(nonce: str, key: bytes, now: float, lifetime: float = NONCE_LIFETIME,
+                issuer: bytes = b"", start: float = 0.0) -> Optional[bytes]:
+    r"""Return the first 15 bytes of a nonce of ours that is still good, else None.
+
+    Another issuer with the same key counts as us from start on, when we began to watch:
+    before that it may have seen this nonce used.
+
+    >>> check_nonce(make_nonce(b"key", 1.0, b"random" + b"boot"), b"key", now=300.9)
+    b'\x00\x00\x00\x00drandomboot'
+    >>> check_nonce(make_nonce(b"key", 1.0, b"random" + b"boot"), b"key", now=301.0)
+    """
+    signed = base64.urlsafe_b64decode(nonce) if is_nonce(nonce) else b""
+    body, issued = signed[:15], nonce_time(signed)
+    if not hmac.compare_digest(sign(key, body), signed[15:]):
+        return None
+    if not issued - CLOCK_SKEW <= now < issued + lifetime:
+        return None
+    return body if body[-4:] == issuer or issued >= start else None
+
+
+def nonce_time(body: bytes) -> float:
+    """Return when a nonce was made, in seconds since the epoch."""
+    return int.from_bytes(body[:5], "big") / 100
+
+
+def advance_window(highest: int, seen: int, nonce_count: int) -> Optional[Tuple[int, int]]:
+    """Return the window of a nonce after this use, or None when the use is refused.
+
+    Bit i of seen stands for highest - i. Browsers and aiohttp send counts out of order
+    over several connections; inside the window each is accepted once. No shift exceeds
+    the window: 1 << 0xffffffff would take half a gigabyte.
+
+    >>> advance_window(5, 0b1, 7)
+    (7, 5)
+    >>> advance_window(7, 0b101, 6)
+    (7, 7)
+    >>> advance_window(7, 0b101, 5)
+
+    See: RFC 7616 section 3.4 (nc); RFC 4303 section 3.4.3, where IPsec does the same.
+    """
+    ahead = nonce_count - highest
+    if ahead > 0:
+        seen = seen << ahead | 1 if ahead < NC_WINDOW else 1
+        return nonce_count, seen & (1 << NC_WINDOW) - 1
+    if -ahead >= NC_WINDOW or seen >> -ahead & 1:
+        return None
+    return highest, seen | 1 << -ahead
+
+
+# A slot: whose it is, a count, and two words. A nonce: time and random bytes, highest nc,
+# its window. A client: fingerprint, failures, since when. All others: one value.
+SLOT = struct.Struct("<11sxIQQ")
+Slot = Tuple[bytes, int, int, int]
+COUNTER_SLOT = NONCE_SLOTS + CLIENT_SLOTS       # the first of them
+
+
+def spend_nonce(body: bytes, nonce_count: int, slot: Slot) -> Union[Slot, str]:
+    """Return the slot with this use of a nonce in it, or why the use is refused."""
+    identity, highest, low, high = slot
+    if identity != body[:11]:
+        if body[:5] <= identity[:5]:
+            return "stale"
+        highest = low = high = 0
+    window = advance_window(highest, high << 64 | low, nonce_count)
+    if window is None:
+        return "replay"
+    return body[:11], window[0], window[1] & (1 << 64) - 1, window[1] >> 64
+
+
+def add_failure(client: bytes, now: int, limit: int, ticks: int, slot: Slot) -> Union[Slot, str]:
+    """Return the slot with one more failure of client; the last one starts the lock-out.
+
+    A newcomer takes over the slot of another client, unless that one is locked out.
+    """
+    owner, failures, since, _ = slot
+    recent = since <= now < since + ticks
+    if owner != client and recent and failures >= limit:
+        return "taken"
+    if owner != client or not recent:
+        failures, since = 0, now
+    failures += 1
+    return client, failures, now if failures >= limit else since, 0
+
+
+def open_nameless_file() -> int:
+    """Return a descriptor of an empty file without a name; first in memory, if there is room."""
+    for folder in ("/dev/shm", None):
+        try:
+            fd, path = tempfile.mkstemp(prefix="authserver-", dir=folder)
+            os.unlink(path)
+            return fd
+        except OSError as error:
+            reason = error.strerror
+    raise Refusal(f"unable to make a temporary file: {reason}")
+
+
+class SharedTable:
+    """What all workers must agree on, in memory they share; made before they are forked.
+
+    Methods for the authenticator: accept, count_failure, lock_left.
+    Methods for the server: add, statistics.
+    """
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, SLOT.size * (COUNTER_SLOT + len(COUNTERS)))
+        self._fd = open_nameless_file()
+        self._mutex = threading.Lock()
+        self._key = os.urandom(16)          # nobody can choose names of clients that collide
+
+    def __del__(self) -> None:
+        os.close(self._fd)
+
+    def _read(self, slot: int) -> Slot:
+        identity, count, low, high = SLOT.unpack_from(self._memory, SLOT.size * slot)
+        return identity, count, low, high
+
+    def _change(self, slot: int, change: Callable[[Slot], Union[Slot, str]]) -> str:
+        """Put what change makes of a slot in its place, or return why it would not."""
+        with self._mutex:
+            try:
+                fcntl.lockf(self._fd, fcntl.LOCK_EX, 1, slot)
+                new = change(self._read(slot))
+                if isinstance(new, str):
+                    return new
+                SLOT.pack_into(self._memory, SLOT.size * slot, *new)
+                return ""
+            finally:
+                fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, slot)
+
+    def accept(self, body: bytes, nonce_count: int) -> str:
+        """Use up this count of a nonce and return "", or return why not."""
+        slot = int.from_bytes(body[9:11], "big") % NONCE_SLOTS
+        return self._change(slot, functools.partial(spend_nonce, body, nonce_count))
+
+    def _client_slot(self, client: str) -> Tuple[int, bytes]:
+        signature = sign(self._key, client.encode("utf-8", "replace"))
+        return NONCE_SLOTS + int.from_bytes(signature[8:], "big") % CLIENT_SLOTS, signature[:11]
+
+    def count_failure(self, client: str, now: float, limit: int, seconds: float) -> bool:
+        """Count a wrong password of client; return whether that locks it out."""
+        slot, name = self._client_slot(client)
+        self._change(slot, functools.partial(add_failure, name, int(now * 100), limit,
+                                             int(seconds * 100)))
+        return self.lock_left(client, now, limit, seconds) > 0
+
+    def lock_left(self, client: str, now: float, limit: int, seconds: float) -> float:
+        """Return the seconds for which client is still locked out, or 0."""
+        slot, name = self._client_slot(client)
+        owner, failures, since, _ = self._read(slot)
+        if owner != name or failures < limit or since > now * 100:
+            return 0.0
+        return max(0.0, since / 100 + seconds - now)
+
+    def add(self, counter: str, amount: int = 1) -> None:
+        """Add to one of COUNTERS."""
+        self._change(COUNTER_SLOT + COUNTERS.index(counter),
+                     lambda slot: (b"", 0, slot[2] + amount, 0))
+
+    def statistics(self) -> Dict[str, int]:
+        """Return all COUNTERS with their values."""
+        return {name: self._read(COUNTER_SLOT + index)[2] for index, name in enumerate(COUNTERS)}
+
+
+# -- 4. Passwords: one dictionary for both schemes ----------------------------
+#
+# Basic brings a password, Digest a proof made from HA1. A checker that compares passwords
+# can never serve Digest: in the second article all looked well, and every log-in failed
+# in silence. But HA1 can be made from the password; so a dictionary of HA1s serves both,
+# and holds no password. What it cannot serve (from a htpasswd hash there is no way to
+# HA1) is found at start, and not by the user in front of the door.
+#
+# An HA1 is worth as much as the password, for this realm: who reads it can log in. "Do
+# not use it because in-memory passwords can be a security hole", says Twisted of its own
+# dictionary; this one is as safe as the permissions of its file.
+
+# How hashes begin: {SHA} and {SSHA} of htpasswd, the others are libcrypt's business.
+B64 = "[A-Za-z0-9+/]"
+is_crypted = re.compile(rf"\{{SHA\}}{B64}{{27}}=|\{{SSHA\}}(?:{B64}{{4}}){{7,}}(?:{B64}{{2}}==|"
+                        rf"{B64}{{3}}=)?|\$(?!apr1\$)[0-9a-z]+\$[!-9;-~]+").fullmatch
+match_kind = re.compile(r"\{[^}]*\}|\$[156]\$(?:rounds=\d+\$)?|\$[^$]*\$[^$]*\$").match
+
+
+class Entry(NamedTuple):
+    """What is known of one user."""
+
+    username: str
+    line: int                       # of the file; 0 = from elsewhere
+    ha1: Dict[str, str]             # hash name -> HA1
+    crypted: str                    # a htpasswd hash, or ""
+
+    @property
+    def kind(self) -> str:
+        """How the password is kept."""
+        match = match_kind(self.crypted)
+        return match.group() if match else " and ".join(self.ha1) + " HA1"
+
+
+def check_username(username: str) -> str:
+    """Return the normal form of a name that clients and readers of the file can handle."""
+    if not username or has_control(username) or re.search('^#|[:"]', username):
+        raise Refusal(f"unable to use user name {username!r}: empty, # at its start, "
+                      f'a colon, " or control character in it')
+    return unicodedata.normalize("NFC", username)
+
+
+def check_password(password: str) -> str:
+    """Return the normal form of a password that clients can send."""
+    if not password or has_control(password):
+        raise Refusal("unable to use this password: empty, or control characters in it")
+    return unicodedata.normalize("NFC", password)
+
+
+def check_realm(realm: str) -> None:
+    r"""Refuse a realm that clients or the password file would misunderstand.
+
+    wget, urllib, requests and httpx all answer wrongly to a " or \ in it; in the file a
+    colon ends it, and `plain`, { and $ begin something else.
+    """
+    if not re.fullmatch(r"(?!plain$|[ {$])[ !#-9;-\[\]-~]+(?<! )", realm):
+        raise Refusal(f"unable to use realm {realm!r}: printable ASCII without \" \\ or colon, "
+                      f"not `plain`, and not {{ $ or blank at its ends")
+
+
+def entry_of_password(username: str, line: int, realm: str, password: str) -> Entry:
+    """Return an entry that serves every scheme and algorithm, and forget the password."""
+    ha1 = {name: digest_ha1(username, realm, password, name) for name in FOUND if name in HASHES}
+    return Entry(username, line, ha1, "")
+
+
+def parse_entry(text: str, line: int, realm: str) -> Entry:
+    """Return the entry in one line of a password file.
+
+    >>> parse_entry("jim:files:5e93c589edbe9d5867a3bce43a1066c1", 1, "files").ha1
+    {'MD5': '5e93c589edbe9d5867a3bce43a1066c1'}
+    """
+    username, _, rest = text.partition(":")
+    username = unicodedata.normalize("NFC", username)
+    place, _, ha1 = rest.partition(":")
+    if not username or not rest or has_control(text):
+        raise Refusal("expected user:realm:HA1, user:HASH or user:plain:PASSWORD")
+    if place == "plain" and ha1:
+        return entry_of_password(username, line, realm, unicodedata.normalize("NFC", ha1))
+    if rest[0] in "{$":
+        return check_crypted(Entry(username, line, {}, rest))
+    name = {32: "MD5", 64: "SHA-256"}.get(len(ha1))
+    if name is None or not re.fullmatch("[0-9a-fA-F]+", ha1):
+        raise Refusal(f"user {username!r}: neither 32 or 64 hex digits nor a known hash")
+    if place != realm:
+        raise Refusal(f"user {username!r}: realm {place!r}, but {realm!r} is served")
+    return Entry(username, line, {name: ha1.lower()}, "")
+
+
+def parse_passwords(text: str, realm: str) -> Tuple[Dict[str, Entry], List[str]]:
+    """Return the entries of a password file by user, and its mistakes by line.
+
+    >>> parse_passwords("# staff\\njim:plain:secret\\njim:plain:other\\n", "files")[1]
+    ["line 3: user 'jim' again, after line 2"]
+    """
+    entries: Dict[str, Entry] = {}
+    mistakes: List[str] = []
+    for line, content in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
+        if not content.strip() or content.startswith("#"):
+            continue
+        try:
+            entry = parse_entry(content, line, realm)
+            first = entries.get(entry.username, Entry("", 0, {}, ""))
+            if has_empty_password(entry, realm):
+                raise Refusal(f"user {entry.username!r} has an empty password")
+            if first.crypted or first.ha1 and entry.crypted or set(first.ha1) & set(entry.ha1):
+                raise Refusal(f"user {entry.username!r} again, after line {first.line}")
+            entries[entry.username] = entry._replace(ha1=dict(first.ha1, **entry.ha1))
+        except Refusal as error:
+            mistakes.append(f"line {line}: {error}")
+    return entries, mistakes
+
+
+def has_empty_password(entry: Entry, realm: str) -> bool:
+    """Return whether anybody can log in with no password at all; slow hashes are not tried."""
+    if entry.crypted:
+        return entry.crypted.startswith("{") and matches_sha(entry.crypted, "")
+    return any(digest_ha1(entry.username, realm, "", name) == entry.ha1[name] for name in entry.ha1)
+
+
+def matches_sha(stored: str, password: str) -> bool:
+    """Return whether password fits a {SHA} or {SSHA} hash.
+
+    >>> matches_sha("{SHA}5en6G6MezRroT3XKqkdPOmY/BfQ=", "secret")
+    True
+    """
+    octets = base64.b64decode(stored.partition("}")[2])     # the hash, then the salt
+    found = hashlib.sha1(password.encode("utf-8", "surrogatepass") + octets[20:]).digest()
+    return hmac.compare_digest(found, octets[:20])
+
+
+Crypt = Callable[[bytes, bytes], Optional[bytes]]
+
+
+@functools.lru_cache(maxsize=None)
+def load_crypt() -> Tuple[Crypt, threading.Semaphore]:
+    """Return crypt(phrase, setting) of the C library, and how many may call it at a time.
+
+    Python's own crypt left with 3.13, and kept its result where all threads write theirs.
+    So does crypt(3), where there is no crypt_r (macOS, OpenBSD): one at a time, then.
+    """
+    for name in ("libcrypt.so.1", "libcrypt.so.2", "libcrypt.so.5", None):
+        try:
+            import ctypes           # 3 ms and a megabyte, only for who has such hashes
+            library = ctypes.CDLL(name)
+            function = getattr(library, "crypt_r", None) or library.crypt
+        except (ImportError, OSError, AttributeError):
+            continue
+        function.restype = ctypes.c_char_p
+        if not hasattr(library, "crypt_r"):
+            return function, threading.Semaphore(1)
+        # struct crypt_data has 131,232 bytes in an old glibc, and less elsewhere.
+        return (lambda phrase, setting: function(
+            phrase, setting, ctypes.create_string_buffer(160 * 1024)),
+            threading.Semaphore(SLOW_HASHES))
+    return (lambda phrase, setting: None), threading.Semaphore(1)
+
+
+ENDINGS: Dict[str, int] = {}        # kind of hash -> length of what follows its last "$"
+
+
+def check_crypted(entry: Entry) -> Entry:
+    """Return an entry whose hash this machine can verify; else raise Refusal.
+
+    A kind is tried once, with the first user's salt. The others must be as long, or an
+    editor has cut them off.
+    """
+    kind, ending = entry.kind, len(entry.crypted.rpartition("$")[2])
+    if not is_crypted(entry.crypted):
+        begin = re.sub(r"^([{$]\w*[}$]?).*", r"\1", entry.crypted)
+        raise Refusal(f"user {entry.username!r}: {begin} is no hash we know (htpasswd -B makes one)")
+    if kind[0] == "$" and kind not in ENDINGS:
+        function, turns = load_crypt()
+        with turns:
+            made = (function(b"probe", entry.crypted.encode("ascii")) or b"").decode("latin-1")
+        if not made.startswith(kind):
+            raise Refusal(f"user {entry.username!r}: the libcrypt of this machine does not know "
+                          f"{kind}, or something is wrong with the salt")
+        ENDINGS[kind] = len(made.rpartition("$")[2])
+    if ENDINGS.get(kind, ending) != ending:
+        raise Refusal(f"user {entry.username!r}: a {kind} hash of the wrong length")
+    return entry
+
+
+class Passwords:
+    """The one knower of passwords, for Basic and for Digest.
+
+    Passwords({"jim": "secret"}, realm="files") makes HA1s at once and forgets the passwords;
+    Passwords.read() takes a file. Nothing in it changes afterwards: a reload makes a new
+    one, and with it go the remembered verdicts.
+    """
+
+    def __init__(self, users: Optional[Mapping[str, str]] = None, realm: str = REALM,
+                 entries: Optional[Mapping[str, Entry]] = None, source: str = "FILE") -> None:
+        check_realm(realm)
+        self.realm, self.source, self.warnings = realm, source, []  # type: str, str, List[str]
+        self.entries: Dict[str, Entry] = dict(entries or {})
+        for username, password in (users or {}).items():
+            name = check_username(username)
+            self.entries[name] = entry_of_password(name, 0, realm, check_password(password))
+        kinds = sorted({entry.kind if entry.crypted else "HA1" for entry in self.entries.values()})
+        if len(kinds) > 1:
+            self.warnings.append(f"{' and '.join(kinds)} in one file: the time of an answer "
+                                 f"tells which a user has")
+        # What stands in for unknown users, so that they cost what others cost.
+        self._decoy = max(self.entries.values(), key=lambda entry: entry.crypted[:1] == "$",
+                          default=Entry("", 0, {"MD5": ""}, ""))
+        self._secret = os.urandom(32)
+        self._remembered: Dict[bytes, bool] = {}
+        self._userhashes: Dict[str, Dict[str, Entry]] = {}
+        self._queue = threading.Semaphore(SLOW_HASHES + SLOW_QUEUE)
+
+    @classmethod
+    def read(cls, path: str, realm: str = REALM, allow_partial: bool = False) -> "Passwords":
+        """Read the password file at path ("-" = standard input), or name all its mistakes."""
+        text, mode = read_text(path)
+        entries, mistakes = parse_passwords(text, realm)
+        if stat.S_ISREG(mode) and mode & (stat.S_IROTH | stat.S_IWOTH):
+            mistakes.insert(0, "everybody may read or write it (chmod 600)")
+        if not entries and not mistakes:
+            mistakes.append("no user in it")
+        if mistakes and not (allow_partial and entries):
+            raise Refusal(f"unable to use passwords {path}: {join(mistakes)}\n"
+                          f"try: authserver.py passwd {path} USER")
+        passwords = cls(None, realm, entries, path)
+        passwords.warnings += [f"{path}: {mistake}" for mistake in mistakes]
+        return passwords
+
+    def check_servable(self, schemes: Sequence[str], algorithms: Sequence[str],
+                       allow_partial: bool = False) -> None:
+        """Refuse what some user could never answer, however right the password.
+
+        This is the trap of the second article, where Digest was offered and the checker
+        knew Basic only.
+        """
+        gaps = [(entry, algorithm) for entry in self.entries.values() if "digest" in schemes
+                for algorithm in algorithms if hash_name(algorithm) not in entry.ha1]
+        texts = [f"line {entry.line}: user {entry.username!r} has only {entry.kind}: cannot "
+                 f"answer Digest {algorithm}" for entry, algorithm in gaps]
+        if texts and not allow_partial:
+            raise Refusal(f"unable to serve every user of {self.source}: {join(texts)}\n"
+                          f"try: authserver.py passwd {self.source} {gaps[0][0].username}, "
+                          f"or --schemes basic, or --allow-partial")
+        self.warnings += texts
+
+    def find(self, usernames: Iterable[str]) -> Optional[Entry]:
+        """Return the entry of the first of these names that has one."""
+        return next((self.entries[name] for name in usernames if name in self.entries), None)
+
+    def find_userhash(self, userhash: str, algorithm: str) -> Optional[Entry]:
+        """Return the entry whose name has this hash; all are hashed once, not per request."""
+        name = hash_name(algorithm)
+        if name not in self._userhashes:
+            self._userhashes[name] = {digest_userhash(entry.username, self.realm, name): entry
+                                      for entry in self.entries.values()}
+        return self._userhashes[name].get(userhash.lower())
+
+    def check_password(self, username: str, password: str) -> bool:
+        """Return whether this is the password of that user; may wait for a slow hash."""
+        names = [unicodedata.normalize("NFC", text) for text in (username, password)]
+        # libcrypt would stop reading at a NUL.
+        return not has_control(password) and bool(self.verify(names[0], names[1], True))
+
+    def verify(self, username: str, password: str, blocking: bool) -> Optional[bool]:
+        """Do so for normal forms; None = it would take long, and blocking is False.
+
+        Raises Busy when too many wait already.
+        """
+        entry = self.entries.get(username)
+        model = entry or self._decoy
+        if model.crypted.startswith("$"):
+            correct = self._verify_slow(model.crypted, password, blocking)
+            return None if correct is None else correct and entry is not None
+        if model.crypted:
+            return matches_sha(model.crypted, password) and entry is not None
+        name = max(model.ha1)           # SHA-256 rather than MD5
+        found = digest_ha1(username, self.realm, password, name)
+        return hmac.compare_digest(found, model.ha1[name]) and entry is not None
+
+    def _verify_slow(self, crypted: str, password: str, blocking: bool) -> Optional[bool]:
+        """Return a remembered yes, or wait for a turn and find out. A no is never kept."""
+        phrase = password.encode("utf-8", "surrogatepass")
+        key = sign(self._secret, crypted.encode("ascii") + b"\0" + phrase)
+        if key in self._remembered or not blocking:
+            return self._remembered.get(key)
+        if not self._queue.acquire(blocking=False):
+            raise Busy()
+        function, turns = load_crypt()
+        try:
+            with turns:
+                # Another request with the same password may have gone before.
+                correct = key in self._remembered or hmac.compare_digest(
+                    function(phrase, crypted.encode("ascii")) or b"", crypted.encode("ascii"))
+        finally:
+            self._queue.release()
+        if correct:
+            if len(self._remembered) >= REMEMBERED:
+                self._remembered.clear()
+            self._remembered[key] = True
+        return correct
+
+
+def join(texts: Sequence[str]) -> str:
+    """Put up to ten mistakes on one line.
+
+    >>> join(["a", "b"])
+    'a; b'
+    """
+    return "; ".join(list(texts[:10]) + [f"and {len(texts) - 10} more"] * (len(texts) > 10))
+
+
+def read_text(path: str) -> Tuple[str, int]:
+    """Return text and mode of a password file."""
+    try:
+        with open(0 if path == "-" else path, "rb", closefd=path != "-") as stream:
+            mode, octets = os.fstat(stream.fileno()).st_mode, stream.read()
+        return octets.decode("utf-8-sig"), mode
+    except OSError as error:
+        raise Refusal(f"unable to read passwords {path}: {error.strerror}")
+    except UnicodeDecodeError as error:
+        raise Refusal(f"unable to read passwords {path}: "
+                      f"line {octets.count(10, 0, error.start) + 1}: not UTF-8")
+
+
+# -- 5. The authenticator -----------------------------------------------------
+#
+# The order of checks is a promise. Grammar first: what is malformed gets 400, whoever it
+# names. Then realm, algorithm and qop, and the uri: it must be the very target of the
+# request line (RFC 7616 section 3.4.6); four servers that we tried do not compare it, and
+# there a header recorded on /x opens /secret. Then the response, made with the user's
+# HA1, or for a stranger with one that nobody has. Only for a right response the nonce and
+# its count: who has no password can use up nothing, and learns nothing.
+#
+# A memo is the result of all that for one exact head; again() looks at what can differ
+# between two requests with that head. There are none of refusals, so nobody without a
+# password makes the server remember anything.
+
+
+class Verdict(NamedTuple):
+    """What the authenticator says about a request."""
+
+    status: int                                     # 200, 400, 401, 429 or 503
+    username: Optional[str] = None                  # who it is; with 200 only
+    log_user: str = "-"                             # that, or who it wrongly claimed to be
+    reason: str = ""                                # for the error log
+    fields: Tuple[Tuple[str, str], ...] = ()        # header fields of the answer
+    scheme: str = ""                                # "Basic", "Digest" or ""
+    memo: Optional["Memo"] = None                   # with 200
+
+
+class Memo:
+    """How to check again a head that has been checked in full.
+
+    Whoever keeps it keeps it for one client at one listening address, and asks is_locked
+    first: else a right guess under another's head would show in spite of the lock-out.
+    """
+
+    def __init__(self, authenticator: "Authenticator", username: str, nc: str = "",
+                 response: str = "") -> None:
+        self.authenticator, self.passwords = authenticator, authenticator.passwords
+        self.username, self.nc, self.response = username, nc, response
+
+    def is_for(self, nc: str, response: str) -> bool:
+        """Return whether the keeper, with a simpler pattern, found the same nc and response."""
+        return nc == self.nc and response == self.response
+
+    def again(self, now: float, nc: str, response: str) -> Optional[Verdict]:
+        """Return the Verdict (200) for the same head, or None: take the full path.
+
+        The same Basic head brings the same password: right, as long as the dictionary is
+        the same.
+        """
+        if self.passwords is not self.authenticator.passwords:
+            return None
+        return Verdict(200, self.username, self.username, scheme="Basic", memo=self)
+
+
+class DigestMemo(Memo):
+    """All of a Digest proof but nc and response, hashed as far as it goes.
+
+    It serves the full path too: make one, see whether it proves the response, use it.
+    """
+
+    def __init__(self, authenticator: "Authenticator", credentials: DigestCredentials,
+                 username: str, ha1: str, ha2: str) -> None:
+        super().__init__(authenticator, username, credentials.nc, credentials.response)
+        nonce, cnonce, algorithm = credentials.nonce, credentials.cnonce, credentials.algorithm
+        if algorithm.endswith("-sess"):
+            ha1 = digest_ha1_session(ha1, nonce, cnonce, algorithm)
+        # Our own proof under auth-int would need the body of an answer that is not made
+        # yet; RFC 7616 section 3.5 lets a server choose auth.
+        mutual = digest_ha2("", credentials.uri, algorithm)
+        self._hash = HASHES[algorithm]
+        self._head = f"{ha1}:{nonce}:"
+        self._tail = f":{cnonce}:{credentials.qop}:{ha2}"
+        self._mutual_tail = f":{cnonce}:auth:{mutual}"
+        self._cnonce = re.sub(r'(["\\])', r"\\\1", cnonce)
+        self.body = b""                     # of the nonce, once it has been checked
+        self.fresh_until = 0.0
+
+    def proves(self, nc: str, response: str) -> bool:
+        """Return whether whoever made this response knows HA1."""
+        expected = self._hash((self._head + nc + self._tail).encode("latin-1"))
+        return hmac.compare_digest(expected.encode("ascii"), response.encode("latin-1"))
+
+    def info(self, nc: str) -> str:
+        """Return Authentication-Info: we know HA1 too. See: RFC 7616 section 3.5."""
+        proof = self._hash((self._head + nc + self._mutual_tail).encode("latin-1"))
+        return f'rspauth="{proof}", qop=auth, nc={nc}, cnonce="{self._cnonce}"'
+
+    def again(self, now: float, nc: str, response: str) -> Optional[Verdict]:
+        """See Memo. What differs under Digest: nc and response, and the nonce grows old."""
+        known = self.passwords is self.authenticator.passwords
+        if not known or not is_nc(nc) or not self.proves(nc, response):
+            return None
+        # A clock set back makes the nonce one of the future: the full path knows about that.
+        if not nonce_time(self.body) - CLOCK_SKEW <= now < self.fresh_until:
+            return None
+        if self.authenticator.table.accept(self.body, int(nc, 16)):
+            return None
+        info = ("Authentication-Info", self.info(nc))
+        return Verdict(200, self.username, self.username, "", (info,), "Digest")
+
+
+class Attempt(NamedTuple):
+    """What the authenticator may know of a request."""
+
+    method: str
+    target: str                     # as sent, before any clean-up
+    client: Optional[str]           # whom a lock-out would hit, or None
+    now: float
+    schemes: Sequence[str]
+    read_body: Callable[[], bytes]
+    blocking: bool
+
+
+def challenges(realm: str, nonce: str, schemes: Sequence[str] = SCHEMES,
+               algorithms: Sequence[str] = ALGORITHMS, qop: Sequence[str] = QOP,
+               stale: bool = False, userhash: bool = False) -> List[str]:
+    """Return the values of the WWW-Authenticate fields, one per scheme and algorithm.
+
+    >>> for challenge in challenges("files", "abc", stale=True): print(challenge)
+    Digest realm="files", nonce="abc", qop="auth", algorithm=MD5, charset=UTF-8, stale=true
+    Basic realm="files", charset="UTF-8"
+
+    See: RFC 7616 section 3.3 (what is quoted and what is not), section 3.7 (several).
+    """
+    extras = ", userhash=true" * userhash + ", stale=true" * stale
+    lines = {"basic": [f'Basic realm="{realm}", charset="UTF-8"'],
+             "digest": [f'Digest realm="{realm}", nonce="{nonce}", qop="{",".join(qop)}", '
+                        f'algorithm={name}, charset=UTF-8{extras}' for name in algorithms]}
+    return [line for scheme in schemes for line in lines[scheme]]
+
+
+def is_same_target(uri: str, target: str) -> bool:
+    """Return whether the uri of a proof is the target of the request line, as sent.
+
+    As sent: http.server turns //x into /x, and the proof is about what was asked for. A
+    target in absolute form may stand for its path, which is what clients of a proxy prove.
+
+    >>> is_same_target("/x?a=1", "/x"), is_same_target("/x", "http://host/x")
+    (False, True)
+
+    See: RFC 7616 section 3.4.6.
+    """
+    return uri == target or uri[:1] == "/" and uri == re.sub("(?i)^https?://[^/?#]*", "", target)
+
+
+class Authenticator:
+    """Say who sends a request; the conductor of everything above.
+
+    Methods for the server: authenticate, is_locked, challenge.
+    Instance variable that a reload sets: passwords.
+    """
+
+    def __init__(self, passwords: Passwords, schemes: Sequence[str] = SCHEMES,
+                 algorithms: Sequence[str] = ALGORITHMS, qop: Sequence[str] = QOP,
+                 nonce_lifetime: float = NONCE_LIFETIME, nonce_secret: bytes = b"",
+                 table: Optional[SharedTable] = None, now: Optional[float] = None,
+                 max_failures: Tuple[int, float] = MAX_FAILURES, userhash: bool = False) -> None:
+        check_offer(passwords.realm, schemes, algorithms, qop, userhash)
+        self.passwords, self.max_failures, self.userhash = passwords, max_failures, userhash
+        self.schemes, self.algorithms, self.qop = tuple(schemes), tuple(algorithms), tuple(qop)
+        self.nonce_lifetime, self.table = nonce_lifetime, table or SharedTable()
+        # With a shared secret, the issuer tells our nonces from those of other machines
+        # and of our own predecessor, who knew of uses that we do not know of.
+        self._started = time.time() if now is None else now
+        self._issuer, self._decoy_key = os.urandom(4), os.urandom(32)
+        secret = nonce_secret or os.urandom(32)
+        self._key = hmac.new(secret, passwords.realm.encode("ascii"), "sha256").digest()
+
+    def authenticate(self, method: str, target: str, authorization: Sequence[str],
+                     client: Optional[str], now: float, schemes: Optional[Sequence[str]] = None,
+                     read_body: Callable[[], bytes] = bytes,
+                     blocking: bool = True) -> Optional[Verdict]:
+        """Return the Verdict; None = it needs a slow hash, and blocking is False.
+
+        authorization holds the values of all Authorization fields.
+        """
+        attempt = Attempt(method, target, client, now, schemes or self.schemes, read_body, blocking)
+        if not authorization:
+            self.table.add("challenges")
+            return self._refuse(attempt, "no credentials")
+        wait = self._lock_left(client, now)
+        if wait:
+            return Verdict(429, reason="locked out", fields=(("Retry-After", str(wait)),))
+        try:
+            return self._check(attempt, authorization)
+        except Malformed as error:
+            self.table.add("malformed")
+            return Verdict(400, reason=f"malformed: {error}")
+        except Busy:
+            self.table.add("busy")
+            return Verdict(503, reason="busy", fields=(("Retry-After", "1"),))
+
+    def _check(self, attempt: Attempt, authorization: Sequence[str]) -> Optional[Verdict]:
+        """Look at credentials of either scheme."""
+        if len(authorization) > 1:
+            raise Malformed("two Authorization fields")
+        scheme, token, params = parse_authorization(authorization[0])
+        if scheme not in attempt.schemes:
+            return self._refuse(attempt, "scheme not offered")
+        if scheme == "digest":
+            return self._check_digest(attempt, parse_digest(params))
+        username, password = decode_basic(token)
+        correct = self.passwords.verify(username, password, attempt.blocking)
+        if correct is None:
+            return None
+        if not correct:
+            known = username in self.passwords.entries
+            return self._fail(attempt, username, "bad password" if known else "unknown user")
+        return Memo(self, username).again(attempt.now, "", "")
+
+    def _check_digest(self, attempt: Attempt, credentials: DigestCredentials) -> Verdict:
+        """Look at Digest credentials, in the order that RFC 7616 section 3.4.6 wants.
+
+        Without qop (RFC 2069) there is no nc, and a response could be replayed at will.
+        """
+        algorithm, names = credentials.algorithm, credentials.usernames
+        if credentials.realm != self.passwords.realm:
+            return self._refuse(attempt, "another realm")
+        if algorithm not in self.algorithms or credentials.qop not in self.qop:
+            return self._refuse(attempt, "algorithm or qop not offered")
+        if not is_same_target(credentials.uri, attempt.target):
+            return Verdict(400, reason="uri mismatch")
+        entry = (self.passwords.find_userhash(names[0], algorithm) if credentials.userhash
+                 else self.passwords.find(names))
+        # A stranger's HA1 is one that nobody has, and costs as much.
+        nobody = HASHES[algorithm](self._decoy_key + names[0].encode("utf-8"))
+        ha1 = entry.ha1.get(hash_name(algorithm), "") if entry else ""
+        body = attempt.read_body() if credentials.qop == "auth-int" else None
+        ha2 = digest_ha2(attempt.method, credentials.uri, algorithm, body)
+        memo = DigestMemo(self, credentials, entry.username if entry else "", ha1 or nobody, ha2)
+        if memo.proves(credentials.nc, credentials.response):
+            return self._spend_nonce(attempt, credentials, memo)
+        if entry is None:
+            return self._fail(attempt, names[0], "unknown user")
+        return self._fail(attempt, entry.username, "bad response" if ha1 else "scheme not servable")
+
+    def _spend_nonce(self, attempt: Attempt, credentials: DigestCredentials,
+                     memo: DigestMemo) -> Verdict:
+        """Grant a right response once, while its nonce lives; else ask for a new one."""
+        body = check_nonce(credentials.nonce, self._key, attempt.now, self.nonce_lifetime,
+                           self._issuer, self._started)
+        fault = self.table.accept(body, int(credentials.nc, 16)) if body else "stale"
+        if body is None or fault:
+            self.table.add("replays" if fault == "replay" else "stale")
+            return self._refuse(attempt, fault, stale=True)
+        memo.body = body
+        memo.fresh_until = nonce_time(body) + self.nonce_lifetime * NEXT_NONCE
+        info = memo.info(credentials.nc)
+        fresh = attempt.now < memo.fresh_until
+        if not fresh:
+            info += f', nextnonce="{self._make_nonce(attempt.now)}"'
+        # The body that auth-int proves is not in the head: no memo can stand for it.
+        keep = memo if fresh and credentials.qop == "auth" else None
+        return Verdict(200, memo.username, memo.username, "", (("Authentication-Info", info),),
+                       "Digest", keep)
+
+    def _make_nonce(self, now: float) -> str:
+        return make_nonce(self._key, now, os.urandom(6) + self._issuer)
+
+    def challenge(self, now: float, schemes: Optional[Sequence[str]] = None,
+                  stale: bool = False) -> Tuple[Tuple[str, str], ...]:
+        """Return the WWW-Authenticate fields of a 401."""
+        lines = challenges(self.passwords.realm, self._make_nonce(now), schemes or self.schemes,
+                           self.algorithms, self.qop, stale, self.userhash)
+        return tuple(("WWW-Authenticate", line) for line in lines)
+
+    def _refuse(self, attempt: Attempt, reason: str, log_user: str = "-",
+                stale: bool = False) -> Verdict:
+        """Say 401: to the client the same for every reason but stale."""
+        fields = self.challenge(attempt.now, attempt.schemes, stale)
+        return Verdict(401, None, log_user, reason, fields)
+
+    def _fail(self, attempt: Attempt, username: str, reason: str) -> Verdict:
+        """Say 401 to wrong credentials, and count them."""
+        self.table.add("failures")
+        limit, seconds = self.max_failures
+        if limit and attempt.client is not None:
+            if self.table.count_failure(attempt.client, attempt.now, limit, seconds):
+                self.table.add("lockouts")
+        return self._refuse(attempt, reason, username)
+
+    def _lock_left(self, client: Optional[str], now: float) -> int:
+        """Return the seconds for which client is locked out, or 0."""
+        limit, seconds = self.max_failures
+        if not limit or client is None:
+            return 0
+        return math.ceil(self.table.lock_left(client, now, limit, seconds))
+
+    def is_locked(self, client: Optional[str], now: float) -> bool:
+        """Return whether client is locked out."""
+        return self._lock_left(client, now) > 0
+
+
+def check_offer(realm: str, schemes: Sequence[str], algorithms: Sequence[str],
+                qop: Sequence[str], userhash: bool = False) -> None:
+    """Refuse to offer what we, this Python or the clients cannot do."""
+    for what, given, known in (("scheme", schemes, SCHEMES), ("qop", qop, ("auth", "auth-int")),
+                               ("algorithm", algorithms, tuple(CANONICAL.values()))):
+        if not given or len(set(given)) < len(given) or not set(given) <= set(known):
+            raise Refusal(f"unable to offer {what} {','.join(given)}: "
+                          f"one or more of {', '.join(known)}, each once")
+    for name in set(algorithms) - set(HASHES):
+        raise Refusal(f"unable to offer algorithm {name}: the hashlib of this Python lacks it")
+    longest = max(map(len, challenges(realm, "n" * 36, schemes, algorithms, qop, True, userhash)))
+    if longest > MAX_CHALLENGE:
+        raise Refusal(f"unable to use realm {realm!r}: {longest - MAX_CHALLENGE} characters too "
+                      f"long, wget crashes on challenges of more than {MAX_CHALLENGE}")
+
+
+def parse_choice(text: str, known: Iterable[str]) -> Tuple[str, ...]:
+    """Return the names in a comma-separated option, in their canonical spelling.
+
+    >>> parse_choice("sha-256,md5", CANONICAL.values())
+    ('SHA-256', 'MD5')
+    """
+    spelling = {name.lower(): name for name in known}
+    return tuple(spelling.get(name.strip().lower(), name) for name in text.split(","))
+
+
+def parse_max_failures(text: str) -> Tuple[int, float]:
+    """Return the two numbers of --max-failures.
+
+    >>> parse_max_failures("10/60"), parse_max_failures("0")
+    ((10, 60.0), (0, 60.0))
+    """
+    match = re.fullmatch(r"0|([1-9][0-9]{0,8})/([1-9][0-9]{0,8})", text)
+    if match is None:
+        raise Refusal(f"unable to use --max-failures {text}: expected N/SECONDS, or 0")
+    return int(match.group(1) or 0), float(match.group(2) or MAX_FAILURES[1])
+
+
+# -- 5.1 Who is asking
+
+Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
+Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+
+
+def parse_address(text: str) -> Optional[Address]:
+    """Return the address of a peer, or in an element of X-Forwarded-For, or None.
+
+    >>> [str(parse_address(text)) for text in ("::ffff:192.0.2.1", " [2001:db8::1]:80", "-")]
+    ['192.0.2.1', '2001:db8::1', 'None']
+    """
+    match = re.fullmatch(r"\[(.*)\](?::\d+)?|([\d.]+):\d+|([^%]*)(?:%.*)?", text.strip(" \t"))
+    try:
+        address = ipaddress.ip_address(match.group(match.lastindex or 3) if match else "")
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+class TrustedProxies:
+    """Whose X-Forwarded-For is believed: networks, and `unix:` for unix sockets."""
+
+    def __init__(self, options: Iterable[str] = ()) -> None:
+        self._unix = False
+        self._networks: List[Network] = []
+        for option in options:
+            try:
+                self._unix = self._unix or option == "unix:"
+                if option != "unix:":
+                    self._networks.append(ipaddress.ip_network(option, strict=False))
+            except ValueError:
+                raise Refusal(f"unable to trust proxy {option}: expected a network or unix:")
+
+    def trusts(self, address: Optional[Address]) -> bool:
+        """Return whether to believe what a peer says; a unix socket's has no address."""
+        return self._unix if address is None else any(address in net for net in self._networks)
+
+    def find_client(self, peer: str, forwarded: Sequence[str] = ()) -> Tuple[str, Optional[str]]:
+        """Return the address for the log, and whom a lock-out may hit, or None.
+
+        A trusted peer's X-Forwarded-For is read from the right, past trusted hops: what
+        stands left of them was written by the client. On loopback, and behind a proxy that
+        says nothing, all clients have one address: a lock-out would hit them all. An IPv6
+        client can choose among the 2**64 addresses of its network, so that is what counts.
+
+        >>> proxies = TrustedProxies(["10.0.0.0/8"])
+        >>> proxies.find_client("10.0.0.1", ["127.0.0.1, 192.0.2.7", "10.9.9.9"])
+        ('192.0.2.7', '192.0.2.7')
+        >>> proxies.find_client("192.0.2.9", ["1.2.3.4"])
+        ('192.0.2.9', '192.0.2.9')
+        """
+        address = parse_address(peer)
+        hops = ",".join(forwarded).split(",")
+        while self.trusts(address) and hops:
+            hop = parse_address(hops.pop())
+            if hop is None:
+                break
+            address = hop
+        shown = peer if address is None else str(address)
+        if address is None or address.is_loopback or self.trusts(address):
+            return shown, None
+        if address.version == 6:
+            return shown, str(ipaddress.ip_network(f"{address}/64", strict=False))
+        return shown, shown
+
+
+# -- 6. Files of secrets: the passwd verb, the first password, the nonce secret
+
+FIRST_USER = "admin"
+LETTERS = "abcdefghijkmnpqrstuvwxyz23456789"    # 32, and none looks like another
+
+
+def password_lines(username: str, realm: str, password: str) -> List[str]:
+    """Return the htdigest lines of a user; MD5 first, for Apache reads the first that fits."""
+    return [f"{username}:{realm}:{digest_ha1(username, realm, password, name)}"
+            for name in ("MD5", "SHA-256") if name in HASHES]
+
+
+def edit_passwords(text: str, username: str, realm: str, new_lines: Sequence[str]) -> str:
+    r"""Return the text of a password file with new lines for a user, in the old ones' place.
+
+    Comments, other users, and the same user in other realms stay as they are.
+
+    >>> edit_passwords("# x\njim:plain:old\nann:files:00", "jim", "files", ["jim:files:11"])
+    '# x\njim:files:11\nann:files:00\n'
+    """
+    lines: List[str] = []
+    index = -1
+    for line in text.split("\n")[:None if text[-1:] not in ("", "\n") else -1]:
+        name, _, rest = line.partition(":")
+        place, colon, _ = rest.partition(":")
+        elsewhere = colon and rest[0] not in "{$" and place not in (realm, "plain")
+        if line.startswith("#") or unicodedata.normalize("NFC", name) != username or elsewhere:
+            lines.append(line)
+        elif index < 0:
+            index = len(lines)
+    index = len(lines) if index < 0 else index
+    return "".join(line + "\n" for line in lines[:index] + list(new_lines) + lines[index:])
+
+
+def write_file(path: str, text: str, gid: Optional[int] = None, replace: bool = False) -> None:
+    """Put text into a file, 0600, or 0640 for a group: whole, or not at all.
+
+    A file that is replaced keeps its owner and group if we may give them, and 0640 if it
+    had that: it may have been made for the group of a daemon.
+    """
+    path = os.path.realpath(path)
+    new = f"{path}.{os.urandom(4).hex()}.new"
+    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with open(fd, "w", encoding="utf-8") as stream:
+            if replace:
+                old = os.stat(path)
+                gid = old.st_gid if stat.S_IMODE(old.st_mode) == 0o640 else None
+                if os.geteuid() == 0:
+                    os.fchown(fd, old.st_uid, old.st_gid)
+            if gid is not None:
+                os.fchown(fd, -1, gid)
+                os.fchmod(fd, 0o640)
+            stream.write(text)
+            stream.flush()
+            os.fsync(fd)
+        # A link, unlike a rename, fails where another process has just made the file.
+        (os.rename if replace else os.link)(new, path)
+    finally:
+        if os.path.lexists(new):
+            os.unlink(new)
+
+
+def change_password(path: str, username: str, realm: str, password: Optional[str]) -> str:
+    """Set the password of a user in a file, or delete the user (None); return what was done."""
+    username = check_username(username)
+    check_realm(realm)
+    exists = os.path.exists(path)
+    old = read_text(path)[0] if exists else ""
+    others = edit_passwords(old, username, realm, [])
+    known = others.rstrip("\n") != old.rstrip("\n")
+    if password is None and not known:
+        raise Refusal(f"unable to delete user {username!r}: not in {path}")
+    lines = [] if password is None else password_lines(username, realm, check_password(password))
+    try:
+        write_file(path, edit_passwords(old, username, realm, lines), replace=exists)
+    except OSError as error:
+        raise Refusal(f"unable to write passwords {path}: {error.strerror}")
+    return "deleted" if password is None else "changed" if known else "added"
+
+
+def run_passwd(path: str, username: str, realm: str = REALM, from_stdin: bool = False,
+               delete: bool = False) -> str:
+    """Do what `passwd FILE USER` asks for, and return what to say about it."""
+    check_username(username)
+    if delete:
+        password = None
+    elif from_stdin:
+        password = sys.stdin.readline().rstrip("\r\n")
+    else:
+        import getpass              # termios and more, for this verb alone
+        password = getpass.getpass("new password: ")
+        if getpass.getpass("again: ") != password:
+            raise Refusal("unable to set the password: the two differ")
+    done = change_password(path, username, realm, password)
+    return f"user {username!r} {done} in {path} (realm {realm!r})"
+
+
+def first_password(path: str, gid: Optional[int] = None, realm: str = REALM) -> Tuple[str, str]:
+    """Make a password file with one user and a random password; return the two."""
+    password = "".join(LETTERS[octet % 32] for octet in os.urandom(16))
+    lines = password_lines(FIRST_USER, realm, password)
+    try:
+        write_file(path, "".join(line + "\n" for line in lines), gid)
+    except OSError as error:
+        raise Refusal(f"unable to make passwords {path}: {error.strerror}")
+    return FIRST_USER, password
+
+
+def read_nonce_secret(path: str) -> bytes:
+    """Return the secret in a file; make the file when there is none."""
+    try:
+        if not os.path.exists(path):
+            try:
+                write_file(path, os.urandom(32).hex() + "\n")
+            except FileExistsError:
+                pass                # somebody else was faster; it is the same secret then
+        with open(path, "rb") as stream:
+            secret, mode = stream.read(4096).strip(), os.fstat(stream.fileno()).st_mode
+    except OSError as error:
+        raise Refusal(f"unable to read or make nonce secret {path}: {error.strerror}")
+    if len(secret) < 16 or mode & (stat.S_IROTH | stat.S_IWOTH):
+        raise Refusal(f"unable to use nonce secret {path}: shorter than 16 bytes, or everybody "
+                      f"may read it\ntry: chmod 600 {path}, or remove it, and it is made anew")
+    return secret
+
+
+# -- 7. Reading a request ----------------------------------------------------
+#
+# Two programs that read the same bytes differently can be played against each
+# other: what a proxy takes for one request and we for two is a request that
+# nobody checked ("smuggling").  http.server reads generously: it drops all
+# fields after a line without a colon, splits lines at a bare CR, believes one
+# of two Content-Lengths and takes an unread body for the next request.  Here
+# nothing is repaired: one spelling is right, all else is 400, and the
+# connection closes, for nobody knows where the next request would begin.
+
+TCHAR = r"!#$%&'*+\-.^_`|~0-9A-Za-z"
+# RFC 9112 section 3: request-line = method SP request-target SP HTTP-version
+REQUEST_LINE = re.compile(rf'([{TCHAR}]+) ([!"$-~]+) HTTP/([0-9])\.([0-9])')
+# RFC 9112 section 5: field-line = field-name ":" OWS field-value OWS
+# OWS is stripped later: inside the pattern it would make matching quadratic.
+FIELD_LINE = re.compile(rf"^([{TCHAR}]+):([\t -~\x80-\xff]*)\r\n", re.MULTILINE)
+# RFC 9110 section 7.2: Host = uri-host [ ":" port ]
+HOST = re.compile(r"(?:[0-9A-Za-z!$&'()*+,;=._~%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
+# RFC 9112 section 3.2.2: absolute-form = absolute-URI
+ABSOLUTE = re.compile(r"https?://([^/?@]+)([/?].*)?", re.IGNORECASE)
+# RFC 9112 section 7.1: chunk = chunk-size [ chunk-ext ] CRLF chunk-data CRLF
+CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t -~\x80-\xff]*)?")
+UNPRINTABLE = re.compile(r"[^ !#-\[\]-~]")
+
+Values = Dict[str, List[str]]
+
+
+class BadRequest(Exception):
+    """A request that is answered with status, after which the connection closes."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+class Head(NamedTuple):
+    """A request head, read strictly."""
+
+    line: str               # the request line, as the log shows it
+    method: str
+    target: str             # the request target, as sent
+    path: str               # what handlers get: no scheme, no host, one slash at the start
+    minor: int              # of HTTP/1.x
+    values: Values          # field name in lower case -> values
+    length: int             # of the body, as far as it was said
+    chunked: bool           # it was not
+    keep_alive: bool        # the client may send another request
+    expects: bool           # ... and waits for 100 Continue before the body
+    log_tail: str           # Referer and User-Agent, as the log shows them
+
+
+def parse_head(octets: bytes) -> Head:
+    r"""Return the head that octets, up to and with the empty line, stand for.
+
+    >>> head = parse_head(b"GET //a?b HTTP/1.1\r\nHost: x\r\n\r\n")
+    >>> head.target, head.path, head.keep_alive
+    ('//a?b', '/a?b', True)
+    """
+    line, _, block = octets[:-2].decode("latin-1").partition("\r\n")
+    unread = block.count("\n")
+    if len(line) > MAX_LINE:
+        raise BadRequest(414, "request line too long")
+    if len(octets) > MAX_HEAD or unread > MAX_FIELDS:
+        raise BadRequest(431, "head too large")
+    method, target, minor = parse_request_line(line)
+    values: Values = {}
+    for name, value in FIELD_LINE.findall(block):
+        values.setdefault(name.lower(), []).append(value.strip(" \t"))
+        unread -= 1
+    if unread:
+        raise BadRequest(400, "field line")
+    check_host(values, minor)
+    length, chunked = framing(method, minor, values)
+    referer, agent = (escape(values.get(name, ["-"])[0]) for name in ("referer", "user-agent"))
+    return Head(escape(line), method, target, origin_path(method, target), minor, values, length, chunked,
+                keeps_alive(values, minor), expects_continue(values, minor),
+                f'"{referer}" "{agent}"')
+
+
+def parse_request_line(line: str) -> Tuple[str, str, int]:
+    """Return method, request target and minor version.
+
+    >>> parse_request_line("GET /example/foo HTTP/1.1")
+    ('GET', '/example/foo', 1)
+    """
+    match = REQUEST_LINE.fullmatch(line)
+    if match is None:
+        raise BadRequest(400, "request line")
+    if match.group(3) != "1":
+        raise BadRequest(505, "HTTP version")
+    return match.group(1), match.group(2), min(int(match.group(4)), 1)
+
+
+def origin_path(method: str, target: str) -> str:
+    """Return the path and query that a target of any of the four forms asks for.
+
+    Several slashes at the start become one, as in http.server: a handler that redirects
+    to a path "//host/" would send the client to another site (CVE-2021-28861).
+
+    >>> origin_path("GET", "http://host:80/a?b"), origin_path("OPTIONS", "*")
+    ('/a?b', '*')
+
+    See: RFC 9112 section 3.2.
+    """
+    if (method, target) == ("OPTIONS", "*") or method == "CONNECT":
+        return target
+    if not target.startswith("/"):
+        match = ABSOLUTE.fullmatch(target)
+        if match is None or HOST.fullmatch(match.group(1)) is None:
+            raise BadRequest(400, "request target")
+        target = match.group(2) or "/"
+    return "/" + target.lstrip("/") if target[:2] == "//" or target[0] == "?" else target
+
+
+def check_host(values: Values, minor: int) -> None:
+    """Refuse a missing (since HTTP/1.1), second or malformed Host.
+
+    See: RFC 9112 section 3.2.
+    """
+    hosts = values.get("host", [])
+    if len(hosts) != 1 and (hosts or minor) or hosts and HOST.fullmatch(hosts[0]) is None:
+        raise BadRequest(400, "Host")
+
+
+def framing(method: str, minor: int, values: Values) -> Tuple[int, bool]:
+    """Return the length of the body, and whether it is chunked instead.
+
+    >>> framing("POST", 1, {"content-length": ["5"]})
+    (5, False)
+    >>> framing("POST", 1, {"transfer-encoding": ["Chunked"]})
+    (0, True)
+
+    See: RFC 9112 section 6.
+    """
+    lengths = values.get("content-length", [])
+    if "transfer-encoding" in values:
+        codings = split_list(values["transfer-encoding"])
+        if lengths or not minor or codings[-1] != "chunked" or codings.count("chunked") > 1:
+            raise BadRequest(400, "Transfer-Encoding")
+        if len(codings) > 1:
+            raise BadRequest(501, "transfer coding")
+        return 0, True
+    if not lengths and not minor and method in ("POST", "PUT", "PATCH"):
+        raise BadRequest(411, "no Content-Length")      # RFC 1945 section 7.2.2
+    if len(lengths) > 1 or lengths and re.fullmatch("[0-9]+", lengths[0]) is None:
+        raise BadRequest(400, "Content-Length")
+    if lengths and len(lengths[0]) > 15:    # int() of a very long one would take seconds
+        raise BadRequest(413, "body too large")
+    return int(lengths[0]) if lengths else 0, False
+
+
+def split_list(fields: Sequence[str]) -> List[str]:
+    """Return the elements of a list-based field, in lower case.
+
+    >>> split_list(["Keep-Alive, x", "y"])
+    ['keep-alive', 'x', 'y']
+
+    See: RFC 9110 section 5.6.1.
+    """
+    return [element.strip(" \t").lower() for element in ",".join(fields).split(",")]
+
+
+def keeps_alive(values: Values, minor: int) -> bool:
+    """Return whether the client may send another request.
+
+    >>> keeps_alive({}, 1), keeps_alive({}, 0), keeps_alive({"connection": ["Keep-Alive"]}, 0)
+    (True, False, True)
+
+    See: RFC 9112 section 9.3.
+    """
+    if "connection" not in values:
+        return bool(minor)
+    options = split_list(values["connection"])
+    return "close" not in options and (bool(minor) or "keep-alive" in options)
+
+
+def expects_continue(values: Values, minor: int) -> bool:
+    """Return whether the client waits for 100 Continue before it sends the body.
+
+    See: RFC 9110 section 10.1.1.
+    """
+    if "expect" not in values or not minor:
+        return False
+    if split_list(values["expect"]) != ["100-continue"]:
+        raise BadRequest(417, "Expect")
+    return True
+
+
+def escape(text: str) -> str:
+    r"""Return text with nothing in it that could end a line, a quotation, or colour a terminal.
+
+    >>> escape('a"\x1b[1m')
+    'a\\x22\\x1b[1m'
+    """
+    return UNPRINTABLE.sub(lambda match: f"\\x{ord(match.group()):02x}", text)
+
+
+class Body:
+    r"""Find the end of a body, and its meaning, in bytes that arrive in pieces.
+
+    >>> body = Body(0, True)
+    >>> body.feed(b"5;x=y\r\nhel"), body.done, body.feed(b"lo\r\n0\r\n\r\nGET"), body.done
+    (b'hel', False, b'lo', True)
+    >>> body.take_rest()        # belongs to the next request
+    b'GET'
+
+    See: RFC 9112 section 6 and 7.1.
+    """
+
+    def __init__(self, length: int, chunked: bool) -> None:
+        self.left = length      # bytes of the body, or of this chunk, still to come
+        self.next_line = "size" if chunked else ""      # what follows them
+        self.room = MAX_BODY if chunked else length     # for chunks, and then the trailer
+        self.done = not length and not chunked
+        self.rest = bytearray()
+
+    def feed(self, octets: bytes) -> bytes:
+        """Take octets as they came, return what they mean."""
+        self.rest += octets
+        pieces: List[bytes] = []
+        while not self.done and self.rest:
+            if self.left:
+                pieces.append(bytes(self.rest[:self.left]))
+                del self.rest[:self.left]
+                self.left -= len(pieces[-1])
+                self.done = not self.left and not self.next_line
+            elif not self.take_line():
+                break
+        return b"".join(pieces)
+
+    def take_line(self) -> bool:
+        """Take the line after a chunk, before one, or of the trailer, if it is there."""
+        end = self.rest.find(b"\r\n")
+        if end > MAX_LINE or end < 0 and len(self.rest) > MAX_LINE:
+            raise BadRequest(400, "chunk line too long")
+        if end >= 0:
+            line = bytes(self.rest[:end])
+            del self.rest[:end + 2]
+            getattr(self, "take_" + self.next_line)(line)
+        return end >= 0
+
+    def take_end(self, line: bytes) -> None:
+        """Take the empty line at the end of a chunk."""
+        if line:
+            raise BadRequest(400, "chunk longer than its size")
+        self.next_line = "size"
+
+    def take_size(self, line: bytes) -> None:
+        """Take the size of the next chunk; after one of 0 the trailer begins."""
+        match = CHUNK_SIZE.fullmatch(line)
+        if match is None:
+            raise BadRequest(400, "chunk size")
+        self.left = int(match.group(1), 16)
+        self.room -= self.left
+        if self.room < 0:
+            raise BadRequest(413, "body too large")
+        self.next_line = "end" if self.left else "trailer"
+        self.room = self.room if self.left else MAX_HEAD
+
+    def take_trailer(self, line: bytes) -> None:
+        """Take a field after the last chunk, and forget it; the empty line is the end."""
+        self.room -= len(line) + 2
+        if line and not FIELD_LINE.match(line.decode("latin-1") + "\r\n") or self.room < 0:
+            raise BadRequest(400, "trailer")
+        self.done = not line
+
+    def take_rest(self) -> bytes:
+        """Return, once, what came after the end."""
+        rest = bytes(self.rest)
+        self.rest.clear()
+        return rest
+
+
+# -- 8. Handlers -------------------------------------------------------------
+#
+# The API is the one everybody knows: a BaseHTTPRequestHandler with do_GET,
+# headers, rfile, wfile, send_response.  AuthServer runs any such class, in a
+# thread and on the real socket; to make it serve one exchange and no more,
+# AuthHandler is put behind it, where it finds BaseHTTPRequestHandler's methods
+# replaced but all of its own in force:
+#
+#     class Hosted(SimpleHTTPRequestHandler, AuthHandler)     # what hosted() makes
+#
+# A handler that never waits for anything says nonblocking = True and is run in
+# the loop, in memory, and its whole answer leaves in one write.
+
+STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n"
+                for status in http.HTTPStatus}
+
+Fields = Iterable[Tuple[str, str]]
+Work = Callable[[], None]
+
+
+class BodyStream(io.RawIOBase):
+    """rfile: the body, decoded, and then its end; the next request is out of reach."""
+
+    def __init__(self, exchange: "Exchange") -> None:
+        super().__init__()
+        self.exchange, self.pending = exchange, b""
+
+    def readable(self) -> bool:
+        """Return True: io.BufferedReader asks."""
+        return True
+
+    def readinto(self, into: Any) -> int:
+        """Fill into as far as one piece goes; 0 is the end."""
+        while not self.pending and not self.exchange.body.done:
+            self.pending = self.exchange.receive()
+        size = min(len(into), len(self.pending))
+        into[:size], self.pending = self.pending[:size], self.pending[size:]
+        return size
+
+
+class AnswerStream(io.BufferedIOBase):
+    """wfile: every write goes out at once, at the client's pace, if that is not too slow."""
+
+    def __init__(self, exchange: "Exchange") -> None:
+        super().__init__()
+        self.exchange, self.sent = exchange, 0
+
+    def writable(self) -> bool:
+        """Return True: io asks."""
+        return True
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor."""
+        return self.exchange.connection.socket.fileno()
+
+    def write(self, data: Any) -> int:
+        """Send data."""
+        octets, sock = memoryview(data).cast("B"), self.exchange.connection.socket
+        self.exchange.lost = True       # until proven otherwise
+        for start in range(0, len(octets), IN_MEMORY):
+            sock.settimeout(PACE_SECONDS)       # of a whole sendall, since Python 3.5
+            sock.sendall(octets[start:start + IN_MEMORY])
+            self.sent += len(octets[start:start + IN_MEMORY])
+        self.exchange.lost = False
+        return len(octets)
+
+
+class AuthHandler(http.server.BaseHTTPRequestHandler):
+    """A request handler for one exchange: AuthServer passes it where the socket usually is.
+
+    For derived classes: do_GET and friends; remote_user, the authenticated user;
+    nonblocking, the promise never to wait for anything.
+    """
+
+    nonblocking = False
+    protocol_version = "HTTP/1.1"
+    remote_user: Optional[str] = None
+
+    def setup(self) -> None:
+        """Take over the exchange and its streams."""
+        exchange = self.exchange = self.request
+        self.request = self.connection = exchange.connection.socket
+        self.rfile, self.wfile = exchange.rfile, exchange.wfile
+        self.remote_user = exchange.verdict.username
+        self.lines: List[str] = []
+
+    def handle(self) -> None:
+        """Serve the one request that there is."""
+        self.handle_one_request()
+
+    def handle_one_request(self) -> None:
+        """Call do_METHOD, which AuthServer has made sure of; not a second time."""
+        exchange = self.exchange
+        self.close_connection = True
+        if not exchange.begun:
+            exchange.begun = True
+            if self.parse_request():
+                getattr(self, "do_" + self.command)()
+            exchange.close = self.close_connection
+
+    def finish(self) -> None:
+        """Leave the streams to the loop."""
+
+    def parse_request(self) -> bool:
+        """Take over what parse_head has found."""
+        head = self.exchange.head
+        self.command, self.path = head.method, head.path
+        self.request_version = "HTTP/1.1" if head.minor else "HTTP/1.0"
+        self.requestline = f"{head.method} {head.target} {self.request_version}"
+        self.close_connection = self.exchange.close or self.protocol_version < "HTTP/1.1"
+        return True
+
+    def __getattr__(self, name: str) -> Any:
+        """Make the fields in the form that handlers know, when one asks for them."""
+        if name != "headers":
+            raise AttributeError(name)
+        self.headers = http.client.HTTPMessage()
+        for field, value in FIELD_LINE.findall(self.exchange.octets.decode("latin-1")):
+            self.headers[field] = value.strip(" \t")
+        return self.headers
+
+    def log_request(self, code: Union[int, str] = "-", size: Union[int, str] = "-") -> None:
+        """Leave it to the access log, unless the handler has a log of its own."""
+        if type(self).log_message is not http.server.BaseHTTPRequestHandler.log_message:
+            super().log_request(code, size)
+
+    def send_response(self, code: int, message: Optional[str] = None) -> None:
+        """Begin an answer: status line, Server and Date."""
+        self.log_request(code)
+        self.send_response_only(code, message)
+        self.lines.append(self.exchange.connection.server.stamp)
+
+    def send_response_only(self, code: int, message: Optional[str] = None) -> None:
+        """Begin an answer: status line."""
+        line = STATUS_LINES.get(code, "")
+        if message is not None or not line:
+            line = f"HTTP/1.1 {code:d} {message or ''}\r\n"
+        self.exchange.status, self.lines = int(code), [self.protocol_version, line[8:]]
+
+    def send_header(self, keyword: str, value: str) -> None:
+        """Add a field; Connection decides what becomes of the connection."""
+        if keyword.lower() == "connection":
+            self.close_connection = value.lower() == "close"
+        else:
+            self.lines.append(f"{keyword}: {value}\r\n")
+
+    def end_headers(self) -> None:
+        """Write the head, with what verdict and connection have to say."""
+        exchange = self.exchange
+        if exchange.status >= 200:
+            self.lines += [f"{name}: {value}\r\n" for name, value in exchange.verdict.fields]
+            exchange.close = self.close_connection = self.close_connection or exchange.must_close()
+            self.lines.append(exchange.connection_field())
+        self.lines.append("\r\n")
+        head = "".join(self.lines).encode("latin-1", "replace")
+        self.lines = []
+        exchange.head_size += len(head)
+        self.wfile.write(head)
+
+    def flush_headers(self) -> None:
+        """Do nothing: end_headers writes."""
+
+
+class ExampleHandler(AuthHandler):
+    """The example resource: /example/foo names foo and the user; / leads to it."""
+
+    nonblocking = True
+
+    def do_GET(self) -> None:
+        """Answer with a page about the last part of the path."""
+        path = self.path.partition("?")[0]
+        name = urllib.parse.unquote(path.rpartition("/")[2])
+        if path == "/":
+            self.send_page(200, '<a href="/example/foo">/example/foo</a>')
+        elif path.startswith("/example/") and name:
+            user = html.escape(self.remote_user or "everybody")
+            self.send_page(200, f"This is {html.escape(name)}, for {user}.")
+        else:
+            self.send_page(404, "There is no such page.")
+
+    do_HEAD = do_GET
+
+    def do_OPTIONS(self) -> None:
+        """Say what can be done, with this resource or ("*") with the server."""
+        self.send_response(204)
+        self.send_header("Allow", ", ".join(allowed(type(self))))
+        self.end_headers()
+
+    def send_page(self, status: int, text: str) -> None:
+        """Send a small HTML page."""
+        page = f"<!DOCTYPE html><title>example</title><p>{text}</p>\n".encode("utf-8", "replace")
+        self.send_response(status)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.send_header("Content-Length", str(len(page)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(page)
+
+
+def allowed(handler_class: type) -> List[str]:
+    """Return the methods that a handler class answers.
+
+    >>> allowed(ExampleHandler)
+    ['GET', 'HEAD', 'OPTIONS']
+    """
+    return sorted(name[3:] for name in dir(handler_class) if name.startswith("do_"))
+
+
+def hosted(handler: Any) -> Any:
+    """Return a handler class with AuthHandler behind it; also inside a functools.partial."""
+    if isinstance(handler, functools.partial):
+        return functools.partial(hosted(handler.func), *handler.args, **handler.keywords)
+    if issubclass(handler, AuthHandler):
+        return handler
+    return type(handler.__name__, (handler, AuthHandler),
+                {"protocol_version": handler.protocol_version})
+
+
+# -- 9. One exchange, one connection -----------------------------------------
+#
+# The life of a request, all in the thread of the loop but for what says pool:
+#
+#   Connection.ready -> advance -> begin -> parse_head -> Exchange.authenticate
+#     -> judge -> reply                      a refusal: answered right here
+#        or grant -> respond                 a nonblocking handler
+#                 or collect -> respond      ... once its small body is there
+#                 or offload(serve) -> pool  any other handler
+#     -> finish -> Connection.done -> flush  one write; then the next request
+#
+# The whole-head memo.  A client sends the same head again and again, but for a
+# digest's nc and response.  So the bytes of a head that was parsed strictly
+# and authenticated are the key to what they meant.  Equal keys are equal bytes
+# from the same client on the same listening address, with at most two holes at
+# the same places, which the strict parser found to be nc and response; these,
+# the nonce's age and lock-outs are looked at on every hit (Memo.again).  Only
+# a 200 makes an entry, so strangers make none; heads with a body have none; a
+# new password file ends them all.
+
+METHODS = ("CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE")
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+OPEN = Verdict(200)    # of a server without passwords
+NO_BODY = Body(0, False)
+
+Key = Tuple[Union[str, bytes], ...]
+
+
+def memo_key(host: str, octets: bytes) -> Tuple[Key, str, str]:
+    r"""Return the key of a head, and the nc and response that are cut out of it.
+
+    >>> memo_key("::1", b'Authorization: Digest nc=00000001, response="00ff"\r\n')[0]
+    ('::1', b'Authorization: Digest nc=', b', response="', b'"\r\n')
+    """
+    start = octets.find(b"uthorization: Digest ")
+    if start < 0:
+        return (host, octets), "", ""
+    count = octets.find(b" nc=", start) + 4
+    proof = octets.find(b' response="', start) + 11
+    end = octets.find(b'"', proof)
+    if count < proof:
+        key = host, octets[:count], octets[count + 8:proof], octets[end:]
+    else:
+        key = host, octets[:proof], octets[end:count], octets[count + 8:]
+    return key, octets[count:count + 8].decode("latin-1"), octets[proof:end].decode("latin-1")
+
+
+class BodyNeeded(Exception):
+    """The verdict depends on a body that has not arrived yet (qop=auth-int)."""
+
+
+class Exchange:
+    """One request and its answer."""
+
+    __slots__ = ("connection", "octets", "head", "host", "client", "verdict", "body", "content",
+                 "rfile", "wfile", "close", "status", "head_size", "begun", "lost", "patience")
+
+    def __init__(self, connection: "Connection", octets: bytes, head: Head, host: str,
+                 client: Optional[str]) -> None:
+        self.connection, self.octets, self.head = connection, octets, head
+        self.host = host                # the client's address for the log
+        self.client = client            # ... for the lock-out; None: no lock-out can hit it
+        self.verdict: Optional[Verdict] = None
+        self.body = Body(head.length, head.chunked) if head.chunked or head.length else NO_BODY
+        self.content: Optional[bytearray] = None    # of a body that the loop collects
+        self.rfile: Any = None          # and wfile: the streams of the handler
+        self.wfile: Any = None
+        self.close = self.must_close()  # the connection, after the answer
+        self.status = 0                 # of the answer
+        self.head_size = 0              # bytes of it that are not body
+        self.begun = False              # the handler
+        self.lost = False               # the client, in the middle of something
+        self.patience = float(PACE_SECONDS)
+
+    def must_close(self) -> bool:
+        """Return whether client or server want no further request on this connection."""
+        return self.connection.server.draining or not self.head.keep_alive
+
+    def connection_field(self) -> str:
+        """Return the Connection field of the answer, "" where it goes without saying.
+
+        See: RFC 9112 section 9.3.
+        """
+        if self.close:
+            return "Connection: close\r\n"
+        return "" if self.head.minor else "Connection: keep-alive\r\n"
+
+    def authenticate(self) -> None:
+        """Get a verdict: at once, after the body has come, or from the pool (a slow hash)."""
+        try:
+            verdict = self.ask(False)
+        except BodyNeeded:
+            self.collect()
+            return
+        if verdict is None:
+            self.offload(self.verify)
+        else:
+            self.judge(verdict)
+
+    def ask(self, blocking: bool) -> Optional[Verdict]:
+        """Ask the authenticator; None says that the answer takes time."""
+        server, head = self.connection.server, self.head
+        if server.authenticator is None:
+            return OPEN
+        return server.authenticator.authenticate(
+            head.method, head.target, head.values.get("authorization", ()), self.client,
+            server.now, self.connection.listener.schemes, self.read_content, blocking)
+
+    def verify(self) -> Work:
+        """Ask, however long it takes; in the pool."""
+        return functools.partial(self.judge, self.ask(True))
+
+    def read_content(self) -> bytes:
+        """Return the body, for qop=auth-int."""
+        if self.content is None and not self.body.done:
+            raise BodyNeeded
+        return bytes(self.content or b"")
+
+    def judge(self, verdict: Verdict) -> None:
+        """Let the request pass, or refuse it."""
+        self.verdict = verdict
+        if verdict.status == 200:
+            if verdict.memo is not None and self.body is NO_BODY:
+                self.connection.remember(self, verdict.memo)
+            self.grant()
+            return
+        if verdict.reason != "no credentials":
+            self.connection.server.log.error(
+                f"{self.host}: refused {log_name(verdict.log_user)}: {verdict.reason}")
+        self.reply(verdict.status, verdict.fields)
+
+    def grant(self) -> None:
+        """Find who answers: the handler right here, the handler in the pool, or nobody."""
+        server, head = self.connection.server, self.head
+        if head.method not in server.methods:
+            self.reply(405 if head.method in METHODS else 501,
+                       [("Allow", ", ".join(server.methods))])
+        elif head.length > MAX_BODY:
+            self.reply(413)
+        elif not server.nonblocking or self.body_is_large() and self.content is None:
+            self.offload(self.serve)
+        elif self.body.done:
+            self.respond()
+        else:
+            self.collect()
+
+    def body_is_large(self) -> bool:
+        """Return whether the body is too much, or may be, to be held or skipped by the loop."""
+        return self.head.chunked or self.head.length > IN_MEMORY
+
+    def respond(self) -> None:
+        """Run the handler here and now."""
+        connection = self.connection
+        self.rfile, self.wfile = io.BytesIO(self.content or b""), io.BytesIO()
+        try:
+            connection.server.handler(self, connection.address, connection.server)
+        except Exception:
+            self.fail(traceback.format_exc())
+            return
+        answer = self.wfile.getvalue()
+        self.finish(answer, len(answer) - self.head_size)
+
+    def collect(self) -> None:
+        """Have the loop read the body; collected() goes on from there."""
+        connection, self.content = self.connection, bytearray()
+        if self.head.expects and not connection.buffer:
+            connection.output += CONTINUE
+        connection.read_body(self, self.body)
+
+    def collected(self) -> None:
+        """Go on with the body at hand."""
+        if self.verdict is None:
+            self.authenticate()
+        else:
+            self.grant()
+
+    def offload(self, work: Callable[[], Work]) -> None:
+        """Give the connection to a thread; what work returns is then called by the loop."""
+        server = self.connection.server
+        if server.busy >= POOL_THREADS:
+            self.reply(503, [("Retry-After", "1")])
+            return
+        server.busy += 1
+        self.connection.leave()
+        threading.Thread(target=self.labour, args=(work,), daemon=True).start()
+
+    def labour(self, work: Callable[[], Work]) -> None:
+        """Do work, come what may; in the pool."""
+        then: Work = self.connection.close
+        try:
+            then = work()
+        except BadRequest as error:     # found while the handler was reading the body
+            then = functools.partial(self.reply, error.status, (), True)
+        except BaseException:           # SystemExit too: it would end the thread, unanswered
+            then = functools.partial(self.fail, traceback.format_exc())
+        finally:
+            self.connection.server.call_soon(functools.partial(self.connection.come_back, then))
+
+    def serve(self) -> Work:
+        """Run the handler on the real socket, however long it takes; in the pool."""
+        connection, self.wfile = self.connection, AnswerStream(self)
+        self.wfile.write(connection.output)     # what earlier requests are still owed
+        connection.output, self.wfile.sent = b"", 0
+        collected = self.content is not None
+        self.rfile = io.BytesIO(self.content or b"") if collected else io.BufferedReader(
+            BodyStream(self))
+        connection.server.handler(self, connection.address, connection.server)
+        return self.served
+
+    def receive(self) -> bytes:
+        """Return the next piece of the body; in the pool."""
+        connection, start = self.connection, time.monotonic()
+        octets, connection.buffer = connection.buffer, b""
+        if not octets:
+            self.lost = True        # until proven otherwise
+            if self.head.expects and not self.wfile.sent:
+                connection.socket.sendall(CONTINUE)
+            connection.socket.settimeout(max(0.01, self.patience))
+            octets = connection.socket.recv(IN_MEMORY)
+            if not octets:
+                raise ConnectionResetError(errno.ECONNRESET, "client left in the middle")
+            self.lost = False
+        self.patience += len(octets) * PACE_SECONDS / IN_MEMORY - (time.monotonic() - start)
+        return self.body.feed(octets)
+
+    def served(self) -> None:
+        """End what a handler has answered on the socket itself."""
+        if self.lost:
+            self.connection.close()
+        elif self.wfile.sent:
+            self.finish(b"", self.wfile.sent - self.head_size)
+        else:
+            self.fail("the handler sent no answer")
+
+    def fail(self, why: str) -> None:
+        """Answer 500 for a handler that raised, unless it has begun to answer itself."""
+        if not self.lost:
+            self.connection.server.log.error(f"error: {self.head.line}: {why}")
+        if self.lost or isinstance(self.wfile, AnswerStream) and self.wfile.sent:
+            self.connection.close()
+        else:
+            self.reply(500)
+
+    def reply(self, status: int, fields: Fields = (), close: bool = False) -> None:
+        """Answer with nothing but a status."""
+        self.status = status
+        unread = not self.body.done and (self.body_is_large() or self.head.expects)
+        self.close = self.must_close() or close or unread
+        line = STATUS_LINES[status]
+        page = line[9:].encode("ascii")
+        lines = [line, self.connection.server.stamp]
+        lines += [f"{name}: {value}\r\n" for name, value in fields]
+        lines.append(f"Content-Type: text/plain\r\nContent-Length: {len(page)}\r\n")
+        lines.append(self.connection_field() + "\r\n")
+        if self.head.method == "HEAD":
+            page = b""
+        self.finish("".join(lines).encode("latin-1") + page, len(page))
+
+    def finish(self, answer: bytes, size: int) -> None:
+        """Log the exchange and leave it to the connection."""
+        connection = self.connection
+        if connection.listener.logs:
+            connection.server.log.access(self, size)
+        connection.done(self, answer)
+
+
+class Connection:
+    """One client's connection, from accept to close: bytes in, bytes out, one deadline.
+
+    Of thousands nearly all are idle, so an idle one is small.
+    """
+
+    __slots__ = ("server", "listener", "socket", "address", "host", "buffer", "output", "stage",
+                 "deadline", "writes", "exchange", "body", "closing", "lingers")
+
+    def __init__(self, server: "AuthServer", listener: "Listener", sock: socket.socket,
+                 address: Any, host: str) -> None:
+        self.server, self.listener, self.socket = server, listener, sock
+        self.address = address      # for handlers
+        self.host = host            # for rules and logs
+        self.buffer = b""           # received, and not understood yet
+        self.output = b""           # not sent yet
+        self.writes = False         # it waits for the client: nothing is read meanwhile
+        self.exchange: Optional[Exchange] = None    # whose body is being read
+        self.body: Optional[Body] = None            # being read by the loop
+        self.closing = False        # after the output
+        self.lingers = False        # ... because the client may still be sending
+        self.wait("first", FIRST_SECONDS)
+
+    def wait(self, stage: str, seconds: float) -> None:
+        """Set what is waited for, and for how long."""
+        self.stage, self.deadline = stage, self.server.clock + seconds
+
+    def ready(self, events: int) -> None:
+        """Send what waits, or else read what came; then work."""
+        if self.output:
+            self.flush()
+        else:
+            try:
+                octets = self.socket.recv(IN_MEMORY)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError:
+                octets = b""
+            if not octets:
+                self.close()
+            elif self.body is not None:
+                self.receive(octets)
+            elif not self.closing:
+                self.buffer = self.buffer + octets if self.buffer else octets
+        self.advance()
+
+    def advance(self) -> None:
+        """Answer every whole request in the buffer; send the answers together."""
+        while (self.buffer and self.body is None and not self.closing and not self.writes
+               and self.stage != "pool" and len(self.output) < IN_MEMORY):
+            end = self.buffer.find(b"\r\n\r\n") + 4
+            if end > 3:
+                octets, self.buffer = self.buffer[:end], self.buffer[end:]
+                self.begin(octets)
+            elif self.buffer[:2] == b"\r\n":    # an empty line before a request is no request
+                self.buffer = self.buffer[2:]
+            else:
+                self.check_partial_head()
+                break
+        if self.output and not self.writes and self.stage != "pool":
+            self.flush()
+
+    def check_partial_head(self) -> None:
+        """Refuse a head that can only become worse; wait for the rest of others, not for long."""
+        end = self.buffer.find(b"\n")
+        if end < 0 and len(self.buffer) > MAX_LINE:
+            self.refuse(414, "request line too long")
+        elif len(self.buffer) > MAX_HEAD:
+            self.refuse(431, "head too large")
+        elif end >= 0 and self.buffer[end - 1:end] != b"\r":
+            self.refuse(400, "line without CR")
+        elif self.stage != "head":
+            self.wait("head", HEAD_SECONDS)
+
+    def begin(self, octets: bytes) -> None:
+        """Begin the exchange of a whole head."""
+        exchange = self.recall(octets)
+        if exchange is not None:
+            exchange.grant()
+        elif octets[:2] == b"\r\n":
+            self.buffer = octets[2:] + self.buffer
+        else:
+            try:
+                head = parse_head(octets)
+            except BadRequest as error:
+                self.buffer = octets
+                self.refuse(error.status, str(error))
+                return
+            forwarded = head.values.get("x-forwarded-for", ())
+            host, client = self.server.proxies.find_client(self.host, forwarded)
+            Exchange(self, octets, head, host, client).authenticate()
+
+    def recall(self, octets: bytes) -> Optional[Exchange]:
+        """Return the exchange of a head that is known, and still right."""
+        key, nonce_count, response = memo_key(self.host, octets)
+        known = self.listener.memos.get(key)
+        if known is None:
+            return None
+        head, host, client, memo = known
+        now, authenticator = self.server.now, self.server.authenticator
+        if client is not None and authenticator and authenticator.is_locked(client, now):
+            return None
+        verdict = memo.again(now, nonce_count, response)
+        if verdict is None:
+            return None
+        exchange = Exchange(self, octets, head, host, client)
+        exchange.verdict = verdict
+        return exchange
+
+    def remember(self, exchange: Exchange, memo: Memo) -> None:
+        """Keep what a head meant, if its holes are where the strict parser saw them."""
+        key, nonce_count, response = memo_key(self.host, exchange.octets)
+        if memo.is_for(nonce_count, response):
+            memos = self.listener.memos
+            if len(memos) >= MAX_MEMOS:
+                memos.clear()       # then the next request of each client is parsed, that is all
+            memos[key] = exchange.head, exchange.host, exchange.client, memo
+
+    def read_body(self, exchange: Optional[Exchange], body: Body) -> None:
+        """Read a body that exchange waits for, or that nobody wants."""
+        self.exchange, self.body = exchange, body
+        self.wait("body", PACE_SECONDS)
+        octets, self.buffer = self.buffer, b""
+        self.receive(octets)
+
+    def receive(self, octets: bytes) -> None:
+        """Take bytes of the body."""
+        body, exchange = self.body, self.exchange
+        if body is None:
+            return
+        try:
+            piece = body.feed(octets)
+            if exchange is not None and exchange.content is not None:
+                exchange.content += piece
+                if len(exchange.content) > IN_MEMORY:
+                    raise BadRequest(413, "body too large")
+        except BadRequest as error:
+            self.refuse(error.status, str(error))
+            return
+        if body.done:
+            self.buffer, self.body, self.exchange = body.take_rest(), None, None
+            self.wait("idle", IDLE_SECONDS)
+            if exchange is not None:
+                exchange.collected()
+
+    def refuse(self, status: int, reason: str) -> None:
+        """Answer what is no request, or not a whole one, and hang up."""
+        exchange = self.exchange
+        if exchange is None:
+            line = escape(self.buffer[:MAX_LINE].partition(b"\r\n")[0].decode("latin-1"))
+            head = Head(line, "", "", "", 1, {}, 0, False, False, False, '"-" "-"')
+            exchange = Exchange(self, b"", head, self.host, None)
+        self.buffer, self.exchange, self.body = b"", None, None
+        self.lingers = True
+        self.server.log.error(f"{self.host}: refused -: malformed: {reason}")
+        exchange.reply(status, (), True)
+
+    def done(self, exchange: Exchange, answer: bytes) -> None:
+        """Take an answer; find where the next request begins."""
+        self.output = self.output + answer if self.output else answer
+        self.closing = exchange.close
+        self.wait("idle", IDLE_SECONDS)
+        body = exchange.body
+        if body.done:
+            if body.rest:
+                self.buffer = body.take_rest() + self.buffer
+        elif exchange.body_is_large() or self.closing:
+            self.closing = self.lingers = True
+        else:
+            self.read_body(None, body)
+        if self.closing:
+            self.lingers = self.lingers or bool(self.buffer)
+            if not self.output:
+                self.hang_up()
+
+    def flush(self) -> None:
+        """Send the output; what the client does not take now waits, and so do its requests."""
+        try:
+            sent = self.socket.send(self.output)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError:
+            self.close()
+            return
+        self.output = self.output[sent:]
+        if self.output:
+            if not self.writes:
+                self.watch(True)
+                self.wait("write", PACE_SECONDS)
+            self.deadline += sent * PACE_SECONDS / IN_MEMORY
+        elif self.closing:
+            self.hang_up()
+        elif self.writes:
+            self.watch(False)
+            self.wait("body" if self.body else "idle", IDLE_SECONDS)
+
+    def watch(self, writes: bool) -> None:
+        """Wait for the moment to write, or to read."""
+        self.writes = writes
+        self.server.selector.modify(
+            self.socket, selectors.EVENT_WRITE if writes else selectors.EVENT_READ, self.ready)
+
+    def hang_up(self) -> None:
+        """Close; if the client may still be sending, let it finish and read the answer first.
+
+        Closing a socket with bytes unread sends a reset, and a reset makes the client's
+        kernel forget an answer that it has already received.
+
+        See: RFC 9112 section 9.6.
+        """
+        if self.lingers and self.stage != "linger":
+            try:
+                self.socket.shutdown(socket.SHUT_WR)
+                self.watch(False)
+                self.wait("linger", LINGER_SECONDS)
+                return
+            except OSError:
+                pass
+        self.close()
+
+    def leave(self) -> None:
+        """Leave the loop for a thread."""
+        self.server.selector.unregister(self.socket)
+        self.stage, self.deadline = "pool", float("inf")
+
+    def come_back(self, then: Work) -> None:
+        """Come back from a thread, and go on."""
+        self.server.busy -= 1
+        self.socket.setblocking(False)
+        self.server.selector.register(self.socket, selectors.EVENT_READ, self.ready)
+        self.wait("idle", IDLE_SECONDS)
+        then()
+        self.advance()
+
+    def expire(self) -> None:
+        """Close what took too long; who is in the middle of a request is told so."""
+        if self.stage == "head" or self.stage == "body" and self.exchange:
+            self.refuse(408, "too slow")
+            self.advance()
+        else:
+            self.close()
+
+    def close(self) -> None:
+        """Forget the connection; harmless when it is repeated."""
+        if self in self.server.connections:
+            self.server.forget(self)
+            self.socket.close()
+        self.closing, self.buffer, self.output = True, b"", b""
+
+# -- 10. The server ----------------------------------------------------------
+#
+# One thread waits for all sockets at once (selectors) and does whatever does not
+# wait.  An idle or slow client costs a Connection and a deadline, not a thread.
+# Deadlines are looked at once a second: a walk over 10,000 connections takes
+# half a millisecond, no timer structure is cheaper.
+
+
+class Listener(NamedTuple):
+    """A listening socket, the schemes offered there, and the heads seen there."""
+
+    socket: socket.socket
+    schemes: Sequence[str]
+    memos: Dict[Key, Tuple[Head, str, Optional[str], Memo]]
+    logs: bool = True       # not for the socket of probe()
+
+
+class Log:
+    """The access log (descriptor 1) and the error log (descriptor 2), written once per turn.
+
+    One write(2) per turn of the loop instead of one per request, and of whole lines, so
+    that several workers can append to one file.  A full disk stops the log and nothing
+    else: the lost lines are counted, and said as soon as writing works again.
+    """
+
+    def __init__(self) -> None:
+        self.date = ""
+        self.waiting: Dict[int, List[str]] = {1: [], 2: []}
+        self.requests = 0       # since account() last took them
+        self.lost = 0
+
+    def access(self, exchange: Exchange, size: int) -> None:
+        """Note an answer, in the Combined format that log analysers and fail2ban read.
+
+        The user column has a name for a success and for wrong credentials, and "-" for
+        first challenges and stale ones: so fail2ban's filter traefik-auth bans the right.
+        """
+        head, verdict = exchange.head, exchange.verdict
+        user = log_name(verdict.log_user) if verdict else "-"
+        self.requests += 1
+        self.waiting[1].append(
+            f'{exchange.host or "unix:"} - {user} [{self.date}] "{head.line}" '
+            f'{exchange.status} {size} {head.log_tail}\n')
+
+    def error(self, text: str) -> None:
+        """Note what an administrator should know; only its own line feeds divide lines."""
+        lines = "\n".join(escape(line).replace("\\x22", '"') for line in text.split("\n"))
+        self.waiting[2].append(f"[{self.date}] authserver: {lines}\n")
+
+    def flush(self) -> None:
+        """Write what was noted; descriptors 1 and 2 may be another file by now (rotation)."""
+        for fd, lines in self.waiting.items():
+            octets = "".join(lines).encode("ascii")
+            try:
+                while octets:
+                    octets = octets[os.write(fd, octets):]
+                if lines and self.lost:
+                    os.write(2, b"authserver: warning: %d lines of the log lost\n" % self.lost)
+                    self.lost = 0
+            except OSError:
+                self.lost += octets.count(b"\n")
+            lines.clear()
+
+
+@functools.lru_cache(maxsize=256)
+def log_name(username: str) -> str:
+    """Return a user's name as one word of the log.
+
+    >>> log_name("jim"), log_name("a b"), log_name("-")
+    ('jim', 'a%20b', '-')
+    """
+    return urllib.parse.quote(username, "!$&'()*+,/:;=?@", errors="replace")
+
+
+def log_date(second: int) -> str:
+    """Return a time as Combined logs have it: local, with its distance from UTC."""
+    local = time.localtime(second)
+    month = http.server.BaseHTTPRequestHandler.monthname[local.tm_mon]
+    return f"{local.tm_mday:02d}/{month}/" + time.strftime("%Y:%H:%M:%S %z", local)
+
+
+def raise_file_limit() -> int:
+    """Raise the limit of open files to what is allowed, but not for children; return it."""
+    import resource         # Unix only, and needed by no importer of protect()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError):       # macOS: "unlimited" is refused
+        return soft
+    if hasattr(os, "register_at_fork"):     # since Python 3.7
+        os.register_at_fork(after_in_child=lambda: resource.setrlimit(
+            resource.RLIMIT_NOFILE, (soft, hard)))
+    return hard
+
+
+class AuthServer(http.server.HTTPServer):
+    """An HTTPServer that keeps every connection in one loop; see the head of this section.
+
+    Methods for the caller: serve_forever, shutdown, server_close; from daemonize.py also
+    drain, probe, reload, status, abandon.
+    Instance variables: sockets, workers, greeting, authenticator, draining.
+    """
+
+    request_queue_size = BACKLOG
+
+    def __init__(self, server_address: Any, handler_class: Any, bind_and_activate: bool = True,
+                 authenticator: Optional[Authenticator] = None,
+                 sockets: Sequence[Tuple[socket.socket, Sequence[str]]] = ()) -> None:
+        self.handler = hosted(handler_class)
+        served = getattr(self.handler, "func", self.handler)
+        self.nonblocking, self.methods = served.nonblocking, allowed(served)
+        self.authenticator = authenticator or getattr(served, "authenticator", None)
+        if sockets:
+            socketserver.BaseServer.__init__(self, server_address, handler_class)
+        else:
+            super().__init__(server_address, handler_class, bind_and_activate)
+            sockets = [(self.socket, SCHEMES)]
+        self.listeners = [Listener(sock, schemes, {}) for sock, schemes in sockets]
+        self.sockets = [sock for sock, _ in sockets]
+        self.socket = self.sockets[0]
+        self.proxies = TrustedProxies()
+        self.workers = min(4, count_cpus())
+        self.greeting, self.abandon, self.reread = "", nothing, nothing
+        self.connections: Set[Connection] = set()
+        self.per_address: Dict[str, int] = {}
+        self.calls: Deque[Work] = collections.deque()       # for the loop, from other threads
+        self.log = Log()
+        self.busy = self.second = 0         # threads of the pool; when tick() was last at work
+        self.draining = self.stopping = False
+        self.paused_until = 0.0
+        self.stopped = threading.Event()
+        self.open_probe()
+        self.tick()
+
+    def server_bind(self) -> None:
+        """Bind without asking the DNS for our own name, which HTTPServer does."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]
+
+    def serve_forever(self, poll_interval: float = 1.0) -> None:
+        """Serve until shutdown() or drain(), or until a signal handler raises."""
+        self.limit = max(BATCH, min(MAX_CONNECTIONS, raise_file_limit() - SPARE_FILES))
+        self.stopped.clear()
+        self.wake, self.waker = socket.socketpair()
+        self.selector = selectors.DefaultSelector()     # an epoll must not be shared by a fork
+        try:
+            self.selector.register(self.wake, selectors.EVENT_READ, self.make_calls)
+            self.selector.register(self.probed.socket, selectors.EVENT_READ, self.probed.ready)
+            self.accept_again()
+            self.announce()
+            while not self.stopping and not (self.draining and not self.connections):
+                self.turn(poll_interval)
+        finally:
+            self.second = 0
+            self.tick()
+            self.log.flush()
+            for connection in list(self.connections):
+                connection.close()
+            for resource in (self.selector, self.wake, self.waker):
+                resource.close()
+            self.stopping = False
+            self.stopped.set()
+
+    def announce(self) -> None:
+        """Log the addresses; the first worker does it for all."""
+        table = self.authenticator.table if self.authenticator else None
+        if table is None or not table.statistics().get("workers", 0):
+            for listener in self.listeners:
+                self.log.error(f"listening on {address_of(listener.socket)} "
+                               f"({', '.join(listener.schemes)})")
+        if table is not None and "workers" in table.statistics():
+            table.add("workers")
+
+    def turn(self, poll_interval: float) -> None:
+        """Wait for something to do, do it, write the log."""
+        self.log.flush()
+        busy = self.connections or self.paused_until or self.log.requests
+        events = self.selector.select(poll_interval if busy else None)
+        self.tick()
+        for key, mask in events:
+            try:
+                key.data(mask)
+            except Exception:       # a mistake of ours: it may cost a connection, not the worker
+                self.log.error(f"error: {traceback.format_exc()}")
+                if isinstance(getattr(key.data, "__self__", None), Connection):
+                    key.data.__self__.close()
+
+    def tick(self) -> None:
+        """Look at the clocks; once a second, format the dates and close what is overdue."""
+        self.now, self.clock = time.time(), time.monotonic()
+        if int(self.now) != self.second:
+            self.second = int(self.now)
+            date = email.utils.formatdate(self.second, usegmt=True)
+            self.stamp = f"Server: authserver\r\nDate: {date}\r\n"
+            self.log.date = log_date(self.second)
+            if self.log.requests and self.authenticator:
+                self.authenticator.table.add("requests", self.log.requests)
+                self.log.requests = 0
+            for connection in [item for item in self.connections if item.deadline < self.clock]:
+                connection.expire()
+        if self.paused_until and self.paused_until < self.clock:
+            self.accept_again()
+
+    def call_soon(self, call: Work) -> None:
+        """Have call made by the loop; from any thread."""
+        self.calls.append(call)
+        try:
+            self.waker.send(b"x", socket.MSG_DONTWAIT)
+        except (OSError, AttributeError):   # it is awake anyway, or does not run
+            pass
+
+    def make_calls(self, events: int) -> None:
+        """Make the calls that other threads asked for."""
+        self.wake.recv(4096)
+        while self.calls:
+            self.calls.popleft()()
+
+    def accept_again(self) -> None:
+        """Begin to accept connections, or go on after a pause."""
+        self.paused_until = 0.0
+        for listener in [] if self.draining else self.listeners:
+            listener.socket.setblocking(False)
+            if listener.socket.family != getattr(socket, "AF_UNIX", None):
+                # Accepted sockets inherit it: one call here instead of one per connection.
+                listener.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.selector.register(listener.socket, selectors.EVENT_READ,
+                                   functools.partial(self.accept, listener))
+
+    def stop_accepting(self) -> None:
+        """Leave new connections to the kernel's queue, or to another process."""
+        for listener in self.listeners:
+            try:
+                self.selector.unregister(listener.socket)
+            except KeyError:
+                pass
+
+    def accept(self, listener: Listener, events: int) -> None:
+        """Accept some connections."""
+        for _ in range(BATCH):
+            try:
+                sock, address = listener.socket.accept()
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    self.make_room()
+                return
+            self.admit(listener, sock, address)
+
+    def admit(self, listener: Listener, sock: socket.socket, address: Any) -> None:
+        """Take a connection, unless its address has too many; make room for the next one."""
+        host = address[0].replace("::ffff:", "") if address else ""
+        if self.is_limited(host):
+            self.per_address[host] = self.per_address.get(host, 0) + 1
+            if self.per_address[host] > MAX_PER_ADDRESS:
+                self.per_address[host] -= 1
+                sock.close()
+                return
+        sock.setblocking(False)
+        connection = Connection(self, listener, sock, address or ("unix:", 0), host)
+        self.connections.add(connection)
+        self.selector.register(sock, selectors.EVENT_READ, connection.ready)
+        if len(self.connections) >= self.limit:
+            self.make_room()
+
+    def is_limited(self, host: str) -> bool:
+        """Return whether an address stands for one client: not ourselves, nor a proxy."""
+        return host[:4] not in ("", "127.") and self.proxies.find_client(host)[1] is not None
+
+    def forget(self, connection: Connection) -> None:
+        """Strike a connection off the books."""
+        self.connections.remove(connection)
+        if connection.stage != "pool":
+            self.selector.unregister(connection.socket)
+        if connection.host in self.per_address:
+            self.per_address[connection.host] -= 1
+            if not self.per_address[connection.host]:
+                del self.per_address[connection.host]
+
+    def make_room(self) -> None:
+        """Close the oldest idle connections; where there are none, do not accept for a while.
+
+        A socket with clients in its queue stays readable: without the pause the loop
+        would spin, as http.server's does.
+        """
+        idle = [item for item in self.connections
+                if item.stage in ("first", "idle") and not item.buffer]
+        for connection in heapq.nsmallest(BATCH, idle, key=lambda item: item.deadline):
+            connection.close()
+        if not idle and not self.paused_until:
+            self.stop_accepting()
+            self.paused_until = self.clock + PAUSE_SECONDS
+
+    def shutdown(self) -> None:
+        """End serve_forever() from another thread, and wait for its end."""
+        self.stopping = True
+        self.call_soon(nothing)
+        self.stopped.wait()
+
+    def drain(self) -> None:
+        """Accept nobody, end connections after their next answer, then end serve_forever()."""
+        self.draining = True
+        self.call_soon(self.begin_drain)
+
+    def begin_drain(self) -> None:
+        """Do the loop's part of drain()."""
+        self.stop_accepting()
+        self.selector.unregister(self.probed.socket)
+        for connection in self.connections:
+            if connection.stage in ("first", "idle"):
+                connection.deadline = min(connection.deadline, self.clock + DRAIN_SECONDS)
+
+    def open_probe(self) -> None:
+        """Make the socket pair of probe(); of datagrams, for several workers share an end."""
+        ours, self.probing = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        ours.setblocking(False)
+        self.clock = time.monotonic()
+        self.probed = Connection(self, Listener(ours, SCHEMES, {}, False), ours, ("unix:", 0), "")
+
+    def probe(self) -> None:
+        """Ask for a page as a client would; raise Refusal if the answer is not the right one."""
+        self.probing.settimeout(PROBE_SECONDS)
+        self.probing.send(b"GET / HTTP/1.1\r\nHost: probe\r\n\r\n")
+        try:
+            answer = self.probing.recv(IN_MEMORY)
+        except OSError as error:
+            raise Refusal(f"unable to probe the server: {error}")
+        if self.authenticator and not answer.startswith(b"HTTP/1.1 401 "):
+            line = answer.partition(b"\r\n")[0].decode("latin-1")
+            raise Refusal(f"unable to probe the server: it answered {escape(line)}")
+
+    def reload(self) -> None:
+        """Read the password file again; raise Refusal and keep the old one if it is wrong.
+
+        A probe after this asks the workers that are forked after this.
+        """
+        self.reread()
+        self.open_probe()
+
+    def status(self) -> Dict[str, Any]:
+        """Return what the daemon's status should say of the application."""
+        known: Dict[str, Any] = {"addresses": [address_of(sock) for sock in self.sockets]}
+        if self.authenticator:
+            known["users"] = len(self.authenticator.passwords.entries)
+            known.update(self.authenticator.table.statistics())
+        return known
+
+    def server_close(self) -> None:
+        """Close the listening sockets."""
+        for sock in self.sockets + [self.probing, self.probed.socket]:
+            sock.close()
+
+
+def nothing() -> None:
+    """Do nothing."""
+
+
+def count_cpus() -> int:
+    """Return how many CPUs we may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1      # macOS
+
+
+# -- 11. protect() and protect_wsgi() ----------------------------------------
+
+
+class Guard(http.server.BaseHTTPRequestHandler):
+    """What protect() puts before a handler; on AuthServer, which has asked already, idle."""
+
+    authenticator: Authenticator
+    exchange: Optional[Exchange] = None
+    verdict: Optional[Verdict] = None
+    remote_user: Optional[str] = None
+
+    def parse_request(self) -> bool:
+        """Ask for the password when http.server has read a head and before it acts on it."""
+        if not super().parse_request() or self.exchange is not None:
+            return self.exchange is not None
+        # self.path is no longer what the client sent, and signed: "//x" is "/x" in it.
+        target = str(self.raw_requestline, "latin-1").split()[1]
+        client = TrustedProxies().find_client(self.client_address[0] if self.client_address else "")[1]
+        self.verdict = self.authenticator.authenticate(
+            self.command, target, self.headers.get_all("Authorization") or (), client,
+            time.time(), None, self.read_content)
+        self.remote_user = self.verdict.username
+        if self.verdict.status != 200:
+            self.refuse(self.verdict)
+        return self.verdict.status == 200
+
+    def read_content(self) -> bytes:
+        """Return the body, for qop=auth-int; the handler reads it again, and is the last."""
+        length = self.headers.get("Content-Length", "0")
+        content = self.rfile.read(min(int(length), IN_MEMORY) if length.isdigit() else 0)
+        self.rfile, self.close_connection = io.BytesIO(content), True
+        return content
+
+    def refuse(self, verdict: Verdict) -> None:
+        """Answer a request that may not pass."""
+        if self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers:
+            self.read_content()     # so that its bytes are not taken for the next request
+        line = STATUS_LINES[verdict.status][9:]
+        self.send_response(verdict.status)
+        for name, value in verdict.fields:
+            self.send_header(name, value)
+        self.send_header("Content-Type", "text/plain")
+        self.send_header("Content-Length", str(len(line)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.verdict = None
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(line.encode("ascii"))
+
+    def end_headers(self) -> None:
+        """Add Authentication-Info to the handler's answer."""
+        for name, value in self.verdict.fields if self.verdict else ():
+            self.send_header(name, value)
+        super().end_headers()
+
+
+def protect(handler_class: Any, passwords: Passwords, **offer: Any) -> Any:
+    """Return a handler class that answers only who has a password; any server runs it.
+
+    Further arguments are those of Authenticator.  The name is in remote_user.
+    """
+    authenticator = Authenticator(passwords, now=time.time(), **offer)
+    return type(handler_class.__name__, (Guard, handler_class), {"authenticator": authenticator})
+
+
+def raw_target(environ: Dict[str, Any]) -> str:
+    """Return the request target that a WSGI environment stands for, as sent where it is known.
+
+    >>> raw_target({"SCRIPT_NAME": "/a", "PATH_INFO": "/b c", "QUERY_STRING": "d=e"})
+    '/a/b%20c?d=e'
+    """
+    sent = environ.get("RAW_URI") or environ.get("REQUEST_URI")     # gunicorn; waitress, uWSGI
+    if sent:
+        return str(sent)
+    path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
+    query = environ.get("QUERY_STRING", "")
+    return urllib.parse.quote(path.encode("latin-1"), "/:@!$&'()*+,;=") + ("?" + query) * bool(query)
+
+
+def protect_wsgi(application: Any, passwords: Passwords, **offer: Any) -> Any:
+    """Return a WSGI application that answers only who has a password.
+
+    The name is in REMOTE_USER, the scheme in AUTH_TYPE.
+    """
+    authenticator = Authenticator(passwords, now=time.time(), **offer)
+
+    def guarded(environ: Dict[str, Any], start_response: Any) -> Any:
+        """Answer a refusal, or else call the application."""
+        def read_content() -> bytes:
+            content = environ["wsgi.input"].read(min(int(environ.get("CONTENT_LENGTH") or 0),
+                                                     IN_MEMORY))
+            environ["wsgi.input"] = io.BytesIO(content)
+            return bytes(content)
+
+        def start(status: str, fields: List[Tuple[str, str]], *exc_info: Any) -> Any:
+            return start_response(status, list(fields) + list(verdict.fields), *exc_info)
+
+        field = environ.get("HTTP_AUTHORIZATION")
+        verdict = authenticator.authenticate(
+            environ["REQUEST_METHOD"], raw_target(environ), () if field is None else (field,),
+            TrustedProxies().find_client(environ.get("REMOTE_ADDR", ""))[1], time.time(), None, read_content)
+        if verdict.status == 200:
+            environ["REMOTE_USER"] = verdict.username.encode("utf-8").decode("latin-1")
+            environ["AUTH_TYPE"] = verdict.scheme
+            return application(environ, start)
+        line = STATUS_LINES[verdict.status][9:]
+        start(line.rstrip(), [("Content-Type", "text/plain"), ("Content-Length", str(len(line)))])
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [line.encode("ascii")]
+    return guarded
+
+
+# -- 12. Addresses -----------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """Where to listen: a numeric host and a port, or the path of a unix socket."""
+
+    family: int
+    where: Any          # as socket.bind wants it
+
+    def fits(self, sock: socket.socket) -> bool:
+        """Return whether a socket that was handed over listens where we want to."""
+        if sock.family != self.family or self.family == socket.AF_UNIX:
+            return sock.family == self.family and sock.getsockname() == self.where
+        host, port = sock.getsockname()[:2]
+        return bool(host == self.where[0] and self.where[1] in (0, port))
+
+
+def parse_bind(text: str) -> Place:
+    """Return the address of a --bind option.
+
+    >>> parse_bind("[::1]:80").where, parse_bind("unix:/run/x").where
+    (('::1', 80), '/run/x')
+    """
+    if text.startswith("unix:") and text != "unix:":
+        return Place(socket.AF_UNIX, os.path.abspath(text[5:]))
+    match = re.fullmatch(r"(?:\[([0-9A-Za-z:.%]+)\]|([0-9A-Za-z._-]*)):([0-9]{1,5})", text)
+    if match is None or int(match.group(3)) > 65535:
+        raise Refusal(f"unable to bind {text}: expected HOST:PORT, [V6]:PORT, :PORT or unix:PATH")
+    host, port = match.group(1) or match.group(2), int(match.group(3))
+    if not host:
+        return Place(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET,
+                       ("::" if socket.has_ipv6 else "0.0.0.0", port))
+    try:
+        # As bytes: for text Python would load its IDNA tables first, which takes 5 ms.
+        found = socket.getaddrinfo(host.encode(), port, 0, socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise Refusal(f"unable to bind {text}: {error.strerror}")
+    return Place(found[0], found[4][:2])
+
+
+def open_socket(address: Place) -> socket.socket:
+    """Return a socket that listens at address."""
+    sock = socket.socket(address.family, socket.SOCK_STREAM)
+    try:
+        if address.family == socket.AF_UNIX:
+            remove_stale_socket(address.where)
+        else:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if address.family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address.where[0] != "::")
+        sock.bind(address.where)
+        if address.family == socket.AF_UNIX:
+            os.chmod(address.where, 0o666)      # as a port: whoever gets there needs a password
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise BindError(f"unable to bind {show_address(address.family, address.where)}: "
+                        f"{error.strerror or error}")
+    return sock
+
+
+class BindError(OSError):
+    """A port that cannot be had; exit status 1."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def remove_stale_socket(path: str) -> None:
+    """Remove a unix socket that nobody listens on any more."""
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            return
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(path)
+    except ConnectionRefusedError:
+        os.unlink(path)
+    except OSError:
+        pass            # bind() will say it
+
+
+def show_address(family: int, where: Any) -> str:
+    """Return an address as a URL, or as --bind has it.
+
+    >>> show_address(socket.AF_INET6, ("::1", 80, 0, 0))
+    'http://[::1]:80/'
+    """
+    if family == socket.AF_UNIX:
+        return f"unix:{where}"
+    return f"http://[{where[0]}]:{where[1]}/" if ":" in where[0] else f"http://{where[0]}:{where[1]}/"
+
+
+def address_of(sock: socket.socket) -> str:
+    """Return where a socket listens."""
+    return show_address(sock.family, sock.getsockname())
+
+
+def is_private(sock: socket.socket) -> bool:
+    """Return whether no network lies between the socket and its clients."""
+    address = parse_address(sock.getsockname()[0]) if sock.family != socket.AF_UNIX else None
+    return address is None or address.is_loopback
+
+
+def open_sockets(options: argparse.Namespace) -> List[socket.socket]:
+    """Return listening sockets for all addresses asked for, from those handed over if they fit."""
+    given = list(getattr(options, "sockets", []))
+    if given and not options.bind:
+        return given            # systemd knows where
+    sockets = []
+    for text in options.bind or [DEFAULT_ADDRESS]:
+        address = parse_bind(text)
+        fitting = [sock for sock in given if address.fits(sock)][:1]
+        sockets += fitting or [open_socket(address)]
+        given = [sock for sock in given if sock not in fitting]
+    for sock in given:
+        sock.close()
+    return sockets
+
+
+# -- 13. The command line ----------------------------------------------------
+
+DEFAULT_ADDRESS = "127.0.0.1:8081"      # the article's port
+
+
+def add_arguments(parser: Any) -> None:
+    """Add our options to a parser (daemonize.py's, or our own)."""
+    add = parser.add_argument
+    add("--bind", metavar="ADDRESS", action="append",
+        help=f"HOST:PORT, [V6]:PORT, :PORT (both families) or unix:PATH; repeatable "
+             f"(default: {DEFAULT_ADDRESS}; port 0: any)")
+    add("--passwords", metavar="FILE", help="the password dictionary; - reads standard input, once")
+    add("--allow-partial", action="store_true",
+        help="serve, though some users can not answer every scheme offered")
+    add("--realm", metavar="NAME", default=REALM, help="protection space (default: %(default)s)")
+    add("--schemes", metavar="LIST",
+        help="offered, in this order (default: digest,basic; digest alone over a network)")
+    add("--algorithms", metavar="LIST", default=",".join(ALGORITHMS),
+        help="of Digest: MD5, SHA-256, SHA-512-256, each also -sess (default: %(default)s)")
+    add("--qop", metavar="LIST", default=",".join(QOP),
+        help="of Digest: auth, auth-int (default: %(default)s)")
+    add("--nonce-lifetime", metavar="SECONDS", type=float, default=NONCE_LIFETIME,
+        help="after which clients silently try again (default: %(default)g)")
+    add("--nonce-secret", metavar="FILE",
+        help="shared by machines that accept one another's nonces (default: a new one each start)")
+    add("--trusted-proxy", metavar="CIDR", action="append", default=[],
+        help="believe X-Forwarded-For from these peers only; repeatable (default: nobody)")
+    add("--max-failures", metavar="N/SECONDS", default="%d/%d" % MAX_FAILURES,
+        help="lock an address out after N wrong passwords (default: %(default)s; 0: never)")
+
+
+def bind(options: argparse.Namespace) -> AuthServer:
+    """Open sockets and files, with full privileges; return the server that will use them."""
+    chosen = parse_choice(options.schemes, SCHEMES) if options.schemes else ()
+    algorithms = parse_choice(options.algorithms, CANONICAL.values())
+    qop = parse_choice(options.qop, ("auth", "auth-int"))
+    proxies = TrustedProxies(options.trusted_proxy)
+    failures = parse_max_failures(options.max_failures)
+    secret = read_nonce_secret(os.path.abspath(options.nonce_secret)) if options.nonce_secret else b""
+    path, first = find_passwords(options)
+    try:
+        sockets = open_sockets(options)
+        offers = [chosen or (SCHEMES if is_private(sock) else SCHEMES[:1]) for sock in sockets]
+        schemes = [name for name in SCHEMES if any(name in offer for offer in offers)]
+        read = functools.partial(read_passwords, path, options, schemes, algorithms)
+        authenticator = Authenticator(read(), schemes, algorithms, qop, options.nonce_lifetime, secret,
+                                      None, time.time(), failures)
+    except BaseException:
+        if first:
+            os.unlink(path)
+        raise
+    server = AuthServer(None, ExampleHandler, True, authenticator, list(zip(sockets, offers)))
+    server.proxies = proxies
+    server.reread = lambda: setattr(authenticator, "passwords", read())
+    if first:
+        server.abandon = lambda: os.unlink(path)
+        server.greeting = greet(*first, server)
+    return server
+
+
+def find_passwords(options: argparse.Namespace) -> Tuple[str, Tuple[str, ...]]:
+    """Return the path of the password file, and user and password if it had to be made."""
+    if options.passwords:
+        return options.passwords if options.passwords == "-" else os.path.abspath(
+            options.passwords), ()
+    prefix = getattr(options, "config_prefix", "")
+    path = prefix + "passwords"
+    if prefix and os.path.exists(path):
+        return path, ()
+    if not (prefix and getattr(options, "may_create", False)):
+        raise Refusal("unable to find a password file: --passwords is missing\n"
+                      "try: authserver.py passwd FILE USER")
+    gid = getattr(options, "gid", None) if getattr(options, "uid", None) else None
+    return path, first_password(path, gid, options.realm)
+
+
+def read_passwords(path: str, options: argparse.Namespace, schemes: Sequence[str],
+                   algorithms: Sequence[str]) -> Passwords:
+    """Return the password file's dictionary, if it can serve what is offered."""
+    passwords = Passwords.read(path, options.realm, options.allow_partial)
+    passwords.check_servable(schemes, algorithms, options.allow_partial)
+    for warning in passwords.warnings:
+        print(f"authserver: warning: {escape(warning)}", file=sys.stderr)
+    return passwords
+
+
+def greet(user: str, password: str, server: AuthServer) -> str:
+    """Return what the first start says, once."""
+    sock = server.sockets[0]
+    url = address_of(sock)
+    if sock.family == socket.AF_UNIX:
+        url = f"--unix-socket {sock.getsockname()} http://localhost/"
+    url = url.replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")
+    return f"user: {user}\npassword: {password}\ntry: curl --digest -u {user} {url}example/foo"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of our own command line."""
+    parser = argparse.ArgumentParser(
+        prog="authserver.py", allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter,
+        usage="authserver.py [options] | passwd FILE USER [--stdin] [--delete] [--realm NAME]",
+        description="Serve over HTTP, to users with a password (Basic and Digest).",
+        epilog="examples:\n  authserver.py passwd users jim\n"
+               "  authserver.py --passwords users --bind :8081")
+    add_arguments(parser)
+    return parser
+
+
+def passwd(arguments: Sequence[str]) -> str:
+    """Do the passwd verb, and return what to say."""
+    parser = argparse.ArgumentParser(prog="authserver.py passwd", allow_abbrev=False,
+                                     description="Add or change a user (asks twice).")
+    parser.add_argument("file", metavar="FILE")
+    parser.add_argument("user", metavar="USER")
+    parser.add_argument("--realm", default=REALM, help="(default: %(default)s)")
+    parser.add_argument("--stdin", action="store_true", help="read the password, one line")
+    parser.add_argument("--delete", action="store_true", help="delete the user instead")
+    options = parser.parse_args(arguments)
+    return run_passwd(options.file, options.user, options.realm, options.stdin, options.delete)
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Serve in the foreground, or do the passwd verb."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if words[:1] == ["passwd"]:
+            print(passwd(words[1:]))
+            return 0
+        server = bind(build_parser().parse_args(words))
+        try:
+            server.serve_forever()
+        finally:
+            server.server_close()
+    except KeyboardInterrupt:
+        return 0
+    except (OSError, Refusal) as error:
+        print(f"authserver: fatal: {error}", file=sys.stderr)
+        return int(getattr(error, "status", 1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,2168 @@
+#!/usr/bin/env python3
+# MIT licence. One file, standard library only: copy it and run it. Origin: Clark Evans' recipe (2003),
+# twistd's order of steps, and three articles that found out why the order matters (README, "History").
+"""Run an application, a script or a program as a well-behaved Unix daemon.
+
+    python3 daemonize.py start                      # authserver.py, which lies beside this file
+    python3 daemonize.py start --app FILE.py        # your application or script
+    python3 daemonize.py start -- COMMAND ARG ...   # any program
+    python3 daemonize.py status | reload | restart | stop        (and `run`: in the foreground)
+
+Or, in a script of your own: `from daemonize import startstop`.
+
+The life of a daemon.  Three processes take part: the COMMAND that you typed, the STARTER that it forks,
+and the DAEMON that the starter forks.  twistd's names for the steps stand beside ours:
+
+    step                                     process   uid     twistd                  its place there
+    1 parse; make every path absolute        command   caller  parseOptions            1
+    2 the turn: byte 0 of PIDFILE.lock       command   caller  checkPID                2
+    3 open log, pidfile, lock, control       starter   root    startLogger,            3,
+      socket; app.bind(): ports, keys                          privilegedStartService  9
+    4 fork, setsid, fork; stdio to the log   starter   root    daemonize               7
+    5 chroot, chdir, umask                   daemon    root    setupEnvironment        4-6
+    6 groups, gid, uid; prove it             daemon    ->user  switchUidGid            10
+    7 listen, workers, probe, report ready;  daemon    user    startApplication,       11,
+      instance lock, write the pidfile                         openPIDFile             8
+    8 empty the pidfile                      daemon    user    removePIDFile           13
+
+Why it differs where it differs: we bind before detaching, so that "port taken" reaches the terminal in
+full (twistd sends it through a pipe, cut to 100 bytes).  We chroot after the fork, since the command must
+stay outside to tidy up.  The pidfile is written last, because it is a promise: it names a daemon that
+answers.  And step 8 does not unlink: unlink(2) needs a right on the FOLDER that step 6 gave away (twistd's
+oldest open bug); ftruncate(2) needs only the fd that step 3 opened.
+
+Vocabulary: pidfile, logfile, rundir as in twistd; STALE is a pidfile whose process is dead; the TURN is the
+right to change a daemon's state, the INSTANCE LOCK is the proof of being the daemon; READY is "it answers".
+
+What ps shows.  The session and group were made by the starter, which is gone; a hosted application leads a
+group of its own (so `kill -- -PID` ends its children too) without leading the session (so it can never
+acquire a terminal):
+
+    $ ps -o pid,ppid,pgid,sid,tty,cmd
+      PID  PPID  PGID   SID TT   CMD
+     4243     1  4243  4242 ?    python3 daemonize.py start        the daemon
+     4244  4243  4243  4242 ?    python3 daemonize.py start        a worker
+
+Layout: 0 messages, 1 who and where, 2 processes, 3 the lock, 4 files, 5 leaving the terminal, 6 giving up
+root, 7 hosting, 8 the daemon's loop, 9 the control socket, 10 ending, 11 commands, 12 the library call,
+13 the command line.  Start at the bottom.
+"""
+import argparse
+import array
+import atexit
+import contextlib
+import errno
+import faulthandler
+import fcntl
+import json
+import os
+import re
+import select
+import shlex
+import shutil
+import signal
+import socket
+import stat
+import struct
+import sys
+import threading
+import time
+import traceback
+from types import FrameType, ModuleType
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, NoReturn, Optional, Tuple
+try:
+    import grp
+    import pwd
+except ImportError:
+    sys.exit("daemonize: fatal: unable to run here: this system has neither fork nor users")
+
+__version__ = "1.0"
+__all__ = ["startstop", "main"]
+
+APPLICATION = "authserver.py"   # hosted when neither --app nor -- names another; the one line that knows it
+TIMEOUT = 10.0                  # seconds that stop and drain wait before SIGKILL
+START_TIMEOUT = 30.0            # seconds after which a start that is not ready has failed
+UMASK = 0o027                   # for the application's files: nothing for others
+LOG_BYTES, LOG_KEEP = 10 << 20, 5   # size of a log that is rotated, number of rotated logs kept
+ALIVE = 0.3                     # seconds a script or program must live to count as started
+ANSWER = 5.0                    # seconds for one exchange over a channel
+POLL = 0.02                     # seconds between two looks where the system offers nothing to wait on
+TICK = 1.0                      # seconds between two looks of an idle daemon at its log and workers
+SETTLED = 10.0                  # seconds after which a worker's death is bad luck, not bad code
+BACKOFF = (0.1, 30.0)           # seconds: shortest and longest pause before bad code is tried again
+MAX_MESSAGE, MAX_SOCKETS = 1 << 16, 64      # bytes and descriptors that are taken from a daemon at once
+PROC = "/proc"                  # where it is missing (macOS, BSD), ps(1) is asked
+
+
+# -- 0. Messages -------------------------------------------------------------
+
+class Fatal(Exception):
+    """The command cannot do what it was asked: words for a person, an exit status, perhaps a traceback."""
+
+    def __init__(self, message: str, status: int = 1, trace: str = "") -> None:
+        super().__init__(message)
+        self.status, self.trace = status, trace
+
+
+def as_fatal(error: BaseException) -> Fatal:
+    """Return any exception as a Fatal, with its traceback unless it was raised for a person to read.
+
+    An application marks such an error by an attribute `status`, 1 or 2.
+    """
+    if isinstance(error, Fatal):
+        return error
+    if getattr(error, "status", None) in (1, 2):
+        return Fatal(str(error), getattr(error, "status"))
+    trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    return Fatal("unable to start: %s" % because(error), trace=trace)
+
+
+def because(error: BaseException) -> str:
+    """Return the reason in an exception without Python's dressing.
+
+    >>> because(OSError(errno.ELOOP, "Too many levels")), because(KeyError("x"))
+    ('is a symbolic link', "KeyError: 'x'")
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return "is a symbolic link" if error.errno == errno.ELOOP else error.strerror   # O_NOFOLLOW's ELOOP
+    return "%s: %s" % (type(error).__name__, error)
+
+
+def printable(text: str) -> str:
+    r"""Return text that is safe on a terminal: what came from elsewhere may hold escape sequences.
+
+    >>> printable("caf\xe9\x1b[2J\n"), printable("\udcc3\udca9")
+    ('café\\x1b[2J\n', 'é')
+    """
+    # Bytes that did not decode are surrogates (PEP 383); for Python 3.6 under env -i UTF-8 is such bytes, too.
+    text = re.sub("[\ud800-\udc7f\udd00-\udfff]", "?", text)
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def emit(fd: int, text: str) -> None:
+    """Write text to fd 1 or 2; as bytes, since the encoding of sys.stdout may be ASCII (env -i)."""
+    data = printable(text).encode()
+    with contextlib.suppress(OSError):      # closed, full, no reader: the exit status still tells
+        while data:
+            data = data[os.write(fd, data):]
+
+
+def warn(text: str) -> None:
+    emit(2, "daemonize: warning: %s\n" % text)
+
+
+def log(text: str) -> None:
+    """Write a line to the daemon's log, which is fd 2 since step 4."""
+    emit(2, "%s daemonize[%d]: %s\n" % (time.strftime("%Y-%m-%d %H:%M:%S"), os.getpid(), text))
+
+
+def describe(status: int) -> str:
+    """Return what wait(2) says of a dead process, in words.
+
+    >>> describe(9), describe(3 << 8)
+    ('was killed by signal 9', 'exited with status 3')
+    """
+    if os.WIFSIGNALED(status):
+        return "was killed by signal %d" % os.WTERMSIG(status)
+    return "exited with status %d" % os.WEXITSTATUS(status)
+
+
+# -- 1. Who and where --------------------------------------------------------
+
+class Identity(NamedTuple):
+    """The user that the daemon becomes; name is "" where the passwd database has no entry."""
+    uid: int
+    gid: int
+    name: str
+    home: str
+
+
+def look_up_identity(user: Optional[str], group: Optional[str]) -> Optional[Identity]:
+    """Return whom --uid and --gid (names or numbers) ask for; None for: stay who you are.
+
+    In step 1, because a jail has no passwd database.  See: getpwnam(3), getgrnam(3).
+    """
+    if user is None and group is None:
+        return None
+    if os.geteuid() != 0:
+        raise Fatal("unable to switch to %s: only root may" % (user or group))
+    try:
+        gid = None if group is None else int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
+        entry = pwd.getpwuid(int(user)) if user and user.isdigit() else pwd.getpwnam(user or "root")
+    except KeyError as error:
+        if user and user.isdigit() and gid is not None:
+            return Identity(int(user), gid, "", "/")
+        raise Fatal("unable to switch user: %s" % str(error).strip("'\""))
+    except OverflowError:
+        raise Fatal("unable to switch to %s: no such number" % user)
+    return Identity(entry.pw_uid, entry.pw_gid if gid is None else gid, entry.pw_name, entry.pw_dir)
+
+
+class Files(NamedTuple):
+    """The paths of one daemon: what no option names derives from the pidfile's path."""
+    pidfile: str
+    logfile: Optional[str]      # None: the output stays where it is (run)
+    prefix: str                 # the application's own files begin so; "" where there is no place for them
+
+    lock = property(lambda self: self.pidfile + ".lock")
+    control = property(lambda self: self.pidfile + ".sock")
+    folder = property(lambda self: os.path.dirname(self.pidfile))
+
+
+def default_files(name: str) -> Files:
+    """Return the files that effective uid and name stand for, and nothing else: cron must find them, too."""
+    uid = os.geteuid()
+    if uid == 0:
+        run = "/run" if os.path.isdir("/run") else "/var/run"
+        return Files("%s/%s.pid" % (run, name), "/var/log/%s/%s.log" % (name, name), "/etc/%s." % name)
+    try:
+        home = pwd.getpwuid(uid).pw_dir         # not $HOME: su may have left another's there
+        os.stat(home + "/.")
+        if not os.access(home, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except (KeyError, OSError) as error:
+        raise Fatal("unable to use the home directory of uid %d: %s\n"
+                    "try: --pidfile --logfile --passwords" % (uid, because(error)))
+    return Files("%s/.%s/pid" % (home, name), "%s/.%s/log" % (home, name), "%s/.%s/" % (home, name))
+
+
+def absolute(path: str) -> str:
+    """Return path resolved against the caller's folder, once and for all (step 1)."""
+    try:
+        return os.path.abspath(path)
+    except FileNotFoundError:
+        raise Fatal("unable to resolve %s: the current directory is gone" % path)
+
+
+def wanted_files(options: argparse.Namespace) -> Files:
+    """Return the default files, with what --pidfile and --logfile say instead."""
+    try:
+        files = default_files(options.name)
+    except Fatal:
+        if options.pidfile is None or options.logfile is None and options.action in ("start", "restart"):
+            raise
+        files = Files("", None, "")
+    if options.action == "run":
+        files = files._replace(logfile=None)
+    if options.pidfile is not None:
+        files = files._replace(pidfile=absolute(options.pidfile))
+    if options.logfile is not None:
+        files = files._replace(logfile=absolute(options.logfile))
+    return files
+
+
+# -- 2. Processes ------------------------------------------------------------
+
+class Process(NamedTuple):
+    """What the kernel says of a living process: nothing that a file could forge."""
+    pid: int
+    ppid: int
+    pgid: int
+    sid: int                    # -1 where only ps(1) can be asked
+    uid: int                    # real
+
+
+def processes() -> List[Process]:
+    """Return all living processes; zombies are dead.  See: proc_pid_status(5).
+
+    The uid is read and not taken from the owner of /proc/PID: a process that changed its uid is not
+    dumpable, and its folder belongs to root (prctl(2), PR_SET_DUMPABLE).
+    """
+    if not os.path.exists(PROC + "/self/status"):
+        return processes_by_ps()
+    found = []
+    for name in os.listdir(PROC):
+        if name.isdigit():
+            with contextlib.suppress(OSError, KeyError):        # it ended while we were looking
+                with open("%s/%s/status" % (PROC, name), "rb") as stream:
+                    facts = dict(re.findall(rb"^(\w+):\s+(\S+)", stream.read(), re.M))
+                if facts[b"State"] not in (b"Z", b"X"):
+                    found.append(Process(*(int(facts[key]) for key in (b"Pid", b"PPid", b"NSpgid", b"NSsid", b"Uid"))))
+    return found
+
+
+def processes_by_ps() -> List[Process]:
+    """Return the same where there is no /proc.  See: ps(1), the part that POSIX has."""
+    import subprocess           # here, for these systems only
+    command = ["ps", "-A"] + [word for key in ("pid", "ppid", "pgid", "ruid", "stat") for word in ("-o", key + "=")]
+    rows = [line.split() for line in subprocess.check_output(command).decode().splitlines()]
+    return [Process(int(r[0]), int(r[1]), int(r[2]), -1, int(r[3])) for r in rows if r[4][0] not in "ZX"]
+
+
+def find_process(pid: Optional[int]) -> Optional[Process]:
+    return next((p for p in processes() if p.pid == pid), None)
+
+
+def family(groups: Tuple[int, ...]) -> List[Process]:
+    """Return what this process has started and still lives: descendants, and members of the groups it made."""
+    everyone, mine, size = processes(), {os.getpid()}, 0
+    while size != len(mine):
+        size = len(mine)
+        mine |= {p.pid for p in everyone if p.ppid in mine}
+    return [p for p in everyone if p.pid != os.getpid()
+            and (p.pid in mine or p.pgid in groups and p.sid in (os.getsid(0), -1))]
+
+
+def kill_each(members: List[Process], signum: int) -> None:
+    for process in members:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signum)
+
+
+def end_family(groups: Tuple[int, ...], timeout: float) -> None:
+    """End what this process has started; it was told already, and gets timeout seconds to obey."""
+    end_all(lambda: family(groups), lambda signum: kill_each(family(groups), signum), timeout)
+
+
+def end_all(members: Callable[[], List[Process]], send: Callable[[int], None], timeout: float) -> bool:
+    """Wait until there are no members; send SIGKILL after timeout seconds.  True if that was needed."""
+    deadline, killed = time.monotonic() + timeout, False
+    while True:
+        left = members()
+        if not left:
+            return killed
+        if time.monotonic() > deadline:
+            if time.monotonic() > deadline + ANSWER:
+                raise Fatal("unable to stop pids %s: SIGKILL had no effect" % ", ".join(str(p.pid) for p in left))
+            send(signal.SIGKILL)
+            killed = True
+        time.sleep(POLL)
+
+
+# -- 3. The lock -------------------------------------------------------------
+# Who is the daemon?  Not whom a file names: a pid in a file outlives its process, the kernel gives it to a
+# stranger, and whoever owns the file writes it.  (`start-stop-daemon --stop` on a pidfile that holds "-1"
+# means every process of the machine.)  The kernel knows.  A POSIX record lock (fcntl(2), "Advisory record
+# locking") dies with its process, is not inherited over fork(2), and F_GETLK returns its holder's pid.
+# So there are two bytes, in PIDFILE.lock:
+#
+#   byte 0  the turn: a command holds a WRITE lock on it while it changes something
+#   byte 1  the instance lock: the daemon holds a READ lock on it, through an fd opened read-only by root
+#
+# The file is 0600: no other user can open it and keep root's commands waiting.  The daemon cannot write it:
+# so it may also hold, for `restart`, what the last start was asked for.  And one trap: a process loses ALL
+# its locks on a file when it closes ANY fd of it; so a process opens it once, and in one place.
+
+TURN, INSTANCE = 0, 1
+IS_LINUX = sys.platform.startswith("linux")
+FLOCK = struct.Struct("hhqqi" if IS_LINUX else "qqihhi")        # struct flock of Linux; of macOS and the BSDs
+
+
+def set_lock(fd: int, command: int, kind: int, byte: int) -> Tuple[int, int]:
+    """Do one fcntl(2) on a byte's lock: F_SETLK or F_GETLK.  Returns (l_type, l_pid)."""
+    if IS_LINUX:
+        kind, _, _, _, pid = FLOCK.unpack_from(fcntl.fcntl(fd, command, FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0)))
+    else:
+        _, _, pid, kind, _, _ = FLOCK.unpack_from(fcntl.fcntl(fd, command, FLOCK.pack(byte, 1, 0, kind, os.SEEK_SET, 0)))
+    return kind, pid
+
+
+def lock_holder(fd: int, byte: int) -> Optional[int]:
+    """Return the pid of another process that holds a lock on the byte."""
+    kind, pid = set_lock(fd, fcntl.F_GETLK, fcntl.F_WRLCK, byte)
+    return None if kind == fcntl.F_UNLCK else pid
+
+
+def take_instance(fd: int, predecessor: Optional[int]) -> None:
+    """Take the instance lock.  Read locks can be shared; only with the daemon that we replace, though."""
+    set_lock(fd, fcntl.F_SETLK, fcntl.F_RDLCK, INSTANCE)
+    holder = lock_holder(fd, INSTANCE)
+    if holder not in (None, predecessor):
+        set_lock(fd, fcntl.F_SETLK, fcntl.F_UNLCK, INSTANCE)
+        raise Fatal("unable to start: already running with pid %s" % holder)
+
+
+class Turn:
+    """The right to change the state of one daemon: `with Turn(files, seconds) as turn`.
+
+    Runs as: caller.  See: fcntl(2); twistd: checkPID (which has no lock, and starts two in a race).
+    """
+
+    def __init__(self, files: Files, wait: float) -> None:
+        check_folder(files.folder)
+        self.path, self.fd, self.has_told = files.lock, -1, False
+        self.told_at, self.deadline = time.monotonic() + TICK, time.monotonic() + wait
+
+    def __enter__(self) -> "Turn":
+        self.fd = open_regular(self.path, os.O_RDWR, 0o600, os.geteuid())
+        while not self.is_taken():
+            time.sleep(POLL)
+        if os.fstat(self.fd).st_nlink == 0:         # a failed first start took its lock file with it
+            self.close()
+            return self.__enter__()
+        return self
+
+    def is_taken(self) -> bool:
+        """Try to take the turn.  Raises Fatal when the wait is over."""
+        try:
+            set_lock(self.fd, fcntl.F_SETLK, fcntl.F_WRLCK, TURN)
+            return True
+        except (BlockingIOError, PermissionError):  # EAGAIN, EACCES: POSIX allows either
+            holder = lock_holder(self.fd, TURN)
+        process = find_process(holder)
+        if process and process.uid not in (0, os.geteuid()):
+            # Only a daemon that was taken over locks this byte, through its read-only fd: no reason to wait.
+            warn("pid %d of uid %d holds the turn of %s: ignored" % (process.pid, process.uid, self.path))
+            return True
+        if not self.has_told and time.monotonic() > self.told_at:
+            self.has_told = True
+            warn("waiting for pid %s, which is busy with this daemon" % holder)
+        if time.monotonic() > self.deadline:
+            raise Fatal("unable to lock %s: pid %s is still busy with this daemon" % (self.path, holder))
+        return False
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the turn back, and with it every lock of this process on the file."""
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd = -1
+
+    def holder(self) -> Optional[int]:
+        return running_pid(self.fd)
+
+    def record(self) -> Dict[str, Any]:
+        return read_record(self.fd)
+
+    def write_record(self, options: argparse.Namespace) -> None:
+        """Keep what the last start was asked for, and whom it started."""
+        record = {key: getattr(options, key) for key in ("argv", "arguments", "cwd", "kind", "detached")}
+        record.update(pid=self.holder(), birth=birth_of(self.holder()))
+        os.ftruncate(self.fd, 0)
+        os.pwrite(self.fd, json.dumps(record).encode(), 0)
+
+
+def read_record(fd: int) -> Dict[str, Any]:
+    """Return what the last start was asked for, {} if no start has succeeded yet."""
+    data = os.pread(fd, MAX_MESSAGE, 0)
+    record = json.loads(data.decode()) if data else {}
+    return record if isinstance(record, dict) else {}
+
+
+def running_pid(fd: int) -> Optional[int]:
+    """Return the pid of the running daemon, None if there is none.
+
+    A script or program may close all its fds (daemons do), and its lock is gone; then pid and time of birth,
+    which its starter noted, prove it as well.
+    """
+    pid = lock_holder(fd, INSTANCE)
+    if pid is None:
+        record = read_record(fd)
+        if record.get("kind") != "app" and record.get("birth") and birth_of(record.get("pid")) == record["birth"]:
+            pid = int(record["pid"])
+    return pid
+
+
+def birth_of(pid: Optional[int]) -> str:
+    """Return when a living process began: no two processes share pid and birth.  See: proc_pid_stat(5).
+
+    "" when it is dead, or where there is no /proc.
+    """
+    try:
+        with open(PROC + "/sys/kernel/random/boot_id") as boot, open("%s/%s/stat" % (PROC, pid), "rb") as stream:
+            facts = stream.read().rpartition(b")")[2].split()       # after the LAST one: a name may hold any
+            return "" if facts[0] in (b"Z", b"X") else boot.read().strip() + ":" + facts[19].decode()
+    except OSError:
+        return ""
+
+
+# -- 4. Files ----------------------------------------------------------------
+# Root opens files where others may write: that is how daemons become a way to root (CVE-2016-1247: nginx's
+# log folder belonged to its user).  The rules: no symlink is followed (O_NOFOLLOW); nothing is opened but a
+# regular file with one name (a FIFO would block, a hard link would be someone's file); only what we created
+# changes its owner, and through the fd.
+
+def open_regular(path: str, flags: int, mode: int, owner: Optional[int] = None) -> int:
+    """Open a regular file that has one name; create it with exactly that mode, under any umask.
+
+    Raises Fatal, also when it belongs to neither root nor owner (a uid; None: do not ask).
+    """
+    flags |= os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+    try:
+        try:
+            fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, mode)
+            os.fchmod(fd, mode)
+        except FileExistsError:
+            fd = os.open(path, flags)
+    except OSError as error:
+        raise Fatal("unable to open %s: %s" % (path, because(error)))
+    facts = os.fstat(fd)
+    problem = ""
+    if not stat.S_ISREG(facts.st_mode):
+        problem = "" if path == os.devnull else "not a regular file"
+    elif facts.st_nlink > 1:
+        problem = "it has another name (a hard link)"
+    elif owner is not None and facts.st_uid not in (0, owner):
+        problem = "it belongs to uid %d" % facts.st_uid
+    if problem:
+        os.close(fd)
+        raise Fatal("unable to open %s: %s" % (path, problem))
+    return fd
+
+
+def is_trusted(folder: str) -> bool:
+    """Tell whether nobody but root and the caller can change what the path leads to.
+
+    Each folder on the way must be theirs, and closed to others or sticky (as /tmp is).
+    """
+    for path in (folder, os.path.realpath(folder)):
+        while True:
+            facts = os.lstat(path)
+            is_open = facts.st_mode & 0o022 and not facts.st_mode & stat.S_ISVTX and not stat.S_ISLNK(facts.st_mode)
+            if is_open or facts.st_uid not in (0, os.geteuid()):
+                return False
+            if path == os.path.dirname(path):
+                break
+            path = os.path.dirname(path)
+    return True
+
+
+def check_folder(folder: str) -> None:
+    """Refuse, as root, a pidfile where others could swap the folder: it may be theirs, not what leads to it."""
+    if not os.path.isdir(folder):
+        raise Fatal("unable to use %s: no such directory" % folder)
+    if os.geteuid() == 0 and not is_trusted(folder) and not is_trusted(os.path.dirname(folder)):
+        raise Fatal("unable to trust %s: others than root can change where it leads" % folder)
+
+
+@contextlib.contextmanager
+def acting_as(identity: Optional[Identity]) -> Iterator[None]:
+    """Lend root the effective ids of the daemon's user: the kernel judges by them.  See: credentials(7)."""
+    if identity is None:
+        yield
+        return
+    groups, gid = os.getgroups(), os.getegid()
+    set_groups(identity)
+    os.setegid(identity.gid)
+    os.seteuid(identity.uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(gid)
+        os.setgroups(groups)
+
+
+def open_log(path: str, identity: Optional[Identity]) -> int:
+    """Return the log's fd, for appending; a new log belongs to the daemon's user from its first byte.
+
+    In a folder that others may change it is opened with the user's rights, never with root's.
+    Runs as: root.  See: open(2) O_APPEND; twistd: startLogger.
+    """
+    is_new = not os.path.lexists(path)
+    folder = os.path.dirname(path)
+    is_safe = os.path.isdir(folder) and is_trusted(folder)
+    with acting_as(None if is_safe else identity):
+        fd = open_regular(path, os.O_WRONLY | os.O_APPEND, 0o640)
+    if is_new and is_safe and identity is not None:
+        os.fchown(fd, identity.uid, identity.gid)
+    return fd
+
+
+def rotation_obstacle(path: Optional[str], identity: Optional[Identity], chroot: Optional[str]) -> str:
+    """Return why the daemon will not be able to rename and reopen its log, "" if it will."""
+    if path is None or path == os.devnull:
+        return ""
+    if inside(path, chroot) is None:
+        return "it is outside the chroot"
+    with acting_as(identity):
+        if os.access(os.path.dirname(path), os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+            return ""
+    return "uid %d may not write in %s" % (identity.uid if identity else os.geteuid(), os.path.dirname(path))
+
+
+def inside(path: str, chroot: Optional[str]) -> Optional[str]:
+    """Return what the path is called inside the jail, None if it is not there.
+
+    >>> inside("/jail/log/a", "/jail"), inside("/jail2/a", "/jail"), inside("/a", None)
+    ('/log/a', None, '/a')
+    """
+    if chroot in (None, "/"):
+        return path
+    return path[len(str(chroot)):] or "/" if (path + "/").startswith(str(chroot) + "/") else None
+
+
+@contextlib.contextmanager
+def working_in(folder: str) -> Iterator[None]:
+    """Enter folder for a moment: a unix socket's address holds 104 to 108 bytes, a path may be longer."""
+    here = os.open(".", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.chdir(folder)
+        yield
+    finally:
+        os.fchdir(here)
+        os.close(here)
+
+
+def bind_control(path: str) -> socket.socket:
+    """Return a unix socket bound at path, 0600 (our umask is 077), not listening yet.  See: unix(7)."""
+    control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with working_in(os.path.dirname(path)):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.basename(path))
+        try:
+            control.bind(os.path.basename(path))
+        except OSError as error:
+            raise Fatal("unable to bind %s: %s" % (path, because(error)))
+    return control
+
+
+class Opened(NamedTuple):
+    """What step 3 opened as root for whoever the daemon is later."""
+    stdin: int
+    stdout: Optional[int]       # None: the output stays where it is (run)
+    stderr: Optional[int]
+    pidfile: int
+    lock: int                   # read-only
+    control: Optional[socket.socket]        # applications only
+
+
+def open_files(options: argparse.Namespace) -> Opened:
+    """Step 3.  Open what the daemon's user could not open, or could be tricked with, later.
+
+    Runs as: root.  See: open(2); twistd: startLogger, openPIDFile.
+    """
+    files, identity = options.files, options.identity
+    check_folder(files.folder)
+    control = bind_control(files.control + (".new" if options.predecessor else "")) if options.kind == "app" else None
+    log = open_log(files.logfile, identity) if files.logfile else None
+    return Opened(os.open(options.stdin, os.O_RDONLY | os.O_CLOEXEC), log,
+                  open_log(options.stderr, identity) if options.stderr else log,
+                  open_regular(files.pidfile, os.O_RDWR, 0o644, os.geteuid()),
+                  open_regular(files.lock, os.O_RDONLY, 0o600, os.geteuid()), control)
+
+
+def write_pidfile(fd: int) -> None:
+    """Name this process in the pidfile, through the fd that root opened."""
+    data = b"%d\n" % os.getpid()
+    try:
+        os.pwrite(fd, data, 0)
+        os.ftruncate(fd, len(data))
+    except OSError as error:
+        raise Fatal("unable to write the pidfile: %s" % because(error))
+
+
+def read_pidfile(path: str) -> str:
+    """Return what the pidfile says, "" if it is empty or absent.  It informs, it proves nothing."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(fd, "rb") as stream:
+            return stream.read(32).decode("latin-1").strip() if stat.S_ISREG(os.fstat(fd).st_mode) else "(no regular file)"
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        return "(%s)" % because(error)
+
+
+# -- 5. Leaving the terminal -------------------------------------------------
+# Why two forks?  setsid(2) makes a session that has no terminal, but not for a group leader, which a command
+# typed into a shell is; hence the first.  The leader of a session could acquire a terminal by opening one
+# (the System V rule); hence the second.  The third article calls setsid() once more in its main(), for a
+# group of its own, and gives back what the second fork won.  setpgid(2) gives the group without the session.
+
+class Channel:
+    """JSON lines over a socket, between command, daemon and workers.  What the other end says is not trusted."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self.end, self.buffer = end, b""
+
+    def send(self, event: str, **facts: Any) -> None:
+        self.end.sendall(json.dumps(dict(facts, event=event)).encode() + b"\n")
+
+    def receive(self, deadline: float) -> Optional[Dict[str, Any]]:
+        """Return the next message; {"event": ""} at the end, or for nonsense; None at the deadline."""
+        while b"\n" not in self.buffer:
+            if not readable([self.end], deadline):
+                return None
+            data = self.end.recv(MAX_MESSAGE)
+            self.buffer += data
+            if not data or len(self.buffer) > MAX_MESSAGE:
+                return {"event": ""}
+        line, _, self.buffer = self.buffer.partition(b"\n")
+        with contextlib.suppress(ValueError):
+            message = json.loads(line.decode())
+            if isinstance(message, dict) and isinstance(message.get("event"), str):
+                return message
+        return {"event": ""}
+
+    def fail(self, error: BaseException) -> None:
+        """Say why there will be no daemon, unless nobody listens any more."""
+        fatal = as_fatal(error)
+        with contextlib.suppress(OSError):
+            self.send("fatal", text=str(fatal), status=fatal.status, trace=fatal.trace[-MAX_MESSAGE // 8:])
+
+
+def readable(ends: List[socket.socket], deadline: float) -> List[socket.socket]:
+    """Return which sockets can be read, [] at the deadline.  poll(2), as select(2) knows no fd above 1023."""
+    poll = select.poll()
+    for end in ends:
+        poll.register(end, select.POLLIN)
+    ready = {fd for fd, _ in poll.poll(max(0.0, deadline - time.monotonic()) * 1000)}
+    return [end for end in ends if end.fileno() in ready]
+
+
+def failure(message: Dict[str, Any], otherwise: str) -> Fatal:
+    """Return as an exception what was said instead of what was due."""
+    if message["event"] == "fatal":
+        return Fatal(str(message.get("text")), 2 if message.get("status") == 2 else 1, str(message.get("trace", "")))
+    if message["event"] == "died":
+        otherwise = "it %s before it was ready" % describe(int(message.get("status", 0)))
+    return Fatal("unable to start: " + otherwise)
+
+
+def close_inherited() -> None:
+    """Close what the caller left open.  What Python opens is close-on-exec (PEP 446): the rest is not ours.
+
+    From a list of what is open, not by a loop to RLIMIT_NOFILE, which may be 2^30.
+    """
+    for name in os.listdir("/dev/fd"):
+        with contextlib.suppress(OSError):          # the fd of this very listing
+            if int(name) > 2 and os.get_inheritable(int(name)):
+                os.close(int(name))
+
+
+def reset_signals() -> None:
+    """Undo what the caller ignored or blocked: both survive fork and exec.  See: signal(7)."""
+    for number in range(1, signal.NSIG):
+        with contextlib.suppress(OSError, ValueError):          # KILL, STOP, holes in the numbering
+            if signal.getsignal(number) == signal.SIG_IGN and number not in (signal.SIGPIPE, signal.SIGXFSZ):
+                signal.signal(number, signal.SIG_DFL)           # Python itself ignores PIPE and XFSZ
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+
+def detach(report: Channel, opened: Opened, abandon: Callable[[], None]) -> None:
+    """Step 4.  Fork, setsid, fork; only the daemon returns, with its stdio moved.
+
+    Runs as: root.  See: setsid(2), daemon(7); twistd: daemonize.
+    """
+    os.setsid()
+    reset_signals()
+    daemon = os.fork()
+    if daemon:
+        watch_birth(daemon, report, abandon)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    redirect(opened)
+    faulthandler.enable(2)
+
+
+def watch_birth(daemon: int, report: Channel, abandon: Callable[[], None]) -> NoReturn:
+    """Live on as the daemon's parent, to tell how it died.  The command ends us: by KILL when all is well."""
+    groups = (os.getpgrp(), daemon)
+    signal.signal(signal.SIGTERM, lambda signum, frame: end_family(groups, 0))
+    status = os.waitpid(daemon, 0)[1]
+    end_family(groups, 0)
+    abandon()
+    with contextlib.suppress(OSError):              # the command is gone, too
+        report.send("died", status=status)
+    os._exit(0)
+
+
+def redirect(opened: Opened) -> None:
+    """Point fds 0 to 2 at what step 3 opened: so children, C code and a crashing interpreter log, too."""
+    os.dup2(opened.stdin, 0)
+    for fd, number in ((opened.stdout, 1), (opened.stderr, 2)):
+        if fd is not None:
+            os.dup2(fd, number)
+
+
+# -- 6. The jail, and giving up root -----------------------------------------
+
+def set_environment(options: argparse.Namespace) -> None:
+    """Step 5.  Enter the jail and the working directory; HOME, USER and LOGNAME follow the uid.
+
+    No fd of a folder outside may be open by now: fchdir(2) on it would lead out of the jail again.
+    Runs as: root.  See: chroot(2), umask(2); twistd: setupEnvironment.
+    """
+    try:
+        if options.chroot is not None:
+            os.chroot(options.chroot)
+            os.chdir("/")
+        os.chdir(options.rundir)
+    except OSError as error:
+        raise Fatal("unable to enter %s: %s" % (error.filename, because(error)))
+    os.umask(options.umask)
+    if options.identity is not None:
+        os.environ.update(HOME=options.identity.home, USER=options.identity.name, LOGNAME=options.identity.name)
+
+
+def set_groups(identity: Identity) -> None:
+    """Replace the supplementary groups: root's own would go with the daemon.  See: initgroups(3)."""
+    if identity.name:
+        os.initgroups(identity.name, identity.gid)
+    else:
+        os.setgroups([identity.gid])
+
+
+def set_ids(uid: int, gid: int) -> None:
+    """Set real, effective and saved ids.  macOS cannot name them; there, root's setuid(2) sets all three."""
+    if hasattr(os, "setresuid"):
+        os.setresgid(gid, gid, gid)
+        os.setresuid(uid, uid, uid)
+    else:
+        os.setgid(gid)
+        os.setuid(uid)
+
+
+def switch_user(identity: Optional[Identity]) -> None:
+    """Step 6.  Become the daemon's user, for good: groups, gid, uid, and the proof.
+
+    Runs as: root, then the daemon user.  See: setresuid(2), credentials(7); twistd: switchUidGid.
+    """
+    if identity is None:
+        return
+    try:
+        set_groups(identity)
+        set_ids(identity.uid, identity.gid)
+    except OSError as error:
+        raise Fatal("unable to switch to uid %d, gid %d: %s" % (identity.uid, identity.gid, because(error)))
+    if identity.uid != 0:
+        with contextlib.suppress(PermissionError):
+            os.setuid(0)
+            raise Fatal("unable to give up root: setuid(0) still succeeds")
+
+
+# -- 7. Hosting --------------------------------------------------------------
+
+def load(path: str) -> ModuleType:
+    """Import the application at path under its own name.  What it raises is its caller's."""
+    import importlib.util       # here: stop, status and reload import nothing
+    if not os.path.isfile(path):
+        raise Fatal("unable to load %s: no such file" % path)
+    name = os.path.splitext(os.path.basename(path))[0]
+    sys.path.insert(0, os.path.dirname(path))
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None         # it ends in .py: has_bind() and APPLICATION see to it
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def has_bind(path: str) -> bool:
+    """Tell an application from a script without running it: does it define `bind` at its top level?"""
+    import ast                  # here: only --app asks
+    try:
+        with open(path, "rb") as stream:
+            body = ast.parse(stream.read(), path).body
+    except (OSError, SyntaxError, ValueError) as error:
+        trace = "" if isinstance(error, OSError) else "".join(traceback.format_exception_only(type(error), error))
+        raise Fatal("unable to load %s: %s" % (path, because(error)), trace=trace)
+    names = [n.name for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    names += [a.asname or a.name for n in body if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names]
+    return "bind" in names + [t.id for n in body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)]
+
+
+def adopt(fd: int) -> Optional[socket.socket]:
+    """Return the listening stream socket that was passed to us as fd; close anything else.  See: socket(7)."""
+    os.set_inheritable(fd, False)
+    if stat.S_ISSOCK(os.fstat(fd).st_mode):
+        adopted = socket.socket(fileno=fd)
+        kind = adopted.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
+        if kind == socket.SOCK_STREAM and adopted.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            if sys.version_info < (3, 7) and IS_LINUX:          # it takes AF_INET for granted; 39 is SO_DOMAIN
+                adopted = socket.socket(adopted.getsockopt(socket.SOL_SOCKET, 39), kind, 0, adopted.detach())
+            return adopted
+        adopted.detach()
+    os.close(fd)
+    return None
+
+
+def adopt_all(fds: List[int]) -> List[socket.socket]:
+    return [adopted for adopted in map(adopt, fds) if adopted is not None]
+
+
+def inherited_sockets() -> List[socket.socket]:
+    """Return the sockets that systemd passed to this very process.  See: sd_listen_fds(3)."""
+    is_ours = os.environ.pop("LISTEN_PID", "") == str(os.getpid())
+    number = os.environ.pop("LISTEN_FDS", "")
+    os.environ.pop("LISTEN_FDNAMES", None)
+    try:
+        return adopt_all(list(range(3, 3 + int(number)))) if is_ours and number.isdigit() else []
+    except OSError as error:
+        raise Fatal("unable to take over the %s descriptors of LISTEN_FDS: %s" % (number, because(error)))
+
+
+def bind_application(options: argparse.Namespace) -> Any:
+    """Step 3, the application's part.  Parse its options, let it bind; returns its server.
+
+    Runs as: root.  See: twistd: privilegedStartService.
+    """
+    module = load(options.app_path)
+    parsed = build_parser(module).parse_args([options.action] + expand(options.argv))
+    vars(parsed).update(vars(options))
+    parsed.uid, parsed.gid = options.identity[:2] if options.identity else (None, None)
+    return module.bind(parsed)
+
+
+def host_script(options: argparse.Namespace, opened: Opened) -> None:
+    """Run a Python file as __main__; its end is the daemon's end."""
+    import runpy                # here: only scripts need it
+    path = inside(options.files.logfile, options.chroot) if options.files.logfile else None
+    install_handlers(options, lambda signum, frame: reopen(path))
+    sys.argv = [options.app_path] + (options.arguments or [])
+    sys.path.insert(0, os.path.dirname(options.app_path))
+    try:
+        runpy.run_path(options.app_path, run_name="__main__")
+    finally:
+        end_family(options.groups(), options.timeout)
+        os.ftruncate(opened.pidfile, 0)
+
+
+def host_program(options: argparse.Namespace, opened: Opened) -> NoReturn:
+    """Become the program.  The lock's fd goes with it: record locks survive exec(2)."""
+    os.set_inheritable(opened.lock, True)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        os.execvp(options.arguments[0], options.arguments)
+    except OSError as error:
+        raise Fatal("unable to execute %s: %s" % (options.arguments[0], because(error)))
+
+
+def reopen(path: Optional[str]) -> str:
+    """Point stdout and stderr at what the log's name means now; return why not, "" if done."""
+    if path is None:
+        return "it is outside the chroot"
+    try:
+        fd = open_regular(path, os.O_WRONLY | os.O_APPEND, 0o640)
+    except Fatal as error:
+        log("%s: the old log is kept" % error)
+        return str(error)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    os.close(fd)
+    return ""
+
+
+# -- 8. The daemon's loop ----------------------------------------------------
+
+HANDLED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD}
+
+
+def on_end(signum: int, frame: Optional[FrameType]) -> None:
+    """Leave by the normal exit, so that every `finally` of the application runs."""
+    raise SystemExit(0)
+
+
+def on_wake(signum: int, frame: Optional[FrameType]) -> None:
+    """Do nothing: the number went to the wake-up fd, where the loop reads it."""
+
+
+def install_handlers(options: argparse.Namespace, on_event: Callable[[int, Optional[FrameType]], Any]) -> None:
+    """Handle TERM and INT as the third article does, HUP and USR1 as the caller says.  See: signal(7)."""
+    def on_sigterm(signum: int, frame: Optional[FrameType]) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)       # the guard: we are in the group that we signal
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        tell_family(options)
+        raise SystemExit(0)
+    for number in (signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, on_event)
+    for number in [signal.SIGTERM, signal.SIGINT] + [signal.SIGHUP] * options.has_terminal:
+        signal.signal(number, on_sigterm)
+
+
+def tell_family(options: argparse.Namespace) -> None:
+    """Send SIGTERM to what this process has started.
+
+    In one call where we made the group.  A group that we only live in (`run` under cron's shell, or beside
+    `| tee` in a terminal) is not ours to signal: then to each descendant.
+    """
+    if options.groups():
+        os.killpg(os.getpgrp(), signal.SIGTERM)
+    else:
+        kill_each(family(()), signal.SIGTERM)
+
+
+def drain(server: Any) -> None:
+    """Ask an application to finish what it has; one that cannot is ended as by SIGTERM."""
+    if hasattr(server, "drain"):
+        server.drain()
+    else:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Child:
+    """A process that the daemon forked, and the channel to it."""
+
+    def __init__(self, pid: int, channel: Channel) -> None:
+        self.pid, self.channel = pid, channel
+        self.born = time.monotonic()
+        self.deadline = float("inf")        # when to kill it, once it was told to drain
+
+    def tell(self, event: str) -> None:
+        with contextlib.suppress(OSError):  # it died: reap() will see
+            self.channel.send(event)
+
+    def has_said(self, event: str, deadline: float) -> bool:
+        message = self.channel.receive(deadline)
+        return message is not None and message["event"] == event
+
+
+class Daemon:
+    """The daemon's own life above, or beside, the application's: workers, signals, log, control socket.
+
+    With workers it is the only thread of its process (threads and fork(2) do not mix).  Without, it is a
+    thread beside serve_forever(), which has the main thread, where Python handles signals.
+    """
+
+    def __init__(self, options: argparse.Namespace, opened: Opened, server: Any) -> None:
+        self.options, self.opened, self.server = options, opened, server
+        self.control = opened.control
+        self.size = getattr(server, "workers", 0) if options.workers is None else options.workers
+        self.log_path = inside(options.files.logfile, options.chroot) if options.files.logfile else None
+        self.obstacle = options.obstacle            # why the log is not rotated; "" if it is
+        self.workers: List[Child] = []
+        self.leaving: List[Child] = []              # workers that drain
+        self.talks: List[Channel] = []              # open conversations on the control socket
+        self.is_owner = self.is_leaving = False
+        self.restarts, self.pause, self.next_start = 0, 0.0, 0.0
+        self.last_error = ""
+        self.born = time.monotonic()
+        self.wake, self.waker = socket.socketpair()
+        for end in (self.wake, self.waker):
+            end.setblocking(False)
+
+    def live(self, report: Optional[Channel], prober: Optional[Child]) -> None:
+        """Step 7.  Start the workers, have them probed, report ready; then do what comes, until the end.
+
+        Runs as: the daemon user.  See: listen(2); twistd: startApplication, openPIDFile, startReactor.
+        """
+        if self.control is not None:
+            self.control.listen(8)                  # not in step 3: SO_PEERCRED names who called listen()
+        if report is None:
+            self.own()
+        self.workers = self.bring_up()
+        if prober is None and hasattr(self.server, "probe"):
+            prober = self.fork(self.probe)
+        if prober is not None:
+            self.await_entered([prober], self.workers)
+            os.waitpid(prober.pid, 0)
+        if report is not None:
+            report.send("ready", greeting=getattr(self.server, "greeting", None) or "", addresses=self.addresses())
+            become_owner(report, self.own)
+        notify(self.options, "READY=1\nSTATUS=%s" % self.addresses())
+        while self.workers or self.leaving or not self.is_leaving or not self.size:
+            self.step()
+
+    def own(self) -> None:
+        """Become the daemon of this pidfile."""
+        take_instance(self.opened.lock, self.options.predecessor)
+        self.is_owner = True
+        write_pidfile(self.opened.pidfile)
+
+    def step(self) -> None:
+        """Wait a moment for what comes, and do it."""
+        ends = [self.wake] + [talk.end for talk in self.talks] + ([self.control] if self.control else [])
+        for end in readable(ends, time.monotonic() + TICK):
+            if end is self.wake:
+                self.on_signals()
+            elif end is self.control:
+                self.accept()
+            else:
+                self.answer(next(talk for talk in self.talks if talk.end is end))
+        self.reap()
+        self.replace_dead()
+        if self.is_full():
+            self.rotate()
+
+    def on_signals(self) -> None:
+        """Do what HUP and USR1 ask for.  See: signal(7); signal.set_wakeup_fd."""
+        numbers = self.wake.recv(4096)
+        if signal.SIGHUP in numbers:
+            self.reload()
+        elif signal.SIGUSR1 in numbers:
+            self.reopen()
+
+    def end(self) -> None:
+        """Step 8.  End what we started, then empty the pidfile, which takes no right on its folder.
+
+        Runs as: the daemon user.  See: unlink(2) EACCES, ftruncate(2); twistd: removePIDFile.
+        """
+        notify(self.options, "STOPPING=1")
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        tell_family(self.options)
+        end_family(self.options.groups(), self.options.timeout)
+        if self.is_owner:
+            os.ftruncate(self.opened.pidfile, 0)
+
+    def complain(self, text: str) -> None:
+        self.last_error = text
+        log(text)
+
+    # -- workers
+
+    def fork(self, life: Callable[[Channel], None]) -> Child:
+        """Return a new child that lives that life; signals wait until it has handlers of its own."""
+        ours, theirs = socket.socketpair()
+        signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+        pid = os.fork()
+        if pid == 0:
+            ours.close()
+            self.be_child(life, Channel(theirs))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
+        theirs.close()
+        return Child(pid, Channel(ours))
+
+    def be_child(self, life: Callable[[Channel], None], channel: Channel) -> NoReturn:
+        """Live a child's life.  Nothing of the daemon's stays open in it, and no exception gets out."""
+        status = 1
+        try:
+            self.shed()
+            life(channel)
+            status = 0
+        except SystemExit as error:
+            status = exit_status(error)
+        except BaseException as error:
+            channel.fail(error)
+            log("%s%s" % (as_fatal(error).trace, error))
+        finally:
+            with contextlib.suppress(Exception):    # the last print() of an application whose log is full
+                sys.stdout.flush()
+            os._exit(status)
+
+    def shed(self) -> None:
+        """Give up, in a child, what is the daemon's: its handlers, its lock, its ends of the channels."""
+        signal.set_wakeup_fd(-1)
+        for number in HANDLED:
+            signal.signal(number, on_end if number in (signal.SIGTERM, signal.SIGINT) else signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
+        for end in [child.channel.end for child in self.workers + self.leaving] + [t.end for t in self.talks]:
+            end.close()
+        os.close(self.opened.pidfile)
+        os.close(self.opened.lock)
+        if self.control is not None:
+            self.control.close()
+
+    def work(self, channel: Channel) -> None:
+        """Serve, with one thread that listens to the daemon."""
+        threading.Thread(target=self.obey, args=(channel,), daemon=True).start()
+        channel.send("entered")
+        self.server.serve_forever()
+
+    def obey(self, channel: Channel) -> None:
+        """Follow the daemon's orders; when it is gone, go: nothing of a dead daemon may hold the port."""
+        while True:
+            message = channel.receive(time.monotonic() + 3600)
+            event = message["event"] if message else None
+            if event is None:
+                continue
+            if event == "drain":
+                drain(self.server)
+            elif event == "reopen":
+                reopen(self.log_path)
+                channel.send("reopened")
+            else:
+                os._exit(1)
+
+    def probe(self, channel: Channel) -> None:
+        """Ask the workers one question, from outside."""
+        self.server.probe()
+        channel.send("entered")
+
+    def bring_up(self) -> List[Child]:
+        """Return a full set of new workers, all inside serve_forever(); if one fails none stays."""
+        fresh: List[Child] = []
+        try:
+            for _ in range(self.size):
+                fresh.append(self.fork(self.work))
+            self.await_entered(fresh, [])
+        except BaseException:
+            for child in fresh:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child.pid, signal.SIGKILL)
+            raise
+        return fresh
+
+    def await_entered(self, waiting: List[Child], watched: List[Child]) -> None:
+        """Return when all the waiting have entered.  Raises Fatal when one of them, or of the watched, ends first."""
+        waiting, deadline = list(waiting), time.monotonic() + self.options.start_timeout
+        while waiting:
+            ends = readable([child.channel.end for child in waiting + watched], deadline)
+            if not ends:
+                raise Fatal("unable to start: not ready after %g s" % self.options.start_timeout)
+            for child in waiting + watched:
+                if child.channel.end in ends:
+                    message = child.channel.receive(deadline) or {"event": ""}
+                    if message["event"] != "entered":
+                        raise failure(message, "a process of it %s" % describe(os.waitpid(child.pid, 0)[1]))
+                    waiting.remove(child)
+
+    def reap(self) -> None:
+        """Wait for the workers that ended; kill those whose time to drain is up."""
+        for child in self.workers + self.leaving:
+            if time.monotonic() > child.deadline:
+                os.kill(child.pid, signal.SIGKILL)          # not waited for yet: the pid is still its own
+            pid, status = os.waitpid(child.pid, os.WNOHANG)
+            if pid:
+                child.channel.end.close()
+                if child in self.leaving:
+                    self.leaving.remove(child)
+                else:
+                    self.mourn(child, status)
+
+    def mourn(self, child: Child, status: int) -> None:
+        """Note an unexpected death; the pause before the next start grows while they die young."""
+        self.workers.remove(child)
+        self.complain("worker %d %s" % (child.pid, describe(status)))
+        settled = time.monotonic() - child.born > SETTLED
+        self.pause = 0.0 if settled else min(BACKOFF[1], max(BACKOFF[0], 2 * self.pause))
+        self.next_start = time.monotonic() + self.pause
+
+    def replace_dead(self) -> None:
+        """Start workers where some are missing."""
+        missing = 0 if self.is_leaving else self.size - len(self.workers)
+        if missing > 0 and time.monotonic() >= self.next_start:
+            self.workers += [self.fork(self.work) for _ in range(missing)]
+            self.restarts += missing
+
+    def retire(self, children: List[Child]) -> None:
+        """Tell workers to finish what they have, and go."""
+        for child in children:
+            child.deadline = time.monotonic() + self.options.timeout
+            child.tell("drain")
+        self.leaving += children
+
+    def reload(self) -> str:
+        """Have the application read its files again, open the log's name again; return why not, "" if done.
+
+        Once, in this process; then fresh workers inherit what was read, and the old ones drain.
+        """
+        notify(self.options, "RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
+        reason = ""
+        try:
+            if hasattr(self.server, "reload"):
+                self.server.reload()
+            old, self.workers = self.workers, self.bring_up()
+            self.retire(old)
+            self.reopen()
+            log("reloaded")
+        except Exception as error:                  # whatever it is, it refuses this reload, and no more than that
+            fatal = as_fatal(error)
+            reason = str(fatal).replace("unable to start: ", "", 1)
+            self.complain("reload refused: %s%s" % (fatal.trace, reason))
+        notify(self.options, "READY=1\nSTATUS=%s" % (reason or self.addresses()))
+        return reason
+
+    # -- the log
+
+    def reopen(self) -> bool:
+        """Open the log's name again, here and in the workers; True if that worked."""
+        if self.options.files.logfile is None or reopen(self.log_path):
+            return False
+        for child in self.workers + self.leaving:
+            child.tell("reopen")
+        return True
+
+    def is_full(self) -> bool:
+        """Tell whether it is for us, and time, to rotate the log."""
+        return bool(self.is_owner and self.log_path and self.options.log_bytes and not self.obstacle
+                    and os.fstat(1).st_size >= self.options.log_bytes)
+
+    def rotate(self) -> None:
+        """Rename the log and its elders, open a new one; the oldest goes when no worker writes to it any more."""
+        names = [str(self.log_path)] + ["%s.%d" % (self.log_path, n + 1) for n in range(self.options.log_keep + 1)]
+        try:
+            for name, elder in reversed(list(zip(names, names[1:]))):
+                with contextlib.suppress(FileNotFoundError):
+                    os.rename(name, elder)
+        except OSError as error:
+            self.obstacle = because(error)
+            self.complain("unable to rotate %s: %s" % (self.log_path, self.obstacle))
+            return
+        deadline = time.monotonic() + ANSWER
+        if self.reopen() and all(child.has_said("reopened", deadline) for child in self.workers + self.leaving):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(names[-1])
+
+    # -- the control socket
+
+    def accept(self) -> None:
+        """Take a command's call; anybody's but ours and root's is hung up."""
+        end = self.opened.control.accept()[0] if self.opened.control else None
+        if end is not None and peer_of(end)[1] in (None, 0, os.getuid()) and len(self.talks) < 8:
+            end.settimeout(ANSWER)
+            self.talks.append(Channel(end))
+        elif end is not None:
+            end.close()
+
+    def answer(self, talk: Channel) -> None:
+        """Do what a command asks for."""
+        message = talk.receive(time.monotonic()) or {"event": "incomplete"}
+        try:
+            if message["event"] == "status":
+                talk.send("status", **self.status())
+            elif message["event"] == "reload":
+                talk.send("reloaded", reason=self.reload())
+            elif message["event"] == "sockets":
+                self.hand_over(talk.end)
+            elif message["event"] == "leave":
+                self.leave()
+                talk.send("leaving")
+            if message["event"]:
+                return
+        except OSError:                             # it hung up in mid-sentence
+            pass
+        talk.end.close()
+        self.talks.remove(talk)
+
+    def hand_over(self, end: socket.socket) -> None:
+        """Send our listening sockets.  See: unix(7), SCM_RIGHTS."""
+        fds = array.array("i", [s.fileno() for s in getattr(self.server, "sockets", [])][:MAX_SOCKETS])
+        end.sendmsg([b'{"event": "sockets"}\n'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)] if fds else [])
+
+    def leave(self) -> None:
+        """Drain and go: a new daemon serves already, and holds the instance lock beside us until now."""
+        set_lock(self.opened.lock, fcntl.F_SETLK, fcntl.F_UNLCK, INSTANCE)
+        self.is_leaving, self.is_owner = True, False
+        workers, self.workers = self.workers, []
+        self.retire(workers)
+        if not self.size:
+            drain(self.server)
+
+    def facts(self) -> Dict[str, Any]:
+        """Return what the application says of itself."""
+        return dict(self.server.status()) if hasattr(self.server, "status") else {}
+
+    def addresses(self) -> str:
+        return ", ".join(map(str, self.facts().get("addresses", [])))
+
+    def status(self) -> Dict[str, Any]:
+        size = os.fstat(1).st_size if self.log_path else 0
+        return dict(self.facts(), uptime=round(time.monotonic() - self.born, 1), restarts=self.restarts,
+                    workers=[child.pid for child in self.workers], last_error=self.last_error,
+                    log=self.options.files.logfile, log_bytes=size, log_rotation=self.obstacle)
+
+
+def exit_status(error: SystemExit) -> int:
+    return error.code if isinstance(error.code, int) else int(error.code is not None)
+
+
+def notify(options: argparse.Namespace, text: str) -> None:
+    """Tell systemd how we are.  See: sd_notify(3)."""
+    if options.notifier is not None:
+        with contextlib.suppress(OSError):          # a supervisor that is gone has no say in our life
+            options.notifier.send(text.encode())
+
+
+def host_application(options: argparse.Namespace, opened: Opened, server: Any, report: Optional[Channel]) -> None:
+    """Step 7.  Give the main thread to the daemon's loop; or, without workers, to serve_forever()."""
+    daemon = Daemon(options, opened, server)
+    install_handlers(options, on_wake)
+    signal.signal(signal.SIGCHLD, on_wake)
+    signal.set_wakeup_fd(daemon.waker.fileno())
+    try:
+        if daemon.size:
+            daemon.live(report, None)
+        else:
+            serve_beside(daemon, report)
+    finally:
+        daemon.end()
+
+
+def serve_beside(daemon: Daemon, report: Optional[Channel]) -> None:
+    """Serve in this process, the daemon's loop in a thread; the prober is forked while there is one thread only."""
+    prober = daemon.fork(daemon.probe) if hasattr(daemon.server, "probe") else None
+    failed: List[BaseException] = []
+
+    def live_beside() -> None:
+        try:
+            daemon.live(report, prober)
+        except BaseException as error:
+            failed.append(error)
+            os.kill(os.getpid(), signal.SIGTERM)
+    try:
+        threading.Thread(target=live_beside, daemon=True).start()
+        daemon.server.serve_forever()
+    finally:
+        if failed:
+            raise failed[0]
+
+
+def become_owner(report: Channel, own: Callable[[], None]) -> None:
+    """Take lock and pidfile when the command says so; without a command there is no daemon."""
+    message = report.receive(time.monotonic() + START_TIMEOUT)
+    if message is None or message["event"] != "own":
+        raise Fatal("unable to start: the command that asked for it is gone")
+    own()
+    report.send("owner")
+
+
+# -- 9. The control socket, the command's end --------------------------------
+# The daemon may have been taken over.  So there is one deadline for each exchange, 64 KiB and 64 fds at
+# most, no fd but of listening stream sockets, and no text printed raw.
+
+def peer_of(end: socket.socket) -> Tuple[Optional[int], Optional[int]]:
+    """Return (pid, uid) of a unix socket's other side; (None, None) where the system does not tell."""
+    if not hasattr(socket, "SO_PEERCRED"):
+        return None, None
+    pid, uid, _ = struct.unpack("3i", end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return pid, uid
+
+
+class Control:
+    """A conversation with the daemon that holds the instance lock as that pid.  Raises OSError if it does not talk."""
+
+    def __init__(self, files: Files, pid: int) -> None:
+        end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.channel = Channel(end)
+        try:
+            end.settimeout(ANSWER)
+            with working_in(files.folder):
+                end.connect(os.path.basename(files.control))
+            if peer_of(end)[0] not in (None, pid):
+                raise ConnectionRefusedError(errno.ECONNREFUSED, "another process listens there")
+        except OSError:
+            end.close()
+            raise
+
+    def ask(self, event: str, wait: float = ANSWER) -> Dict[str, Any]:
+        self.channel.send(event)
+        return self.answer(wait)
+
+    def answer(self, wait: float = ANSWER) -> Dict[str, Any]:
+        message = self.channel.receive(time.monotonic() + wait)
+        if message is None or not message["event"]:
+            raise TimeoutError(errno.ETIMEDOUT, "it does not answer")
+        return message
+
+    def take_sockets(self) -> List[socket.socket]:
+        """Return the daemon's listening sockets.  See: cmsg(3), unix(7)."""
+        self.channel.send("sockets")
+        data, ancillary, _, _ = self.channel.end.recvmsg(MAX_MESSAGE, socket.CMSG_SPACE(4 * MAX_SOCKETS))
+        self.channel.buffer += data
+        fds = array.array("i")
+        for level, kind, cargo in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds.frombytes(cargo[:len(cargo) - len(cargo) % fds.itemsize])
+        sockets = adopt_all(list(fds))
+        self.answer()
+        return sockets
+
+    def close(self) -> None:
+        self.channel.end.close()
+
+
+# -- 10. Ending a daemon -----------------------------------------------------
+# First a handle on the process (a pidfd cannot come to mean another one), then the proof that this process
+# holds the instance lock, then the signal.  And when root ends a daemon of another uid, a child that became
+# that uid does it: whatever was arranged for us, the kernel lets it reach no other user's process.
+# (setresuid, not seteuid: with a real uid of 0, kill(2) would still be root's.)
+
+class Target:
+    """A daemon to be ended, with its group if a start made it."""
+
+    def __init__(self, pid: int, has_group: bool) -> None:
+        self.pidfd = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else None      # Python 3.9, Linux 5.3
+        self.process, self.has_group = find_process(pid), has_group
+
+    def is_member(self, process: Process) -> bool:
+        mine = self.process
+        return mine is not None and process.sid == mine.sid and (
+            process.pid == mine.pid or self.has_group and process.pgid == mine.pgid)
+
+    def members(self) -> List[Process]:
+        """Return who is left."""
+        return [process for process in processes() if self.is_member(process)]
+
+    def send(self, signum: int) -> None:
+        """Signal the daemon, and nobody else."""
+        if self.process is not None:
+            pid, pidfd = self.process.pid, self.pidfd
+            if pidfd is not None and hasattr(signal, "pidfd_send_signal"):
+                as_uid(self.process.uid, lambda: signal.pidfd_send_signal(pidfd, signum))
+            elif any(p.pid == pid for p in self.members()):     # looked at again, just before
+                as_uid(self.process.uid, lambda: os.kill(pid, signum))
+
+    def send_all(self, signum: int) -> None:
+        """Signal who is left of the group, too: while there is one, its number is given to no other."""
+        self.send(signum)
+        if self.process is not None and self.has_group and self.members():
+            pgid = self.process.pgid
+            as_uid(self.process.uid, lambda: os.killpg(pgid, signum))
+
+
+def as_uid(uid: int, action: Callable[[], None]) -> None:
+    """Send a signal with that user's rights only.  That there is nobody left to signal is as good."""
+    if os.geteuid() != 0 or uid == 0:
+        with contextlib.suppress(ProcessLookupError):
+            action()
+        return
+    child = os.fork()
+    if child == 0:
+        result = 0
+        try:
+            os.setgroups([])
+            set_ids(uid, os.getgid())
+            action()
+        except ProcessLookupError:
+            pass
+        except OSError as error:
+            result = error.errno or 255
+        finally:
+            os._exit(result)
+    result = os.WEXITSTATUS(os.waitpid(child, 0)[1])
+    if result:
+        raise OSError(result, os.strerror(result))
+
+
+def end_daemon(turn: Turn, pid: int, timeout: float, told: bool = False) -> bool:
+    """End the daemon of this turn, and its group: SIGTERM, wait, SIGKILL; True if that was needed.
+
+    First the daemon alone, whose handler tells the others; then who is left.  told: it is leaving already.
+    """
+    try:
+        target = Target(pid, bool(turn.record().get("detached")))
+        if not told and turn.holder() != pid:       # asked after the pidfd was opened: so both mean one process
+            return False
+        deadline = time.monotonic() + timeout
+        if not told:
+            target.send(signal.SIGTERM)
+            target.send(signal.SIGCONT)             # one that was stopped obeys when it goes on
+
+        def leader() -> List[Process]:
+            # the lock too: the main thread of a process may be gone while another still holds its files
+            return [p for p in target.members() if p.pid == pid] or [target.process] * bool(target.process and turn.holder() == pid)
+        killed = end_all(leader, target.send, timeout)
+        target.send_all(signal.SIGTERM)
+        return end_all(target.members, target.send_all, deadline - time.monotonic()) or killed
+    except OSError as error:
+        raise Fatal("unable to stop pid %d: %s" % (pid, because(error)))
+
+
+# -- 11. The commands --------------------------------------------------------
+
+def tell(options: argparse.Namespace, text: str) -> None:
+    if not options.quiet:
+        emit(1, text + "\n")
+
+
+def turn_of(options: argparse.Namespace) -> Turn:
+    """Return the turn for this command; who has it now may need a whole start and a whole stop."""
+    return Turn(options.files, options.start_timeout + options.timeout)
+
+
+def start(options: argparse.Namespace) -> int:
+    """Start the daemon unless it runs; return when it is ready."""
+    absent = make_folders(options)
+    with turn_of(options) as turn:
+        pid = turn.holder()
+        if pid is None:
+            launch(options, turn, absent)
+        else:
+            tell(options, "%s is already running with pid %d" % (options.name, pid))
+    return 0
+
+
+def make_folders(options: argparse.Namespace) -> List[str]:
+    """Make the folders of the default files; return the paths that are new, for a start that fails.
+
+    The log's folder is the daemon user's: rotation renames, and rename(2) needs the folder.
+    """
+    files, identity = options.files, options.identity
+    mine = [os.path.dirname(path) for path in (files.pidfile, files.logfile) if path]
+    absent = [path for path in [files.pidfile, files.lock, files.control, files.logfile] + mine
+              if path and not os.path.lexists(path)]
+    folder = "/var/log/" + options.name if os.geteuid() == 0 else files.prefix.rstrip("/")
+    if folder in mine and folder in absent:
+        os.mkdir(folder, 0o750 if os.geteuid() == 0 else 0o700)
+        if identity is not None:
+            fd = os.open(folder, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            os.fchown(fd, identity.uid, identity.gid)
+            os.close(fd)
+    return absent
+
+
+def tidy(absent: List[str], turn: Turn) -> None:
+    """Remove what a failed start made, but a log that says something.  We have the turn, and nobody has the lock."""
+    for path in absent:
+        with contextlib.suppress(OSError):          # not there, not empty
+            if os.path.isdir(path):
+                os.rmdir(path)
+            elif not path.endswith("log") or os.path.getsize(path) == 0:
+                os.unlink(path)
+
+
+def launch(options: argparse.Namespace, turn: Turn, absent: List[str], old: Optional[Control] = None) -> bool:
+    """Fork the starter, wait until the daemon is ready, make it the owner.  True only in a library's daemon."""
+    ours, theirs = socket.socketpair()
+    logged = os.path.getsize(options.files.logfile) if os.path.isfile(options.files.logfile) else 0
+    starter = os.fork()
+    if starter == 0:
+        turn.close()
+        ours.close()
+        if old is not None:
+            old.close()
+        be_starter(options, Channel(theirs))
+        return True
+    theirs.close()
+    for handed in options.sockets:
+        handed.close()
+    try:
+        with ours:
+            facts = attend(options, Channel(ours))
+    except BaseException as error:
+        end_starter(starter, signal.SIGTERM)
+        if isinstance(error, Fatal) and not error.trace and error.status == 1:
+            error.trace = log_since(options.files.logfile, logged)
+        tidy(absent, turn)
+        raise
+    end_starter(starter, signal.SIGKILL)
+    if options.predecessor:
+        os.rename(options.files.control + ".new", options.files.control)
+    options.detached = True
+    turn.write_record(options)
+    greet(options, facts)
+    return False
+
+
+def attend(options: argparse.Namespace, report: Channel) -> Dict[str, Any]:
+    """Wait until the daemon is ready, tell it to become the owner; return what it said."""
+    facts = expect(report, "ready", options.start_timeout)
+    report.send("own")
+    expect(report, "owner", ANSWER)
+    if options.kind in ("script", "program"):
+        message = report.receive(time.monotonic() + ALIVE)
+        if message is not None:
+            raise failure(message, "it ended")
+    return facts
+
+
+def expect(report: Channel, event: str, wait: float) -> Dict[str, Any]:
+    """Return the message that is due, or raise what came instead."""
+    message = report.receive(time.monotonic() + wait)
+    if message is None:
+        raise Fatal("unable to start: not ready after %g s" % wait)
+    if not message["event"]:                        # os._exit() or SIGKILL, before anyone could report it
+        raise Fatal("unable to start: it %s before it was ready" % describe(os.wait()[1]))
+    if message["event"] != event:
+        raise failure(message, "%s came instead of %s" % (message["event"], event))
+    return message
+
+
+def end_starter(starter: int, signum: int) -> None:
+    """End the starter: SIGKILL leaves the daemon alone, at SIGTERM it ends the daemon first."""
+    with contextlib.suppress(ChildProcessError, ProcessLookupError):        # expect() has waited for it
+        os.kill(starter, signum)
+        os.waitpid(starter, 0)
+
+
+def greet(options: argparse.Namespace, facts: Dict[str, Any]) -> None:
+    where = ", listening on %s" % facts["addresses"] if facts.get("addresses") else ""
+    tell(options, "%s is running with pid %s%s" % (options.name, read_pidfile(options.files.pidfile), where))
+    if facts.get("greeting"):
+        emit(1, str(facts["greeting"]).rstrip("\n") + "\n")
+
+
+def log_since(path: str, size: int) -> str:
+    """Return the last lines of what was logged beyond that size."""
+    with contextlib.suppress(Fatal, OSError):
+        with open(open_regular(path, os.O_RDONLY, 0o640), "rb") as stream:
+            stream.seek(max(size, os.fstat(stream.fileno()).st_size - MAX_MESSAGE))
+            lines = stream.read().decode("utf-8", "replace").splitlines()[-30:]
+        return "the log (%s) says:\n%s\n" % (path, "\n".join(lines)) if lines else ""
+    return ""
+
+
+def be_starter(options: argparse.Namespace, report: Channel) -> None:
+    """Live as the starter, then as the daemon (steps 3 to 8), then exit.  Returns only in a library's daemon."""
+    is_daemon, status = False, 0
+    signal.signal(signal.SIGTERM, on_end)           # bind() may hang: so that its `finally` runs
+    try:
+        opened, server = prepare(options)
+        detach(report, opened, getattr(server, "abandon", lambda: None))
+        is_daemon = True
+        if options.kind in ("app", "program"):      # a script may want to call setsid() itself
+            os.setpgid(0, 0)
+        options.groups = lambda: (os.getpgrp(),)
+        become_daemon(options, opened, server, report)
+        if options.kind == "library":
+            return
+    except SystemExit as error:
+        status = exit_status(error)
+    except BaseException as error:
+        status = 1
+        if is_daemon:
+            log("%s%s" % (as_fatal(error).trace, as_fatal(error)))
+        report.fail(error)
+    sys.exit(status)
+
+
+def prepare(options: argparse.Namespace) -> Tuple[Opened, Any]:
+    """Step 3, while the terminal is still there: our own files, then the application's ports and files."""
+    options.obstacle = rotation_obstacle(options.files.logfile, options.identity, options.chroot)
+    server = bind_application(options) if options.kind == "app" else None
+    if server is not None and options.obstacle and options.log_bytes:
+        warn("unable to rotate %s: %s" % (options.files.logfile, options.obstacle))
+    try:
+        return open_files(options), server
+    except BaseException:
+        getattr(server, "abandon", lambda: None)()
+        raise
+
+
+def become_daemon(options: argparse.Namespace, opened: Opened, server: Any, report: Optional[Channel]) -> None:
+    """Steps 5 to 8."""
+    set_environment(options)
+    switch_user(options.identity)
+    if options.kind == "app":
+        host_application(options, opened, server, report)
+        return
+
+    def own() -> None:
+        take_instance(opened.lock, None)
+        write_pidfile(opened.pidfile)
+    if report is None:
+        own()
+    else:
+        report.send("ready")
+        become_owner(report, own)
+    if options.kind == "program":
+        host_program(options, opened)
+    elif options.kind == "script":
+        host_script(options, opened)
+    else:
+        atexit.register(forget, os.getpid(), opened.pidfile)
+
+
+def forget(pid: int, pidfile: int) -> None:
+    """Empty the pidfile when a library's daemon exits; not when a child that it forked does."""
+    if os.getpid() == pid:
+        os.ftruncate(pidfile, 0)
+
+
+def stop(options: argparse.Namespace) -> int:
+    """End the daemon and its group; return when nothing of it is left."""
+    if not os.path.lexists(options.files.lock):     # it was never started
+        tell(options, "%s is not running" % options.name)
+        return 0
+    with turn_of(options) as turn:
+        pid = turn.holder()
+        if pid is None:
+            tell(options, "%s is not running" % options.name)
+        elif end_daemon(turn, pid, options.timeout):
+            emit(1, "%s did not end within %g s: killed\n" % (options.name, options.timeout))
+        else:
+            tell(options, "%s is stopped" % options.name)
+        if turn.holder() is not None:
+            raise Fatal("unable to stop %s: pid %s holds its lock" % (options.name, turn.holder()))
+        for path in (options.files.pidfile, options.files.control):
+            with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+                os.unlink(path)                     # a name in the folder that the turn is about; no link is followed
+    return 0
+
+
+def restart(options: argparse.Namespace) -> int:
+    """Replace the daemon by a new one; where it has sockets to hand over, without a gap."""
+    absent = make_folders(options)
+    with turn_of(options) as turn:
+        pid, record = turn.holder(), turn.record()
+        if pid is not None and not record.get("detached"):
+            raise Fatal("unable to restart %s: it runs in the foreground of what started it\n"
+                        "try: systemctl restart" % options.name)
+        if options.is_bare:
+            options = repeat(options, record)
+        if pid is None:
+            launch(options, turn, absent)
+        elif not (options.kind == record["kind"] == "app" and succeed(options, turn, pid)):
+            stop_and_start(options, turn, pid)
+    return 0
+
+
+def repeat(options: argparse.Namespace, record: Dict[str, Any]) -> argparse.Namespace:
+    """Return the options of the last start, which are what its starter left in the lock file."""
+    if not record or not is_trusted(options.files.folder):
+        reason = "others than root can write beside it" if record else "no start has succeeded yet"
+        raise Fatal("unable to repeat the last start of %s: %s\ntry: restart with options" % (options.name, reason))
+    try:
+        os.chdir(record["cwd"] or "/")
+    except OSError:
+        warn("the directory of the last start is gone: %s; relative paths mean /" % record["cwd"])
+        os.chdir("/")
+    again = parse(["restart"] + record["argv"] + (["--"] + record["arguments"] if record["arguments"] is not None else []))
+    again.files, again.quiet = again.files._replace(pidfile=options.files.pidfile), options.quiet
+    again.timeout = again.timeout if options.timeout == TIMEOUT else options.timeout
+    return again
+
+
+def succeed(options: argparse.Namespace, turn: Turn, pid: int) -> bool:
+    """Start the new daemon on the old one's sockets, then let the old one drain; False if it does not talk to us."""
+    try:
+        old = Control(options.files, pid)
+        options.sockets = old.take_sockets()
+    except OSError as error:
+        warn("pid %d does not hand over its sockets (%s): it is stopped first" % (pid, because(error)))
+        return False
+    options.predecessor = pid
+    try:
+        launch(options, turn, [options.files.control + ".new"], old)
+    except Fatal as error:
+        raise Fatal("%s\ndaemonize: fatal: the old one keeps serving with pid %d" % (error, pid), error.status, error.trace)
+    with contextlib.suppress(OSError), contextlib.closing(old):     # no answer: it gets the time, then SIGKILL
+        old.ask("leave")
+    if end_daemon(turn, pid, options.timeout, told=True):
+        warn("pid %d did not drain within %g s: killed" % (pid, options.timeout))
+    return True
+
+
+def stop_and_start(options: argparse.Namespace, turn: Turn, pid: int) -> None:
+    """Restart what has nothing to hand over: look first whether there is something to start."""
+    if options.kind == "program" and shutil.which(options.arguments[0]) is None:
+        raise Fatal("unable to execute %s: no such program" % options.arguments[0])
+    if end_daemon(turn, pid, options.timeout):
+        warn("pid %d did not end within %g s: killed" % (pid, options.timeout))
+    try:
+        launch(options, turn, [options.files.pidfile, options.files.control])
+    except Fatal as error:
+        raise Fatal("%s\ndaemonize: fatal: %s does not run now" % (error, options.name), error.status, error.trace)
+
+
+def reload(options: argparse.Namespace) -> int:
+    """Have the daemon read its files again, with its own rights; say why if it refuses."""
+    pid = holder_of(options.files)
+    if pid is None:
+        tell(options, "%s is not running" % options.name)
+        return 3
+    try:
+        if not os.path.lexists(options.files.control):          # a script or a program: it knows what HUP means to it
+            Target(pid, False).send(signal.SIGHUP)
+            tell(options, "%s has got SIGHUP" % options.name)
+            return 0
+        with contextlib.closing(Control(options.files, pid)) as control:
+            reason = str(control.ask("reload", options.start_timeout).get("reason"))
+    except OSError as error:
+        reason = because(error)
+    if reason:
+        raise Fatal("unable to reload %s: %s" % (options.name, reason))
+    tell(options, "%s is reloaded" % options.name)
+    return 0
+
+
+def holder_of(files: Files) -> Optional[int]:
+    """Return the pid of the running daemon, without a turn."""
+    if not os.path.lexists(files.lock):
+        return None
+    check_folder(files.folder)
+    fd = open_regular(files.lock, os.O_RDONLY, 0o600, os.geteuid())
+    try:
+        return running_pid(fd)
+    finally:
+        os.close(fd)
+
+
+def status(options: argparse.Namespace) -> int:
+    """Say whether the daemon runs, and what it says of itself; exit status as LSB has it."""
+    try:
+        pid = holder_of(options.files)
+    except Fatal as error:
+        raise Fatal("unable to determine the status of %s: %s" % (options.name, error), 4)
+    facts = running_facts(options, pid) if pid is not None else stopped_facts(options)
+    emit(1, (json.dumps(facts) if options.json else one_line(facts)) + "\n")
+    return {"running": 0, "dead": 1}.get(facts["state"], 3)
+
+
+def stopped_facts(options: argparse.Namespace) -> Dict[str, Any]:
+    content = read_pidfile(options.files.pidfile)
+    if not content:
+        return {"name": options.name, "state": "not running"}
+    facts = {"name": options.name, "state": "dead", "pidfile": options.files.pidfile, "content": content}
+    if content.isdigit() and find_process(int(content)):
+        facts["note"] = "pid %s belongs to a stranger now" % content
+    return facts
+
+
+def running_facts(options: argparse.Namespace, pid: int) -> Dict[str, Any]:
+    """Return what the daemon says, and above it what the kernel says."""
+    process, facts = find_process(pid), {}          # type: Optional[Process], Dict[str, Any]
+    if os.path.lexists(options.files.control):
+        try:
+            with contextlib.closing(Control(options.files, pid)) as control:
+                facts = control.ask("status")
+        except OSError as error:
+            facts = {"note": because(error)}
+    facts.pop("event", None)
+    known = {"name": options.name, "state": "running", "pid": pid, "uid": process.uid if process else None}
+    return dict(known, **dict(facts, **known))
+
+
+def one_line(facts: Dict[str, Any]) -> str:
+    """Return facts as one line for a person.
+
+    >>> one_line({"name": "a", "state": "running", "pid": 7, "last_error": "", "addresses": ["b", "c"]})
+    'a is running: pid 7, addresses b c'
+    """
+    details = ["%s %s" % (key.replace("_", " "), " ".join(map(str, value)) if isinstance(value, list) else value)
+               for key, value in facts.items() if key not in ("name", "state") and value not in ("", None, [])]
+    return "%s is %s%s" % (facts["name"], facts["state"], ": " * bool(details) + ", ".join(details).replace("\n", "\\n"))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Live in the foreground: for systemd, containers, supervisord, debugging.  No fork (but as pid 1), no setsid."""
+    options.notifier = open_notifier()
+    if os.getpid() == 1:
+        be_init()
+    absent = make_folders(options)
+    with turn_of(options) as turn:
+        if turn.holder() is not None:
+            raise Fatal("unable to run %s: already running with pid %s" % (options.name, turn.holder()))
+        try:
+            opened, server = prepare(options)
+        except BaseException:
+            tidy(absent, turn)
+            raise
+        turn.write_record(options)
+    reset_signals()
+    options.has_terminal = has_terminal()
+    if not options.has_terminal and os.getpgrp() != os.getpid():
+        os.setpgid(0, 0)                            # no shell's job control is about this one
+        options.groups = lambda: (os.getpgrp(),)
+    redirect(opened)
+    become_daemon(options, opened, server, None)
+    return 0
+
+
+def has_terminal() -> bool:
+    """Tell whether there is a controlling terminal.  See: tty(4)."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+        return True
+    except OSError:
+        return False
+
+
+def open_notifier() -> Optional[socket.socket]:
+    """Return a socket to the supervisor that wants to be told how we are.  See: sd_notify(3)."""
+    address = os.environ.pop("NOTIFY_SOCKET", "")
+    if not address:
+        return None
+    notifier = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        notifier.connect("\0" + address[1:] if address.startswith("@") else address)
+    except OSError as error:
+        raise Fatal("unable to connect to NOTIFY_SOCKET %s: %s" % (address, because(error)))
+    return notifier
+
+
+def be_init() -> None:
+    """As pid 1 of a container: pass on signals, wait for every orphan, exit as the daemon, a child, does."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+    child = os.fork()
+    if child:
+        for number in HANDLED - {signal.SIGCHLD}:
+            signal.signal(number, lambda signum, frame: os.kill(child, signum))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
+    while child:
+        pid, result = os.wait()
+        if pid == child:
+            os._exit(128 + os.WTERMSIG(result) if os.WIFSIGNALED(result) else os.WEXITSTATUS(result))
+
+
+# -- 12. The library call ----------------------------------------------------
+
+def startstop(stdout: str = "/dev/null", stderr: Optional[str] = None, stdin: str = "/dev/null",
+              pidfile: str = "pid.txt", startmsg: str = "started with pid %s", **more: Any) -> None:
+    """Do what sys.argv[1] says (start, stop, restart, reload, status): start returns in the daemon, the rest exits.
+
+    Clark Evans' call, in front of any script:
+
+        if __name__ == "__main__":
+            startstop(stdout="/tmp/deamon.log", pidfile="/tmp/deamon.pid")
+            main()
+
+    The daemon leads neither session nor group: main() may call os.setsid(), as the third article does.
+    `stop` ends its whole group, with a SIGTERM handler in main() or without.  more: uid, gid, umask, chroot,
+    rundir, timeout, start_timeout, as on the command line.  Exit status: that of the command line, too.
+    """
+    try:
+        if len(sys.argv) != 2 or sys.argv[1] not in ("start", "stop", "restart", "reload", "status"):
+            raise Fatal("usage: %s start|stop|restart|reload|status" % sys.argv[0], 2)
+        options = library_options(sys.argv[1], absolute(pidfile), absolute(stdout), more)
+        options.stdin, options.stderr = absolute(stdin), absolute(stderr or stdout)
+        if sys.argv[1] in ("stop", "restart"):
+            stop(options)
+        if sys.argv[1] in ("start", "restart"):
+            with turn_of(options) as turn:
+                pid = turn.holder()
+                if pid is None and launch(options, turn, make_folders(options)):
+                    return
+                tell(options, "%s is already running with pid %d" % (options.name, pid) if pid else
+                     startmsg % read_pidfile(options.files.pidfile))
+        sys.exit({"reload": reload, "status": status}.get(sys.argv[1], lambda options: 0)(options))
+    except Fatal as error:
+        sys.exit(report_fatal(error))
+
+
+def library_options(action: str, pidfile: str, logfile: str, more: Dict[str, Any]) -> argparse.Namespace:
+    """Return the command line's options with what a library call gives instead.  Raises TypeError for unknown names."""
+    options = build_parser().parse_args([action])
+    for name, value in more.items():
+        if name not in ("uid", "gid", "umask", "chroot", "rundir", "timeout", "start_timeout"):
+            raise TypeError("startstop() got an unexpected keyword argument %r" % name)
+        setattr(options, name, value if value is None or name in ("umask", "timeout", "start_timeout") else str(value))
+    options.name, options.pidfile, options.logfile = os.path.basename(sys.argv[0]), pidfile, logfile
+    settle(options, [], None)
+    options.kind = "library"
+    close_inherited()
+    return options
+
+
+# -- 13. The command line ----------------------------------------------------
+
+COMMANDS = {"start": start, "stop": stop, "restart": restart, "reload": reload, "status": status, "run": run}
+STARTING = ("start", "restart", "run")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints look like all the others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise Fatal("unable to understand the command line: %s\ntry: daemonize.py -h" % message, 2)
+
+
+def number(kind: Callable[[str], float], highest: float) -> Callable[[str], float]:
+    """Return a converter for numbers from 0 to highest."""
+    def convert(text: str) -> float:
+        value = kind(text)
+        if not 0 <= value <= highest:
+            raise ValueError
+        return value
+    convert.__name__ = "number"
+    return convert
+
+
+def build_parser(application: Optional[ModuleType] = None) -> Parser:
+    """Return the one parser; with the application's options once it is loaded."""
+    parser = Parser(prog="daemonize.py", add_help=False, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    usage="daemonize.py ACTION [options] [--app FILE.py] [-- ARG ... | -- COMMAND ARG ...]",
+                    description=HELP, epilog=EXAMPLES)
+    parser.add_argument("action", metavar="ACTION", choices=list(COMMANDS), help=argparse.SUPPRESS)
+    add = parser.add_argument_group("daemon options").add_argument
+    add("--app", metavar="FILE.py", help="application or script to host (%s)" % APPLICATION)
+    add("--name", help="name of the daemon and its files (the application's)")
+    add("--pidfile", metavar="FILE", help="(root: /run/NAME.pid, others: ~/.NAME/pid)")
+    add("--logfile", metavar="FILE", help="(/var/log/NAME/NAME.log, ~/.NAME/log; run: none)")
+    add("--rundir", metavar="DIR", default="/", help="working directory (%(default)s)")
+    add("--chroot", metavar="DIR", help="jail (none; needs root)")
+    add("--umask", metavar="OCTAL", type=number(lambda text: int(text, 8), 0o777), default=UMASK, help="of the application (027)")
+    add("--uid", metavar="USER", help="become this user after binding (stay; needs root)")
+    add("--gid", metavar="GROUP", help="and this group (the user's)")
+    add("--workers", metavar="N", type=number(int, 1024), help="processes that serve; 0: the daemon itself (as the application says)")
+    add("--timeout", metavar="SECONDS", type=number(float, 1e6), default=TIMEOUT, help="to stop and drain, before SIGKILL (%(default)g)")
+    add("--start-timeout", metavar="SECONDS", type=number(float, 1e6), default=START_TIMEOUT, help="to be ready (%(default)g)")
+    add("--log-bytes", metavar="N", type=number(int, 1 << 62), default=LOG_BYTES, help="rotate the log at this size; 0: never (%(default)d)")
+    add("--log-keep", metavar="N", type=number(int, 1000), default=LOG_KEEP, help="rotated logs to keep (%(default)d)")
+    add("--quiet", action="store_true", help="say nothing on success, for cron")
+    add("--json", action="store_true", help="status for programs")
+    add("-h", "--help", action="store_true", help="show this, with the application's options if the action starts it")
+    if application is not None and hasattr(application, "add_arguments"):
+        application.add_arguments(parser)
+    return parser
+
+
+HELP = """Run an application, a script or a program as a daemon.
+
+  start    return when it is ready (0; 1: why not)     run      the same in the foreground
+  stop     end it and all that it started              reload   read passwords, open the log again
+  restart  new code, no request lost                   status   0 running, 1 dead, 3 stopped, 4 unknown"""
+EXAMPLES = """@FILE reads options from FILE (shell quoting, # comments).  Examples:
+  daemonize.py start --uid nobody --bind :80
+  daemonize.py start --name nap -- sleep 1000"""
+
+
+def expand(argv: List[str]) -> List[str]:
+    """Return argv with each @FILE replaced by the options in it."""
+    result: List[str] = []
+    for argument in argv:
+        if argument.startswith("@"):
+            try:
+                with open(argument[1:], encoding="utf-8") as stream:
+                    result += shlex.split(stream.read(), comments=True)
+            except (OSError, ValueError) as error:
+                raise Fatal("unable to read %s: %s" % (argument[1:], because(error)), 2)
+        else:
+            result.append(argument)
+    return result
+
+
+def parse(argv: List[str]) -> argparse.Namespace:
+    """Step 1.  Return the daemon's options; the application's own wait until it is loaded."""
+    cut = argv.index("--") if "--" in argv else len(argv)
+    arguments = argv[cut + 1:] if "--" in argv else None
+    words, parser = expand(argv[:cut]), build_parser()
+    if not words or words[0] in ("-h", "--help"):
+        words = ["start"] + (words or ["--help"])
+    options, extra = parser.parse_known_args(words)
+    given = {key for key, value in vars(options).items() if value != parser.get_default(key)}
+    options.is_bare = not extra and arguments is None and given <= {"action", "name", "pidfile", "timeout", "quiet"}
+    options.kind = "program" if arguments is not None and options.app is None else "app"
+    if options.kind == "program" and not arguments:
+        parser.error("no COMMAND after --")
+    script = absolute(options.app) if options.app else os.path.join(os.path.dirname(os.path.abspath(__file__)), APPLICATION)
+    options.app_path = script
+    if options.name is None:
+        options.name = re.sub(r"\.py\Z", "", os.path.basename(arguments[0] if options.kind == "program" and arguments else script))
+    if not re.match(r"[A-Za-z0-9._-]+\Z", options.name) or not options.name.strip("."):
+        raise Fatal("unable to name the daemon %s: letters, digits and ._- only\ntry: --name" % options.name, 2)
+    if options.action in STARTING and options.app and not has_bind(script):
+        options.kind = "script"
+    if options.action in STARTING and options.kind != "app" and extra:
+        parser.error("unrecognized arguments: %s" % " ".join(extra))
+    settle(options, argv[1:cut], arguments)
+    return options
+
+
+def settle(options: argparse.Namespace, argv: List[str], arguments: Optional[List[str]]) -> None:
+    """Look up every path and name: after step 1 nothing is relative."""
+    try:
+        options.cwd = os.getcwd()
+    except FileNotFoundError:
+        options.cwd = None
+    options.argv, options.arguments = argv, arguments
+    options.files = wanted_files(options)
+    options.chroot = absolute(options.chroot) if options.chroot else None
+    options.rundir = absolute(options.rundir) if options.rundir != "/" else "/"
+    if options.rundir != "/" and options.chroot:
+        options.rundir = inside(options.rundir, options.chroot) or "/"
+    options.identity = look_up_identity(options.uid, options.gid) if options.action in STARTING else None
+    options.config_prefix, options.may_create = options.files.prefix, options.action != "run" and not options.quiet
+    options.stdin, options.stderr, options.notifier, options.predecessor = os.devnull, None, None, None
+    options.sockets, options.has_terminal, options.detached = [], False, False
+    options.groups = lambda: ()                     # process groups that this process made
+
+
+def report_fatal(error: Fatal) -> int:
+    """Print why, return the exit status."""
+    emit(2, "%sdaemonize: fatal: %s\n" % (error.trace, error))
+    return error.status
+
+
+def main(argv: List[str]) -> int:
+    """Do one command; return its exit status."""
+    fd = os.open(os.devnull, os.O_RDWR)
+    while fd <= 2:                                  # stdio was closed: no file of ours may become someone's stdout
+        fd = os.open(os.devnull, os.O_RDWR)
+    os.close(fd)
+    try:
+        sockets = inherited_sockets()
+        close_inherited()
+        os.umask(0o077)
+        options = parse(argv)
+        options.sockets = sockets
+        if options.help:
+            is_loaded = options.action in STARTING and options.kind == "app"
+            build_parser(load(options.app_path) if is_loaded else None).print_help()
+            return 0
+        os.environ.setdefault("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+        return COMMANDS[options.action](options)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        return report_fatal(as_fatal(error))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

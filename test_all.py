@@ -1,0 +1,2969 @@
+#!/usr/bin/env python3
+"""The behaviour of daemonize.py and authserver.py, as sentences.
+
+    python3 test_all.py                 everything, cheap to dear; the exit status is honest
+    python3 test_all.py -v              the same, each behaviour in one sentence
+    python3 test_all.py Start Stop      some subjects, by class name (Start.test_... for one)
+    python3 test_all.py bench           speed beside the servers that are installed here
+    python3 test_all.py soak            the long ones; --minutes N, --seed N
+
+Every test works from outside: real processes, real sockets, real users, in a
+folder of its own whose name has a space and an umlaut.  As root the tests of
+users, jails and hostile daemons run too.
+
+Not tested:
+    machines without fork (Windows); macOS and the BSDs (their fall-backs are
+        tested on Linux, with /proc and pidfd hidden from the code)
+    boot and shutdown under a real systemd (its notify socket and its listening
+        sockets are played by the tests)
+    a power failure between two writes; a file system over a network
+    more than one machine behind a balancer
+    browsers (their header fields are replayed)
+"""
+import argparse
+import ast
+import base64
+import contextlib
+import glob
+import hashlib
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import unittest
+from random import Random
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+DAEMONIZE = os.path.join(HERE, "daemonize.py")
+AUTHSERVER = os.path.join(HERE, "authserver.py")
+README = os.path.join(HERE, "README")
+PATIENCE = 20.0           # seconds; no command of a test may take longer
+ROOT = os.geteuid() == 0
+LINUX = os.path.exists("/proc/self/environ")
+NOBODY, OTHER = 65534, 1  # two users (and groups) that are neither root nor each other
+
+# -- 0. The harness ----------------------------------------------------------
+#
+# A Box is a folder, the processes that were started in it, and their end.
+# The folder's name stands in the command line or the environment of each of
+# them: so close() finds them, whatever has become of their pidfile.
+
+TEMP = tempfile.mkdtemp(prefix="daemonize-test-")
+TOKEN = os.path.basename(TEMP)  # in every name that a test uses outside TEMP
+os.chmod(TEMP, 0o755)
+ENVIRONMENT = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH")
+               if name in os.environ}
+ENVIRONMENT.update(DAEMONIZE_TEST=TOKEN, PYTHONPYCACHEPREFIX=os.path.join(TEMP, "pycache"))
+
+needs_root = unittest.skipUnless(ROOT, "needs root")
+needs_user = unittest.skipIf(ROOT, "needs an ordinary user")
+needs_linux = unittest.skipUnless(LINUX, "needs Linux with /proc")
+
+
+def needs(program: str) -> Callable[[Any], Any]:
+    """Skip a test where `program` is not installed."""
+    return unittest.skipUnless(shutil.which(program), "needs " + program)
+
+
+class Result(NamedTuple):
+    """What a command left: exit status, both texts, the seconds it took."""
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+
+class Answer(NamedTuple):
+    """One HTTP answer: status, header fields (lower-case name, value), body."""
+    status: int
+    fields: List[Tuple[str, str]]
+    body: bytes
+
+    def field(self, name: str) -> Optional[str]:
+        """Return the first value of a field, or None."""
+        return dict(reversed(self.fields)).get(name.lower())
+
+
+def run(argv: Sequence[str], want: Optional[int] = None, data: bytes = b"", **popen: Any) -> Result:
+    """Run a command to its end; fail when its exit status is not `want` (None: any)."""
+    settings = dict(dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE), env=ENVIRONMENT)
+    began = time.monotonic()
+    with subprocess.Popen(list(argv), **dict(settings, **popen)) as child:
+        try:
+            texts = child.communicate(data, timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            raise AssertionError("no end within %s s: %s" % (PATIENCE, " ".join(argv)))
+    out, err = ((text or b"").decode(errors="backslashreplace") for text in texts)
+    if want not in (None, child.returncode):
+        raise AssertionError("exit status %s, not %s: %s\n%s%s" % (
+            child.returncode, want, " ".join(argv), out, err))
+    return Result(child.returncode, out, err, time.monotonic() - began)
+
+
+def until(condition: Callable[[], Any], what: str, seconds: float = 5.0) -> Any:
+    """Poll until `condition()` is true, and return it; only for what gives no sign of its own."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        select.select([], [], [], 0.005)
+    raise AssertionError("not within %s s: %s" % (seconds, what))
+
+
+def read(path: str) -> str:
+    """Return the text of a file, "" when there is none."""
+    try:
+        with open(path, encoding="utf-8", errors="backslashreplace") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def is_alive(pid: int) -> bool:
+    """Tell whether a process exists and is no zombie."""
+    if LINUX:
+        return read("/proc/%d/stat" % pid).rpartition(")")[2].split()[:1] not in ([], ["Z"], ["X"])
+    return subprocess.call(["kill", "-0", str(pid)], stderr=subprocess.DEVNULL) == 0
+
+
+def processes(word: str) -> List[int]:
+    """Return the living processes, but this one, that have `word` in command line or environment."""
+    pids = [int(name) for name in os.listdir("/proc" if LINUX else TEMP) if name.isdigit()]
+    return [pid for pid in pids if pid != os.getpid() and is_alive(pid) and word in
+            read("/proc/%d/cmdline" % pid) + read("/proc/%d/environ" % pid)]
+
+
+def connect(address: str, timeout: float = PATIENCE) -> socket.socket:
+    """Connect to HOST:PORT, [V6]:PORT, http://HOST:PORT/ or unix:PATH."""
+    if address.startswith("unix:"):
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(timeout)
+        sock.connect(address[5:])
+        return sock
+    host, _, port = address.replace("http://", "").strip("/").rpartition(":")
+    return socket.create_connection((host.strip("[]"), int(port)), timeout)
+
+
+def talk(address: str, data: bytes) -> bytes:
+    """Send `data` on a connection of its own; return all that comes back before it is closed."""
+    with connect(address) as sock:
+        sock.sendall(data)
+        return b"".join(iter(lambda: sock.recv(65536), b""))
+
+
+def exchange(sock: socket.socket, data: bytes, body: bool = True) -> Answer:
+    """Send one request on an open connection and read its one answer (`body` False: to HEAD)."""
+    sock.sendall(data)
+    with sock.makefile("rb", 0) as file:  # unbuffered: takes no byte of a later answer
+        status = int(file.readline().split()[1])
+        lines = [line.decode("latin-1").partition(":") for line in iter(file.readline, b"\r\n")]
+        fields = [(name.lower(), value.strip()) for name, _, value in lines]
+        missing, content = int(dict(fields).get("content-length", 1 << 30)) * body, b""
+        while missing > len(content):
+            piece = file.read(missing - len(content))
+            if not piece:
+                break
+            content += piece
+    return Answer(status, fields, content)
+
+
+class Box:
+    """A folder, the commands run in it, and the end of every process that came of them."""
+
+    def __init__(self) -> None:
+        self.folder = tempfile.mkdtemp(prefix=os.fsdecode(b"b\xc3\xb6 x-"), dir=TEMP)
+        os.chmod(self.folder, 0o755)
+        self.pidfile, self.log = self.path("d.pid"), self.path("d.log")
+        self.env = dict(ENVIRONMENT, DAEMONIZE_TEST=self.folder)
+
+    def path(self, *names: str) -> str:
+        """Return the path of a name in the folder."""
+        return os.path.join(self.folder, *names)
+
+    def write(self, name: str, text: str, mode: int = 0o644, owner: int = -1) -> str:
+        """Write a file, give it to `owner`, and return its path."""
+        with open(self.path(name), "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(text)
+        os.chmod(file.name, mode)
+        os.chown(file.name, owner, owner)
+        return self.path(name)
+
+    def make(self, name: str, mode: int = 0o755, owner: int = -1) -> str:
+        """Make a folder, give it to `owner`, and return its path."""
+        os.mkdir(self.path(name))
+        os.chmod(self.path(name), mode)
+        os.chown(self.path(name), owner, owner)
+        return self.path(name)
+
+    def daemonize(self, *argv: str, want: Optional[int] = 0, **popen: Any) -> Result:
+        """Run `daemonize.py ARGV...`: nothing is added."""
+        settings = dict({"env": self.env, "cwd": self.folder}, **popen)
+        return run([sys.executable, DAEMONIZE] + list(argv), want, **settings)
+
+    def start(self, *options: str, app: str = "", **keys: Any) -> Result:
+        """Run `start` with the box's pidfile and log; `app`: text of the Python file to host."""
+        hosted = ["--app", self.write("app.py", app)] if app else []
+        return self.daemonize("start", "--pidfile", self.pidfile, "--logfile", self.log,
+                              *hosted, *options, **keys)
+
+    def command(self, action: str, *options: str, **keys: Any) -> Result:
+        """Run stop, restart, reload or status on the box's pidfile."""
+        return self.daemonize(action, "--pidfile", self.pidfile, *options, **keys)
+
+    def status(self) -> Dict[str, Any]:
+        """Return what `status --json` says of a running daemon."""
+        return dict(json.loads(self.command("status", "--json").out))
+
+    def pid(self) -> int:
+        """Return the pid in the pidfile; 0 when it is empty or gone."""
+        return int(read(self.pidfile).strip() or 0)
+
+    def address(self, result: Optional[Result] = None) -> str:
+        """Return the address that `start` printed, or else the first that `status` says."""
+        text = result.out if result else " ".join(self.status()["addresses"])
+        found = re.search(r"(?:[\w.]+|\[[0-9a-f:]+\]):\d+|unix:\S+", text)
+        assert found, "no address in: " + text
+        return found.group()
+
+    def spawn(self, *argv: str, **popen: Any) -> "subprocess.Popen[bytes]":
+        """Start a foreground program, its output in the file `output`, and return it at once."""
+        with open(self.path("output"), "ab") as output:
+            settings = {"env": self.env, "cwd": self.folder, "stdin": subprocess.DEVNULL,
+                        "stdout": output, "stderr": output}
+            return subprocess.Popen(list(argv), **dict(settings, **popen))
+
+    def serve(self, *options: str, **popen: Any) -> str:
+        """Run authserver.py in the foreground on a free port and return its address."""
+        self.server = self.spawn(sys.executable, AUTHSERVER, "--bind", "127.0.0.1:0", *options,
+                                 **popen)
+        until(lambda: "listening on" in read(self.path("output")) or self.server.poll(), "a server")
+        return self.address(Result(0, read(self.path("output")).partition("listening on")[2], "", 0))
+
+    def close(self) -> None:
+        """End every process of this box and remove its folder."""
+        mark = self.folder.rpartition(" ")[2]  # ASCII: as found under any locale
+        pids = processes(mark) if LINUX else [self.pid()] * bool(self.pid())
+        while pids:
+            for pid in pids:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+            pids = processes(mark)
+        if hasattr(self, "server"):
+            self.server.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class BoxTest(unittest.TestCase):
+    """A test with a Box of its own."""
+
+    def setUp(self) -> None:
+        self.box = Box()
+        self.addCleanup(self.box.close)
+
+
+class SharedBoxTest(unittest.TestCase):
+    """Tests that look at one Box and at what set_up started in it, and leave it as it was."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.box = Box()
+        try:
+            cls.set_up()
+        except BaseException:
+            cls.box.close()
+            raise
+
+    @classmethod
+    def set_up(cls) -> None:
+        """Start what the tests of this class look at."""
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        cls.box.close()
+
+
+def tearDownModule() -> None:
+    """Fail the run when a process or a file of it is left (a port needs a process to hold it)."""
+    left = [read("/proc/%d/cmdline" % pid).replace("\0", " ") for pid in processes(TOKEN)]
+    shutil.rmtree(ENVIRONMENT["PYTHONPYCACHEPREFIX"], ignore_errors=True)
+    for place in ("/run/", "/etc/", "/var/log/", "/tmp/", os.path.expanduser("~/.")):
+        left += [path for path in glob.glob(place + "*%s*" % TOKEN) if path != TEMP]
+    left += os.listdir(TEMP)
+    shutil.rmtree(TEMP, ignore_errors=True)
+    assert not left, "left behind: %s" % left
+
+
+# -- 1. The applications that the daemon tests host --------------------------
+#
+# APP answers questions: one line in, one line of JSON out.  Text appended to
+# it changes it: APP + "def bind(options): raise RuntimeError('boom')".
+
+APP = r'''
+import contextlib, json, os, select, signal, socket, stat, subprocess, sys, threading, time
+
+VERSION = "first"
+CHILDREN = {
+    "one": "exec sleep 6000",
+    "two": "sleep 6000 & sleep 6000",
+    "stubborn": "trap '' TERM; while :; do sleep 6000; done",
+    "own session": "exec setsid sleep 6000",
+}
+
+
+def add_arguments(parser):
+    parser.add_argument("--bind", default="127.0.0.1:0", help="address (127.0.0.1:0)")
+    parser.add_argument("--word", default="", help="a word to say in status")
+
+
+def works(function, *arguments):
+    try:
+        function(*arguments)
+    except OSError:
+        return False
+    return True
+
+
+def descriptors():
+    found = {}
+    for fd in range(256):
+        with contextlib.suppress(OSError):
+            mode = os.fstat(fd).st_mode
+            kind = "folder" if stat.S_ISDIR(mode) else "other"
+            found[fd] = kind
+            found[fd] = os.readlink("/proc/self/fd/%d" % fd) if kind == "other" else kind
+    return found
+
+
+def facts():
+    umask = os.umask(0)
+    os.umask(umask)
+    return dict(pid=os.getpid(), ppid=os.getppid(), pgid=os.getpgrp(), sid=os.getsid(0),
+                uids=os.getresuid(), gids=os.getresgid(), groups=os.getgroups(),
+                umask=umask, cwd=os.getcwd(), root=os.listdir("/"), env=dict(os.environ),
+                fds=descriptors(), argv=sys.argv, name=__name__, version=VERSION,
+                tty=works(os.open, "/dev/tty", os.O_RDWR), can_be_root=works(os.setuid, 0),
+                ignored=[n for n in range(1, 32) if signal.getsignal(n) == signal.SIG_IGN],
+                blocked=sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
+                reloads=Server.reloads)
+
+
+class Server:
+    reloads = 0
+
+    def __init__(self, options):
+        self.word, self.draining, self.waker = options.word, False, None
+        host, port = options.bind.split(":")
+        fitting = [sock for sock in options.sockets if sock.getsockname()[0] == host
+                   and port in ("0", str(sock.getsockname()[1]))]
+        self.sockets = fitting[:1] or [self.listen(host, int(port))]
+        for sock in set(options.sockets) - set(self.sockets):
+            sock.close()
+
+    def listen(self, host, port):
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((host, port))
+            sock.listen(128)
+        except OSError as error:
+            raise OSError("unable to bind %s:%d: %s" % (host, port, error.strerror))
+        return sock
+
+    def serve_forever(self):
+        listener, (wake, self.waker) = self.sockets[0], socket.socketpair()
+        listener.setblocking(False)
+        print("listening on %s:%d" % listener.getsockname(), flush=True)
+        while not self.draining:
+            if wake not in select.select([listener, wake], [], [])[0]:
+                with contextlib.suppress(BlockingIOError):  # a sibling was faster
+                    self.answer(listener.accept()[0])
+
+    def answer(self, sock):
+        sock.setblocking(True)
+        with contextlib.suppress(OSError), sock, sock.makefile("rw") as file:
+            word, _, rest = file.readline().strip().partition(" ")
+            file.write(json.dumps(getattr(self, "do_" + (word or "facts"))(rest)) + "\n")
+
+    def do_facts(self, rest):
+        return facts()
+
+    def do_sleep(self, rest):
+        time.sleep(float(rest))
+        return os.getpid()
+
+    def do_run(self, rest):
+        return subprocess.Popen(["sh", "-c", CHILDREN[rest]]).pid
+
+    def do_orphan(self, rest):
+        return subprocess.call(["sh", "-c", "sleep 0.01 &"])
+
+    def do_processes(self, rest):
+        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+    def do_print(self, rest):
+        print(rest, flush=True)
+        os.write(2, b"raw " + rest.encode() + b"\n")
+        return True
+
+    def drain(self):
+        self.draining = True
+        self.waker.send(b"x")
+
+    def status(self):
+        return {"addresses": ["127.0.0.1:%d" % sock.getsockname()[1] for sock in self.sockets],
+                "word": self.word}
+
+    def reload(self):
+        Server.reloads += 1
+
+    def server_close(self):
+        for sock in self.sockets:
+            sock.close()
+
+
+def bind(options):
+    return Server(options)
+
+'''
+SCRIPT = "import sys, time\nprint('script', __name__, sys.argv[1:], flush=True)\ntime.sleep(6000)\n"
+
+
+def ask(address: str, question: str = "") -> Any:
+    """Put a question to APP and return its answer."""
+    return json.loads(talk(address, question.encode() + b"\n").decode())
+
+
+def drop(uid: int) -> Callable[[], None]:
+    """Return what a child calls between fork and exec to become `uid` for good."""
+    def become() -> None:
+        os.setgroups([])
+        os.setgid(uid)
+        os.setuid(uid)
+    return become
+
+
+def python_runs_as(uid: int) -> bool:
+    """Tell whether `uid` can execute this Python and read daemonize.py."""
+    try:
+        return run([sys.executable, "-c", "import sys; open(sys.argv[1])", DAEMONIZE],
+                   preexec_fn=drop(uid)).code == 0
+    except OSError:
+        return False
+
+
+needs_other_user = unittest.skipUnless(ROOT and python_runs_as(NOBODY), "needs root, and a Python "
+                                       "and daemonize.py that user %d can run" % NOBODY)
+
+
+class CommandLine(BoxTest):
+    """The command line of daemonize.py"""
+
+    def refused(self, *argv: str, **keys: Any) -> Result:
+        """Run a command that must be refused as usage, with nothing made."""
+        before = set(os.listdir(self.box.folder)) | {"__pycache__"}
+        result = self.box.daemonize(*argv, want=2, **keys)
+        self.assertLessEqual(set(os.listdir(self.box.folder)), before)
+        self.assertNotIn("Traceback", result.err)
+        return result
+
+    def test_every_action_has_help(self) -> None:
+        """-h answers on every action with the daemon's options, and exit status 0."""
+        app = self.box.write("app.py", APP)
+        for action in ("start", "stop", "restart", "reload", "status", "run"):
+            with self.subTest(action):
+                text = self.box.daemonize(action, "--app", app, "-h").out
+                for option in ("--pidfile", "--name", "--timeout"):
+                    self.assertIn(option, text)
+
+    def test_help_of_start_names_the_options_of_the_application_and_defaults(self) -> None:
+        """start -h lists the hosted application's options beside the daemon's, with defaults."""
+        text = self.box.daemonize("start", "--app", self.box.write("app.py", APP), "-h").out
+        for word in ("--word", "--bind", "--uid", "--gid", "--umask", "--chroot", "--rundir",
+                     "--logfile", "--workers", "--start-timeout", "--log-bytes", "--log-keep",
+                     "--quiet", "--app", "027"):
+            self.assertIn(word, text)
+
+    def test_a_wrong_command_line_is_refused_before_anything_happens(self) -> None:
+        """Typos, abbreviations and impossible values in either half: exit status 2, nothing made."""
+        app = ["start", "--app", self.box.write("app.py", APP), "--pidfile", self.box.pidfile]
+        for wrong in ([], ["begin"], app + ["--pidfle", "x"], app + ["--wrod", "x"],
+                      app + ["--logf", "x"], app + ["--wor", "x"], app + ["--umask", "9"],
+                      app + ["--name", "a/b"], app + ["--workers", "-1"], app + ["stray"],
+                      app + ["--timeout", "soon"], app + ["--log-keep", "many"],
+                      app + ["@" + self.box.path("missing")]):
+            with self.subTest(" ".join(wrong[5:])):
+                self.refused(*wrong)
+
+    def test_options_can_stand_in_a_file(self) -> None:
+        """@FILE reads options from FILE: shell quoting, # comments, UTF-8."""
+        options = self.box.write("optiöns", "# the word\n--word 'two wörds'  # of them\n--umask\n077\n")
+        result = self.box.start("@" + options, app=APP)
+        self.assertEqual(self.box.status()["word"], "two wörds")
+        self.assertEqual(ask(self.box.address(result))["umask"], 0o077)
+
+    def test_one_options_file_serves_all_verbs(self) -> None:
+        """stop, status and reload pass over options that are not theirs, and import no application."""
+        options = self.box.write("options", "--pidfile d.pid --word x --uid 12 --unheard-of y\n"
+                                            "--app broken.py --workers 3")
+        self.box.write("broken.py", "import no_such_module")
+        for action, status in (("status", 3), ("stop", 0), ("reload", 3)):
+            with self.subTest(action):
+                self.assertNotIn("Traceback", self.box.daemonize(action, "@" + options, want=status).err)
+
+    def test_foreign_text_is_printed_escaped(self) -> None:
+        """A control character in a name cannot reach the terminal through a message."""
+        for action in ("start", "status", "stop"):
+            result = self.box.daemonize(action, "--pidfile", "x/\x1b[31mred.pid", "--logfile", "l",
+                                        "--app", "\x1b[31mred.py", want=None)
+            self.assertNotIn("\x1b", result.out + result.err, action)
+            self.assertNotIn("Traceback", result.err, action)
+        self.assertNotEqual(self.box.daemonize("start", "--app", "\x1bred.py", want=None).code, 0)
+
+    def test_messages_never_fail_on_encoding(self) -> None:
+        """In an empty environment (ASCII) a name with an umlaut is still named in one clear line."""
+        result = self.box.daemonize("start", "--pidfile", os.fsdecode(b"n\xc3\xb6/d.pid"), "--logfile",
+                                    "log", "--app", self.box.write("app.py", APP), env={}, want=1)
+        self.assertRegex(result.err, "^daemonize: fatal: unable to .*n\u00f6")
+        self.assertNotIn("Traceback", result.err)
+
+    @needs_user
+    def test_only_root_can_choose_a_user(self) -> None:
+        """--uid is refused in one clear line when the caller is not root."""
+        result = self.box.start("--uid", "0", app=APP, want=None)
+        self.assertIn(result.code, (1, 2))
+        self.assertRegex(result.err, r"^daemonize: fatal: unable to .*\n(try: .*\n)?\Z")
+        self.assertEqual(processes(self.box.folder), [])
+
+    def test_an_unknown_user_is_refused(self) -> None:
+        """--uid and --gid with a name that nobody has: a clear refusal, nothing runs."""
+        for option in ("--uid", "--gid"):
+            result = self.box.start(option, "no-such-name", app=APP, want=None)
+            self.assertIn(result.code, (1, 2))
+            self.assertIn("no-such-name", result.err)
+        self.assertEqual(processes(self.box.folder), [])
+
+
+class Start(SharedBoxTest):
+    """A daemon after `start` by a careless parent (signals ignored and blocked, descriptors open)"""
+
+    @classmethod
+    def set_up(cls) -> None:
+        """Start APP from a parent that ignores and blocks signals and has descriptor 9 open."""
+        def careless() -> None:
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGCHLD])
+            os.umask(0)
+        reader, writer = os.pipe()
+        cls.result = cls.box.start("--word", "hello", app=APP, pass_fds=[writer], preexec_fn=careless)
+        os.close(writer)
+        cls.leak = not select.select([reader], [], [], 0)[0]
+        os.close(reader)
+        cls.text, cls.mtime = read(cls.box.pidfile), os.stat(cls.box.pidfile).st_mtime
+        cls.address = cls.box.address(cls.result)
+        cls.facts = ask(cls.address)
+        cls.pid = cls.box.pid()
+
+    def mode(self, path: str) -> int:
+        """Return the permissions of a file."""
+        return os.stat(path).st_mode & 0o7777
+
+    def test_the_pidfile_is_complete_when_start_returns(self) -> None:
+        """The pidfile holds the daemon's pid and a newline when start returns."""
+        self.assertEqual(self.text, "%d\n" % self.facts["pid"])
+
+    def test_the_files_have_their_modes_under_any_umask(self) -> None:
+        """pidfile 0644, log 0640, everything else 0600, though the caller's umask was 0."""
+        self.assertEqual((self.mode(self.box.pidfile), self.mode(self.box.log)), (0o644, 0o640))
+        others = set(os.listdir(self.box.folder)) - {"d.pid", "d.log", "app.py", "__pycache__"}
+        self.assertTrue(others)
+        for name in others:
+            self.assertEqual(self.mode(self.box.path(name)) & 0o777, 0o600, name)
+
+    def test_start_says_the_address(self) -> None:
+        """start prints where the application listens, also for port 0."""
+        self.assertEqual(self.address, self.box.status()["addresses"][0])
+
+    def test_the_daemon_leads_its_process_group_and_has_no_terminal(self) -> None:
+        """pid and process group are the same number, there is no terminal, the parent is gone."""
+        self.assertEqual(self.facts["pgid"], self.facts["pid"])
+        self.assertNotEqual(self.facts["sid"], os.getsid(0))
+        self.assertFalse(self.facts["tty"])
+        self.assertNotEqual(self.facts["ppid"], os.getpid())
+
+    def test_the_daemon_works_in_the_root_directory_with_umask_027(self) -> None:
+        """Working directory / and umask 027 unless told otherwise."""
+        self.assertEqual((self.facts["cwd"], self.facts["umask"]), ("/", 0o027))
+
+    def test_signals_are_as_new(self) -> None:
+        """Nothing that the caller ignored or blocked is ignored or blocked in the daemon."""
+        self.assertEqual(self.facts["blocked"], [])
+        self.assertEqual(set(self.facts["ignored"]) & {signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1},
+                         set())
+
+    @needs_linux
+    def test_standard_streams_are_dev_null_and_the_log(self) -> None:
+        """Descriptor 0 is /dev/null, 1 and 2 are the log."""
+        fds = self.facts["fds"]
+        self.assertEqual([fds["0"], fds["1"], fds["2"]], ["/dev/null", self.box.log, self.box.log])
+
+    def test_no_inherited_descriptor_stays_open(self) -> None:
+        """A pipe that the caller had open is closed in the daemon (else cron waits for ever)."""
+        self.assertFalse(self.leak)
+
+    def test_no_descriptor_is_a_folder(self) -> None:
+        """No descriptor of the daemon is a folder: one would undo a jail."""
+        self.assertNotIn("folder", self.facts["fds"].values())
+
+    def test_start_again_says_so_and_changes_nothing(self) -> None:
+        """A second start: exit status 0, "already running with pid N", the same daemon."""
+        result = self.box.start(app=APP)
+        self.assertIn("already running with pid %d" % self.pid, result.out + result.err)
+        self.assertEqual((self.box.pid(), os.stat(self.box.pidfile).st_mtime), (self.pid, self.mtime))
+        self.assertEqual(ask(self.address)["pid"], self.pid)
+
+    def test_start_again_is_silent_with_quiet(self) -> None:
+        """start --quiet of a running daemon prints nothing (for cron)."""
+        result = self.box.start("--quiet", app=APP)
+        self.assertEqual((result.out, result.err), ("", ""))
+
+    def test_status_is_one_line_for_a_person(self) -> None:
+        """status: one line with pid, user, uptime, address and what the application says; exit 0."""
+        text = self.box.command("status").out
+        self.assertEqual(text.count("\n"), 1)
+        for word in (str(self.pid), str(os.getuid()), self.address, "hello"):
+            self.assertIn(word, text)
+
+    def test_status_is_json_for_programs(self) -> None:
+        """status --json: pid, uid, uptime, addresses, and what the application says."""
+        report = self.box.status()
+        self.assertEqual((report["pid"], report["uid"], report["word"]),
+                         (self.pid, os.getuid(), "hello"))
+        self.assertLess(report["uptime"], 60)
+
+    def test_status_finds_the_daemon_from_an_empty_environment(self) -> None:
+        """status by --pidfile alone finds it from another folder with nothing in the environment."""
+        self.box.command("status", env={}, cwd="/")
+
+
+class Starting(BoxTest):
+    """Ways to call `start`"""
+
+    def test_start_is_quick_with_a_high_limit_of_descriptors(self) -> None:
+        """RLIMIT_NOFILE of a million (or what is allowed) does not slow start down."""
+        import resource
+
+        def raise_limit() -> None:
+            for limit in (1000000, resource.getrlimit(resource.RLIMIT_NOFILE)[1]):
+                with contextlib.suppress(ValueError, OSError):
+                    return resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+        result = self.box.start(app=APP, preexec_fn=raise_limit)
+        self.assertLess(result.seconds, 2)
+        self.assertEqual(ask(self.box.address(result))["pid"], self.box.pid())
+
+    def test_start_with_closed_streams_does_no_harm(self) -> None:
+        """With descriptors 0, 1 and 2 closed the daemon starts and nothing lands on them."""
+        argv = [sys.executable, DAEMONIZE, "start", "--pidfile", self.box.pidfile, "--logfile",
+                self.box.log, "--app", self.box.write("app.py", APP)]
+        run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"] + argv, 0, env=self.box.env)
+        self.assertRegex(read(self.box.pidfile), r"\A\d+\n\Z")
+        facts = ask(self.box.address())
+        if LINUX:
+            self.assertEqual([facts["fds"][fd] for fd in "012"], ["/dev/null"] + [self.box.log] * 2)
+
+    def test_a_pipe_behind_start_ends_with_start(self) -> None:
+        """`start | cat` and $(start) return at once: no process keeps the caller's streams."""
+        argv = [sys.executable, DAEMONIZE, "start", "--pidfile", self.box.pidfile, "--logfile",
+                self.box.log, "--app", self.box.write("app.py", APP)]
+        script = 'text=$("$@" 2>&1 | cat); echo "said: $text"'
+        said = run(["sh", "-c", script, "sh"] + argv, 0, env=self.box.env)
+        self.assertEqual(ask(self.box.address(said))["pid"], self.box.pid())
+
+    def test_start_from_a_deleted_folder(self) -> None:
+        """A caller whose working directory is gone can start and stop."""
+        gone = self.box.make("gone")
+        script = 'cd "$0" && rmdir "$0" && exec "$@"'
+        app = self.box.write("app.py", APP)
+        for action in (["start", "--logfile", self.box.log, "--app", app], ["stop"]):
+            run(["sh", "-c", script, gone, sys.executable, DAEMONIZE] + action[:1] +
+                ["--pidfile", self.box.pidfile] + action[1:], 0, env=self.box.env)
+            os.makedirs(gone, exist_ok=True)
+            self.assertEqual(bool(self.box.pid()), action[0] == "start")
+        self.assertEqual(processes(self.box.folder), [])
+
+    def test_relative_paths_are_the_callers(self) -> None:
+        """Relative paths are resolved once against the caller's directory, whatever --rundir is."""
+        self.box.write("app.py", APP)
+        self.box.make("sub")
+        result = self.box.daemonize("start", "--pidfile", "../d.pid", "--logfile", "../d.log", "--rundir",
+                                    "../sub", "--app", "../app.py", cwd=self.box.path("sub"))
+        self.assertEqual(ask(self.box.address(result))["cwd"], self.box.path("sub"))
+        self.box.command("stop", cwd="/")
+        self.assertEqual(sorted(set(os.listdir(self.box.folder)) & {"d.pid", "d.log"}), ["d.log"])
+
+    def test_a_stop_is_obeyed_though_the_caller_blocked_its_signals(self) -> None:
+        """A daemon started with TERM ignored and blocked ends on `stop` as quickly as any."""
+        def careless() -> None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        self.box.start(app=APP, preexec_fn=careless)
+        pid = self.box.pid()
+        self.assertTrue(is_alive(pid))
+        self.assertLess(self.box.command("stop").seconds, 1.5)
+        self.assertFalse(is_alive(pid))
+
+    def test_the_default_files_depend_on_user_and_name_only(self) -> None:
+        """Without --pidfile a login shell and `env -i` find the same daemon by its name."""
+        name = TOKEN + "-" + self.box.folder[-8:]
+        home = __import__("pwd").getpwuid(os.getuid()).pw_dir
+        places = (["/run/%s.pid" % name, "/var/log/%s/%s.log" % (name, name)] if ROOT else
+                  [os.path.join(home, "." + name, part) for part in ("pid", "log")])
+        for place in glob.glob("/run/%s*" % name) + [os.path.dirname(places[1])]:
+            self.addCleanup(shutil.rmtree, place, ignore_errors=True)
+        self.addCleanup(lambda: [os.unlink(path) for path in glob.glob("/run/%s*" % name)])
+        self.box.daemonize("start", "--name", name, "--app", self.box.write("app.py", APP),
+                           env=dict(self.box.env, HOME=self.box.folder, XDG_RUNTIME_DIR=self.box.folder,
+                                    TMPDIR=self.box.folder))
+        self.assertEqual([os.path.exists(place) for place in places], [True, True])
+        self.box.daemonize("status", "--name", name, env={}, cwd="/")
+        self.box.daemonize("stop", "--name", name, env={}, cwd="/")
+        self.assertFalse(os.path.exists(places[0]))
+
+    @needs_other_user
+    def test_no_usable_home_is_said(self) -> None:
+        """A user without a home is told which options to give: exit status 1, a `try:` line."""
+        result = self.box.daemonize("start", "--app", self.box.write("app.py", APP), want=1,
+                                    cwd="/", preexec_fn=drop(NOBODY))
+        self.assertRegex(result.err, r"(?m)^try: .*--pidfile")
+
+
+class StartFailure(BoxTest):
+    """A start that fails says why, within 2 s, and leaves nothing behind"""
+
+    def fails(self, app: str, *options: str, want: int = 1, within: float = 2.0) -> str:
+        """Start `app`, which must fail and leave no process and no pid; return what was said."""
+        result = self.box.start(*options, app=app, want=want)
+        self.assertEqual(processes(self.box.folder), [])
+        self.assertEqual(read(self.box.pidfile), "")
+        self.assertLess(result.seconds, within)
+        self.assertRegex(result.err, r"(?m)^daemonize: fatal: unable to ")
+        return result.err
+
+    def test_an_application_that_raises_shows_its_traceback(self) -> None:
+        """An exception at import, in bind, in probe: its whole traceback is on the terminal."""
+        marker = "def fail(*whatever):\n    raise ValueError('the very %s' % 'reason')\n"
+        for name, text in (("import", marker + "fail()\n"), ("bind", APP + marker + "bind = fail\n"),
+                           ("probe", APP + marker + "Server.probe = fail\n")):
+            with self.subTest(name):
+                said = self.fails(text)
+                self.assertIn("raise ValueError('the very %s' % 'reason')", said)
+                self.assertIn("ValueError: the very reason", said)
+
+    def test_a_syntax_error_is_shown(self) -> None:
+        """A syntax error in the application is shown with its line."""
+        self.assertIn("def bind(:", self.fails("def bind(:\n    pass\n"))
+
+    def test_an_application_that_leaves_or_is_killed_is_noticed_at_once(self) -> None:
+        """SystemExit, os._exit and SIGKILL before readiness are told apart and never hang."""
+        for place in ("bind", "Server.probe"):
+            for death, words in (("sys.exit(3)", "3"), ("os._exit(4)", "4"),
+                                 ("os.kill(os.getpid(), 9)", "signal 9|SIGKILL|[Kk]illed")):
+                with self.subTest(place + ": " + death):
+                    if (place, death[:3]) != ("bind", "os."):  # bind runs in the command itself
+                        self.assertRegex(self.fails(APP + "%s = lambda *x: %s\n" % (place, death)), words)
+
+    def test_the_daemon_that_is_killed_before_it_is_ready_is_noticed_at_once(self) -> None:
+        """When the daemon itself is killed during start, start says so and does not hang."""
+        for death, words in (("os._exit(4)", "4"), ("os.kill(os.getpid(), 9)", "signal 9|SIGKILL|[Kk]illed")):
+            with self.subTest(death):
+                script = "import os\n%s\n" % death
+                self.assertRegex(self.fails(script), words)
+
+    def test_an_application_that_is_never_ready_is_given_up(self) -> None:
+        """A probe that never comes back is ended at --start-timeout."""
+        said = self.fails(APP + "Server.probe = lambda self: time.sleep(600)\n", "--start-timeout", "0.5")
+        self.assertRegex(said, "ready|time")
+
+    def test_a_port_in_use_is_named(self) -> None:
+        """The address that is taken stands in the message."""
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen(1)
+            address = "127.0.0.1:%d" % taken.getsockname()[1]
+            self.assertIn(address, self.fails(APP, "--bind", address))
+
+    def test_an_error_of_the_application_can_be_a_usage_error(self) -> None:
+        """An exception with status 2 makes start exit 2, with its message and its `try:` line."""
+        app = APP + ("class Refusal(ValueError):\n    status = 2\n"
+                     "def bind(options):\n"
+                     "    raise Refusal('unable to read the word: too odd\\ntry: another word')\n")
+        result = self.box.start(app=app, want=2)
+        self.assertIn("daemonize: fatal: unable to read the word: too odd\ntry: another word\n", result.err)
+        self.assertEqual(processes(self.box.folder), [])
+
+    def test_a_missing_folder_is_named(self) -> None:
+        """A pidfile, log, rundir or chroot whose folder is missing is named."""
+        for option in ("--pidfile", "--logfile", "--rundir") + ("--chroot",) * ROOT:
+            with self.subTest(option):
+                self.assertIn("missing", self.fails(APP, option, self.box.path("missing", "x")))
+        self.assertFalse(os.path.exists(self.box.path("missing")))
+
+    def test_a_log_that_is_no_file_is_refused(self) -> None:
+        """A folder, a FIFO, /dev/full, a symlink or a hard link as log is refused, without waiting."""
+        target = self.box.write("target", "precious")
+        os.mkfifo(self.box.path("fifo"))
+        os.symlink(target, self.box.path("symlink"))
+        os.link(target, self.box.path("hardlink"))
+        for path in (self.box.folder, self.box.path("fifo"), "/dev/full", self.box.path("symlink"),
+                     self.box.path("hardlink")):
+            with self.subTest(path):
+                self.assertIn(os.path.basename(path), self.fails(APP, "--logfile", path))
+        self.assertEqual(read(target), "precious")
+
+    @needs_user
+    def test_a_folder_that_forbids_writing_is_named(self) -> None:
+        """A pidfile or a log in a read-only folder: exit status 1 and its name."""
+        self.box.make("sealed", 0o555)
+        for option in ("--pidfile", "--logfile"):
+            self.assertIn("sealed", self.fails(APP, option, self.box.path("sealed", "x")))
+
+    def test_a_missing_application_is_named(self) -> None:
+        """--app with a file that does not exist names the file."""
+        result = self.box.start("--app", self.box.path("nothing.py"), want=None)
+        self.assertIn(result.code, (1, 2))
+        self.assertIn("nothing.py", result.err)
+        self.assertNotIn("Traceback", result.err)
+
+    def test_a_script_or_program_that_ends_at_once_has_not_started(self) -> None:
+        """A script or program that ends within the first moment, even with 0, is a failed start."""
+        script = self.box.write("script.py", "print('so short')\n")
+        for hosted, words in ((["--app", script], "0"), (["--", "true"], "0"),
+                              (["--", "sh", "-c", "exit 7"], "7"), (["--", "no-such-program"], "no-such")):
+            with self.subTest(hosted[-1]):
+                self.assertRegex(self.fails("", *hosted), words)
+
+    def test_a_script_that_raises_shows_its_traceback(self) -> None:
+        """A script's exception is shown whole."""
+        self.assertIn("ZeroDivisionError", self.fails("def f():\n    return 1 / 0\nf()\n"))
+
+    @needs_root
+    def test_a_full_disk_leaves_nothing_half_made(self) -> None:
+        """A pidfile on a full disk: exit status 1, nothing runs, no empty pidfile, one clear line."""
+        small = self.box.make("small")
+        if run(["mount", "-t", "tmpfs", "-o", "size=16k,mode=755", "none", small]).code:
+            self.skipTest("needs the right to mount")
+        self.addCleanup(run, ["umount", small], 0)
+        with contextlib.suppress(OSError), open(self.box.path("small", "filler"), "wb", 0) as filler:
+            while True:
+                filler.write(b"x" * 4096)
+        said = self.fails(APP, "--pidfile", self.box.path("small", "d.pid"))
+        self.assertIn("No space left", said)
+        self.assertEqual(set(os.listdir(small)) - {"d.pid.lock"}, {"filler"})
+
+
+class Stop(BoxTest):
+    """`stop` returns when nothing of the daemon is left"""
+
+    def test_children_and_grandchildren_end_with_the_daemon(self) -> None:
+        """stop ends the daemon, its children and theirs, in less than a second, and the pidfile."""
+        address = self.box.address(self.box.start(app=APP))
+        ask(address, "run two")
+        self.assertGreaterEqual(len(until(lambda: processes(self.box.folder)[3:], "four") or []), 1)
+        result = self.box.command("stop")
+        self.assertEqual(processes(self.box.folder), [])
+        self.assertLess(result.seconds, 1.2)
+        self.assertFalse(os.path.exists(self.box.pidfile))
+
+    def test_the_port_is_free_when_stop_returns(self) -> None:
+        """start on the same port works right after stop."""
+        address = self.box.address(self.box.start(app=APP))
+        self.box.command("stop")
+        self.assertEqual(self.box.address(self.box.start("--bind", address, app=APP)), address)
+
+    def test_a_daemon_that_ignores_TERM_is_killed_after_the_timeout(self) -> None:
+        """What does not end is killed after --timeout, and stop says so."""
+        ignore = APP + "Server.serve_forever = lambda self: ignore()\n" \
+                       "def ignore():\n    signal.signal(15, signal.SIG_IGN)\n    time.sleep(600)\n"
+        for name, app in (("ignores", ignore), ("stopped", APP), ("child", APP)):
+            with self.subTest(name):
+                pid, = [self.box.start(app=app) and self.box.pid()]
+                if name == "stopped":
+                    os.kill(pid, signal.SIGSTOP)
+                if name == "child":
+                    ask(self.box.address(), "run stubborn")
+                result = self.box.command("stop", "--timeout", "0.4")
+                if name != "stopped":  # SIGCONT lets it end of its own
+                    self.assertRegex(result.out + result.err, "(?i)kill")
+                self.assertEqual(processes(self.box.folder), [])
+                self.assertLess(result.seconds, 2)
+
+    def test_stop_of_nothing_says_so(self) -> None:
+        """stop without a daemon, and stop twice: exit status 0, "not running"."""
+        for _ in range(2):
+            result = self.box.command("stop")
+            self.assertIn("not running", result.out + result.err)
+        self.assertEqual(self.box.command("stop", "--quiet").out, "")
+
+    def test_two_stops_at_once_agree(self) -> None:
+        """Two stops at the same time both succeed."""
+        self.box.start(app=APP)
+        argv = [sys.executable, DAEMONIZE, "stop", "--pidfile", self.box.pidfile]
+        both = [self.box.spawn(*argv) for _ in range(2)]
+        self.assertEqual([stop.wait(PATIENCE) for stop in both], [0, 0], read(self.box.path("output")))
+        self.assertEqual(processes(self.box.folder), [])
+
+    def test_TERM_and_INT_end_the_daemon(self) -> None:
+        """SIGTERM or SIGINT to the pid ends the daemon and its children, and empties the pidfile."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with self.subTest(number):
+                ask(self.box.address(self.box.start(app=APP)), "run one")
+                os.kill(self.box.pid(), number)
+                until(lambda: not processes(self.box.folder), "the end of all")
+                self.assertEqual(read(self.box.pidfile), "")
+                self.box.command("status", want=3)
+
+    def test_a_killed_daemon_is_not_running(self) -> None:
+        """After SIGKILL stop has nothing to stop: exit status 0, the pidfile is gone."""
+        self.box.start(app=APP)
+        pid = self.box.pid()
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: not is_alive(pid), "death")
+        self.box.command("stop")
+        self.assertFalse(os.path.exists(self.box.pidfile))
+
+    @needs_other_user
+    def test_a_stranger_has_no_permission(self) -> None:
+        """Another user's stop fails with exit status 1 and says permission; the daemon stays."""
+        address = self.box.address(self.box.start(app=APP))
+        result = self.box.command("stop", want=1, preexec_fn=drop(NOBODY))
+        self.assertRegex(result.err, "(?i)permi")
+        self.assertEqual(ask(address)["pid"], self.box.pid())
+        self.assertIn(self.box.command("status", want=None, preexec_fn=drop(NOBODY)).code, (0, 4))
+
+
+class Status(BoxTest):
+    """`status` has the exit codes of LSB"""
+
+    def test_never_started_is_3(self) -> None:
+        """Without a pidfile, or with an empty one: 3, not running."""
+        self.box.command("status", want=3)
+        self.box.write("d.pid", "")
+        self.assertIn("not running", self.box.command("status", want=3).out)
+
+    def test_dead_with_a_pidfile_is_1(self) -> None:
+        """After SIGKILL the pidfile still names a pid: 1."""
+        self.box.start(app=APP)
+        pid = self.box.pid()
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: not is_alive(pid), "death")
+        self.assertEqual(self.box.pid(), pid)
+        self.box.command("status", want=1)
+        report = json.loads(self.box.command("status", "--json", want=1).out)
+        self.assertIsInstance(report, dict)
+
+    def test_a_pidfile_that_names_a_stranger_is_1(self) -> None:
+        """A pid that now belongs to another program is not taken for the daemon, and that is said."""
+        stranger = self.box.spawn("sleep", "600")
+        self.box.write("d.pid", "%d\n" % stranger.pid)
+        result = self.box.command("status", want=1)
+        self.assertRegex(result.out + result.err, r"(?i)not ours|another|stranger|other")
+        self.assertIsNone(stranger.poll())
+        stranger.kill()
+        stranger.wait()
+
+    @needs_other_user
+    def test_what_cannot_be_looked_at_is_4(self) -> None:
+        """A pidfile in a folder that may not be entered: 4, cannot be determined."""
+        self.box.make("closed", 0o700)
+        self.box.daemonize("status", "--pidfile", self.box.path("closed", "d.pid"), want=4,
+                           preexec_fn=drop(NOBODY))
+
+
+class Restart(BoxTest):
+    """`restart` with new code, on the old one's sockets"""
+
+    def test_restart_repeats_the_last_start(self) -> None:
+        """Without options: the options of the last start, the same port, new code, new environment."""
+        address = self.box.address(self.box.start("--word", "kept", "--umask", "077", app=APP))
+        old = self.box.pid()
+        self.box.write("app.py", APP.replace('"first"', '"other"'))  # same size, same second
+        self.box.command("restart", env=dict(self.box.env, FRESH="yes"), cwd="/")
+        facts = ask(address)
+        self.assertEqual((facts["version"], facts["umask"], facts["env"].get("FRESH")),
+                         ("other", 0o077, "yes"))
+        self.assertEqual(facts["pid"], self.box.pid())
+        self.assertFalse(is_alive(old))
+        self.assertEqual(self.box.status()["word"], "kept")
+
+    def test_options_are_a_whole_new_set(self) -> None:
+        """With options, those are all: what the last start was given besides is forgotten."""
+        address = self.box.address(self.box.start("--word", "old", "--umask", "077", app=APP))
+        self.box.command("restart", "--app", self.box.path("app.py"), "--logfile", self.box.log,
+                         "--bind", address, "--word", "new")
+        self.assertEqual((ask(address)["umask"], self.box.status()["word"]), (0o027, "new"))
+
+    def test_restart_of_nothing_is_start(self) -> None:
+        """Not running: the same as start, also with the options of the last start."""
+        app = self.box.write("app.py", APP)
+        self.box.command("restart", "--logfile", self.box.log, "--app", app, "--word", "first")
+        self.box.command("stop")
+        self.box.command("restart")
+        self.assertEqual(self.box.status()["word"], "first")
+
+    def test_broken_new_code_leaves_the_old_one_serving(self) -> None:
+        """Syntax errors, exceptions in bind or probe, never ready: exit 1, reason, the old stays."""
+        address = self.box.address(self.box.start("--start-timeout", "0.7", app=APP))
+        pid, fds = self.box.pid(), len(ask(address)["fds"])
+        for broken, words in (("def bind(:", "def bind"), (APP + "bind = 1 / 0", "ZeroDivision"),
+                              (APP + "Server.probe = lambda self: 1 / 0", "ZeroDivision"),
+                              (APP + "Server.__init__ = lambda *x: 1 / 0", "ZeroDivision"),
+                              (APP + "Server.probe = lambda self: os.kill(os.getpid(), 9)", "9|KILL|killed"),
+                              (APP + "Server.probe = lambda self: time.sleep(600)", "ready|time")):
+            with self.subTest(broken[-40:]):
+                self.box.write("app.py", broken)
+                self.assertRegex(self.box.command("restart", want=1).err, words)
+                self.assertEqual((ask(address)["pid"], self.box.pid()), (pid, pid))
+        self.assertEqual(len(ask(address)["fds"]), fds)
+        self.box.write("app.py", APP)
+        self.box.command("restart")
+        self.assertNotEqual(ask(address)["pid"], pid)
+
+    def test_an_answer_spans_a_restart(self) -> None:
+        """A request that is being answered when restart comes is answered by the old one."""
+        address = self.box.address(self.box.start(app=APP))
+        old = self.box.pid()
+        with connect(address) as sock:
+            sock.sendall(b"sleep 1\n")
+            self.box.command("restart")
+            self.assertEqual(json.loads(sock.makefile().readline()), old)
+        self.assertNotEqual(ask(address)["pid"], old)
+
+    def test_no_connection_is_lost_under_load(self) -> None:
+        """Clients that connect all the time through five restarts see no failure."""
+        address = self.box.address(self.box.start(app=APP))
+        failures, pids, end = [], set(), threading.Event()
+
+        def client() -> None:
+            while not end.is_set():
+                try:
+                    pids.add(ask(address, "sleep 0"))
+                except (OSError, ValueError) as error:
+                    failures.append(repr(error))
+        threads = [threading.Thread(target=client) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in range(5):
+                self.box.command("restart")
+        finally:
+            end.set()
+            for thread in threads:
+                thread.join()
+        self.assertEqual(failures, [])
+        self.assertGreaterEqual(len(pids), 5)
+        self.assertEqual(processes(self.box.folder), [self.box.pid()])
+
+    def test_restarts_at_once_take_turns(self) -> None:
+        """Three restarts at the same time: each succeeds, one daemon is left."""
+        address = self.box.address(self.box.start(app=APP))
+        argv = [sys.executable, DAEMONIZE, "restart", "--pidfile", self.box.pidfile]
+        three = [self.box.spawn(*argv) for _ in range(3)]
+        self.assertEqual([one.wait(PATIENCE) for one in three], [0] * 3, read(self.box.path("output")))
+        self.assertEqual(processes(self.box.folder), [self.box.pid()])
+        self.assertEqual(ask(address)["pid"], self.box.pid())
+
+    def test_stop_and_restart_at_once_leave_one_daemon_or_none(self) -> None:
+        """stop during restart: in turn, clear, and the pidfile tells the truth afterwards."""
+        self.box.start(app=APP)
+        for _ in range(2):
+            both = [self.box.spawn(sys.executable, DAEMONIZE, action, "--pidfile", self.box.pidfile)
+                    for action in ("restart", "stop")]
+            self.assertEqual([one.wait(PATIENCE) for one in both], [0, 0], read(self.box.path("output")))
+            self.assertEqual(processes(self.box.folder), [self.box.pid()] * bool(self.box.pid()))
+        self.assertNotIn("Traceback", read(self.box.path("output")))
+
+    def test_a_program_is_looked_up_before_the_old_one_is_stopped(self) -> None:
+        """restart of a program stops and starts it; one that is missing leaves the old running."""
+        program = self.box.write("program", "#!/bin/sh\nexec sleep 600\n", 0o755)
+        self.box.start("--", program)
+        old = self.box.pid()
+        self.box.command("restart")
+        pid = self.box.pid()
+        self.assertNotEqual(pid, old)
+        os.rename(program, program + ".away")
+        self.assertIn("program", self.box.command("restart", want=1).err)
+        self.assertEqual((self.box.pid(), is_alive(pid)), (pid, True))
+        self.box.write("program", "#!/bin/sh\nexit 5\n", 0o755)
+        result = self.box.command("restart", want=1)
+        self.assertRegex(result.out + result.err, "(?i)nothing (runs|is running)|not running")
+        self.assertEqual(processes(self.box.folder), [])
+
+    def test_a_script_is_compiled_before_the_old_one_is_stopped(self) -> None:
+        """restart of a script with a syntax error leaves the old one running."""
+        self.box.start(app=SCRIPT)
+        pid = self.box.pid()
+        self.box.write("app.py", "def f(:\n")
+        self.assertIn("def f(:", self.box.command("restart", want=1).err)
+        self.assertTrue(is_alive(pid))
+
+
+class Reload(BoxTest):
+    """`reload` and SIGHUP"""
+
+    def test_reload_asks_the_application_once(self) -> None:
+        """reload calls the application's reload(), keeps the pid, and the log is opened again."""
+        address = self.box.address(self.box.start(app=APP))
+        pid = self.box.pid()
+        os.rename(self.box.log, self.box.path("old.log"))
+        self.box.command("reload")
+        ask(address, "print after")
+        self.assertEqual((ask(address)["reloads"], self.box.pid()), (1, pid))
+        self.assertIn("after\n", read(self.box.log))
+        self.assertNotIn("after", read(self.box.path("old.log")))
+
+    def test_SIGHUP_does_the_same_and_says_so_in_the_log(self) -> None:
+        """SIGHUP is reload; its result stands in the log."""
+        address = self.box.address(self.box.start(app=APP))
+        before = len(read(self.box.log))
+        os.kill(self.box.pid(), signal.SIGHUP)
+        until(lambda: ask(address)["reloads"] == 1, "a reload")
+        self.assertIn("reload", until(lambda: read(self.box.log)[before:], "a line in the log"))
+
+    def test_a_reload_that_is_refused_changes_nothing(self) -> None:
+        """An application that refuses: exit status 1, its reason, the old stays in force."""
+        refuse = APP + "def no(self):\n    raise ValueError('line 7: no colon')\nServer.reload = no\n"
+        address = self.box.address(self.box.start(app=refuse))
+        self.assertIn("line 7: no colon", self.box.command("reload", want=1).err)
+        self.assertEqual(ask(address)["pid"], self.box.pid())
+        os.kill(self.box.pid(), signal.SIGHUP)
+        until(lambda: "line 7: no colon" in read(self.box.log), "the reason in the log")
+
+    def test_reload_of_nothing_is_3(self) -> None:
+        """Not running: exit status 3."""
+        self.assertIn("not running", "".join(self.box.command("reload", want=3)[1:3]))
+
+    def test_an_application_without_reload_is_not_disturbed(self) -> None:
+        """Without a reload() of its own an application only gets its log opened again."""
+        address = self.box.address(self.box.start(app=APP + "del Server.reload\n"))
+        pid = self.box.pid()
+        self.box.command("reload")
+        self.assertEqual(ask(address)["pid"], pid)
+
+
+class Run(BoxTest):
+    """`run`: the same life in the foreground, for systemd, containers and debugging"""
+
+    def foreground(self, *options: str, app: str = APP, **popen: Any) -> "subprocess.Popen[bytes]":
+        """Start `run` with the box's pidfile and wait until the pidfile is written."""
+        hosted = ["--app", self.box.write("app.py", app)] if app else []
+        child = self.box.spawn(sys.executable, DAEMONIZE, "run", "--pidfile", self.box.pidfile,
+                               *hosted, *options, **popen)
+        self.addCleanup(child.wait)
+        self.addCleanup(child.kill)
+        until(lambda: self.box.pid() or child.poll() is not None, "a pidfile")
+        self.assertIsNone(child.poll(), read(self.box.path("output")))
+        return child
+
+    def address(self) -> str:
+        """Return the address once status says one."""
+        return str(until(lambda: self.box.command("status", "--json", want=None).code == 0
+                         and self.box.address(), "an address"))
+
+    def test_the_process_is_the_daemon(self) -> None:
+        """run does not fork: its pid is in the pidfile, its session is the caller's, status knows it."""
+        child = self.foreground("--word", "front")
+        facts = ask(self.address())
+        self.assertEqual((facts["pid"], self.box.pid()), (child.pid, child.pid))
+        self.assertEqual(facts["sid"], os.getsid(0))
+        self.assertEqual(self.box.status()["word"], "front")
+
+    def test_it_logs_to_standard_output(self) -> None:
+        """Without --logfile what the application prints goes to run's own streams."""
+        self.foreground()
+        ask(self.address(), "print seen")
+        self.assertIn("seen\nraw seen\n", read(self.box.path("output")))
+
+    def test_TERM_and_INT_end_it(self) -> None:
+        """SIGTERM and SIGINT end it and its children; the pidfile is empty or gone; status 3."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with self.subTest(number):
+                child = self.foreground()
+                ask(self.address(), "run two")
+                child.send_signal(number)
+                self.assertEqual(child.wait(PATIENCE), 0)
+                self.assertEqual(processes(self.box.folder), [])
+                self.assertEqual(read(self.box.pidfile), "")
+                self.box.command("status", want=3)
+
+    def test_stop_signals_nothing_but_its_pid(self) -> None:
+        """stop ends run and what it started, never its neighbours in the caller's process group."""
+        script = 'sleep 600 & "$@" & wait'
+        argv = ["sh", "-c", script, "sh", sys.executable, DAEMONIZE, "run", "--pidfile",
+                self.box.pidfile, "--app", self.box.write("app.py", APP)]
+        shell = self.box.spawn(*argv, start_new_session=True)
+        self.addCleanup(shell.wait)
+        self.addCleanup(shell.kill)
+        until(self.box.pid, "a pidfile")
+        ask(self.address(), "run one")
+        self.box.command("stop")
+        left = [read("/proc/%d/cmdline" % pid) for pid in processes(self.box.folder)]
+        self.assertEqual(sorted(line.partition("\0")[0] for line in left), ["sh", "sleep"], left)
+        os.killpg(shell.pid, signal.SIGKILL)
+
+    def test_stop_returns_though_the_parent_does_not_reap(self) -> None:
+        """A zombie counts as stopped."""
+        child = self.foreground()
+        self.address()
+        self.assertLess(self.box.command("stop").seconds, 2)  # nobody has waited for it yet
+        self.assertEqual(child.wait(PATIENCE), 0)
+
+    def test_restart_from_outside_is_refused(self) -> None:
+        """restart belongs to whoever started it: exit status 1, `try: systemctl restart`."""
+        child = self.foreground()
+        self.address()
+        self.assertIn("try: systemctl restart", self.box.command("restart", want=1).err)
+        self.assertIsNone(child.poll())
+
+    def test_its_exit_status_is_the_programs(self) -> None:
+        """run ends with the exit status of what it ran."""
+        script = self.box.write("s.py", "import sys\nsys.exit(7)\n")
+        for hosted, status in ((["--", "sh", "-c", "exit 5"], 5), (["--app", script], 7)):
+            self.box.daemonize("run", "--pidfile", self.box.pidfile, *hosted, want=status)
+        self.assertEqual(read(self.box.pidfile), "")
+
+    def test_a_failure_is_told_like_at_start(self) -> None:
+        """An application that cannot bind: exit status 1, the traceback, no pid left."""
+        app = self.box.write("app.py", APP + "bind = 1 / 0\n")
+        result = self.box.daemonize("run", "--pidfile", self.box.pidfile, "--app", app, want=1)
+        self.assertIn("ZeroDivisionError", result.err)
+        self.assertEqual(read(self.box.pidfile), "")
+
+    def test_a_second_one_is_refused(self) -> None:
+        """run beside a running daemon does not start a second one: it names the first's pid."""
+        self.box.start(app=APP)
+        result = self.box.daemonize("run", "--pidfile", self.box.pidfile, "--app",
+                                    self.box.path("app.py"), want=None)
+        self.assertIn("already running with pid %d" % self.box.pid(), result.out + result.err)
+        self.assertEqual(processes(self.box.folder), [self.box.pid()])
+
+    def test_systemd_is_told(self) -> None:
+        """The notify socket hears READY, RELOADING with its time, READY again, and STOPPING."""
+        path = tempfile.mktemp(prefix="n", dir=TEMP)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+            notify.bind(path)
+            self.addCleanup(os.unlink, path)
+            notify.settimeout(PATIENCE)
+            heard = []
+
+            def hears(word: str) -> str:
+                while word not in "\n".join(heard[-1:]).split("\n"):
+                    heard.append(notify.recv(4096).decode())
+                return heard[-1]
+            child = self.foreground(env=dict(self.box.env, NOTIFY_SOCKET=path))
+            hears("READY=1")
+            address = self.address()
+            self.assertNotIn("NOTIFY_SOCKET", ask(address)["env"])
+            child.send_signal(signal.SIGHUP)
+            self.assertRegex(hears("RELOADING=1"), r"(?m)^MONOTONIC_USEC=\d+$")
+            hears("READY=1")
+            child.send_signal(signal.SIGTERM)
+            hears("STOPPING=1")
+            self.assertEqual(child.wait(PATIENCE), 0)
+            self.assertIn("STATUS=", "\n".join(heard))
+
+    def activated(self, pid: str) -> Tuple["subprocess.Popen[bytes]", str]:
+        """Start `run` with a listening socket as descriptor 3, as systemd does."""
+        sock = socket.socket()
+        self.addCleanup(sock.close)
+        sock.bind(("127.0.0.1", 0))
+        sock.listen(8)
+        app = self.box.write("app.py", APP)
+        script = 'LISTEN_FDS=1 LISTEN_PID=%s LISTEN_FDNAMES=web exec "$@"' % pid
+        child = self.box.spawn("sh", "-c", script, "sh", sys.executable, DAEMONIZE, "run", "--pidfile",
+                               self.box.pidfile, "--app", app, pass_fds=[3],
+                               preexec_fn=lambda: os.dup2(sock.fileno(), 3))
+        self.addCleanup(child.wait)
+        self.addCleanup(child.kill)
+        return child, "127.0.0.1:%d" % sock.getsockname()[1]
+
+    def test_sockets_of_systemd_are_taken_over(self) -> None:
+        """With LISTEN_PID its own the handed socket is served and the variables are gone."""
+        _, address = self.activated("$$")
+        self.assertEqual(self.address(), address)
+        self.assertEqual([name for name in ask(address)["env"] if name.startswith("LISTEN_")], [])
+
+    def test_sockets_meant_for_another_process_are_left_alone(self) -> None:
+        """With LISTEN_PID another's the descriptor is not taken."""
+        _, address = self.activated("1")
+        self.assertNotEqual(self.address(), address)
+
+    def test_a_hang_up_of_its_terminal_ends_it(self) -> None:
+        """With a controlling terminal SIGHUP ends it, as any program in a terminal."""
+        self.in_terminal(lambda terminal: os.kill(self.box.pid(), signal.SIGHUP))
+
+    def test_control_C_ends_it(self) -> None:
+        """Ctrl-C in the terminal of a shell script that called it ends it."""
+        self.in_terminal(lambda terminal: os.write(terminal, b"\x03"))
+
+    def in_terminal(self, end: Callable[[int], Any]) -> None:
+        """Run `run` below a shell in a terminal of its own and check that `end` ends it."""
+        import pty
+        app = self.box.write("app.py", APP)
+        shell, terminal = pty.fork()
+        if shell == 0:
+            os.execve("/bin/sh", ["sh", "-c", '"$@"; :', "sh", sys.executable, DAEMONIZE, "run", "--pidfile",
+                                  self.box.pidfile, "--app", app], self.box.env)
+        self.addCleanup(os.close, terminal)
+        self.addCleanup(os.waitpid, shell, 0)
+        self.addCleanup(os.kill, shell, signal.SIGKILL)
+        facts = ask(self.address())
+        self.assertTrue(facts["tty"])
+        end(terminal)
+        until(lambda: not is_alive(facts["pid"]), "the end")
+        self.assertEqual(read(self.box.pidfile), "")
+
+    @needs_root
+    @needs("unshare")
+    def test_as_the_first_process_of_a_container_it_reaps(self) -> None:
+        """As pid 1 it reaps orphans, ends on SIGTERM, and takes its children along."""
+        app = self.box.write("app.py", APP)
+        argv = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, DAEMONIZE, "run",
+                "--pidfile", self.box.pidfile, "--app", app]
+        if run(argv[:4] + ["true"]).code:
+            self.skipTest("needs the right to unshare")
+        child = self.box.spawn(*argv)
+        self.addCleanup(child.wait)
+        self.addCleanup(child.kill)
+        address = str(until(lambda: re.search(r"127\.0\.0\.1:\d+", read(self.box.path("output"))),
+                            "an address in the output").group())
+        inside = {1, ask(address)["pid"]}
+        self.assertIn(self.box.pid(), inside)
+        ask(address, "orphan")
+        until(lambda: set(ask(address, "processes")) == inside, "an orphan reaped")
+        ask(address, "run one")
+        inner = [pid for pid in processes(self.box.folder) if pid != child.pid]
+        first = min(inner, key=lambda pid: int(read("/proc/%d/stat" % pid).rpartition(")")[2].split()[19]))
+        os.kill(first, signal.SIGTERM)
+        self.assertEqual(child.wait(PATIENCE), 0)
+        self.assertEqual(processes(self.box.folder), [])
+
+
+class Pidfile(BoxTest):
+    """Every odd pidfile is recovered from or refused; nobody is signalled, nothing behind a link touched"""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.stranger = self.box.spawn("sleep", "600")
+        self.addCleanup(self.stranger.wait)
+        self.addCleanup(self.stranger.kill)
+        self.contents = ["%d\n" % self.stranger.pid, "", "abc", "12abc", "-1\n", "0\n", "1\n", "%d\n" % os.getpid(),
+                         "99999999999\n", "\0" * 32, "\n\n", "%d\n" % self.dead(), "7" * 100000,
+                         "-%d\n" % self.stranger.pid, "4\n2\n", " +%d" % self.stranger.pid]
+
+    def dead(self) -> int:
+        """Return the pid of a process that has ended."""
+        child = subprocess.Popen(["true"])
+        child.wait()
+        return child.pid
+
+    def test_stop_signals_nobody_whatever_the_pidfile_says(self) -> None:
+        """stop on a stale, foreign or senseless pidfile: not running, no signal to anybody."""
+        for text in self.contents:
+            with self.subTest(text[:20]):
+                self.box.write("d.pid", text)
+                result = self.box.command("stop")
+                self.assertIn("not running", result.out + result.err)
+                self.assertNotIn("Traceback", result.err)
+                self.assertIsNone(self.stranger.poll())
+
+    def test_status_calls_nobody_its_own(self) -> None:
+        """status of such a pidfile is 1, or 3 when it is empty; never 0."""
+        for text in self.contents[:9]:
+            with self.subTest(text[:20]):
+                self.box.write("d.pid", text)
+                result = self.box.command("status", want=1 if text else 3)
+                self.assertNotIn("Traceback", result.err)
+
+    def test_start_is_never_blocked_by_a_stale_pidfile(self) -> None:
+        """start on such a pidfile starts, and the pidfile is right afterwards."""
+        for text in self.contents[:9]:
+            with self.subTest(text[:20]):
+                self.box.write("d.pid", text)
+                address = self.box.address(self.box.start(app=APP))
+                pid = self.box.pid()
+                self.assertEqual(ask(address)["pid"], pid)
+                os.kill(pid, signal.SIGKILL)
+                until(lambda: not is_alive(pid), "death")
+                self.assertIsNone(self.stranger.poll())
+
+    def test_what_is_no_regular_file_is_refused(self) -> None:
+        """A folder, a FIFO, a device, a symlink, a hard link as pidfile: one clear line, no waiting."""
+        target = self.box.write("target", "%d\n" % self.stranger.pid, 0o600)
+        before = os.stat(target)
+        for name, make in (("folder", os.mkdir), ("fifo", os.mkfifo),
+                           ("symlink", lambda path: os.symlink(target, path)),
+                           ("dangling", lambda path: os.symlink(self.box.path("nowhere"), path)),
+                           ("itself", lambda path: os.symlink(path, path)),
+                           ("hardlink", lambda path: os.link(target, path))):
+            path = self.box.path(name)
+            make(path)
+            for action, statuses in (("start", (1,)), ("stop", (0, 1)), ("status", (1, 3, 4))):
+                with self.subTest(name + " " + action):
+                    hosted = ["--logfile", self.box.log, "--", "sleep", "600"] if action == "start" else []
+                    result = self.box.daemonize(action, "--pidfile", path, *hosted, want=None)
+                    self.assertIn(result.code, statuses, result)
+                    self.assertNotIn("Traceback", result.err)
+                    if action == "start":
+                        self.assertRegex(result.err, "^daemonize: fatal: unable to .*%s" % name)
+        after = os.stat(target)
+        self.assertEqual((read(target), after.st_mode, after.st_uid, after.st_mtime),
+                         ("%d\n" % self.stranger.pid, before.st_mode, before.st_uid, before.st_mtime))
+        self.assertFalse(os.path.exists(self.box.path("nowhere")))
+        self.assertIsNone(self.stranger.poll())
+        self.assertEqual(len(processes(self.box.folder)), 1)
+
+    def test_a_pidfile_that_all_can_write_names_nobody(self) -> None:
+        """A world-writable pidfile with a stranger's pid: its owner's stop signals nobody."""
+        self.box.write("d.pid", "%d\n" % self.stranger.pid, 0o666)
+        self.box.command("stop", want=None)
+        self.assertIsNone(self.stranger.poll())
+
+    def test_a_pidfile_deleted_while_running_hides_nothing(self) -> None:
+        """Without its pidfile the daemon is still found: status 0, no second start, stop works."""
+        self.box.start(app=APP)
+        pid = self.box.pid()
+        os.unlink(self.box.pidfile)
+        self.box.command("status")
+        result = self.box.start(app=APP)
+        self.assertIn("already running with pid %d" % pid, result.out + result.err)
+        self.box.command("stop")
+        self.assertFalse(is_alive(pid))
+
+    def test_a_pidfile_replaced_while_running_misleads_nobody(self) -> None:
+        """stop ends the daemon that holds the lock, not the stranger that the pidfile names."""
+        self.box.start(app=APP)
+        pid = self.box.pid()
+        self.box.write("d.pid", "%d\n" % self.stranger.pid)
+        self.box.command("stop")
+        self.assertFalse(is_alive(pid))
+        self.assertIsNone(self.stranger.poll())
+
+    def test_the_same_pid_again_is_no_other_daemon(self) -> None:
+        """A pidfile that holds the very pid of the command (containers recycle) does not block it."""
+        script = 'echo $$ > "$0"; exec "$@"'
+        run(["sh", "-c", script, self.box.pidfile, sys.executable, DAEMONIZE, "start", "--pidfile",
+             self.box.pidfile, "--logfile", self.box.log, "--", "sleep", "600"], 0, env=self.box.env)
+        self.box.command("status")
+
+
+class Lock(BoxTest):
+    """The lock decides who is the daemon"""
+
+    def test_of_fifty_starts_at_once_one_wins(self) -> None:
+        """50 concurrent starts: one daemon; the others say "already running with pid N"."""
+        argv = [sys.executable, DAEMONIZE, "start", "--pidfile", self.box.pidfile, "--logfile",
+                self.box.log, "--app", self.box.write("app.py", APP)]
+        starts = [self.box.spawn(*argv) for _ in range(50)]
+        statuses = [start.wait(PATIENCE) for start in starts]
+        said = read(self.box.path("output"))
+        self.assertEqual(statuses, [0] * 50, said)
+        self.assertEqual(processes(self.box.folder), [self.box.pid()])
+        self.assertEqual(said.count("already running with pid %d\n" % self.box.pid()), 49, said)
+
+    def test_after_SIGKILL_the_next_start_works_at_once(self) -> None:
+        """kill -9 of a daemon with workers leaves nothing on the port: start on it works."""
+        address = self.box.address(self.box.start("--workers", "2", app=APP))
+        os.kill(self.box.pid(), signal.SIGKILL)
+        self.box.start("--bind", address, "--workers", "2", app=APP)
+        self.assertEqual(len(processes(self.box.folder)), 3)
+        self.assertEqual(ask(address)["ppid"], self.box.pid())
+
+    def test_a_surviving_child_does_not_hold_the_lock(self) -> None:
+        """A child that left the session and outlives a killed daemon does not block the next one."""
+        ask(self.box.address(self.box.start(app=APP)), "run own session")
+        until(lambda: len(processes(self.box.folder)) == 2, "a child")
+        pid = self.box.pid()
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: not is_alive(pid), "death")
+        self.box.start(app=APP)
+        self.assertNotEqual(self.box.pid(), pid)
+
+    def test_a_command_that_waits_says_for_whom(self) -> None:
+        """stop during a start waits for its turn, names the pid that it waits for, and then stops."""
+        app = self.box.write("app.py", APP + "Server.probe = lambda self: time.sleep(600)\n")
+        first = self.box.spawn(sys.executable, DAEMONIZE, "start", "--pidfile", self.box.pidfile, "--logfile",
+                               self.box.log, "--app", app, "--start-timeout", "1.5")
+        until(lambda: read(self.box.log), "the first word of the application")
+        result = self.box.command("stop")
+        self.assertIn(str(first.pid), result.out + result.err)
+        self.assertEqual((first.wait(PATIENCE), processes(self.box.folder)), (1, []))
+
+
+@needs_root
+class Privilege(SharedBoxTest):
+    """A daemon that root started for another user, with its files in a folder that only root may enter"""
+
+    @classmethod
+    def set_up(cls) -> None:
+        """Start APP as NOBODY with group OTHER; root comes with supplementary groups."""
+        def with_groups() -> None:
+            os.setgroups([0, 4, 27])
+        cls.folder = cls.box.make("sealed", 0o700)
+        cls.box.pidfile, cls.box.log = cls.box.path("sealed", "d.pid"), cls.box.path("sealed", "d.log")
+        app = APP + "print('first byte', flush=True)\n"
+        cls.result = cls.box.start("--uid", str(NOBODY), "--gid", str(OTHER), "--bind",
+                                   "127.0.0.1:%d" % cls.low_port(), app=app, preexec_fn=with_groups)
+        cls.address = cls.box.address(cls.result)
+        cls.facts = ask(cls.address)
+
+    @staticmethod
+    def low_port() -> int:
+        """Return a free port that only root may bind."""
+        for port in range(1023, 600, -1):
+            with socket.socket() as sock, contextlib.suppress(OSError):
+                sock.bind(("127.0.0.1", port))
+                return port
+        raise unittest.SkipTest("needs a free port below 1024")
+
+    def test_real_effective_and_saved_ids_are_the_users(self) -> None:
+        """Real, effective and saved uid and gid are the ones asked for."""
+        self.assertEqual((self.facts["uids"], self.facts["gids"]), ([NOBODY] * 3, [OTHER] * 3))
+
+    def test_the_groups_of_root_are_gone(self) -> None:
+        """No supplementary group of the caller stays."""
+        self.assertEqual(set(self.facts["groups"]) & {0, 4, 27}, set())
+
+    def test_there_is_no_way_back(self) -> None:
+        """setuid(0) fails in the daemon."""
+        self.assertFalse(self.facts["can_be_root"])
+
+    def test_the_environment_follows(self) -> None:
+        """HOME, USER and LOGNAME are the user's."""
+        import pwd
+        user = pwd.getpwuid(NOBODY)
+        env = self.facts["env"]
+        self.assertEqual([env.get(name) for name in ("HOME", "USER", "LOGNAME")],
+                         [user.pw_dir, user.pw_name, user.pw_name])
+
+    def test_a_port_below_1024_is_served(self) -> None:
+        """The port was bound before root was given up."""
+        self.assertLess(int(self.address.rpartition(":")[2]), 1024)
+
+    def test_the_log_is_the_users_from_the_first_byte(self) -> None:
+        """The log belongs to the daemon's user, with what was printed while still root, mode 0640."""
+        info = os.stat(self.box.log)
+        self.assertEqual((info.st_uid, info.st_mode & 0o777), (NOBODY, 0o640))
+        ask(self.address, "print later")
+        self.assertRegex(read(self.box.log) + self.result.out, "(?s)first byte.*later|later.*first byte")
+
+    def test_the_pidfile_is_roots_and_readable(self) -> None:
+        """The pidfile belongs to root, mode 0644: no user can lead root's stop astray."""
+        info = os.stat(self.box.pidfile)
+        self.assertEqual((info.st_uid, info.st_mode & 0o777), (0, 0o644))
+        self.assertEqual(self.box.pid(), self.facts["pid"])
+
+    def test_the_lock_cannot_be_opened_by_others(self) -> None:
+        """The lock file is root's, 0600: nobody can hold root's start hostage."""
+        info = os.stat(self.box.pidfile + ".lock")
+        self.assertEqual((info.st_uid, info.st_mode & 0o777), (0, 0o600))
+
+    def test_that_rotation_is_impossible_is_said(self) -> None:
+        """A log in a folder where the user may not rename: said at start and in status."""
+        self.assertRegex(self.result.err, r"(?m)^daemonize: warning: .*(d\.log|rotat)")
+        self.assertIn("rotat", self.box.command("status").out + json.dumps(self.box.status()))
+
+    def test_status_names_the_user(self) -> None:
+        """status says the uid under which the daemon runs."""
+        self.assertEqual(self.box.status()["uid"], NOBODY)
+
+
+@needs_root
+class User(BoxTest):
+    """More on users"""
+
+    def test_a_daemon_that_ends_by_itself_leaves_no_pid(self) -> None:
+        """In a root-only folder: the pidfile is empty or gone after TERM, status 3, stop tidies up."""
+        self.box.make("sealed", 0o700)
+        pidfile = self.box.path("sealed", "d.pid")
+        self.box.start("--uid", str(NOBODY), "--pidfile", pidfile, app=APP)
+        os.kill(int(read(pidfile)), signal.SIGTERM)
+        until(lambda: not processes(self.box.folder), "the end")
+        self.assertEqual(read(pidfile), "")
+        self.box.daemonize("status", "--pidfile", pidfile, want=3)
+        self.box.daemonize("stop", "--pidfile", pidfile)
+        self.assertFalse(os.path.exists(pidfile))
+
+    def test_restart_and_stop_work_from_a_sealed_folder(self) -> None:
+        """restart keeps user, port and log of a daemon whose files lie in a root-only folder."""
+        self.box.make("sealed", 0o700)
+        pidfile, log = self.box.path("sealed", "d.pid"), self.box.path("sealed", "d.log")
+        address = self.box.address(self.box.start("--uid", str(NOBODY), "--pidfile", pidfile,
+                                                  "--logfile", log, "--workers", "1", app=APP))
+        self.box.daemonize("restart", "--pidfile", pidfile)
+        facts = ask(address)
+        self.assertEqual((facts["uids"], facts["ppid"]), ([NOBODY] * 3, int(read(pidfile))))
+        ask(address, "print kept")
+        self.assertIn("kept", read(log))
+        self.box.daemonize("stop", "--pidfile", pidfile)
+        self.assertEqual((processes(self.box.folder), os.path.exists(pidfile), os.stat(log).st_uid),
+                         ([], False, NOBODY))
+
+    def test_a_user_without_a_name_will_do(self) -> None:
+        """--uid N --gid N work though no user database knows them."""
+        facts = ask(self.box.address(self.box.start("--uid", "54321", "--gid", "54322", app=APP)))
+        self.assertEqual((facts["uids"][0], facts["gids"][0], facts["groups"]), (54321, 54322, facts["groups"]))
+        self.assertNotIn(0, facts["groups"])
+
+    def test_a_user_brings_its_groups(self) -> None:
+        """--uid NAME alone: the group of the user database, and no other group of root's."""
+        import pwd
+        user = pwd.getpwuid(OTHER)
+        facts = ask(self.box.address(self.box.start("--uid", user.pw_name, app=APP)))
+        self.assertEqual((facts["uids"], facts["gids"]), ([OTHER] * 3, [user.pw_gid] * 3))
+        self.assertNotIn(0, facts["groups"])
+
+    def test_a_program_runs_as_the_user(self) -> None:
+        """A program after -- runs with the user's ids, too."""
+        self.box.start("--uid", str(NOBODY), "--gid", str(OTHER), "--", "sh", "-c", "id -u; id -g; sleep 600")
+        until(lambda: "%d\n%d\n" % (NOBODY, OTHER) in read(self.box.log), "its ids in the log")
+
+
+@needs_root
+class Chroot(BoxTest):
+    """--chroot: a jail without /dev/null, /etc/passwd and Python's library"""
+
+    def test_the_whole_life_in_an_empty_jail(self) -> None:
+        """start, serve, log, restart, reload, stop work in an empty folder, files outside of it."""
+        jail = self.box.make("jail")
+        address = self.box.address(self.box.start("--chroot", jail, "--uid", str(NOBODY), "--workers",
+                                                  "1", app=APP))
+        for action in ("status", "restart", "reload"):
+            with self.subTest(action):
+                self.box.command(action)
+                facts = ask(address)
+                self.assertEqual((facts["root"], facts["cwd"], facts["uids"]), ([], "/", [NOBODY] * 3))
+                self.assertNotIn("folder", facts["fds"].values())
+                daemon = "/proc/%d/" % self.box.pid()
+                self.assertEqual(os.readlink(daemon + "root"), jail)
+                self.assertEqual([fd for fd in os.listdir(daemon + "fd") if os.path.isdir(daemon + "fd/" + fd)], [])
+                ask(address, "print jailed after " + action)
+                self.assertIn("raw jailed after %s\n" % action, read(self.box.log))
+        self.box.command("stop")
+        self.assertEqual((processes(self.box.folder), os.path.exists(self.box.pidfile)), ([], False))
+        self.assertEqual(os.listdir(jail), [])
+
+    def test_the_working_directory_is_an_outside_path(self) -> None:
+        """--rundir below the jail is given as seen from outside."""
+        self.box.make("jail")
+        self.box.make(os.path.join("jail", "inner"))
+        facts = ask(self.box.address(self.box.start(
+            "--chroot", self.box.path("jail"), "--rundir", self.box.path("jail", "inner"), app=APP)))
+        self.assertEqual((facts["root"], facts["cwd"]), (["inner"], "/inner"))
+
+    def test_a_program_inside_the_jail_is_executed(self) -> None:
+        """A static program that exists in the jail runs there; a missing one is a failed start."""
+        self.box.make("jail")
+        result = self.box.start("--chroot", self.box.path("jail"), "--", "/bin/sh", "-c", "sleep 60", want=1)
+        self.assertRegex(result.err, "(?m)^daemonize: fatal: unable to .*/bin/sh")
+        self.assertEqual((processes(self.box.folder), read(self.box.pidfile)), ([], ""))
+
+
+class Logfile(BoxTest):
+    """The log and its rotation"""
+
+    def started(self, *options: str, app: str = APP) -> str:
+        """Start APP with its log in a folder that belongs to its user; return the address."""
+        self.box.make("logs", 0o755, NOBODY if ROOT else -1)
+        self.box.log = self.box.path("logs", "d.log")
+        user = ["--uid", str(NOBODY)] if ROOT else []
+        return self.box.address(self.box.start(*(user + list(options)), app=app))
+
+    def lines(self) -> List[str]:
+        """Return every line of every log."""
+        names = sorted(os.listdir(self.box.path("logs")))
+        return [line for name in names for line in read(self.box.path("logs", name)).splitlines()]
+
+    def test_rotation_by_size_loses_no_line(self) -> None:
+        """Several workers and several clients beyond --log-bytes: each line once across the files."""
+        address = self.started("--log-bytes", "4000", "--log-keep", "50", "--workers", "2")
+        words = ["line-%d-%d" % (a, b) for a in range(3) for b in range(150)]
+        threads = [threading.Thread(target=lambda a=a: [ask(address, "print " + word)
+                                                        for word in words[a * 150:a * 150 + 150]])
+                   for a in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        until(lambda: len(os.listdir(self.box.path("logs"))) > 1, "a rotated log")
+        self.assertEqual(sorted(line for line in self.lines() if line.startswith("line-")), sorted(words))
+        self.assertEqual({os.stat(self.box.path("logs", name)).st_uid
+                          for name in os.listdir(self.box.path("logs"))}, {NOBODY if ROOT else os.getuid()})
+
+    def test_no_more_than_log_keep_are_kept(self) -> None:
+        """Old logs beyond --log-keep are deleted."""
+        address = self.started("--log-bytes", "500", "--log-keep", "1")
+        for number in range(2):
+            ask(address, "print " + "%d " % number * 400)
+            until(lambda: os.path.exists(self.box.log) and os.stat(self.box.log).st_size < 500,
+                  "rotation %d" % number)
+        until(lambda: len(os.listdir(self.box.path("logs"))) == 2, "the oldest deleted")
+        self.assertEqual(sum("1 1 1" in line for line in self.lines()), 2)  # printed, and raw
+        self.assertEqual(sum("0 0 0" in line for line in self.lines()), 0)
+
+    def test_after_a_rename_USR1_opens_the_log_again(self) -> None:
+        """logrotate's rename and USR1: print and raw writes of every worker go to the new file."""
+        address = self.started("--workers", "2")
+        old = self.box.path("logs", "old.log")
+        os.rename(self.box.log, old)
+        ask(address, "print before")
+        os.kill(self.box.pid(), signal.SIGUSR1)
+        until(lambda: os.path.exists(self.box.log), "a new log")
+        self.assertIn("before\nraw before\n", read(old))
+
+        def all_in_the_new_one() -> bool:
+            size = len(read(old))
+            for _ in range(12):
+                ask(address, "print after")
+            return len(read(old)) == size
+        until(all_in_the_new_one, "every worker writing to the new log")
+        self.assertIn("after\n", read(self.box.log))
+        self.assertIn("raw after\n", read(self.box.log))
+        info = os.stat(self.box.log)
+        self.assertEqual((info.st_mode & 0o777, info.st_uid), (0o640, NOBODY if ROOT else os.getuid()))
+
+    def test_copytruncate_leaves_no_hole(self) -> None:
+        """After a truncation the next line stands at the beginning: no NUL bytes."""
+        address = self.started()
+        ask(address, "print " + "x" * 1000)
+        os.truncate(self.box.log, 0)
+        ask(address, "print after")
+        self.assertEqual(read(self.box.log), "after\nraw after\n")
+
+    @needs_root
+    def test_a_log_that_cannot_be_opened_again_goes_on(self) -> None:
+        """In a root-only folder USR1 cannot open a new log: the old one is kept, and that is said."""
+        self.box.make("sealed", 0o700)
+        self.box.log = self.box.path("sealed", "d.log")
+        address = self.box.address(self.box.start("--uid", str(NOBODY), app=APP))
+        os.rename(self.box.log, self.box.path("sealed", "old.log"))
+        os.kill(self.box.pid(), signal.SIGUSR1)
+        until(lambda: re.search("(?i)unable to .*log", read(self.box.path("sealed", "old.log"))), "a word on it")
+        ask(address, "print still")
+        self.assertIn("still\n", read(self.box.path("sealed", "old.log")))
+
+    @needs_root
+    def test_a_log_on_a_full_disk_does_not_end_the_daemon(self) -> None:
+        """The daemon outlives a full disk under its log and says so when it can again."""
+        small = self.box.make("small")
+        if run(["mount", "-t", "tmpfs", "-o", "size=64k,mode=755", "none", small]).code:
+            self.skipTest("needs the right to mount")
+        self.addCleanup(lambda: until(lambda: run(["umount", small]).code == 0, "umount"))
+        self.addCleanup(lambda: [os.kill(pid, signal.SIGKILL) for pid in processes(self.box.folder)])
+        self.box.log = self.box.path("small", "d.log")
+        address = self.box.address(self.box.start(app=APP + QUIET_PRINT))
+        with contextlib.suppress(OSError), open(self.box.path("small", "filler"), "wb", 0) as filler:
+            while True:
+                filler.write(b"x" * 4096)
+        for _ in range(40):
+            ask(address, "print " + "y" * 200)
+        self.assertEqual(ask(address)["pid"], self.box.pid())
+        self.box.command("status")
+        os.unlink(self.box.path("small", "filler"))
+        ask(address, "print again")
+        self.assertIn("again\n", read(self.box.log))
+
+    def test_the_log_is_appended_to(self) -> None:
+        """A second start goes on in the same log."""
+        for word in ("one", "two"):
+            ask(self.box.address(self.box.start(app=APP)), "print " + word)
+            self.box.command("stop")
+        self.assertRegex(read(self.box.log), r"(?s)one\n.*two\n")
+
+
+QUIET_PRINT = r'''
+def do_print(self, rest):
+    try:
+        os.write(1, rest.encode() + b"\n")
+        return True
+    except OSError:
+        return False
+Server.do_print = do_print
+'''
+
+
+@needs_root
+class HostileDaemon(BoxTest):
+    """An attacker with the daemon's uid owns the folder of pidfile, log, lock and socket; root does not suffer"""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.box.make("theirs", 0o755, NOBODY)
+        self.box.pidfile, self.box.log = self.box.path("theirs", "d.pid"), self.box.path("theirs", "d.log")
+        self.precious = self.box.write("precious", "precious\n", 0o600)
+        self.before = os.stat(self.precious)
+        self.stranger = self.box.spawn("sleep", "600")  # root's
+        self.addCleanup(self.stranger.wait)
+        self.addCleanup(self.stranger.kill)
+
+    def tearDown(self) -> None:
+        """Whatever happened: root's file and root's process are as they were."""
+        after = os.stat(self.precious)
+        self.assertEqual(read(self.precious), "precious\n")
+        self.assertEqual((after.st_mode, after.st_uid, after.st_nlink, after.st_ino),
+                         (self.before.st_mode, self.before.st_uid, 1, self.before.st_ino))
+        self.assertIsNone(self.stranger.poll(), "root's process was signalled")
+
+    def start_as_nobody(self, *options: str) -> str:
+        """Start APP for NOBODY and return its address."""
+        return self.box.address(self.box.start("--uid", str(NOBODY), *options, app=APP))
+
+    def as_nobody(self, function: Callable[[], None]) -> int:
+        """Run `function` in a child of uid NOBODY, which stays until the test ends; return its pid."""
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                os.close(reader)
+                drop(NOBODY)()
+                function()
+                os.write(writer, b"x")
+                signal.pause()
+            finally:
+                os._exit(1)
+        os.close(writer)
+        self.addCleanup(os.waitpid, child, 0)
+        self.addCleanup(os.kill, child, signal.SIGKILL)
+        self.assertEqual(os.read(reader, 1), b"x", "the attacker failed")
+        os.close(reader)
+        return child
+
+    def replace(self, path: str, make: Callable[[str], None]) -> None:
+        """Let NOBODY replace a file of its folder."""
+        def swap() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            make(path)
+        self.as_nobody(swap)
+
+    def all_commands(self, *actions: str) -> List[Result]:
+        """Run commands with any exit status; none may wait long, crash, or print raw bytes."""
+        results = []
+        for action in actions or ("status", "reload", "restart", "stop", "start", "stop"):
+            extra = ["--timeout", "1"] if action in ("stop", "restart") else []
+            if action == "start":
+                extra = ["--logfile", self.box.log, "--uid", str(NOBODY), "--app", self.box.path("app.py")]
+            results.append(self.box.command(action, *extra, want=None))
+            self.assertNotIn("Traceback", results[-1].err, action)
+            self.assertNotIn("\x1b", results[-1].out + results[-1].err, action)
+            self.assertLess(results[-1].seconds, 12, action)
+        return results
+
+    def test_a_pidfile_that_names_roots_process_is_not_believed(self) -> None:
+        """The pid in the pidfile is no proof: root's process of that pid is never signalled."""
+        self.start_as_nobody()
+        def write_pid(path: str) -> None:
+            with open(path, "w") as file:
+                file.write("%d\n" % self.stranger.pid)
+        self.replace(self.box.pidfile, write_pid)
+        self.all_commands()
+
+    def test_links_in_place_of_the_pidfile_are_not_followed(self) -> None:
+        """A symlink to root's file as pidfile, before start and while running, changes nothing of root's."""
+        self.box.write("app.py", APP)
+        self.replace(self.box.pidfile, lambda path: os.symlink(self.precious, path))
+        self.all_commands("start", "status", "stop")
+        self.as_nobody(lambda: os.unlink(self.box.pidfile) if os.path.lexists(self.box.pidfile) else None)
+        self.start_as_nobody()
+        self.replace(self.box.pidfile, lambda path: os.symlink(self.precious, path))
+        self.all_commands()
+
+    def test_links_in_place_of_the_log_are_not_followed(self) -> None:
+        """A symlink to root's file as log: start, restart, reload and USR1 do not write or chown it."""
+        self.box.write("app.py", APP)
+        self.replace(self.box.log, lambda path: os.symlink(self.precious, path))
+        self.all_commands("start")
+        self.as_nobody(lambda: os.unlink(self.box.log))
+        self.start_as_nobody()
+        self.replace(self.box.log, lambda path: os.symlink(self.precious, path))
+        os.kill(self.box.pid(), signal.SIGUSR1)
+        self.all_commands("reload", "restart", "status", "stop", "start", "stop")
+
+    def test_FIFOs_in_place_of_files_do_not_stop_root(self) -> None:
+        """A FIFO as pidfile, log, lock or socket: every command ends in time."""
+        self.start_as_nobody()
+        for name in sorted(os.listdir(self.box.path("theirs"))):
+            self.replace(self.box.path("theirs", name), os.mkfifo)
+        self.all_commands()
+
+    def test_a_lock_held_by_the_attacker_does_not_stop_root(self) -> None:
+        """The daemon's user locks every file that it can open: root's commands end in time and say whom."""
+        import fcntl
+        self.start_as_nobody()
+
+        def lock_all() -> None:
+            for name in os.listdir(self.box.path("theirs")):
+                for mode, kind in ((os.O_RDWR, fcntl.LOCK_EX), (os.O_RDONLY, fcntl.LOCK_SH)):
+                    with contextlib.suppress(OSError):
+                        fd = os.open(self.box.path("theirs", name), mode | os.O_NONBLOCK)
+                        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+                        fcntl.lockf(fd, kind | fcntl.LOCK_NB)
+        self.as_nobody(lock_all)
+        self.box.command("status")
+        self.assertIn("try: ", self.box.command("restart", want=1).err)  # options from there: never
+        self.box.command("restart", "--logfile", self.box.log, "--uid", str(NOBODY), "--app",
+                         self.box.path("app.py"))
+        self.box.command("stop")
+        self.assertEqual(processes(self.box.folder), [self.stranger.pid])
+
+    def test_options_planted_in_the_lock_file_are_not_obeyed(self) -> None:
+        """What restart repeats is read only from a file in folders of root's: never from the attacker's."""
+        self.start_as_nobody()
+        lock = self.box.pidfile + ".lock"
+        evil = self.box.write("evil.py", APP + "open(%r, 'w').close()\n" % self.box.path("executed"))
+        text = read(lock)
+        self.assertIn("app.py", text, "the lock file tells the last start's options")
+
+        def plant(path: str) -> None:
+            with open(path, "w") as file:
+                file.write(text.replace("app.py", "evil.py").replace(str(NOBODY), "0"))
+            os.chmod(path, 0o600)
+        self.assertTrue(os.path.exists(evil))
+        self.replace(lock, plant)
+        self.all_commands("restart")
+        os.kill(int(self.box.pid() or self.stranger.pid), 0)
+        self.box.command("stop", want=None)
+        self.replace(lock, plant)
+        self.all_commands("restart", "status", "stop")
+        self.assertFalse(os.path.exists(self.box.path("executed")))
+
+    def sockets(self) -> List[str]:
+        """Return the unix sockets in the attacker's folder."""
+        import stat
+        folder = self.box.path("theirs")
+        return [os.path.join(folder, name) for name in os.listdir(folder)
+                if stat.S_ISSOCK(os.lstat(os.path.join(folder, name)).st_mode)]
+
+    def speaking(self, speech: Callable[[socket.socket], None]) -> None:
+        """Start the daemon and put a listener that answers with `speech` in the place of its socket."""
+        self.start_as_nobody()
+        path, = self.sockets()
+
+        def listen(path: str) -> None:
+            os.chdir(os.path.dirname(path))
+            server = socket.socket(socket.AF_UNIX)
+            server.bind(os.path.basename(path))
+            server.listen(16)
+
+            def serve() -> None:
+                while True:
+                    peer = server.accept()[0]
+                    threading.Thread(target=speech, args=(peer,), daemon=True).start()
+            threading.Thread(target=serve, daemon=True).start()
+        self.replace(path, listen)
+
+    def test_a_control_socket_that_never_answers_is_given_up(self) -> None:
+        """A socket that accepts and says nothing delays root, but not for ever; stop still stops."""
+        self.speaking(lambda peer: time.sleep(600))
+        pid = self.box.pid()
+        self.all_commands("status", "reload", "stop")
+        self.assertFalse(is_alive(pid))
+
+    def test_a_control_socket_that_talks_nonsense_is_contained(self) -> None:
+        """Endless bytes, escape sequences, wrong JSON: bounded, escaped, no traceback."""
+        def babble(peer: socket.socket) -> None:
+            with contextlib.suppress(OSError):
+                peer.sendall(b'{"pid": 1, "word": "\x1b[31m\\u001b[31m", "addresses": ["\\u001b]0;x"]}\n')
+                while True:
+                    peer.sendall(b"\x1b[2J\x00{]" * 4096)
+        self.speaking(babble)
+        pid = self.box.pid()
+        self.all_commands("status", "reload", "restart", "stop")
+        self.assertFalse(is_alive(pid))
+
+    def test_a_control_socket_that_hands_over_strange_descriptors_is_contained(self) -> None:
+        """64 and more descriptors that are no listening sockets are closed, and root binds afresh."""
+        import array
+
+        def hand_over(peer: socket.socket) -> None:
+            with contextlib.suppress(OSError), open("/dev/null") as null:
+                while True:
+                    peer.recv(4096)
+                    peer.sendmsg([b'{"ok": true}\n'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS,
+                                                        array.array("i", [null.fileno()] * 200))])
+        self.speaking(hand_over)
+        self.all_commands("restart", "stop")
+
+    def test_a_folder_swapped_for_a_link_is_not_followed(self) -> None:
+        """When root's own folder is safe but the log's folder belongs to the user, root does not chown there."""
+        self.box.pidfile = self.box.path("d.pid")
+        self.box.write("app.py", APP)
+        self.replace(self.box.path("theirs", "d.log"), lambda path: os.link(self.precious, path)
+                     if False else os.symlink("../precious", path))
+        self.all_commands("start", "status", "stop")
+
+
+class Workers(BoxTest):
+    """--workers: processes that the daemon keeps alive"""
+
+    def workers(self) -> List[int]:
+        """Return the pids of the workers."""
+        return sorted(pid for pid in processes(self.box.folder) if pid != self.box.pid())
+
+    def test_each_worker_serves(self) -> None:
+        """With --workers 2 two processes beside the daemon answer; status counts them."""
+        address = self.box.address(self.box.start("--workers", "2", app=APP))
+        workers = self.workers()
+        self.assertEqual(len(workers), 2)
+        seen = set()
+
+        def both() -> bool:
+            with connect(address) as slow:
+                slow.sendall(b"sleep 0.05\n")
+                seen.add(ask(address)["pid"])
+                seen.add(json.loads(slow.makefile().readline()))
+            return len(seen) == 2
+        until(both, "answers of both workers")
+        self.assertEqual(sorted(seen), workers)
+        self.assertEqual(sorted(self.box.status()["workers"]), workers)
+
+    def test_a_killed_worker_is_replaced(self) -> None:
+        """A worker that dies is started again; the daemon's pid stays, the log says it."""
+        address = self.box.address(self.box.start("--workers", "1", app=APP))
+        pid = self.box.pid()
+        for _ in range(2):
+            old = ask(address)["pid"]
+            os.kill(old, signal.SIGKILL)
+            until(lambda: ask(address)["pid"] != old, "a new worker")
+        self.assertEqual((self.box.pid(), ask(address)["ppid"]), (pid, pid))
+        self.assertIn(str(old), read(self.box.log))
+
+    def test_workers_end_with_the_daemon(self) -> None:
+        """After kill -9 of the daemon its workers end by themselves and the port is free."""
+        address = self.box.address(self.box.start("--workers", "2", app=APP))
+        os.kill(self.box.pid(), signal.SIGKILL)
+        until(lambda: not processes(self.box.folder), "the end of the workers")
+        with self.assertRaises(OSError):
+            connect(address, 1)
+
+    def test_reload_brings_fresh_workers(self) -> None:
+        """reload runs once in the daemon, then its workers are replaced; no connection is lost."""
+        address = self.box.address(self.box.start("--workers", "1", app=APP))
+        old, pid = ask(address)["pid"], self.box.pid()
+        self.box.command("reload")
+        facts = ask(address)
+        self.assertNotEqual(facts["pid"], old)
+        self.assertEqual((facts["ppid"], facts["reloads"], self.box.pid()), (pid, 1, pid))
+
+    def test_the_application_says_how_many(self) -> None:
+        """Without --workers the server's own wish decides."""
+        address = self.box.address(self.box.start(app=APP + "Server.workers = 1\n"))
+        self.assertEqual(ask(address)["ppid"], self.box.pid())
+        self.assertEqual(len(self.workers()), 1)
+
+    def test_a_worker_that_cannot_start_is_a_failed_start(self) -> None:
+        """serve_forever that is never entered: no readiness, exit status 1."""
+        app = APP + "Server.probe = lambda self: ask_self()\n"
+        result = self.box.start("--workers", "2", app=app, want=1)
+        self.assertIn("ask_self", result.err)
+        self.assertEqual(processes(self.box.folder), [])
+
+
+RECIPE = r'''
+import os, signal, subprocess, sys, threading, time
+sys.path.insert(0, %(home)r)
+from daemonize import startstop
+
+SIGTERM_SENT = False
+
+
+def sigterm_handler(signum, frame):
+    print("SIGTERM handler.  Shutting Down.", file=sys.stderr, flush=True)
+    global SIGTERM_SENT
+    if not SIGTERM_SENT:
+        SIGTERM_SENT = True
+        print("Sending TERM to PG", file=sys.stderr, flush=True)
+        os.killpg(0, signal.SIGTERM)
+    sys.exit()
+
+
+class MyThread(threading.Thread):
+    def __init__(self):
+        threading.Thread.__init__(self)
+        self.daemon = True
+
+    def run(self):
+        job = subprocess.Popen(["sleep", "6000"])
+        job.communicate()
+
+
+def main():
+    %(setsid)s
+    %(handler)s
+    MyThread().start()
+    print("main", os.getpid(), os.getpgrp(), os.getsid(0), os.getcwd(), flush=True)
+    while True:
+        job = subprocess.Popen(["sleep", "6000"])
+        job.communicate()
+
+
+if __name__ == "__main__":
+    startstop(%(arguments)s)
+    main()
+'''
+
+
+class Library(BoxTest):
+    """startstop(...): the third article's recipe on Python 3"""
+
+    def recipe(self, setsid: bool = True, handler: bool = True, arguments: str = "") -> None:
+        """Write the recipe in one of its forms."""
+        handle = "signal.signal(signal.SIGTERM, sigterm_handler)"
+        arguments = arguments or "stdout='out.log', stderr='err.log', pidfile='pid.txt'"
+        self.box.write("recipe.py", RECIPE % {
+            "home": HERE, "setsid": "os.setsid()" if setsid else "pass", "arguments": arguments,
+            "handler": handle if handler else "pass"})
+
+    def action(self, *argv: str, want: Optional[int] = 0, cwd: Optional[str] = None) -> Result:
+        """Run recipe.py with an action."""
+        return run([sys.executable, self.box.path("recipe.py")] + list(argv), want, env=self.box.env,
+                   cwd=cwd or self.box.folder)
+
+    def test_start_and_stop_in_its_three_forms(self) -> None:
+        """With os.setsid() in main, without it, without any handler: stop leaves no process."""
+        for setsid, handler in ((True, True), (False, True), (False, False)):
+            with self.subTest(setsid=setsid, handler=handler):
+                self.recipe(setsid, handler)
+                result = self.action("start")
+                pid = int(read(self.box.path("pid.txt")))
+                until(lambda: len(processes(self.box.folder)) == 3, "two sleeping children")
+                self.assertIn("started with pid %d" % pid, result.out + result.err + read(self.box.path("err.log")))
+                self.assertLess(self.action("stop").seconds, 3)
+                self.assertEqual(processes(self.box.folder), [])
+                self.assertFalse(os.path.exists(self.box.path("pid.txt")))
+                if handler:
+                    self.assertEqual(read(self.box.path("err.log")).count("Sending TERM to PG"), 1)
+                os.unlink(self.box.path("err.log"))
+
+    def test_paths_are_relative_to_the_caller(self) -> None:
+        """The default pid.txt lies where start was called, and stop finds it there from anywhere."""
+        self.recipe(arguments="stdout='out.log'")
+        self.action("start")
+        self.assertIn("main %s" % read(self.box.path("pid.txt")).strip(),
+                      until(lambda: read(self.box.path("out.log")), "output"))
+        self.assertIn("already", "".join(self.action("start", want=None)[1:3]))
+        self.action("status")
+        self.action("restart")
+        self.action("stop")
+        self.action("status", want=3)
+        self.assertEqual(processes(self.box.folder), [])
+
+    def test_no_file_is_writable_by_all(self) -> None:
+        """No umask 0: neither pidfile nor log can be written by others."""
+        self.recipe()
+        self.action("start")
+        for name in os.listdir(self.box.folder):
+            self.assertEqual(os.lstat(self.box.path(name)).st_mode & 0o022, 0, name)
+        self.assertEqual(os.stat(self.box.path("pid.txt")).st_mode & 0o777, 0o644)
+
+    def test_usage_is_2(self) -> None:
+        """Without an action, or with a wrong one: usage, exit status 2, nothing made."""
+        self.recipe()
+        for argv in ((), ("begin",)):
+            result = self.action(*argv, want=2)
+            self.assertIn("usage", result.out + result.err)
+        self.assertEqual(set(os.listdir(self.box.folder)) - {"__pycache__"}, {"recipe.py"})
+
+    def test_stop_of_nothing_is_0(self) -> None:
+        """stop and status without a daemon have the exit statuses of the table."""
+        self.recipe()
+        self.action("stop")
+        self.action("status", want=3)
+
+
+class Programs(BoxTest):
+    """Scripts (--app FILE.py without bind) and programs (-- COMMAND)"""
+
+    def test_a_script_is_main(self) -> None:
+        """A script runs as __main__ with its own arguments, in the finished daemon."""
+        script = self.box.write("my script.py", SCRIPT)
+        self.box.start("--name", "s", "--app", script, "--", "--pidfile", "@x", "-h")
+        self.assertIn("script __main__ ['--pidfile', '@x', '-h']", read(self.box.log))
+        self.assertEqual(len(processes(self.box.folder)), 1)
+        self.box.command("status")
+        self.assertLess(self.box.command("stop").seconds, 1.5)
+
+    def test_a_program_gets_its_arguments_untouched(self) -> None:
+        """What follows -- is never looked at: options, @names, another --."""
+        self.box.start("--", "sh", "-c", 'for word; do echo "<$word>"; done; sleep 600', "sh",
+                       "--pidfile", "@x", "--", "-h", "two words")
+        until(lambda: "<two words>" in read(self.box.log), "its arguments")
+        self.assertIn("<--pidfile>\n<@x>\n<-->\n<-h>\n<two words>\n", read(self.box.log))
+
+    def test_a_program_is_the_daemon(self) -> None:
+        """The program itself has the pid in the pidfile, leads its group, and stop ends its children."""
+        self.box.start("--", "sh", "-c", "sleep 6000 & sleep 6000 & echo $$; wait")
+        pid = self.box.pid()
+        until(lambda: "%d\n" % pid in read(self.box.log), "its pid")
+        self.assertEqual(os.getpgid(pid), pid)
+        self.box.command("status")
+        self.assertLess(self.box.command("stop").seconds, 1.5)
+        self.assertEqual(processes(self.box.folder), [])
+
+    @needs_linux
+    def test_a_program_inherits_nothing(self) -> None:
+        """A program has /dev/null, the log twice and its lock, and no signal ignored or blocked."""
+        self.box.start("--", "sh", "-c", "ls -l /proc/$$/fd; grep -E 'Sig(Blk|Ign)' /proc/$$/status; umask; pwd;"
+                       "echo end; sleep 600")
+        text = str(until(lambda: "end\n" in read(self.box.log) and read(self.box.log), "its state"))
+        files = re.findall(r" -> (.*)", text)
+        self.assertEqual([file for file in files if not file.endswith(".lock")],
+                         ["/dev/null", self.box.log, self.box.log])
+        self.assertRegex(text, r"SigBlk:\s*0+\nSigIgn:\s*0+\n")
+        self.assertIn("0027\n/\n", text)
+
+    def test_restart_repeats_a_scripts_arguments(self) -> None:
+        """restart without options runs the script again with the same arguments."""
+        self.box.start("--", "a", "b", app=SCRIPT)
+        old = self.box.pid()
+        self.box.command("restart")
+        self.assertNotEqual(self.box.pid(), old)
+        until(lambda: read(self.box.log).count("script __main__ ['a', 'b']\n") == 2, "two runs")
+
+    def test_a_program_that_ends_later_leaves_no_pid(self) -> None:
+        """When a program ends by itself, status is 1 or 3 and the next start works."""
+        self.box.start("--", "sleep", "0.5")
+        until(lambda: not processes(self.box.folder), "its end")
+        self.assertIn(self.box.command("status", want=None).code, (1, 3))
+        self.box.start("--", "sleep", "600")
+        self.box.command("status")
+
+
+class House(unittest.TestCase):
+    """The two program files"""
+
+    def tree(self, path: str) -> ast.Module:
+        """Return the syntax tree of a program file."""
+        if not os.path.exists(path):
+            self.skipTest("needs " + os.path.basename(path))
+        return ast.parse(read(path))
+
+    def imports(self, path: str) -> List[str]:
+        """Return the modules that a file imports, anywhere in it."""
+        nodes = list(ast.walk(self.tree(path)))
+        return [alias.name.partition(".")[0] for node in nodes if isinstance(node, ast.Import)
+                for alias in node.names] + [str(node.module).partition(".")[0] for node in nodes
+                                            if isinstance(node, ast.ImportFrom)]
+
+    def attributes(self, path: str) -> List[str]:
+        """Return every name after a dot in a file."""
+        return [node.attr for node in ast.walk(self.tree(path)) if isinstance(node, ast.Attribute)]
+
+    def test_daemonize_knows_no_HTTP(self) -> None:
+        """daemonize.py imports nothing about HTTP, passwords or TLS."""
+        found = set(self.imports(DAEMONIZE))
+        self.assertIn("signal", found)
+        self.assertEqual(found & {"http", "hashlib", "hmac", "base64", "email", "ssl", "urllib"}, set())
+
+    def test_authserver_knows_no_processes_and_users(self) -> None:
+        """authserver.py imports no pwd, grp or daemonize, and calls no fork, set*id or kill."""
+        self.assertEqual(set(self.imports(AUTHSERVER)) & {"pwd", "grp", "daemonize", "multiprocessing"}, set())
+        names = set(self.attributes(AUTHSERVER))
+        self.assertIn("serve_forever", names | {n.name for n in ast.walk(self.tree(AUTHSERVER))
+                                                if isinstance(n, ast.FunctionDef)})
+        self.assertEqual(names & {"fork", "setuid", "setgid", "setgroups", "setresuid", "setresgid",
+                                  "initgroups", "kill", "killpg", "setsid", "chroot"}, set())
+
+    def test_each_file_keeps_its_budget(self) -> None:
+        """daemonize.py has at most 1200 lines, authserver.py 2000, each at most 100 columns wide."""
+        for path, budget in ((DAEMONIZE, 1200), (AUTHSERVER, 2000)):
+            with self.subTest(os.path.basename(path)):
+                self.tree(path)
+                lines = read(path).splitlines()
+                self.assertLessEqual(len(lines), budget)
+
+    def test_the_contract_is_three_names(self) -> None:
+        """authserver.py has add_arguments, bind and serve_forever."""
+        names = [node.name for node in ast.walk(self.tree(AUTHSERVER)) if isinstance(node, ast.FunctionDef)]
+        for name in ("add_arguments", "bind", "serve_forever", "main"):
+            self.assertIn(name, names)
+
+    def test_every_function_is_annotated_and_explained(self) -> None:
+        """Every function of both files has annotations, and every public one a docstring."""
+        for path in (DAEMONIZE, AUTHSERVER):
+            for node in ast.walk(self.tree(path)):
+                if isinstance(node, ast.FunctionDef):
+                    with self.subTest("%s: %s" % (os.path.basename(path), node.name)):
+                        arguments = [a for a in node.args.args if a.arg not in ("self", "cls")]
+                        self.assertTrue(node.returns or node.name == "__init__")
+                        self.assertTrue(all(a.annotation for a in arguments))
+
+    def test_the_examples_in_the_docstrings_are_true(self) -> None:
+        """The doctests of both files pass."""
+        for name in ("daemonize", "authserver"):
+            with self.subTest(name):
+                if not os.path.exists(os.path.join(HERE, name + ".py")):
+                    self.skipTest("needs " + name)
+                result = run([sys.executable, "-m", "doctest", name + ".py"], cwd=HERE)
+                self.assertEqual((result.code, result.out), (0, ""), result.err)
+                self.assertIn(">>> ", read(os.path.join(HERE, name + ".py")))
+
+    def test_the_files_are_clean_under_every_warning(self) -> None:
+        """-X dev -bb -W error: a start, a status and a stop print no warning."""
+        box = Box()
+        self.addCleanup(box.close)
+        strict = [sys.executable, "-bb", "-W", "error"] + (["-X", "dev"] if sys.version_info >= (3, 7) else [])
+        pidfile = ["--pidfile", box.pidfile]
+        app = ["--logfile", box.log, "--app", box.write("app.py", APP)]
+        for argv in (["start"] + pidfile + app, ["status"] + pidfile, ["restart"] + pidfile, ["stop"] + pidfile):
+            result = run(strict + [DAEMONIZE] + argv, 0, env=box.env, cwd=box.folder)
+            self.assertNotIn("Warning", result.err)
+        self.assertNotIn("Warning", read(box.log))
+        self.assertNotIn("Traceback", read(box.log))
+
+    def test_daemonize_works_alone(self) -> None:
+        """daemonize.py copied into an empty folder hosts a ten-line script."""
+        box = Box()
+        self.addCleanup(box.close)
+        shutil.copy(DAEMONIZE, box.folder)
+        script = box.write("script.py", "import time\nprint('alone', flush=True)\ntime.sleep(600)\n")
+        argv = [sys.executable, box.path("daemonize.py")]
+        run(argv + ["start", "--pidfile", box.pidfile, "--logfile", box.log, "--app", script], 0, env=box.env)
+        self.assertIn("alone", read(box.log))
+        run(argv + ["stop", "--pidfile", box.pidfile], 0, env=box.env)
+
+
+@unittest.skipUnless(os.path.exists(README), "needs README")
+class Readme(unittest.TestCase):
+    """README"""
+
+    def test_it_is_plain_text_of_72_columns(self) -> None:
+        """README has at most 72 columns, no tabs, no markup."""
+        for number, line in enumerate(read(README).splitlines(), 1):
+            self.assertLessEqual(len(line), 72, "line %d: %s" % (number, line))
+            self.assertNotIn("\t", line)
+            self.assertFalse(line.startswith(("#", "```")), line)
+
+    def test_every_option_stands_in_it(self) -> None:
+        """Every option of --help stands in README, and every option in README exists."""
+        box = Box()
+        self.addCleanup(box.close)
+        known = set(re.findall(r"--[a-z][a-z-]+", box.daemonize("start", "-h").out))
+        for program in ("authserver.py",):
+            known |= set(re.findall(r"--[a-z][a-z-]+", run([sys.executable, os.path.join(HERE, program), "--help"], 0).out))
+        told = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", read(README)))
+        self.assertEqual(known - told, set())
+
+
+# -- Bench: beside the servers that are installed here -----------------------
+#
+# One core for the server, another for this load generator, which saturates
+# long before a server in C does: compare the CPU time per answer, read from
+# /proc for the whole tree of the server's processes, not the answers a second.
+
+BENCH_USER, BENCH_PASSWORD, BENCH_REALM = "user", "secret", "bench"
+BENCH_PATH = "/example/foo"
+BENCH_PAGE = "foo ok" + "x" * 94
+STOCK = r'''
+import base64, http.server, sys
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def do_GET(self):
+        word, _, value = self.headers.get("Authorization", "").partition(" ")
+        known = word == "Basic" and base64.b64decode(value) == b"user:secret"
+        body = b"foo ok" + b"x" * 94 if known else b""
+        self.send_response(200 if known else 401)
+        if not known:
+            self.send_header("WWW-Authenticate", 'Basic realm="bench"')
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+class Server(http.server.socketserver.ThreadingMixIn, http.server.HTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+Server(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+'''
+TWISTED = r'''
+import sys
+from twisted.cred import checkers, portal
+from twisted.internet import endpoints, reactor
+from twisted.web import guard, resource, server
+from zope.interface import implementer
+
+class Page(resource.Resource):
+    isLeaf = True
+    def render_GET(self, request):
+        return b"foo ok" + b"x" * 94
+
+@implementer(portal.IRealm)
+class Realm:
+    def requestAvatar(self, avatar, mind, *interfaces):
+        return resource.IResource, Page(), lambda: None
+
+users = checkers.InMemoryUsernamePasswordDatabaseDontUse(user=b"secret")
+factory = (guard.DigestCredentialFactory("md5", b"bench") if sys.argv[2] == "digest" else
+           guard.BasicCredentialFactory(b"bench"))
+site = server.Site(guard.HTTPAuthSessionWrapper(portal.Portal(Realm(), [users]), [factory]))
+endpoints.TCP4ServerEndpoint(reactor, int(sys.argv[1]), interface="127.0.0.1").listen(site)
+reactor.run()
+'''
+NGINX = """daemon off; worker_processes 1; pid %(folder)s/nginx.pid; error_log /dev/null crit;
+events { worker_connections 1024; }
+http { access_log %(folder)s/nginx.log; keepalive_requests 100000000; default_type text/html;
+client_body_temp_path %(folder)s/1; proxy_temp_path %(folder)s/2; fastcgi_temp_path %(folder)s/3;
+uwsgi_temp_path %(folder)s/4; scgi_temp_path %(folder)s/5;
+server { listen 127.0.0.1:%(port)d; root %(folder)s/www; auth_basic bench;
+auth_basic_user_file %(folder)s/nginx.users; } }
+"""
+LIGHTTPD = """server.modules = ("mod_auth", "mod_authn_file", "mod_accesslog")
+server.document-root = "%(folder)s/www"
+server.port = %(port)d
+server.bind = "127.0.0.1"
+accesslog.filename = "%(folder)s/lighttpd.log"
+server.max-keep-alive-requests = 100000000
+auth.backend = "plain"
+auth.backend.plain.userfile = "%(folder)s/lighttpd.users"
+auth.require = ("/" => ("method" => "%(scheme)s", "realm" => "bench", "require" => "valid-user"))
+"""
+APACHE = """ServerRoot %(folder)s
+ServerName 127.0.0.1
+Listen 127.0.0.1:%(port)d
+PidFile %(folder)s/apache.pid
+DefaultRuntimeDir %(folder)s
+ErrorLog /dev/null
+%(modules)s
+User nobody
+Group nogroup
+MaxKeepAliveRequests 0
+StartServers 1
+ServerLimit 1
+ThreadsPerChild 64
+MaxRequestWorkers 64
+TypesConfig /dev/null
+DocumentRoot %(folder)s/www
+<Directory %(folder)s/www>
+AuthType Digest
+AuthName bench
+AuthUserFile %(folder)s/apache.users
+Require valid-user
+</Directory>
+"""
+
+
+def md5(text: str) -> str:
+    """Return the MD5 of a text in hex (what a digest client needs)."""
+    return hashlib.md5(text.encode()).hexdigest()
+
+
+class LoadClient:
+    """One connection of the load generator: sends the next request when the last is answered."""
+
+    def __init__(self, address: str, scheme: str, keep_alive: bool) -> None:
+        self.address, self.scheme, self.keep_alive = address, scheme, keep_alive
+        self.nonce, self.count, self.answers, self.failures, self.data = "", 0, 0, 0, b""
+        self.base = self.refill = ""
+        self.sock = connect(address)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def request(self) -> bytes:
+        """Return the next request, as this scheme asks for it."""
+        lines = ["GET %s HTTP/1.1" % BENCH_PATH, "Host: " + self.address]
+        if self.scheme == "basic":
+            pair = "%s:%s" % (BENCH_USER, BENCH_PASSWORD)
+            lines.append("Authorization: Basic " + base64.b64encode(pair.encode()).decode())
+        elif self.nonce:
+            lines.append("Authorization: Digest " + self.credentials())
+        if not self.keep_alive:
+            lines.append("Connection: close")
+        return "\r\n".join(lines + ["", ""]).encode()
+
+    def credentials(self) -> str:
+        """Return the digest credentials of the next request on this connection's nonce."""
+        self.count += 1
+        ha1 = md5("%s:%s:%s" % (BENCH_USER, BENCH_REALM, BENCH_PASSWORD))
+        middle = "%s:%08x:abcdef:auth" % (self.nonce, self.count)
+        response = md5("%s:%s:%s" % (ha1, middle, md5("GET:" + BENCH_PATH)))
+        return ('username="%s", realm="%s", nonce="%s", uri="%s", qop=auth, nc=%08x, '
+                'cnonce="abcdef", response="%s", algorithm=MD5%s' % (
+                    BENCH_USER, BENCH_REALM, self.nonce, BENCH_PATH, self.count, response, self.refill))
+
+    def send(self) -> None:
+        """Send the next request."""
+        self.sock.sendall(self.request())
+
+    def receive(self) -> bool:
+        """Read what came; at the end of an answer count it, send the next, and return True."""
+        piece = self.sock.recv(65536)
+        self.data += piece
+        head, end, body = self.data.partition(b"\r\n\r\n")
+        length = re.search(br"(?i)\ncontent-length: *(\d+)", head)
+        if piece and not (end and length and len(body) >= int(length.group(1))):
+            return False
+        status, self.data = head[9:12], b""
+        self.answers += status == b"200"
+        if status == b"401" and self.scheme == "digest":
+            self.challenge(head.decode("latin-1"))
+        elif status != b"200":
+            self.failures += 1
+        if not piece or not self.keep_alive or b"\nConnection: close" in head:
+            self.sock.close()
+            self.sock = connect(self.address)
+            return True
+        self.send()
+        return False
+
+    def challenge(self, head: str) -> None:
+        """Take the nonce of a digest challenge."""
+        line = next(line for line in head.split("\r\n") if re.match("(?i)www-authenticate: *digest", line))
+        self.nonce, self.count = str(re.findall(r'nonce="([^"]*)"', line)[0]), 0
+        self.refill = "".join(', opaque="%s"' % value for value in re.findall(r'opaque="([^"]*)"', line))
+
+
+def load(address: str, scheme: str, seconds: float, connections: int, keep_alive: bool) -> Tuple[int, int]:
+    """Keep `connections` busy for some seconds; return the answers (200) and the failures."""
+    clients: Dict[int, LoadClient] = {}
+    poller = select.poll()
+    for _ in range(connections):
+        client = LoadClient(address, scheme, keep_alive)
+        clients[client.sock.fileno()] = client
+        poller.register(client.sock, select.POLLIN)
+        client.send()
+    everyone, deadline = list(clients.values()), time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        for fd, _ in poller.poll(1000):
+            client = clients[fd]
+            if client.receive():  # a new connection
+                poller.unregister(fd)
+                del clients[fd]
+                clients[client.sock.fileno()] = client
+                poller.register(client.sock, select.POLLIN)
+                client.send()
+    for client in everyone:
+        client.sock.close()
+    return sum(c.answers for c in everyone), sum(c.failures for c in everyone)
+
+
+def family(pid: int) -> List[int]:
+    """Return a process and its descendants."""
+    found = [pid]
+    for parent in found:
+        for task in glob.glob("/proc/%d/task/*/children" % parent):
+            found += [int(word) for word in read(task).split()]
+    return found
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return user and system time of a process and its descendants, the reaped ones included."""
+    fields = [read("/proc/%d/stat" % one).rpartition(")")[2].split()[11:15] for one in family(pid)]
+    return sum(int(value) for four in fields for value in four) / os.sysconf("SC_CLK_TCK")
+
+
+def memory(pid: int) -> float:
+    """Return the proportional share of memory (PSS) of a process and its descendants in MiB."""
+    texts = [read("/proc/%d/smaps_rollup" % one) for one in family(pid)]
+    return sum(int(n) for text in texts for n in re.findall(r"(?m)^Pss: +(\d+)", text)) / 1024
+
+
+def free_port() -> int:
+    """Return a port that was free a moment ago, for servers that cannot say which one they took."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def competitors(box: Box) -> List[Tuple[str, str, Callable[[int], List[str]]]]:
+    """Return (name, scheme, command line for a port) of every server that is installed."""
+    box.folder = os.path.realpath(box.folder)
+    plain = tempfile.mkdtemp(dir=TEMP)  # no space, no umlaut: not every server can
+    os.chmod(plain, 0o755)
+    os.makedirs(plain + "/www/example")
+    for name, text in (("www/example/foo", BENCH_PAGE), ("nginx.users", "user:{PLAIN}secret\n"),
+                       ("lighttpd.users", "user:secret\n"), ("stock.py", STOCK), ("twisted.py", TWISTED),
+                       ("apache.users", "user:bench:%s\n" % md5("user:bench:secret"))):
+        with open(os.path.join(plain, name), "w") as file:
+            file.write(text)
+    passwords = box.write("passwords", "user:bench:%s\n" % md5("user:bench:secret"), 0o600)
+    python = os.environ.get("PEER_PYTHON") or sys.executable
+
+    def configured(program: str, template: str, *argv: str, **words: str) -> Callable[[int], List[str]]:
+        def command(port: int) -> List[str]:
+            path = os.path.join(plain, "%s-%d.conf" % (os.path.basename(program), port))
+            with open(path, "w") as file:
+                file.write(template % dict(words, folder=plain, port=port))
+            return [program] + list(argv) + [path]
+        return command
+
+    def ours(port: int) -> List[str]:
+        return [sys.executable, AUTHSERVER, "--bind", "127.0.0.1:%d" % port, "--passwords", passwords,
+                "--realm", BENCH_REALM]
+    found = [("stock ThreadingHTTPServer", "basic", lambda port: [sys.executable, plain + "/stock.py", str(port)]),
+             ("authserver", "basic", ours), ("authserver", "digest", ours)]
+    if run([python, "-c", "import twisted.web.guard"]).code == 0:
+        for scheme in ("basic", "digest"):
+            found.append(("Twisted guard", scheme, lambda port, scheme=scheme: [  # type: ignore[misc]
+                python, plain + "/twisted.py", str(port), scheme]))
+    if shutil.which("nginx"):
+        found.append(("nginx auth_basic", "basic", configured("nginx", NGINX, "-c")))
+    if shutil.which("lighttpd"):
+        for scheme in ("basic", "digest"):
+            found.append(("lighttpd mod_auth", scheme, configured("lighttpd", LIGHTTPD, "-D", "-f", scheme=scheme)))
+    apache, folder = shutil.which("apache2") or shutil.which("httpd"), "/usr/lib/apache2/modules"
+    if apache and os.path.isdir(folder):
+        names = "mpm_event authn_core authn_file authz_core authz_user auth_digest unixd mime".split()
+        modules = "".join("LoadModule %s_module %s/mod_%s.so\n" % (n, folder, n) for n in names
+                          if os.path.exists("%s/mod_%s.so" % (folder, n)))
+        found.append(("Apache mod_auth_digest", "digest", configured(apache, APACHE, "-DFOREGROUND", "-f", modules=modules)))
+    return found
+
+
+def pin(core: int) -> Callable[[], None]:
+    """Return what a child calls to stay on one core."""
+    def stay() -> None:
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[core]})
+    return stay
+
+
+class Measured(NamedTuple):
+    """One server under one kind of load."""
+    per_second: float
+    cpu: float       # microseconds per answer
+    memory: float    # MiB
+    failures: int
+
+
+def measure(box: Box, scheme: str, command: Callable[[int], List[str]], seconds: float) -> List[Measured]:
+    """Start a server on a core of its own; load it with kept and with new connections."""
+    port = free_port()
+    server = box.spawn(*command(port), preexec_fn=pin(0), start_new_session=True)
+    address, results = "127.0.0.1:%d" % port, []
+    try:
+        until(lambda: server.poll() is not None or not reach(address), "a listening server", 10)
+        load(address, scheme, 0.3, 16, True)
+        for keep_alive in (True, False):
+            began, cpu = time.monotonic(), cpu_seconds(server.pid)
+            answers, failures = load(address, scheme, seconds, 16, keep_alive)
+            results.append(Measured(answers / (time.monotonic() - began), 1e6 * (
+                cpu_seconds(server.pid) - cpu) / max(answers, 1), memory(server.pid), failures))
+    finally:
+        for pid in family(server.pid):
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        server.wait()
+    return results
+
+
+def reach(address: str) -> Optional[OSError]:
+    """Return why an address cannot be connected to, or None."""
+    try:
+        connect(address).close()
+    except OSError as error:
+        return error
+    return None
+
+
+def bench(argv: List[str]) -> int:
+    """Print the table: answers a second, CPU per answer, the ratio to stock, memory."""
+    parser = argparse.ArgumentParser(prog="test_all.py bench")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each figure (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="the median of so many (%(default)s)")
+    options = parser.parse_args(argv)
+    pin(-1)()
+    box, rows = Box(), {}  # type: Box, Dict[Tuple[str, str], List[List[Measured]]]
+    try:
+        servers = competitors(box)
+        for _ in range(options.rounds):  # interleaved: a slow minute hits everybody
+            for name, scheme, command in servers:
+                rows.setdefault((name, scheme), []).append(measure(box, scheme, command, options.seconds))
+        print_table(rows)
+    finally:
+        box.close()
+        shutil.rmtree(TEMP, ignore_errors=True)
+    return 0
+
+
+def print_table(rows: Dict[Tuple[str, str], List[List[Measured]]]) -> None:
+    """Print one line for each server and kind of connection, medians over the rounds."""
+    print("%-26s %-7s %-10s %10s %8s %9s %8s %6s" % (
+        "server", "scheme", "connection", "answers/s", "us CPU", "CPU/stock", "MiB PSS", "failed"))
+    for kind, word in enumerate(("kept", "new")):
+        base = statistics.median(one[kind].cpu for one in rows["stock ThreadingHTTPServer", "basic"])
+        for (name, scheme), rounds in sorted(rows.items(), key=lambda item: item[0][::-1]):
+            speed, cpu, size = (statistics.median(one[kind][column] for one in rounds) for column in range(3))
+            print("%-26s %-7s %-10s %10.0f %8.1f %9.2f %8.1f %6d" % (
+                name, scheme, word, speed, cpu, cpu / base, size, sum(one[kind].failures for one in rounds)))
+
+
+# -- Soak: the long ones -----------------------------------------------------
+
+
+class Load:
+    """Clients that never rest; each failure is kept with its moment."""
+
+    def __init__(self, address: str, clients: int = 2) -> None:
+        self.address, self.answers, self.end = address, 0, threading.Event()
+        self.failures: List[str] = []
+        self.threads = [threading.Thread(target=self.client) for _ in range(clients)]
+        for thread in self.threads:
+            thread.start()
+
+    def client(self) -> None:
+        """Ask again and again."""
+        while not self.end.is_set():
+            try:
+                ask(self.address, "sleep 0")
+                self.answers += 1
+            except (OSError, ValueError) as error:
+                self.failures.append(repr(error))
+                select.select([], [], [], 0.01)
+
+    def stop(self) -> None:
+        """End the clients."""
+        self.end.set()
+        for thread in self.threads:
+            thread.join()
+
+
+class LifeCycle:
+    """Random steps of a daemon's life under load, and what must be true after each."""
+
+    def __init__(self, random: Random) -> None:
+        self.box, self.random, self.steps = Box(), random, 0
+        self.strangers = [self.box.spawn("sleep", "86400") for _ in range(3)]
+        self.options = ["--bind", "127.0.0.1:%d" % free_port(), "--workers", "2"]
+        self.box.write("app.py", APP)
+        self.load = Load(self.options[1])
+        self.files: List[str] = []
+
+    def step_start(self) -> None:
+        """start: afterwards it runs."""
+        self.box.start(*self.options, app=APP)
+        self.answers()
+
+    def step_stop(self) -> None:
+        """stop: afterwards nothing is left."""
+        self.box.command("stop")
+        self.alone()
+
+    def step_restart(self) -> None:
+        """restart: nothing is lost when it was running."""
+        self.lossless("restart")
+
+    def step_reload(self) -> None:
+        """reload: nothing is lost when it was running; 3 when not."""
+        self.lossless("reload")
+
+    def step_broken_restart(self) -> None:
+        """restart with broken code: the old one goes on, nothing is lost."""
+        running = self.box.pid()
+        self.box.write("app.py", APP + self.random.choice(["1 / 0", "bind = 1", "Server.probe = lambda self: 1 / 0"]))
+        self.lossless("restart", 1)
+        self.box.write("app.py", APP)
+        assert self.box.pid() == running, "the pid changed"
+
+    def step_kill(self) -> None:
+        """SIGKILL to the daemon: its workers follow, the next start works at once."""
+        if self.running():
+            os.kill(self.box.pid(), signal.SIGKILL)
+        if self.random.random() < 0.5:
+            self.step_start()
+
+    def step_kill_worker(self) -> None:
+        """SIGKILL to a worker: the daemon stays."""
+        pid, others = self.box.pid(), self.daemons()
+        if pid and len(others) > 1:
+            os.kill(self.random.choice([one for one in others if one != pid]), signal.SIGKILL)
+            self.answers()
+            assert self.box.pid() == pid
+
+    def step_freeze(self) -> None:
+        """SIGSTOP, some command, SIGCONT: bounded, and no second daemon."""
+        pid = self.running()
+        if pid:
+            os.kill(pid, signal.SIGSTOP)
+            self.box.command(self.random.choice(["status", "stop"]), "--timeout", "0.5", want=None)
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGCONT)
+
+    def step_crowd(self) -> None:
+        """Several commands at once: they take turns."""
+        actions = [self.random.choice(["start", "stop", "restart", "status"]) for _ in range(4)]
+        extra = ["--logfile", self.box.log, "--app", self.box.path("app.py")] + self.options
+        crowd = [self.box.spawn(sys.executable, DAEMONIZE, action, "--pidfile", self.box.pidfile,
+                                *(extra if action == "start" else [])) for action in actions]
+        for child, action in zip(crowd, actions):
+            assert child.wait(60) in ((0, 1, 3) if action == "status" else (0,)), (action, read(self.box.path("output")))
+
+    def step_odd_pidfile(self) -> None:
+        """A stranger's pid in the pidfile: nobody is signalled."""
+        if not self.running():
+            self.box.write("d.pid", "%d\n" % self.random.choice(self.strangers).pid)
+            self.box.command(self.random.choice(["stop", "status", "reload"]), want=None)
+
+    def running(self) -> int:
+        """Return the pid of the daemon if it runs."""
+        return self.box.pid() if self.box.command("status", want=None).code == 0 else 0
+
+    def daemons(self) -> List[int]:
+        """Return the processes of the box that are no strangers."""
+        return sorted(set(processes(self.box.folder.rpartition(" ")[2])) - {one.pid for one in self.strangers})
+
+    def answers(self) -> None:
+        """Wait until the daemon answers."""
+        until(lambda: not reach(self.options[1]) and ask(self.options[1]), "an answer")
+
+    def alone(self) -> None:
+        """Check that nothing runs."""
+        assert not self.daemons(), self.daemons()
+
+    def lossless(self, action: str, failing: int = 0) -> None:
+        """Run a command; when the daemon was running no client may notice."""
+        running = self.running()
+        lost = len(self.load.failures)
+        status = failing if failing else 0 if running or action == "restart" else 3
+        self.box.command(action, want=status)
+        assert not running or len(self.load.failures) == lost, self.load.failures[lost:]
+
+    def check(self) -> None:
+        """After each step: one daemon at most, no stranger hurt, nothing leaked."""
+        running = self.running()
+        groups = {int(read("/proc/%d/stat" % pid).rpartition(")")[2].split()[2] or 0) for pid in self.daemons()}
+        if running:
+            until(lambda: self.one_family(running), "one daemon: %s of %s" % (groups, running))
+        else:
+            until(lambda: not self.daemons(), "no daemon")
+        assert all(one.poll() is None for one in self.strangers), "a stranger was signalled"
+        files = sorted(os.listdir(self.box.folder))
+        assert len(files) <= 9, files
+
+    def one_family(self, pid: int) -> bool:
+        """Tell whether the daemon and its two workers are all that there is."""
+        return set(self.daemons()) == set(family(pid)) and len(family(pid)) <= 3
+
+    def step(self) -> str:
+        """Take one random step and return its name."""
+        names = [name for name in dir(self) if name.startswith("step_")]
+        name = self.random.choice(names)
+        try:
+            getattr(self, name)()
+            self.check()
+        except AssertionError as error:
+            raise AssertionError("step %d (%s): %s" % (self.steps, name, error))
+        self.steps += 1
+        return name
+
+    def close(self) -> None:
+        """End the load and the box."""
+        self.load.stop()
+        self.box.close()
+        for one in self.strangers:
+            one.wait()
+
+
+def soak_life_cycle(random: Random, deadline: float) -> str:
+    """Take random steps until the deadline, at least one, and return what was done."""
+    life, counts = LifeCycle(random), {}  # type: LifeCycle, Dict[str, int]
+    try:
+        while not life.steps or time.monotonic() < deadline:
+            name = life.step()
+            counts[name[5:]] = counts.get(name[5:], 0) + 1
+        return "%d steps, %d answers under way: %s" % (life.steps, life.load.answers, ", ".join(
+            "%s %d" % item for item in sorted(counts.items())))
+    finally:
+        life.close()
+
+
+def soak(argv: List[str]) -> int:
+    """Give each soak its share of the minutes; print what it did; exit status 1 when one failed."""
+    parser = argparse.ArgumentParser(prog="test_all.py soak")
+    parser.add_argument("--minutes", type=float, default=10.0, help="for all together (%(default)s)")
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="repeats a run")
+    parser.add_argument("only", nargs="*", help="names of soaks (all)")
+    options = parser.parse_args(argv)
+    soaks = [(name[5:], function) for name, function in list(globals().items())
+             if name.startswith("soak_") and (not options.only or name[5:] in options.only)]
+    print("seed %d" % options.seed, flush=True)
+    failed = 0
+    for name, function in soaks:
+        try:
+            said = function(Random(options.seed), time.monotonic() + 60 * options.minutes / len(soaks))
+        except Exception:
+            failed, said = 1, traceback.format_exc()
+        print("%s: %s" % (name, said), flush=True)
+    with contextlib.suppress(AssertionError):
+        tearDownModule()
+    return failed
+
+
+# -- The run -----------------------------------------------------------------
+
+
+class Sentences(unittest.TextTestResult):
+    """With -v: each test in its sentence, under the heading of its subject."""
+    subject = ""
+
+    def getDescription(self, test: unittest.TestCase) -> str:
+        """Return the sentence alone while tests run, with the test's name in the list of failures."""
+        sentence = test.shortDescription() or str(test)
+        return "    " + sentence if self.subject else "%s\n%s" % (test.id(), sentence)
+
+    def startTest(self, test: unittest.TestCase) -> None:
+        """Print the heading before the first test of a subject."""
+        heading = (type(test).__doc__ or type(test).__name__).splitlines()[0]
+        if self.showAll and heading != self.subject:
+            self.stream.writeln("\n%s (%s)" % (heading, type(test).__name__))
+        self.subject = heading
+        super().startTest(test)
+
+    def printErrors(self) -> None:
+        """Print the failures with their names."""
+        self.subject = ""
+        super().printErrors()
+
+
+class Runner(unittest.TextTestRunner):
+    """A TextTestRunner that speaks in sentences."""
+    resultclass = Sentences
+
+
+def subjects() -> List[Any]:
+    """Return the test classes in the order of this file: cheap to dear."""
+    return [value for value in list(globals().values()) if isinstance(value, type)
+            and issubclass(value, unittest.TestCase) and any(n.startswith("test_") for n in vars(value))]
+
+
+def load_tests(loader: unittest.TestLoader, tests: Any, pattern: Any) -> unittest.TestSuite:
+    """Keep the order of this file (unittest's own is the alphabet's)."""
+    return unittest.TestSuite(loader.loadTestsFromTestCase(subject) for subject in subjects())
+
+
+def main() -> None:
+    """Run the tests, `bench` or `soak`."""
+    if sys.argv[1:2] == ["bench"]:
+        sys.exit(bench(sys.argv[2:]))
+    if sys.argv[1:2] == ["soak"]:
+        sys.exit(soak(sys.argv[2:]))
+    if "-v" in sys.argv:
+        print(str(__doc__)[str(__doc__).index("Not tested:"):])
+    unittest.main(testRunner=Runner)
+
+
+if __name__ == "__main__":
+    main()
