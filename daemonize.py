@@ -297,10 +297,11 @@ def find_process(pid: Optional[int]) -> Optional[Process]:
 def family(groups: Tuple[int, ...]) -> List[Process]:
     """Return what this process has started and still lives: descendants, and members of the groups it made."""
     everyone, mine, size = processes(), {os.getpid()}, 0
+    others = (os.getpid(), os.getsid(0))            # the leader of our session is our starter, if not ourselves
     while size != len(mine):
         size = len(mine)
         mine |= {p.pid for p in everyone if p.ppid in mine}
-    return [p for p in everyone if p.pid != os.getpid()
+    return [p for p in everyone if p.pid not in others
             and (p.pid in mine or p.pgid in groups and p.sid in (os.getsid(0), -1))]
 
 
@@ -598,15 +599,18 @@ def working_in(folder: str) -> Iterator[None]:
 
 
 def bind_control(path: str) -> socket.socket:
-    """Return a unix socket bound at path, 0600 (our umask is 077), not listening yet.  See: unix(7)."""
+    """Return a unix socket bound at path, 0600, not listening yet.  See: unix(7)."""
     control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     with working_in(os.path.dirname(path)):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.basename(path))
+        before = os.umask(0o177)                    # not chmod(2): by then the name may lead elsewhere
         try:
             control.bind(os.path.basename(path))
         except OSError as error:
             raise Fatal("unable to bind %s: %s" % (path, because(error)))
+        finally:
+            os.umask(before)
     return control
 
 
@@ -944,6 +948,8 @@ HANDLED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.
 
 def on_end(signum: int, frame: Optional[FrameType]) -> None:
     """Leave by the normal exit, so that every `finally` of the application runs."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise SystemExit(0)
 
 
@@ -955,9 +961,8 @@ def install_handlers(options: argparse.Namespace, on_event: Callable[[int, Optio
     """Handle TERM and INT as the third article does, HUP and USR1 as the caller says.  See: signal(7)."""
     def on_sigterm(signum: int, frame: Optional[FrameType]) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)       # the guard: we are in the group that we signal
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         tell_family(options)
-        raise SystemExit(0)
+        on_end(signum, frame)
     for number in (signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, on_event)
     for number in [signal.SIGTERM, signal.SIGINT] + [signal.SIGHUP] * options.has_terminal:
@@ -981,7 +986,18 @@ def drain(server: Any) -> None:
     if hasattr(server, "drain"):
         server.drain()
     else:
-        os.kill(os.getpid(), signal.SIGTERM)
+        end_main_thread()
+
+
+def end_main_thread() -> NoReturn:
+    """Have the main thread, which is not the caller's, act on SIGTERM; until it does.
+
+    Once is not enough: a signal that comes between Python's look at its flags and a system call that blocks
+    is noticed only when the call returns.
+    """
+    while True:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+        time.sleep(POLL)
 
 
 class Child:
@@ -1071,7 +1087,9 @@ class Daemon:
     def on_signals(self) -> None:
         """Do what HUP and USR1 ask for.  See: signal(7); signal.set_wakeup_fd."""
         numbers = self.wake.recv(4096)
-        if signal.SIGHUP in numbers:
+        if signal.SIGTERM in numbers and threading.current_thread() is not threading.main_thread():
+            end_main_thread()
+        elif signal.SIGHUP in numbers:
             self.reload()
         elif signal.SIGUSR1 in numbers:
             self.reopen()
@@ -1374,7 +1392,7 @@ def serve_beside(daemon: Daemon, report: Optional[Channel]) -> None:
             daemon.live(report, prober)
         except BaseException as error:
             failed.append(error)
-            os.kill(os.getpid(), signal.SIGTERM)
+            end_main_thread()
     try:
         threading.Thread(target=live_beside, daemon=True).start()
         daemon.server.serve_forever()
@@ -1565,8 +1583,8 @@ def make_folders(options: argparse.Namespace) -> List[str]:
     """
     files, identity = options.files, options.identity
     mine = [os.path.dirname(path) for path in (files.pidfile, files.logfile) if path]
-    absent = [path for path in [files.pidfile, files.lock, files.control, files.logfile] + mine
-              if path and not os.path.lexists(path)]
+    absent = [files.pidfile, files.control]
+    absent += [path for path in [files.lock, files.logfile] + mine if path and not os.path.lexists(path)]
     folder = "/var/log/" + options.name if os.geteuid() == 0 else files.prefix.rstrip("/")
     if folder in mine and folder in absent:
         os.mkdir(folder, 0o750 if os.geteuid() == 0 else 0o700)
@@ -1818,7 +1836,7 @@ def stop_and_start(options: argparse.Namespace, turn: Turn, pid: int) -> None:
     try:
         launch(options, turn, [options.files.pidfile, options.files.control])
     except Fatal as error:
-        raise Fatal("%s\ndaemonize: fatal: %s does not run now" % (error, options.name), error.status, error.trace)
+        raise Fatal("%s\ndaemonize: fatal: nothing runs now" % error, error.status, error.trace)
 
 
 def reload(options: argparse.Namespace) -> int:
@@ -2093,8 +2111,8 @@ def parse(argv: List[str]) -> argparse.Namespace:
     cut = argv.index("--") if "--" in argv else len(argv)
     arguments = argv[cut + 1:] if "--" in argv else None
     words, parser = expand(argv[:cut]), build_parser()
-    if not words or words[0] in ("-h", "--help"):
-        words = ["start"] + (words or ["--help"])
+    if words and words[0] in ("-h", "--help"):
+        words = ["start"] + words
     options, extra = parser.parse_known_args(words)
     given = {key for key, value in vars(options).items() if value != parser.get_default(key)}
     options.is_bare = not extra and arguments is None and given <= {"action", "name", "pidfile", "timeout", "quiet"}
