@@ -941,7 +941,7 @@ def read_text(path: str) -> Tuple[str, int]:
 class Verdict(NamedTuple):
     """What the authenticator says about a request."""
 
-    status: int                                     # 200, 400, 401, 429 or 503
+    status: int                     # 200, 400, 401, 429 or 503; 0: ask again, it takes time
     username: Optional[str] = None                  # who it is; with 200 only
     log_user: str = "-"                             # that, or who it wrongly claimed to be
     reason: str = ""                                # for the error log
@@ -1094,8 +1094,8 @@ class Authenticator:
     def authenticate(self, method: str, target: str, authorization: Sequence[str],
                      client: Optional[str], now: float, schemes: Optional[Sequence[str]] = None,
                      read_body: Callable[[], bytes] = bytes,
-                     blocking: bool = True) -> Optional[Verdict]:
-        """Return the Verdict; None = it needs a slow hash, and blocking is False.
+                     blocking: bool = True) -> Verdict:
+        """Return the Verdict; its status is 0 when it needs a slow hash and may not block.
 
         authorization holds the values of all Authorization fields.
         """
@@ -1115,7 +1115,7 @@ class Authenticator:
             self.table.add("busy")
             return Verdict(503, reason="busy", fields=(("Retry-After", "1"),))
 
-    def _check(self, attempt: Attempt, authorization: Sequence[str]) -> Optional[Verdict]:
+    def _check(self, attempt: Attempt, authorization: Sequence[str]) -> Verdict:
         """Look at credentials of either scheme."""
         if len(authorization) > 1:
             raise Malformed("two Authorization fields")
@@ -1127,11 +1127,11 @@ class Authenticator:
         username, password = decode_basic(token)
         correct = self.passwords.verify(username, password, attempt.blocking)
         if correct is None:
-            return None
+            return Verdict(0)
         if not correct:
             known = username in self.passwords.entries
             return self._fail(attempt, username, "bad password" if known else "unknown user")
-        return Memo(self, username).again(attempt.now, "", "")
+        return Memo(self, username).verdict
 
     def _check_digest(self, attempt: Attempt, credentials: DigestCredentials) -> Verdict:
         """Look at Digest credentials, in the order that RFC 7616 section 3.4.6 wants.

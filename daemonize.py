@@ -1087,7 +1087,8 @@ class Daemon:
     def on_signals(self) -> None:
         """Do what HUP and USR1 ask for.  See: signal(7); signal.set_wakeup_fd."""
         numbers = self.wake.recv(4096)
-        if signal.SIGTERM in numbers and threading.current_thread() is not threading.main_thread():
+        endings = {signal.SIGTERM, signal.SIGINT} | ({signal.SIGHUP} if self.options.has_terminal else set())
+        if endings & set(numbers):
             end_main_thread()
         elif signal.SIGHUP in numbers:
             self.reload()
@@ -1587,11 +1588,13 @@ def make_folders(options: argparse.Namespace) -> List[str]:
     absent += [path for path in [files.lock, files.logfile] + mine if path and not os.path.lexists(path)]
     folder = "/var/log/" + options.name if os.geteuid() == 0 else files.prefix.rstrip("/")
     if folder in mine and folder in absent:
-        os.mkdir(folder, 0o750 if os.geteuid() == 0 else 0o700)
+        os.mkdir(folder, 0o700)
+        fd = os.open(folder, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        if os.geteuid() == 0:
+            os.fchmod(fd, 0o750)
         if identity is not None:
-            fd = os.open(folder, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             os.fchown(fd, identity.uid, identity.gid)
-            os.close(fd)
+        os.close(fd)
     return absent
 
 
