@@ -67,6 +67,7 @@ import mmap
 import os
 import re
 import selectors
+import signal
 import socket
 import socketserver
 import stat
@@ -106,6 +107,8 @@ MAX_LINE = 8192         # bytes of request line (RFC 9112 section 3 asks for 800
 MAX_HEAD = 32768        # bytes of a request head; browsers stop at about 16 KiB; beyond: 431
 MAX_FIELDS = 100        # field lines, as many as http.client reads; beyond: 431
 MAX_BODY = 1 << 30      # bytes of request body, for handlers that take uploads; beyond: 413
+READ_SIZE = 1 << 14     # bytes per recv(2) in the loop: nearly every head comes in one
+PIPELINED = 4           # requests of one connection answered before others get their turn
 IN_MEMORY = 1 << 16     # bytes of body, and of answers, that the loop holds for a connection
 MAX_MEMOS = 512         # heads remembered per listening address, about 3 KiB each
 MAX_CONNECTIONS = 20000     # per worker, where the limit of open files allows; about 20 MiB
@@ -119,7 +122,7 @@ HEAD_SECONDS = 20       # from the first byte of a head to its last: not per byt
 PACE_SECONDS = 30       # for each 64 KiB of body or answer: who is slower than 2 KiB/s goes
 IDLE_SECONDS = 75       # between two requests; browsers wait for 60 to 120 s
 LINGER_SECONDS = 10     # in which a refused client may finish sending
-PAUSE_SECONDS = 0.2     # without accepting, when descriptors ran out and nobody is idle
+PAUSE_SECONDS = 0.02    # between looks whether we may accept connections (again)
 DRAIN_SECONDS = 1       # for which a draining server waits for a connection's next request
 PROBE_SECONDS = 5       # for the answer to probe()
 
@@ -311,27 +314,33 @@ def parse_digest(params: Mapping[str, str]) -> DigestCredentials:
 # default because every client knows it.
 
 
-def find_hash(*names: str) -> Optional[Callable[[bytes], str]]:
-    """Return bytes -> hex by the first of these hashes that this Python has, or None.
+def find_hash(*names: str) -> Optional[Callable[[bytes], Any]]:
+    """Return the constructor of the first of these hashes that this Python has, or None.
 
     In FIPS mode MD5 is there only for who says usedforsecurity=False (from Python 3.9
     on; on RHEL 8 in its 3.6 too). Elsewhere older Pythons do not know that word.
     """
     for name in names:
         maker = getattr(hashlib, name, None) or functools.partial(hashlib.new, name)
-        for keywords in ({"usedforsecurity": False}, {}):
-            make = functools.partial(maker, **keywords)
+        for make in (maker, functools.partial(maker, usedforsecurity=False)):
             try:
                 make(b"")
             except (TypeError, ValueError):
                 continue
-            return lambda data: str(make(data).hexdigest())
+            return make
     return None
+
+
+def to_hex(make: Callable[[bytes], Any], octets: bytes) -> str:
+    """Return a hash in hexadecimal digits."""
+    digits: str = make(octets).hexdigest()
+    return digits
 
 
 FOUND = {"MD5": find_hash("md5"), "SHA-256": find_hash("sha256"),
          "SHA-512-256": find_hash("sha512_256", "sha512-256")}
-HASHES = {name + sess: found for name, found in FOUND.items() if found for sess in ("", "-sess")}
+HASHES = {name + sess: functools.partial(to_hex, found) for name, found in FOUND.items() if found
+          for sess in ("", "-sess")}
 CANONICAL = {(name + sess).lower(): name + sess for name in FOUND for sess in ("", "-sess")}
 
 
@@ -493,7 +502,7 @@ Slot = Tuple[bytes, int, int, int]
 COUNTER_SLOT = NONCE_SLOTS + CLIENT_SLOTS       # the first of them
 
 
-def spend_nonce(body: bytes, nonce_count: int, slot: Slot) -> Union[Slot, str]:
+def use_up(body: bytes, nonce_count: int, slot: Slot) -> Union[Slot, str]:
     """Return the slot with this use of a nonce in it, or why the use is refused."""
     identity, highest, low, high = slot
     if identity != body[:11]:
@@ -540,36 +549,42 @@ class SharedTable:
     Methods for the server: add, statistics.
     """
 
+    _fd = -1
+
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, SLOT.size * (COUNTER_SLOT + len(COUNTERS)))
         self._fd = open_nameless_file()
         self._mutex = threading.Lock()
         self._key = os.urandom(16)          # nobody can choose names of clients that collide
+        self.alone = False                  # True: no other process has this table
 
     def __del__(self) -> None:
-        os.close(self._fd)
+        if self._fd >= 0:
+            os.close(self._fd)
 
     def _read(self, slot: int) -> Slot:
-        identity, count, low, high = SLOT.unpack_from(self._memory, SLOT.size * slot)
-        return identity, count, low, high
+        found: Slot = SLOT.unpack_from(self._memory, SLOT.size * slot)
+        return found
 
     def _change(self, slot: int, change: Callable[[Slot], Union[Slot, str]]) -> str:
         """Put what change makes of a slot in its place, or return why it would not."""
         with self._mutex:
             try:
-                fcntl.lockf(self._fd, fcntl.LOCK_EX, 1, slot)
-                new = change(self._read(slot))
+                if not self.alone:
+                    fcntl.lockf(self._fd, fcntl.LOCK_EX, 1, slot)
+                new = change(SLOT.unpack_from(self._memory, SLOT.size * slot))
                 if isinstance(new, str):
                     return new
                 SLOT.pack_into(self._memory, SLOT.size * slot, *new)
                 return ""
             finally:
-                fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, slot)
+                if not self.alone:
+                    fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, slot)
 
     def accept(self, body: bytes, nonce_count: int) -> str:
         """Use up this count of a nonce and return "", or return why not."""
         slot = int.from_bytes(body[9:11], "big") % NONCE_SLOTS
-        return self._change(slot, functools.partial(spend_nonce, body, nonce_count))
+        return self._change(slot, functools.partial(use_up, body, nonce_count))
 
     def _client_slot(self, client: str) -> Tuple[int, bytes]:
         signature = sign(self._key, client.encode("utf-8", "replace"))
@@ -752,7 +767,7 @@ def load_crypt() -> Tuple[Crypt, threading.Semaphore]:
         if not hasattr(library, "crypt_r"):
             return function, threading.Semaphore(1)
         # struct crypt_data has 131,232 bytes in an old glibc, and less elsewhere.
-        return (lambda phrase, setting: function(
+        return (lambda phrase, setting, crypt_r=function: crypt_r(
             phrase, setting, ctypes.create_string_buffer(160 * 1024)),
             threading.Semaphore(SLOW_HASHES))
     return (lambda phrase, setting: None), threading.Semaphore(1)
@@ -817,13 +832,14 @@ class Passwords:
         """Read the password file at path ("-" = standard input), or name all its mistakes."""
         text, mode = read_text(path)
         entries, mistakes = parse_passwords(text, realm)
+        cure = f"authserver.py passwd {path} USER"
         if stat.S_ISREG(mode) and mode & (stat.S_IROTH | stat.S_IWOTH):
-            mistakes.insert(0, "everybody may read or write it (chmod 600)")
+            mistakes.insert(0, "it is readable or writable by everybody")
+            cure = f"chmod 600 {path}"
         if not entries and not mistakes:
             mistakes.append("no user in it")
         if mistakes and not (allow_partial and entries):
-            raise Refusal(f"unable to use passwords {path}: {join(mistakes)}\n"
-                          f"try: authserver.py passwd {path} USER")
+            raise Refusal(f"unable to use passwords {path}: {join(mistakes)}\ntry: {cure}")
         passwords = cls(None, realm, entries, path)
         passwords.warnings += [f"{path}: {mistake}" for mistake in mistakes]
         return passwords
@@ -875,7 +891,8 @@ class Passwords:
             return None if correct is None else correct and entry is not None
         if model.crypted:
             return matches_sha(model.crypted, password) and entry is not None
-        name = max(model.ha1)           # SHA-256 rather than MD5
+        # The first line: it is the one that Apache's htdigest changes, and no other.
+        name = next(iter(model.ha1))
         found = digest_ha1(username, self.realm, password, name)
         return hmac.compare_digest(found, model.ha1[name]) and entry is not None
 
@@ -918,7 +935,8 @@ def read_text(path: str) -> Tuple[str, int]:
             mode, octets = os.fstat(stream.fileno()).st_mode, stream.read()
         return octets.decode("utf-8-sig"), mode
     except OSError as error:
-        raise Refusal(f"unable to read passwords {path}: {error.strerror}")
+        raise Refusal(f"unable to read passwords {path}: {error.strerror}\n"
+                      f"try: authserver.py passwd {path} USER")
     except UnicodeDecodeError as error:
         raise Refusal(f"unable to read passwords {path}: "
                       f"line {octets.count(10, 0, error.start) + 1}: not UTF-8")
@@ -938,6 +956,9 @@ def read_text(path: str) -> Tuple[str, int]:
 # password makes the server remember anything.
 
 
+Fields = Tuple[Tuple[str, str], ...]
+
+
 class Verdict(NamedTuple):
     """What the authenticator says about a request."""
 
@@ -945,7 +966,7 @@ class Verdict(NamedTuple):
     username: Optional[str] = None                  # who it is; with 200 only
     log_user: str = "-"                             # that, or who it wrongly claimed to be
     reason: str = ""                                # for the error log
-    fields: Tuple[Tuple[str, str], ...] = ()        # header fields of the answer
+    fields: Fields = ()                             # header fields of the answer
     scheme: str = ""                                # "Basic", "Digest" or ""
     memo: Optional["Memo"] = None                   # with 200
 
@@ -961,20 +982,19 @@ class Memo:
                  response: str = "") -> None:
         self.authenticator, self.passwords = authenticator, authenticator.passwords
         self.username, self.nc, self.response = username, nc, response
+        self.verdict = Verdict(200, username, username, "", (), "Basic", self)
 
     def is_for(self, nc: str, response: str) -> bool:
         """Return whether the keeper, with a simpler pattern, found the same nc and response."""
         return nc == self.nc and response == self.response
 
-    def again(self, now: float, nc: str, response: str) -> Optional[Verdict]:
-        """Return the Verdict (200) for the same head, or None: take the full path.
+    def again(self, now: float, nc: str, response: str) -> Optional[Fields]:
+        """Return the fields to send if verdict holds again, or None: take the full path.
 
         The same Basic head brings the same password: right, as long as the dictionary is
         the same.
         """
-        if self.passwords is not self.authenticator.passwords:
-            return None
-        return Verdict(200, self.username, self.username, scheme="Basic", memo=self)
+        return () if self.passwords is self.authenticator.passwords else None
 
 
 class DigestMemo(Memo):
@@ -992,36 +1012,44 @@ class DigestMemo(Memo):
         # Our own proof under auth-int would need the body of an answer that is not made
         # yet; RFC 7616 section 3.5 lets a server choose auth.
         mutual = digest_ha2("", credentials.uri, algorithm)
-        self._hash = HASHES[algorithm]
-        self._head = f"{ha1}:{nonce}:"
+        make = FOUND[hash_name(algorithm)]
+        assert make is not None     # it is offered
+        self._start = make(f"{ha1}:{nonce}:".encode("latin-1"))
         self._tail = f":{cnonce}:{credentials.qop}:{ha2}"
         self._mutual_tail = f":{cnonce}:auth:{mutual}"
         self._cnonce = re.sub(r'(["\\])', r"\\\1", cnonce)
         self.body = b""                     # of the nonce, once it has been checked
-        self.fresh_until = 0.0
+        self.born = self.fresh_until = 0.0
+
+    def _hash(self, nc_and_tail: str) -> str:
+        """Return the hash of a proof; what never changes of it has been hashed already."""
+        state = self._start.copy()
+        state.update(nc_and_tail.encode("latin-1"))
+        digits: str = state.hexdigest()
+        return digits
 
     def proves(self, nc: str, response: str) -> bool:
         """Return whether whoever made this response knows HA1."""
-        expected = self._hash((self._head + nc + self._tail).encode("latin-1"))
-        return hmac.compare_digest(expected.encode("ascii"), response.encode("latin-1"))
+        return hmac.compare_digest(self._hash(nc + self._tail).encode("ascii"),
+                                   response.encode("latin-1"))
 
-    def info(self, nc: str) -> str:
+    def info(self, nc: str) -> Fields:
         """Return Authentication-Info: we know HA1 too. See: RFC 7616 section 3.5."""
-        proof = self._hash((self._head + nc + self._mutual_tail).encode("latin-1"))
-        return f'rspauth="{proof}", qop=auth, nc={nc}, cnonce="{self._cnonce}"'
+        proof = self._hash(nc + self._mutual_tail)
+        info = f'rspauth="{proof}", qop=auth, nc={nc}, cnonce="{self._cnonce}"'
+        return (("Authentication-Info", info),)
 
-    def again(self, now: float, nc: str, response: str) -> Optional[Verdict]:
+    def again(self, now: float, nc: str, response: str) -> Optional[Fields]:
         """See Memo. What differs under Digest: nc and response, and the nonce grows old."""
         known = self.passwords is self.authenticator.passwords
         if not known or not is_nc(nc) or not self.proves(nc, response):
             return None
         # A clock set back makes the nonce one of the future: the full path knows about that.
-        if not nonce_time(self.body) - CLOCK_SKEW <= now < self.fresh_until:
+        if not self.born - CLOCK_SKEW <= now < self.fresh_until:
             return None
         if self.authenticator.table.accept(self.body, int(nc, 16)):
             return None
-        info = ("Authentication-Info", self.info(nc))
-        return Verdict(200, self.username, self.username, "", (info,), "Digest")
+        return self.info(nc)
 
 
 class Attempt(NamedTuple):
@@ -1168,16 +1196,17 @@ class Authenticator:
         if body is None or fault:
             self.table.add("replays" if fault == "replay" else "stale")
             return self._refuse(attempt, fault, stale=True)
-        memo.body = body
-        memo.fresh_until = nonce_time(body) + self.nonce_lifetime * NEXT_NONCE
-        info = memo.info(credentials.nc)
+        memo.body, memo.born = body, nonce_time(body)
+        memo.fresh_until = memo.born + self.nonce_lifetime * NEXT_NONCE
+        fields = memo.info(credentials.nc)
         fresh = attempt.now < memo.fresh_until
         if not fresh:
-            info += f', nextnonce="{self._make_nonce(attempt.now)}"'
+            info = f'{fields[0][1]}, nextnonce="{self._make_nonce(attempt.now)}"'
+            fields = (("Authentication-Info", info),)
         # The body that auth-int proves is not in the head: no memo can stand for it.
         keep = memo if fresh and credentials.qop == "auth" else None
-        return Verdict(200, memo.username, memo.username, "", (("Authentication-Info", info),),
-                       "Digest", keep)
+        memo.verdict = Verdict(200, memo.username, memo.username, "", fields, "Digest", keep)
+        return memo.verdict
 
     def _make_nonce(self, now: float) -> str:
         return make_nonce(self._key, now, os.urandom(6) + self._issuer)
@@ -1199,9 +1228,9 @@ class Authenticator:
         """Say 401 to wrong credentials, and count them."""
         self.table.add("failures")
         limit, seconds = self.max_failures
-        if limit and attempt.client is not None:
-            if self.table.count_failure(attempt.client, attempt.now, limit, seconds):
-                self.table.add("lockouts")
+        if limit and attempt.client is not None and self.table.count_failure(
+                attempt.client, attempt.now, limit, seconds):
+            self.table.add("lockouts")
         return self._refuse(attempt, reason, username)
 
     def _lock_left(self, client: Optional[str], now: float) -> int:
@@ -1465,7 +1494,7 @@ REQUEST_LINE = re.compile(rf'([{TCHAR}]+) ([!"$-~]+) HTTP/([0-9])\.([0-9])')
 # OWS is stripped later: inside the pattern it would make matching quadratic.
 FIELD_LINE = re.compile(rf"^([{TCHAR}]+):([\t -~\x80-\xff]*)\r\n", re.MULTILINE)
 # RFC 9110 section 7.2: Host = uri-host [ ":" port ]
-HOST = re.compile(r"(?:[0-9A-Za-z!$&'()*+,;=._~%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
+HOST = re.compile(r"(?:[0-9A-Za-z!$&'()*+;=._~%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
 # RFC 9112 section 3.2.2: absolute-form = absolute-URI
 ABSOLUTE = re.compile(r"https?://([^/?@]+)([/?].*)?", re.IGNORECASE)
 # RFC 9112 section 7.1: chunk = chunk-size [ chunk-ext ] CRLF chunk-data CRLF
@@ -1737,7 +1766,6 @@ class Body:
 STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n"
                 for status in http.HTTPStatus}
 
-Fields = Iterable[Tuple[str, str]]
 Work = Callable[[], None]
 
 
@@ -1805,21 +1833,15 @@ class AuthHandler(http.server.BaseHTTPRequestHandler):
         self.request = self.connection = exchange.connection.socket
         self.rfile, self.wfile = exchange.rfile, exchange.wfile
         self.remote_user = exchange.verdict.username
+        self.auth_type = exchange.verdict.scheme
         self.lines: List[str] = []
-
-    def handle(self) -> None:
-        """Serve the one request that there is."""
-        self.handle_one_request()
+        self.has_end = self.exchange.head.method == "HEAD"
 
     def handle_one_request(self) -> None:
-        """Call do_METHOD, which AuthServer has made sure of; not a second time."""
-        exchange = self.exchange
-        self.close_connection = True
-        if not exchange.begun:
-            exchange.begun = True
-            if self.parse_request():
-                getattr(self, "do_" + self.command)()
-            exchange.close = self.close_connection
+        """Call do_METHOD, which AuthServer has made sure of; the next request is not ours."""
+        if self.parse_request():
+            getattr(self, "do_" + self.command)()
+        self.exchange.close, self.close_connection = self.close_connection, True
 
     def finish(self) -> None:
         """Leave the streams to the loop."""
@@ -1829,18 +1851,23 @@ class AuthHandler(http.server.BaseHTTPRequestHandler):
         head = self.exchange.head
         self.command, self.path = head.method, head.path
         self.request_version = "HTTP/1.1" if head.minor else "HTTP/1.0"
-        self.requestline = f"{head.method} {head.target} {self.request_version}"
         self.close_connection = self.exchange.close or self.protocol_version < "HTTP/1.1"
         return True
 
     def __getattr__(self, name: str) -> Any:
-        """Make the fields in the form that handlers know, when one asks for them."""
-        if name != "headers":
+        """Make what most handlers never ask for: headers, requestline, raw_requestline."""
+        exchange = self.__dict__.get("exchange")
+        text = exchange.octets.decode("latin-1") if exchange else ""
+        if exchange and name == "headers":
+            self.headers = http.client.HTTPMessage()
+            for field, value in FIELD_LINE.findall(text):
+                self.headers[field] = value.strip(" \t")
+        elif exchange and name in ("requestline", "raw_requestline"):
+            self.requestline = text.partition("\r\n")[0]
+            self.raw_requestline = self.requestline.encode("latin-1") + b"\r\n"
+        else:
             raise AttributeError(name)
-        self.headers = http.client.HTTPMessage()
-        for field, value in FIELD_LINE.findall(self.exchange.octets.decode("latin-1")):
-            self.headers[field] = value.strip(" \t")
-        return self.headers
+        return self.__dict__[name]
 
     def log_request(self, code: Union[int, str] = "-", size: Union[int, str] = "-") -> None:
         """Leave it to the access log, unless the handler has a log of its own."""
@@ -1862,26 +1889,33 @@ class AuthHandler(http.server.BaseHTTPRequestHandler):
 
     def send_header(self, keyword: str, value: str) -> None:
         """Add a field; Connection decides what becomes of the connection."""
-        if keyword.lower() == "connection":
+        name = keyword.lower()
+        if name == "connection":
             self.close_connection = value.lower() == "close"
-        else:
-            self.lines.append(f"{keyword}: {value}\r\n")
+            return
+        if name in ("content-length", "transfer-encoding"):
+            self.has_end = True
+        self.lines.append(f"{keyword}: {value}\r\n")
 
     def end_headers(self) -> None:
         """Write the head, with what verdict and connection have to say."""
         exchange = self.exchange
         if exchange.status >= 200:
-            self.lines += [f"{name}: {value}\r\n" for name, value in exchange.verdict.fields]
-            exchange.close = self.close_connection = self.close_connection or exchange.must_close()
-            self.lines.append(exchange.connection_field())
+            self.lines += [f"{name}: {value}\r\n" for name, value in exchange.fields]
+            # An answer without a length ends where the connection does: RFC 9112 section 6.3.
+            has_end = self.has_end or exchange.status in (204, 304)
+            self.lines.append(exchange.connection_field(self.close_connection or not has_end))
+            self.close_connection = exchange.close
         self.lines.append("\r\n")
         head = "".join(self.lines).encode("latin-1", "replace")
         self.lines = []
         exchange.head_size += len(head)
         self.wfile.write(head)
 
-    def flush_headers(self) -> None:
-        """Do nothing: end_headers writes."""
+
+    def send_page(self, status: int, content_type: str, page: bytes) -> None:
+        """Send a whole answer: send_response and all that follows, in one call."""
+        self.wfile.write(self.exchange.compose(status, content_type, page))
 
 
 class ExampleHandler(AuthHandler):
@@ -1891,15 +1925,8 @@ class ExampleHandler(AuthHandler):
 
     def do_GET(self) -> None:
         """Answer with a page about the last part of the path."""
-        path = self.path.partition("?")[0]
-        name = urllib.parse.unquote(path.rpartition("/")[2])
-        if path == "/":
-            self.send_page(200, '<a href="/example/foo">/example/foo</a>')
-        elif path.startswith("/example/") and name:
-            user = html.escape(self.remote_user or "everybody")
-            self.send_page(200, f"This is {html.escape(name)}, for {user}.")
-        else:
-            self.send_page(404, "There is no such page.")
+        status, page = example_page(self.path, self.remote_user or "everybody")
+        self.send_page(status, "text/html; charset=utf-8", page)
 
     do_HEAD = do_GET
 
@@ -1909,15 +1936,23 @@ class ExampleHandler(AuthHandler):
         self.send_header("Allow", ", ".join(allowed(type(self))))
         self.end_headers()
 
-    def send_page(self, status: int, text: str) -> None:
-        """Send a small HTML page."""
-        page = f"<!DOCTYPE html><title>example</title><p>{text}</p>\n".encode("utf-8", "replace")
-        self.send_response(status)
-        self.send_header("Content-Type", "text/html; charset=utf-8")
-        self.send_header("Content-Length", str(len(page)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(page)
+
+@functools.lru_cache(maxsize=64)
+def example_page(path: str, user: str) -> Tuple[int, bytes]:
+    r"""Return status and page of the example resource.
+
+    >>> example_page("/example/foo?a=b", "jim")[1]
+    b'<!DOCTYPE html><title>example</title><p>This is foo, for jim.</p>\n'
+    """
+    folder, _, name = path.partition("?")[0].rpartition("/")
+    status, text = 404, "There is no such page."
+    if folder + name == "":
+        status, text = 200, '<a href="/example/foo">/example/foo</a>'
+    elif name and (folder + "/").startswith("/example/"):
+        name = urllib.parse.unquote(name)
+        status, text = 200, f"This is {html.escape(name)}, for {html.escape(user)}."
+    page = f"<!DOCTYPE html><title>example</title><p>{text}</p>\n"
+    return status, page.encode("utf-8", "replace")
 
 
 def allowed(handler_class: type) -> List[str]:
@@ -1961,7 +1996,7 @@ def hosted(handler: Any) -> Any:
 
 METHODS = ("CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE")
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-OPEN = Verdict(200)    # of a server without passwords
+UNKNOWN = Verdict(0)
 NO_BODY = Body(0, False)
 
 Key = Tuple[Union[str, bytes], ...]
@@ -1993,35 +2028,31 @@ class BodyNeeded(Exception):
 class Exchange:
     """One request and its answer."""
 
-    __slots__ = ("connection", "octets", "head", "host", "client", "verdict", "body", "content",
-                 "rfile", "wfile", "close", "status", "head_size", "begun", "lost", "patience")
+    body = NO_BODY
+    content: Optional[bytearray] = None     # of a body that the loop collects
+    rfile: Any = None               # and wfile: the streams of the handler
+    wfile: Any = None
+    status = 0                      # of the answer
+    head_size = 0                   # bytes of it that are not body
+    lost = False                    # the client, in the middle of something
 
     def __init__(self, connection: "Connection", octets: bytes, head: Head, host: str,
-                 client: Optional[str]) -> None:
+                 client: Optional[str], verdict: Verdict, fields: Fields) -> None:
         self.connection, self.octets, self.head = connection, octets, head
-        self.host = host                # the client's address for the log
-        self.client = client            # ... for the lock-out; None: no lock-out can hit it
-        self.verdict: Optional[Verdict] = None
-        self.body = Body(head.length, head.chunked) if head.chunked or head.length else NO_BODY
-        self.content: Optional[bytearray] = None    # of a body that the loop collects
-        self.rfile: Any = None          # and wfile: the streams of the handler
-        self.wfile: Any = None
-        self.close = self.must_close()  # the connection, after the answer
-        self.status = 0                 # of the answer
-        self.head_size = 0              # bytes of it that are not body
-        self.begun = False              # the handler
-        self.lost = False               # the client, in the middle of something
-        self.patience = float(PACE_SECONDS)
+        self.host = host            # the client's address for the log
+        self.client = client        # ... for the lock-out; None: it can hit nobody
+        self.verdict, self.fields = verdict, fields     # fields: of the answer
+        self.close = not head.keep_alive    # the connection, after the answer
+        if head.chunked or head.length:
+            self.body = Body(head.length, head.chunked)
+            self.patience = float(PACE_SECONDS)     # for its bytes; in the pool
 
-    def must_close(self) -> bool:
-        """Return whether client or server want no further request on this connection."""
-        return self.connection.server.draining or not self.head.keep_alive
-
-    def connection_field(self) -> str:
+    def connection_field(self, close: bool) -> str:
         """Return the Connection field of the answer, "" where it goes without saying.
 
         See: RFC 9112 section 9.3.
         """
+        self.close = close or self.connection.server.draining
         if self.close:
             return "Connection: close\r\n"
         return "" if self.head.minor else "Connection: keep-alive\r\n"
@@ -2033,16 +2064,16 @@ class Exchange:
         except BodyNeeded:
             self.collect()
             return
-        if verdict is None:
-            self.offload(self.verify)
-        else:
+        if verdict.status:
             self.judge(verdict)
+        else:
+            self.offload(self.verify)
 
-    def ask(self, blocking: bool) -> Optional[Verdict]:
-        """Ask the authenticator; None says that the answer takes time."""
+    def ask(self, blocking: bool) -> Verdict:
+        """Ask the authenticator."""
         server, head = self.connection.server, self.head
         if server.authenticator is None:
-            return OPEN
+            return Verdict(200)
         return server.authenticator.authenticate(
             head.method, head.target, head.values.get("authorization", ()), self.client,
             server.now, self.connection.listener.schemes, self.read_content, blocking)
@@ -2059,7 +2090,7 @@ class Exchange:
 
     def judge(self, verdict: Verdict) -> None:
         """Let the request pass, or refuse it."""
-        self.verdict = verdict
+        self.verdict, self.fields = verdict, verdict.fields
         if verdict.status == 200:
             if verdict.memo is not None and self.body is NO_BODY:
                 self.connection.remember(self, verdict.memo)
@@ -2068,14 +2099,14 @@ class Exchange:
         if verdict.reason != "no credentials":
             self.connection.server.log.error(
                 f"{self.host}: refused {log_name(verdict.log_user)}: {verdict.reason}")
-        self.reply(verdict.status, verdict.fields)
+        self.reply(verdict.status)
 
     def grant(self) -> None:
         """Find who answers: the handler right here, the handler in the pool, or nobody."""
         server, head = self.connection.server, self.head
         if head.method not in server.methods:
-            self.reply(405 if head.method in METHODS else 501,
-                       [("Allow", ", ".join(server.methods))])
+            self.fields += (("Allow", ", ".join(server.methods)),)
+            self.reply(405 if head.method in METHODS else 501)
         elif head.length > MAX_BODY:
             self.reply(413)
         elif not server.nonblocking or self.body_is_large() and self.content is None:
@@ -2110,16 +2141,17 @@ class Exchange:
 
     def collected(self) -> None:
         """Go on with the body at hand."""
-        if self.verdict is None:
-            self.authenticate()
-        else:
+        if self.verdict.status:
             self.grant()
+        else:
+            self.authenticate()
 
     def offload(self, work: Callable[[], Work]) -> None:
         """Give the connection to a thread; what work returns is then called by the loop."""
         server = self.connection.server
         if server.busy >= POOL_THREADS:
-            self.reply(503, [("Retry-After", "1")])
+            self.fields += (("Retry-After", "1"),)
+            self.reply(503)
             return
         server.busy += 1
         self.connection.leave()
@@ -2131,7 +2163,7 @@ class Exchange:
         try:
             then = work()
         except BadRequest as error:     # found while the handler was reading the body
-            then = functools.partial(self.reply, error.status, (), True)
+            then = functools.partial(self.reply, error.status, True)
         except BaseException:           # SystemExit too: it would end the thread, unanswered
             then = functools.partial(self.fail, traceback.format_exc())
         finally:
@@ -2154,9 +2186,9 @@ class Exchange:
         octets, connection.buffer = connection.buffer, b""
         if not octets:
             self.lost = True        # until proven otherwise
+            connection.socket.settimeout(max(0.01, self.patience))
             if self.head.expects and not self.wfile.sent:
                 connection.socket.sendall(CONTINUE)
-            connection.socket.settimeout(max(0.01, self.patience))
             octets = connection.socket.recv(IN_MEMORY)
             if not octets:
                 raise ConnectionResetError(errno.ECONNRESET, "client left in the middle")
@@ -2182,20 +2214,23 @@ class Exchange:
         else:
             self.reply(500)
 
-    def reply(self, status: int, fields: Fields = (), close: bool = False) -> None:
+    def reply(self, status: int, close: bool = False) -> None:
         """Answer with nothing but a status."""
-        self.status = status
         unread = not self.body.done and (self.body_is_large() or self.head.expects)
-        self.close = self.must_close() or close or unread
-        line = STATUS_LINES[status]
-        page = line[9:].encode("ascii")
-        lines = [line, self.connection.server.stamp]
-        lines += [f"{name}: {value}\r\n" for name, value in fields]
-        lines.append(f"Content-Type: text/plain\r\nContent-Length: {len(page)}\r\n")
-        lines.append(self.connection_field() + "\r\n")
-        if self.head.method == "HEAD":
-            page = b""
-        self.finish("".join(lines).encode("latin-1") + page, len(page))
+        self.close = self.close or close or unread
+        page = STATUS_LINES[status][9:].encode("ascii")
+        answer = self.compose(status, "text/plain", page)
+        self.finish(answer, len(answer) - self.head_size)
+
+    def compose(self, status: int, content_type: str, page: bytes) -> bytes:
+        """Return a whole answer."""
+        self.status = status
+        fields = "".join([f"{name}: {value}\r\n" for name, value in self.fields])
+        head = (f"{STATUS_LINES[status]}{self.connection.server.stamp}{fields}Content-Type: "
+                f"{content_type}\r\nContent-Length: {len(page)}\r\n"
+                f"{self.connection_field(self.close)}\r\n").encode("latin-1")
+        self.head_size = len(head)
+        return head if self.head.method == "HEAD" else head + page
 
     def finish(self, answer: bytes, size: int) -> None:
         """Log the exchange and leave it to the connection."""
@@ -2236,9 +2271,11 @@ class Connection:
         """Send what waits, or else read what came; then work."""
         if self.output:
             self.flush()
+        elif self in self.server.later:
+            return              # it has sent enough for now
         else:
             try:
-                octets = self.socket.recv(IN_MEMORY)
+                octets = self.socket.recv(READ_SIZE)
             except (BlockingIOError, InterruptedError):
                 return
             except OSError:
@@ -2252,9 +2289,10 @@ class Connection:
         self.advance()
 
     def advance(self) -> None:
-        """Answer every whole request in the buffer; send the answers together."""
-        while (self.buffer and self.body is None and not self.closing and not self.writes
-               and self.stage != "pool" and len(self.output) < IN_MEMORY):
+        """Answer requests that are whole, but not too many; send the answers together."""
+        for _ in range(PIPELINED):
+            if not self.buffer or self.body or self.closing or self.writes or self.stage == "pool":
+                break
             end = self.buffer.find(b"\r\n\r\n") + 4
             if end > 3:
                 octets, self.buffer = self.buffer[:end], self.buffer[end:]
@@ -2264,6 +2302,8 @@ class Connection:
             else:
                 self.check_partial_head()
                 break
+        else:
+            self.server.later.add(self)     # other clients first
         if self.output and not self.writes and self.stage != "pool":
             self.flush()
 
@@ -2295,7 +2335,7 @@ class Connection:
                 return
             forwarded = head.values.get("x-forwarded-for", ())
             host, client = self.server.proxies.find_client(self.host, forwarded)
-            Exchange(self, octets, head, host, client).authenticate()
+            Exchange(self, octets, head, host, client, UNKNOWN, ()).authenticate()
 
     def recall(self, octets: bytes) -> Optional[Exchange]:
         """Return the exchange of a head that is known, and still right."""
@@ -2307,12 +2347,10 @@ class Connection:
         now, authenticator = self.server.now, self.server.authenticator
         if client is not None and authenticator and authenticator.is_locked(client, now):
             return None
-        verdict = memo.again(now, nonce_count, response)
-        if verdict is None:
+        fields = memo.again(now, nonce_count, response)
+        if fields is None:
             return None
-        exchange = Exchange(self, octets, head, host, client)
-        exchange.verdict = verdict
-        return exchange
+        return Exchange(self, octets, head, host, client, memo.verdict, fields)
 
     def remember(self, exchange: Exchange, memo: Memo) -> None:
         """Keep what a head meant, if its holes are where the strict parser saw them."""
@@ -2321,7 +2359,9 @@ class Connection:
             memos = self.listener.memos
             if len(memos) >= MAX_MEMOS:
                 memos.clear()       # then the next request of each client is parsed, that is all
-            memos[key] = exchange.head, exchange.host, exchange.client, memo
+            # The fields have been looked at: without them an entry takes half the memory.
+            head = exchange.head._replace(values={})
+            memos[key] = head, exchange.host, exchange.client, memo
 
     def read_body(self, exchange: Optional[Exchange], body: Body) -> None:
         """Read a body that exchange waits for, or that nobody wants."""
@@ -2356,16 +2396,16 @@ class Connection:
         if exchange is None:
             line = escape(self.buffer[:MAX_LINE].partition(b"\r\n")[0].decode("latin-1"))
             head = Head(line, "", "", "", 1, {}, 0, False, False, False, '"-" "-"')
-            exchange = Exchange(self, b"", head, self.host, None)
+            exchange = Exchange(self, b"", head, self.host, None, UNKNOWN, ())
         self.buffer, self.exchange, self.body = b"", None, None
         self.lingers = True
         self.server.log.error(f"{self.host}: refused -: malformed: {reason}")
-        exchange.reply(status, (), True)
+        exchange.reply(status, True)
 
     def done(self, exchange: Exchange, answer: bytes) -> None:
         """Take an answer; find where the next request begins."""
         self.output = self.output + answer if self.output else answer
-        self.closing = exchange.close
+        self.closing = exchange.close or self.server.draining
         self.wait("idle", IDLE_SECONDS)
         body = exchange.body
         if body.done:
@@ -2492,11 +2532,10 @@ class Log:
         first challenges and stale ones: so fail2ban's filter traefik-auth bans the right.
         """
         head, verdict = exchange.head, exchange.verdict
-        user = log_name(verdict.log_user) if verdict else "-"
         self.requests += 1
         self.waiting[1].append(
-            f'{exchange.host or "unix:"} - {user} [{self.date}] "{head.line}" '
-            f'{exchange.status} {size} {head.log_tail}\n')
+            f'{exchange.host or "unix:"} - {log_name(verdict.log_user)} [{self.date}] "{head.line}" '
+            f'{exchange.status or "-"} {size} {head.log_tail}\n')
 
     def error(self, text: str) -> None:
         """Note what an administrator should know; only its own line feeds divide lines."""
@@ -2553,7 +2592,7 @@ class AuthServer(http.server.HTTPServer):
     """An HTTPServer that keeps every connection in one loop; see the head of this section.
 
     Methods for the caller: serve_forever, shutdown, server_close; from daemonize.py also
-    drain, probe, reload, status, abandon.
+    hold, release, drain, probe, reload, status, abandon.
     Instance variables: sockets, workers, greeting, authenticator, draining.
     """
 
@@ -2578,12 +2617,14 @@ class AuthServer(http.server.HTTPServer):
         self.workers = min(4, count_cpus())
         self.greeting, self.abandon, self.reread = "", nothing, nothing
         self.connections: Set[Connection] = set()
+        self.later: Set[Connection] = set()     # that have more requests in their buffers
         self.per_address: Dict[str, int] = {}
         self.calls: Deque[Work] = collections.deque()       # for the loop, from other threads
         self.log = Log()
         self.busy = self.second = 0         # threads of the pool; when tick() was last at work
         self.draining = self.stopping = False
         self.paused_until = 0.0
+        self.gate = mmap.mmap(-1, 1)        # shared with the workers
         self.stopped = threading.Event()
         self.open_probe()
         self.tick()
@@ -2591,7 +2632,7 @@ class AuthServer(http.server.HTTPServer):
     def server_bind(self) -> None:
         """Bind without asking the DNS for our own name, which HTTPServer does."""
         socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
     def serve_forever(self, poll_interval: float = 1.0) -> None:
         """Serve until shutdown() or drain(), or until a signal handler raises."""
@@ -2631,15 +2672,24 @@ class AuthServer(http.server.HTTPServer):
         """Wait for something to do, do it, write the log."""
         self.log.flush()
         busy = self.connections or self.paused_until or self.log.requests
+        if self.later or self.paused_until:
+            poll_interval = PAUSE_SECONDS if not self.later else 0
         events = self.selector.select(poll_interval if busy else None)
         self.tick()
         for key, mask in events:
-            try:
-                key.data(mask)
-            except Exception:       # a mistake of ours: it may cost a connection, not the worker
-                self.log.error(f"error: {traceback.format_exc()}")
-                if isinstance(getattr(key.data, "__self__", None), Connection):
-                    key.data.__self__.close()
+            self.call(key.data, mask)
+        later, self.later = self.later, set()
+        for connection in later:
+            self.call(connection.advance)
+
+    def call(self, function: Callable[..., None], *arguments: int) -> None:
+        """Call a function of the loop; a mistake of ours may cost a connection, not the worker."""
+        try:
+            function(*arguments)
+        except Exception:
+            self.log.error(f"error: {traceback.format_exc()}")
+            if isinstance(getattr(function, "__self__", None), Connection):
+                function.__self__.close()       # type: ignore[attr-defined]
 
     def tick(self) -> None:
         """Look at the clocks; once a second, format the dates and close what is overdue."""
@@ -2669,11 +2719,13 @@ class AuthServer(http.server.HTTPServer):
         """Make the calls that other threads asked for."""
         self.wake.recv(4096)
         while self.calls:
-            self.calls.popleft()()
+            self.call(self.calls.popleft())
 
     def accept_again(self) -> None:
-        """Begin to accept connections, or go on after a pause."""
-        self.paused_until = 0.0
+        """Begin to accept connections, or go on after a pause, unless hold() is in force."""
+        self.paused_until = self.clock + PAUSE_SECONDS if self.gate[0] else 0.0
+        if self.paused_until:
+            return
         for listener in [] if self.draining else self.listeners:
             listener.socket.setblocking(False)
             if listener.socket.family != getattr(socket, "AF_UNIX", None):
@@ -2750,6 +2802,18 @@ class AuthServer(http.server.HTTPServer):
         self.stopping = True
         self.call_soon(nothing)
         self.stopped.wait()
+
+    def hold(self) -> None:
+        """Before the workers are forked: have them accept nobody until release().
+
+        While old and new daemon accept from one socket, a digest client that meets them in
+        turn has its nonce called stale by each of them.
+        """
+        self.gate[0] = 1
+
+    def release(self) -> None:
+        """End hold(), for all workers; now that the old daemon has been told to drain."""
+        self.gate[0] = 0
 
     def drain(self) -> None:
         """Accept nobody, end connections after their next answer, then end serve_forever()."""
@@ -2832,15 +2896,16 @@ class Guard(http.server.BaseHTTPRequestHandler):
         if not super().parse_request() or self.exchange is not None:
             return self.exchange is not None
         # self.path is no longer what the client sent, and signed: "//x" is "/x" in it.
-        target = str(self.raw_requestline, "latin-1").split()[1]
-        client = TrustedProxies().find_client(self.client_address[0] if self.client_address else "")[1]
-        self.verdict = self.authenticator.authenticate(
-            self.command, target, self.headers.get_all("Authorization") or (), client,
-            time.time(), None, self.read_content)
-        self.remote_user = self.verdict.username
-        if self.verdict.status != 200:
-            self.refuse(self.verdict)
-        return self.verdict.status == 200
+        target = str(getattr(self, "raw_requestline"), "latin-1").split()[1]
+        host = self.client_address[0] if self.client_address else ""
+        verdict = self.authenticator.authenticate(
+            self.command, target, self.headers.get_all("Authorization") or (),
+            TrustedProxies().find_client(host)[1], time.time(), None, self.read_content)
+        if verdict.status != 200:
+            self.refuse(verdict)
+            return False
+        self.verdict, self.remote_user = verdict, verdict.username
+        return True
 
     def read_content(self) -> bytes:
         """Return the body, for qop=auth-int; the handler reads it again, and is the last."""
@@ -2861,7 +2926,6 @@ class Guard(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(line)))
         if self.close_connection:
             self.send_header("Connection", "close")
-        self.verdict = None
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(line.encode("ascii"))
@@ -2893,7 +2957,8 @@ def raw_target(environ: Dict[str, Any]) -> str:
         return str(sent)
     path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
     query = environ.get("QUERY_STRING", "")
-    return urllib.parse.quote(path.encode("latin-1"), "/:@!$&'()*+,;=") + ("?" + query) * bool(query)
+    quoted = urllib.parse.quote(path.encode("latin-1"), "/:@!$&'()*+,;=")
+    return f"{quoted}?{query}" if query else quoted
 
 
 def protect_wsgi(application: Any, passwords: Passwords, **offer: Any) -> Any:
@@ -2919,7 +2984,7 @@ def protect_wsgi(application: Any, passwords: Passwords, **offer: Any) -> Any:
             environ["REQUEST_METHOD"], raw_target(environ), () if field is None else (field,),
             TrustedProxies().find_client(environ.get("REMOTE_ADDR", ""))[1], time.time(), None, read_content)
         if verdict.status == 200:
-            environ["REMOTE_USER"] = verdict.username.encode("utf-8").decode("latin-1")
+            environ["REMOTE_USER"] = str(verdict.username).encode("utf-8").decode("latin-1")
             environ["AUTH_TYPE"] = verdict.scheme
             return application(environ, start)
         line = STATUS_LINES[verdict.status][9:]
@@ -3085,6 +3150,9 @@ def bind(options: argparse.Namespace) -> AuthServer:
     qop = parse_choice(options.qop, ("auth", "auth-int"))
     proxies = TrustedProxies(options.trusted_proxy)
     failures = parse_max_failures(options.max_failures)
+    if not 1 <= options.nonce_lifetime <= 1e6:
+        raise Refusal(f"unable to use --nonce-lifetime {options.nonce_lifetime}: "
+                      f"expected 1 to 1000000 seconds")
     secret = read_nonce_secret(os.path.abspath(options.nonce_secret)) if options.nonce_secret else b""
     path, first = find_passwords(options)
     try:
@@ -3107,15 +3175,15 @@ def bind(options: argparse.Namespace) -> AuthServer:
     return server
 
 
-def find_passwords(options: argparse.Namespace) -> Tuple[str, Tuple[str, ...]]:
+def find_passwords(options: argparse.Namespace) -> Tuple[str, Optional[Tuple[str, str]]]:
     """Return the path of the password file, and user and password if it had to be made."""
     if options.passwords:
-        return options.passwords if options.passwords == "-" else os.path.abspath(
-            options.passwords), ()
+        path = options.passwords if options.passwords == "-" else os.path.abspath(options.passwords)
+        return path, None
     prefix = getattr(options, "config_prefix", "")
     path = prefix + "passwords"
     if prefix and os.path.exists(path):
-        return path, ()
+        return path, None
     if not (prefix and getattr(options, "may_create", False)):
         raise Refusal("unable to find a password file: --passwords is missing\n"
                       "try: authserver.py passwd FILE USER")
@@ -3176,6 +3244,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             print(passwd(words[1:]))
             return 0
         server = bind(build_parser().parse_args(words))
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))   # so that the log gets its last lines
+        if server.authenticator:
+            server.authenticator.table.alone = True     # we fork nobody
         try:
             server.serve_forever()
         finally:

@@ -1,41 +1,42 @@
 #!/usr/bin/env python3
-# MIT licence. One file, standard library only: copy it and run it. Origin: Clark Evans' recipe (2003),
-# twistd's order of steps, and three articles that found out why the order matters (README, "History").
+# MIT licence.  One file, standard library only: copy it and run it.  After Clark Evans' recipe
+# (2003), twistd's order of steps, and three articles that found out why the order matters.
 """Run an application, a script or a program as a well-behaved Unix daemon.
 
     python3 daemonize.py start                      # authserver.py, which lies beside this file
-    python3 daemonize.py start --app FILE.py        # your application or script
+    python3 daemonize.py start --app FILE.py        # your application, or script
     python3 daemonize.py start -- COMMAND ARG ...   # any program
-    python3 daemonize.py status | reload | restart | stop        (and `run`: in the foreground)
+    python3 daemonize.py status | reload | restart | stop       (or `run`: in the foreground)
 
 Or, in a script of your own: `from daemonize import startstop`.
 
-The life of a daemon.  Three processes take part: the COMMAND that you typed, the STARTER that it forks,
-and the DAEMON that the starter forks.  twistd's names for the steps stand beside ours:
+The life of a daemon.  Three processes take part: the COMMAND that you typed, the STARTER that
+it forks, and the DAEMON that the starter forks.
 
-    step                                     process   uid     twistd                  its place there
-    1 parse; make every path absolute        command   caller  parseOptions            1
-    2 the turn: byte 0 of PIDFILE.lock       command   caller  checkPID                2
-    3 open log, pidfile, lock, control       starter   root    startLogger,            3,
-      socket; app.bind(): ports, keys                          privilegedStartService  9
-    4 fork, setsid, fork; stdio to the log   starter   root    daemonize               7
-    5 chroot, chdir, umask                   daemon    root    setupEnvironment        4-6
-    6 groups, gid, uid; prove it             daemon    ->user  switchUidGid            10
-    7 listen, workers, probe, report ready;  daemon    user    startApplication,       11,
-      instance lock, write the pidfile                         openPIDFile             8
-    8 empty the pidfile                      daemon    user    removePIDFile           13
+    step                                process  uid     twistd's name (and place)
+    1 parse; make each path absolute    command  caller  parseOptions (1)
+    2 the turn: byte 0 of PIDFILE.lock  command  caller  checkPID (2)
+    3 app.bind(): ports, keys; open     starter  root    privilegedStartService (9),
+      log, pidfile, lock, control                        startLogger (3)
+    4 fork, setsid, fork; stdio         starter  root    daemonize (7)
+    5 chroot, chdir, umask              daemon   root    setupEnvironment (4-6)
+    6 groups, gid, uid; the proof       daemon   ->user  switchUidGid (10)
+    7 workers, probe, report ready;     daemon   user    startApplication (11),
+      instance lock, pidfile                             openPIDFile (8)
+    8 empty the pidfile                 daemon   user    removePIDFile (13)
 
-Why it differs where it differs: we bind before detaching, so that "port taken" reaches the terminal in
-full (twistd sends it through a pipe, cut to 100 bytes).  We chroot after the fork, since the command must
-stay outside to tidy up.  The pidfile is written last, because it is a promise: it names a daemon that
-answers.  And step 8 does not unlink: unlink(2) needs a right on the FOLDER that step 6 gave away (twistd's
-oldest open bug); ftruncate(2) needs only the fd that step 3 opened.
+Where it differs, it is for a reason.  We bind before detaching: "port taken" reaches the
+terminal in full, where twistd sends it through a pipe, cut to 100 bytes.  We chroot after the
+fork: the command stays outside, to tidy up.  The pidfile comes last: it is a promise that
+somebody answers.  And step 8 does not unlink: unlink(2) needs a right on the FOLDER, and
+step 6 gave that away (twistd's oldest open bug); ftruncate(2) needs only the fd of step 3.
 
-Vocabulary: pidfile, logfile, rundir as in twistd; STALE is a pidfile whose process is dead; the TURN is the
-right to change a daemon's state, the INSTANCE LOCK is the proof of being the daemon; READY is "it answers".
+Vocabulary: pidfile, logfile, rundir as in twistd.  STALE is a pidfile whose process is dead.
+The TURN is the right to change a daemon's state.  The INSTANCE LOCK is being the daemon.
+READY is "it answers".
 
-What ps shows.  The session and group were made by the starter, which is gone; a hosted application leads a
-group of its own (so `kill -- -PID` ends its children too) without leading the session (so it can never
+What ps shows.  The session was made by the starter, which is gone.  An application leads a
+group of its own (`kill -- -PID` reaches its children, too) but no session (so it can never
 acquire a terminal):
 
     $ ps -o pid,ppid,pgid,sid,tty,cmd
@@ -43,9 +44,9 @@ acquire a terminal):
      4243     1  4243  4242 ?    python3 daemonize.py start        the daemon
      4244  4243  4243  4242 ?    python3 daemonize.py start        a worker
 
-Layout: 0 messages, 1 who and where, 2 processes, 3 the lock, 4 files, 5 leaving the terminal, 6 giving up
-root, 7 hosting, 8 the daemon's loop, 9 the control socket, 10 ending, 11 commands, 12 the library call,
-13 the command line.  Start at the bottom.
+Layout: 0 messages, 1 who and where, 2 processes, 3 the lock, 4 files, 5 leaving the terminal,
+6 giving up root, 7 hosting, 8 the daemon's loop, 9 the control socket, 10 ending, 11 commands,
+12 the library call, 13 the command line.  Start at the bottom.
 """
 import argparse
 import array
@@ -79,25 +80,30 @@ except ImportError:
 __version__ = "1.0"
 __all__ = ["startstop", "main"]
 
-APPLICATION = "authserver.py"   # hosted when neither --app nor -- names another; the one line that knows it
+APPLICATION = "authserver.py"   # hosted unless --app or -- names another; only this line knows it
 TIMEOUT = 10.0                  # seconds that stop and drain wait before SIGKILL
 START_TIMEOUT = 30.0            # seconds after which a start that is not ready has failed
 UMASK = 0o027                   # for the application's files: nothing for others
-LOG_BYTES, LOG_KEEP = 10 << 20, 5   # size of a log that is rotated, number of rotated logs kept
+LOG_BYTES, LOG_KEEP = 10 << 20, 5       # size at which the log is rotated; rotated logs kept
 ALIVE = 0.3                     # seconds a script or program must live to count as started
 ANSWER = 5.0                    # seconds for one exchange over a channel
-POLL = 0.02                     # seconds between two looks where the system offers nothing to wait on
-TICK = 1.0                      # seconds between two looks of an idle daemon at its log and workers
-SETTLED = 10.0                  # seconds after which a worker's death is bad luck, not bad code
-BACKOFF = (0.1, 30.0)           # seconds: shortest and longest pause before bad code is tried again
-MAX_MESSAGE, MAX_SOCKETS = 1 << 16, 64      # bytes and descriptors that are taken from a daemon at once
+POLL = 0.02                     # seconds between two looks where there is nothing to wait on
+TICK = 1.0                      # seconds between two looks of an idle daemon at log and workers
+SETTLED = 10.0                  # seconds: the death of an older worker is bad luck, not bad code
+BACKOFF = (0.1, 30.0)           # seconds: first and longest pause before bad code is tried again
+MAX_MESSAGE = 1 << 16           # bytes of one message
+MAX_SOCKETS = 64                # descriptors handed over at once
 PROC = "/proc"                  # where it is missing (macOS, BSD), ps(1) is asked
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"   # under env -i there is none
+pidfd_open = getattr(os, "pidfd_open", None)                    # Python 3.9 on Linux 5.3
+pidfd_send_signal = getattr(signal, "pidfd_send_signal", None)  # type: Any
+Handler = Callable[[int, Optional[FrameType]], Any]
 
 
 # -- 0. Messages -------------------------------------------------------------
 
 class Fatal(Exception):
-    """The command cannot do what it was asked: words for a person, an exit status, perhaps a traceback."""
+    """The command cannot do as asked: words for a person, an exit status, maybe a traceback."""
 
     def __init__(self, message: str, status: int = 1, trace: str = "") -> None:
         super().__init__(message)
@@ -105,7 +111,7 @@ class Fatal(Exception):
 
 
 def as_fatal(error: BaseException) -> Fatal:
-    """Return any exception as a Fatal, with its traceback unless it was raised for a person to read.
+    """Return any exception as a Fatal; with its traceback, unless it was raised for a person.
 
     An application marks such an error by an attribute `status`, 1 or 2.
     """
@@ -123,8 +129,8 @@ def because(error: BaseException) -> str:
     >>> because(OSError(errno.ELOOP, "Too many levels")), because(KeyError("x"))
     ('is a symbolic link', "KeyError: 'x'")
     """
-    if isinstance(error, OSError) and error.strerror:
-        return "is a symbolic link" if error.errno == errno.ELOOP else error.strerror   # O_NOFOLLOW's ELOOP
+    if isinstance(error, OSError) and error.strerror:       # ELOOP is what O_NOFOLLOW gives
+        return "is a symbolic link" if error.errno == errno.ELOOP else error.strerror
     return "%s: %s" % (type(error).__name__, error)
 
 
@@ -134,14 +140,15 @@ def printable(text: str) -> str:
     >>> printable("caf\xe9\x1b[2J\n"), printable("\udcc3\udca9")
     ('café\\x1b[2J\n', 'é')
     """
-    # Bytes that did not decode are surrogates (PEP 383); for Python 3.6 under env -i UTF-8 is such bytes, too.
+    # Bytes that did not decode are surrogates (PEP 383): under env -i, for 3.6, all UTF-8 is.
     text = re.sub("[\ud800-\udc7f\udd00-\udfff]", "?", text)
     text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode()
+                   for c in text)
 
 
 def emit(fd: int, text: str) -> None:
-    """Write text to fd 1 or 2; as bytes, since the encoding of sys.stdout may be ASCII (env -i)."""
+    """Write text to fd 1 or 2; as bytes, since sys.stdout may only know ASCII (env -i)."""
     data = printable(text).encode()
     with contextlib.suppress(OSError):      # closed, full, no reader: the exit status still tells
         while data:
@@ -181,21 +188,22 @@ class Identity(NamedTuple):
 def look_up_identity(user: Optional[str], group: Optional[str]) -> Optional[Identity]:
     """Return whom --uid and --gid (names or numbers) ask for; None for: stay who you are.
 
-    In step 1, because a jail has no passwd database.  See: getpwnam(3), getgrnam(3).
+    In step 1, since a jail has no passwd database.  See: getpwnam(3), getgrnam(3).
     """
     if user is None and group is None:
         return None
     if os.geteuid() != 0:
         raise Fatal("unable to switch to %s: only root may" % (user or group))
+    gid = None
     try:
-        gid = None if group is None else int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
-        entry = pwd.getpwuid(int(user)) if user and user.isdigit() else pwd.getpwnam(user or "root")
-    except KeyError as error:
-        if user and user.isdigit() and gid is not None:
+        if group is not None:
+            gid = int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
+        name = user or "root"
+        entry = pwd.getpwuid(int(name)) if name.isdigit() else pwd.getpwnam(name)
+    except (KeyError, OverflowError) as error:
+        if user and user.isdigit() and gid is not None and int(user) < 1 << 32:
             return Identity(int(user), gid, "", "/")
-        raise Fatal("unable to switch user: %s" % str(error).strip("'\""))
-    except OverflowError:
-        raise Fatal("unable to switch to %s: no such number" % user)
+        raise Fatal("unable to switch to %s: %s" % (user or group, str(error).strip("'\"")))
     return Identity(entry.pw_uid, entry.pw_gid if gid is None else gid, entry.pw_name, entry.pw_dir)
 
 
@@ -203,19 +211,28 @@ class Files(NamedTuple):
     """The paths of one daemon: what no option names derives from the pidfile's path."""
     pidfile: str
     logfile: Optional[str]      # None: the output stays where it is (run)
-    prefix: str                 # the application's own files begin so; "" where there is no place for them
+    prefix: str                 # how the application's own files begin; "": no place for them
 
-    lock = property(lambda self: self.pidfile + ".lock")
-    control = property(lambda self: self.pidfile + ".sock")
-    folder = property(lambda self: os.path.dirname(self.pidfile))
+    @property
+    def lock(self) -> str:
+        return self.pidfile + ".lock"
+
+    @property
+    def control(self) -> str:
+        return self.pidfile + ".sock"
+
+    @property
+    def folder(self) -> str:
+        return os.path.dirname(self.pidfile)
 
 
 def default_files(name: str) -> Files:
-    """Return the files that effective uid and name stand for, and nothing else: cron must find them, too."""
+    """Return the files that effective uid and name stand for, nothing else: cron must find them."""
     uid = os.geteuid()
     if uid == 0:
         run = "/run" if os.path.isdir("/run") else "/var/run"
-        return Files("%s/%s.pid" % (run, name), "/var/log/%s/%s.log" % (name, name), "/etc/%s." % name)
+        return Files("%s/%s.pid" % (run, name), "/var/log/%s/%s.log" % (name, name),
+                     "/etc/%s." % name)
     try:
         home = pwd.getpwuid(uid).pw_dir         # not $HOME: su may have left another's there
         os.stat(home + "/.")
@@ -224,7 +241,8 @@ def default_files(name: str) -> Files:
     except (KeyError, OSError) as error:
         raise Fatal("unable to use the home directory of uid %d: %s\n"
                     "try: --pidfile --logfile --passwords" % (uid, because(error)))
-    return Files("%s/.%s/pid" % (home, name), "%s/.%s/log" % (home, name), "%s/.%s/" % (home, name))
+    folder = "%s/.%s/" % (home, name)
+    return Files(folder + "pid", folder + "log", folder)
 
 
 def absolute(path: str) -> str:
@@ -240,7 +258,8 @@ def wanted_files(options: argparse.Namespace) -> Files:
     try:
         files = default_files(options.name)
     except Fatal:
-        if options.pidfile is None or options.logfile is None and options.action in ("start", "restart"):
+        needs_log = options.action in ("start", "restart") and options.logfile is None
+        if options.pidfile is None or needs_log:
             raise
         files = Files("", None, "")
     if options.action == "run":
@@ -266,8 +285,8 @@ class Process(NamedTuple):
 def processes() -> List[Process]:
     """Return all living processes; zombies are dead.  See: proc_pid_status(5).
 
-    The uid is read and not taken from the owner of /proc/PID: a process that changed its uid is not
-    dumpable, and its folder belongs to root (prctl(2), PR_SET_DUMPABLE).
+    The uid is not the owner of /proc/PID: who changed its uid is not dumpable, and its folder
+    belongs to root (prctl(2), PR_SET_DUMPABLE).
     """
     if not os.path.exists(PROC + "/self/status"):
         return processes_by_ps()
@@ -277,32 +296,51 @@ def processes() -> List[Process]:
             with contextlib.suppress(OSError, KeyError):        # it ended while we were looking
                 with open("%s/%s/status" % (PROC, name), "rb") as stream:
                     facts = dict(re.findall(rb"^(\w+):\s+(\S+)", stream.read(), re.M))
+                keys = (b"Pid", b"PPid", b"NSpgid", b"NSsid", b"Uid")
                 if facts[b"State"] not in (b"Z", b"X"):
-                    found.append(Process(*(int(facts[key]) for key in (b"Pid", b"PPid", b"NSpgid", b"NSsid", b"Uid"))))
+                    found.append(Process(*(int(facts[key]) for key in keys)))
     return found
 
 
 def processes_by_ps() -> List[Process]:
     """Return the same where there is no /proc.  See: ps(1), the part that POSIX has."""
-    import subprocess           # here, for these systems only
-    command = ["ps", "-A"] + [word for key in ("pid", "ppid", "pgid", "ruid", "stat") for word in ("-o", key + "=")]
+    import subprocess           # here, for such systems only
+    command = ["ps", "-A"]
+    for key in ("pid", "ppid", "pgid", "ruid", "stat"):
+        command += ["-o", key + "="]
     rows = [line.split() for line in subprocess.check_output(command).decode().splitlines()]
-    return [Process(int(r[0]), int(r[1]), int(r[2]), -1, int(r[3])) for r in rows if r[4][0] not in "ZX"]
+    return [Process(int(r[0]), int(r[1]), int(r[2]), -1, int(r[3])) for r in rows
+            if r[4][0] not in "ZX"]
 
 
 def find_process(pid: Optional[int]) -> Optional[Process]:
     return next((p for p in processes() if p.pid == pid), None)
 
 
+def birth_of(pid: Optional[int]) -> str:
+    """Return when a living process began; no two share pid and birth.  See: proc_pid_stat(5).
+
+    "" when it is dead, and where there is no /proc.
+    """
+    try:
+        with open(PROC + "/sys/kernel/random/boot_id") as boot, \
+                open("%s/%s/stat" % (PROC, pid), "rb") as stream:
+            facts = stream.read().rpartition(b")")[2].split()   # the LAST: names may hold any
+            is_alive = facts[0] not in (b"Z", b"X")
+            return boot.read().strip() + ":" + facts[19].decode() if is_alive else ""
+    except OSError:
+        return ""
+
+
 def family(groups: Tuple[int, ...]) -> List[Process]:
-    """Return what this process has started and still lives: descendants, and members of the groups it made."""
+    """Return what this process started and still lives: descendants, and the groups it made."""
     everyone, mine, size = processes(), {os.getpid()}, 0
-    others = (os.getpid(), os.getsid(0))            # the leader of our session is our starter, if not ourselves
     while size != len(mine):
         size = len(mine)
         mine |= {p.pid for p in everyone if p.ppid in mine}
-    return [p for p in everyone if p.pid not in others
-            and (p.pid in mine or p.pgid in groups and p.sid in (os.getsid(0), -1))]
+    sid = os.getsid(0)          # its leader is our starter, if not ourselves: not ours to end
+    return [p for p in everyone if p.pid not in (os.getpid(), sid)
+            and (p.pid in mine or p.pgid in groups and p.sid in (sid, -1))]
 
 
 def kill_each(members: List[Process], signum: int) -> None:
@@ -312,50 +350,54 @@ def kill_each(members: List[Process], signum: int) -> None:
 
 
 def end_family(groups: Tuple[int, ...], timeout: float) -> None:
-    """End what this process has started; it was told already, and gets timeout seconds to obey."""
+    """End what this process started; it was told already, and has timeout seconds to obey."""
     end_all(lambda: family(groups), lambda signum: kill_each(family(groups), signum), timeout)
 
 
-def end_all(members: Callable[[], List[Process]], send: Callable[[int], None], timeout: float) -> bool:
-    """Wait until there are no members; send SIGKILL after timeout seconds.  True if that was needed."""
+def end_all(members: Callable[[], List[Process]], send: Callable[[int], None],
+            timeout: float) -> bool:
+    """Wait until there are no members; SIGKILL after timeout seconds.  True if that was needed."""
     deadline, killed = time.monotonic() + timeout, False
     while True:
         left = members()
         if not left:
             return killed
+        if time.monotonic() > deadline + ANSWER:
+            pids = ", ".join(str(process.pid) for process in left)
+            raise Fatal("unable to stop pids %s: SIGKILL had no effect" % pids)
         if time.monotonic() > deadline:
-            if time.monotonic() > deadline + ANSWER:
-                raise Fatal("unable to stop pids %s: SIGKILL had no effect" % ", ".join(str(p.pid) for p in left))
             send(signal.SIGKILL)
             killed = True
         time.sleep(POLL)
 
 
 # -- 3. The lock -------------------------------------------------------------
-# Who is the daemon?  Not whom a file names: a pid in a file outlives its process, the kernel gives it to a
-# stranger, and whoever owns the file writes it.  (`start-stop-daemon --stop` on a pidfile that holds "-1"
-# means every process of the machine.)  The kernel knows.  A POSIX record lock (fcntl(2), "Advisory record
-# locking") dies with its process, is not inherited over fork(2), and F_GETLK returns its holder's pid.
-# So there are two bytes, in PIDFILE.lock:
+# Who is the daemon?  Not whom a file names: a pid in a file outlives its process, the kernel
+# gives it to a stranger, and whoever owns the file writes it.  (`start-stop-daemon --stop` on a
+# pidfile that holds "-1" means every process of the machine.)  The kernel knows.  A POSIX record
+# lock (fcntl(2), "Advisory record locking") dies with its process, is not inherited over
+# fork(2), and F_GETLK returns its holder's pid.  So there are two bytes, in PIDFILE.lock:
 #
 #   byte 0  the turn: a command holds a WRITE lock on it while it changes something
-#   byte 1  the instance lock: the daemon holds a READ lock on it, through an fd opened read-only by root
+#   byte 1  the instance lock: the daemon holds a READ lock, through an fd opened read-only by root
 #
-# The file is 0600: no other user can open it and keep root's commands waiting.  The daemon cannot write it:
-# so it may also hold, for `restart`, what the last start was asked for.  And one trap: a process loses ALL
-# its locks on a file when it closes ANY fd of it; so a process opens it once, and in one place.
+# The file is 0600: no other user can open it and keep root's commands waiting.  The daemon cannot
+# write it: so it may also hold, for `restart`, what the last start was asked for.  One trap: a
+# process loses ALL its locks on a file when it closes ANY fd of it; so it opens it once.
 
 TURN, INSTANCE = 0, 1
 IS_LINUX = sys.platform.startswith("linux")
-FLOCK = struct.Struct("hhqqi" if IS_LINUX else "qqihhi")        # struct flock of Linux; of macOS and the BSDs
+FLOCK = struct.Struct("hhqqi" if IS_LINUX else "qqihhi")    # struct flock: Linux; macOS and BSD
 
 
 def set_lock(fd: int, command: int, kind: int, byte: int) -> Tuple[int, int]:
-    """Do one fcntl(2) on a byte's lock: F_SETLK or F_GETLK.  Returns (l_type, l_pid)."""
+    """Do one fcntl(2) on a byte's lock, F_SETLK or F_GETLK; returns (l_type, l_pid)."""
     if IS_LINUX:
-        kind, _, _, _, pid = FLOCK.unpack_from(fcntl.fcntl(fd, command, FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0)))
+        data = fcntl.fcntl(fd, command, FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
+        kind, _, _, _, pid = FLOCK.unpack_from(data)
     else:
-        _, _, pid, kind, _, _ = FLOCK.unpack_from(fcntl.fcntl(fd, command, FLOCK.pack(byte, 1, 0, kind, os.SEEK_SET, 0)))
+        data = fcntl.fcntl(fd, command, FLOCK.pack(byte, 1, 0, kind, os.SEEK_SET, 0))
+        _, _, pid, kind, _, _ = FLOCK.unpack_from(data)
     return kind, pid
 
 
@@ -366,7 +408,7 @@ def lock_holder(fd: int, byte: int) -> Optional[int]:
 
 
 def take_instance(fd: int, predecessor: Optional[int]) -> None:
-    """Take the instance lock.  Read locks can be shared; only with the daemon that we replace, though."""
+    """Take the instance lock.  Read locks can be shared: but only with the one we replace."""
     set_lock(fd, fcntl.F_SETLK, fcntl.F_RDLCK, INSTANCE)
     holder = lock_holder(fd, INSTANCE)
     if holder not in (None, predecessor):
@@ -374,107 +416,98 @@ def take_instance(fd: int, predecessor: Optional[int]) -> None:
         raise Fatal("unable to start: already running with pid %s" % holder)
 
 
-class Turn:
-    """The right to change the state of one daemon: `with Turn(files, seconds) as turn`.
+class Lock:
+    """PIDFILE.lock: who is the daemon, and what its last start was asked for."""
 
-    Runs as: caller.  See: fcntl(2); twistd: checkPID (which has no lock, and starts two in a race).
-    """
-
-    def __init__(self, files: Files, wait: float) -> None:
+    def __init__(self, files: Files, flags: int) -> None:
         check_folder(files.folder)
-        self.path, self.fd, self.has_told = files.lock, -1, False
-        self.told_at, self.deadline = time.monotonic() + TICK, time.monotonic() + wait
+        self.path, self.flags = files.lock, flags
+        self.fd = open_regular(self.path, flags, 0o600, os.geteuid())
 
-    def __enter__(self) -> "Turn":
-        self.fd = open_regular(self.path, os.O_RDWR, 0o600, os.geteuid())
-        while not self.is_taken():
-            time.sleep(POLL)
-        if os.fstat(self.fd).st_nlink == 0:         # a failed first start took its lock file with it
-            self.close()
-            return self.__enter__()
+    def __enter__(self) -> "Lock":
         return self
-
-    def is_taken(self) -> bool:
-        """Try to take the turn.  Raises Fatal when the wait is over."""
-        try:
-            set_lock(self.fd, fcntl.F_SETLK, fcntl.F_WRLCK, TURN)
-            return True
-        except (BlockingIOError, PermissionError):  # EAGAIN, EACCES: POSIX allows either
-            holder = lock_holder(self.fd, TURN)
-        process = find_process(holder)
-        if process and process.uid not in (0, os.geteuid()):
-            # Only a daemon that was taken over locks this byte, through its read-only fd: no reason to wait.
-            warn("pid %d of uid %d holds the turn of %s: ignored" % (process.pid, process.uid, self.path))
-            return True
-        if not self.has_told and time.monotonic() > self.told_at:
-            self.has_told = True
-            warn("waiting for pid %s, which is busy with this daemon" % holder)
-        if time.monotonic() > self.deadline:
-            raise Fatal("unable to lock %s: pid %s is still busy with this daemon" % (self.path, holder))
-        return False
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Give the turn back, and with it every lock of this process on the file."""
+        """Close it, which gives up every lock that this process has on it."""
         if self.fd >= 0:
             os.close(self.fd)
         self.fd = -1
 
     def holder(self) -> Optional[int]:
-        return running_pid(self.fd)
+        """Return the pid of the running daemon, None if there is none.
+
+        A script or program may close all its fds (daemons do), and the lock with them; then pid
+        and time of birth, which its start noted, prove it as well.
+        """
+        pid = lock_holder(self.fd, INSTANCE)
+        if pid is None:
+            record = self.record()
+            if record.get("birth") and birth_of(record.get("pid")) == record["birth"]:
+                pid = int(record["pid"])
+        return pid
 
     def record(self) -> Dict[str, Any]:
-        return read_record(self.fd)
+        """Return what was noted of the last start, {} if none has succeeded yet."""
+        data = os.pread(self.fd, MAX_MESSAGE, 0)
+        record = json.loads(data.decode()) if data else {}
+        return record if isinstance(record, dict) else {}
 
-    def write_record(self, options: argparse.Namespace) -> None:
-        """Keep what the last start was asked for, and whom it started."""
-        record = {key: getattr(options, key) for key in ("argv", "arguments", "cwd", "kind", "detached")}
-        record.update(pid=self.holder(), birth=birth_of(self.holder()))
+    def note(self, options: argparse.Namespace, pid: int = 0) -> None:
+        """Note what a start was asked for, and whom it started."""
+        keys = ("argv", "arguments", "cwd", "kind", "detached")
+        record = dict({key: getattr(options, key) for key in keys}, pid=pid, birth=birth_of(pid))
         os.ftruncate(self.fd, 0)
         os.pwrite(self.fd, json.dumps(record).encode(), 0)
 
 
-def read_record(fd: int) -> Dict[str, Any]:
-    """Return what the last start was asked for, {} if no start has succeeded yet."""
-    data = os.pread(fd, MAX_MESSAGE, 0)
-    record = json.loads(data.decode()) if data else {}
-    return record if isinstance(record, dict) else {}
+class Turn(Lock):
+    """The right to change the state of one daemon: `with Turn(files, seconds) as turn`.
 
-
-def running_pid(fd: int) -> Optional[int]:
-    """Return the pid of the running daemon, None if there is none.
-
-    A script or program may close all its fds (daemons do), and its lock is gone; then pid and time of birth,
-    which its starter noted, prove it as well.
+    Runs as: caller.  See: fcntl(2); twistd: checkPID (without a lock: two in a race both start).
     """
-    pid = lock_holder(fd, INSTANCE)
-    if pid is None:
-        record = read_record(fd)
-        if record.get("kind") != "app" and record.get("birth") and birth_of(record.get("pid")) == record["birth"]:
-            pid = int(record["pid"])
-    return pid
 
+    def __init__(self, files: Files, wait: float) -> None:
+        """Wait for it, at most that long; say for whom."""
+        super().__init__(files, os.O_RDWR)
+        told_at, deadline = time.monotonic() + TICK, time.monotonic() + wait
+        while not self.take():
+            holder = lock_holder(self.fd, TURN)
+            if time.monotonic() > deadline:
+                raise Fatal("unable to lock %s: pid %s is still busy with it" % (self.path, holder))
+            if time.monotonic() > told_at:
+                told_at = deadline + TICK       # once
+                warn("waiting for pid %s, which is busy with %s" % (holder, self.path))
+            time.sleep(POLL)
 
-def birth_of(pid: Optional[int]) -> str:
-    """Return when a living process began: no two processes share pid and birth.  See: proc_pid_stat(5).
+    def __enter__(self) -> "Turn":
+        return self
 
-    "" when it is dead, or where there is no /proc.
-    """
-    try:
-        with open(PROC + "/sys/kernel/random/boot_id") as boot, open("%s/%s/stat" % (PROC, pid), "rb") as stream:
-            facts = stream.read().rpartition(b")")[2].split()       # after the LAST one: a name may hold any
-            return "" if facts[0] in (b"Z", b"X") else boot.read().strip() + ":" + facts[19].decode()
-    except OSError:
-        return ""
+    def take(self) -> bool:
+        """Try to take the turn."""
+        if os.fstat(self.fd).st_nlink == 0:     # a first start failed, and took its files with it
+            self.close()
+            self.fd = open_regular(self.path, self.flags, 0o600, os.geteuid())
+        try:
+            set_lock(self.fd, fcntl.F_SETLK, fcntl.F_WRLCK, TURN)
+            return os.fstat(self.fd).st_nlink > 0
+        except (BlockingIOError, PermissionError):      # EAGAIN, EACCES: POSIX allows either
+            process = find_process(lock_holder(self.fd, TURN))
+        if process and process.uid not in (0, os.geteuid()):
+            # Only a daemon that was taken over locks this byte, through its fd: do not wait.
+            warn("pid %d of uid %d holds the turn of %s: ignored"
+                 % (process.pid, process.uid, self.path))
+            return True
+        return False
 
 
 # -- 4. Files ----------------------------------------------------------------
-# Root opens files where others may write: that is how daemons become a way to root (CVE-2016-1247: nginx's
-# log folder belonged to its user).  The rules: no symlink is followed (O_NOFOLLOW); nothing is opened but a
-# regular file with one name (a FIFO would block, a hard link would be someone's file); only what we created
-# changes its owner, and through the fd.
+# Root opens files where others may write: that is how daemons become a way to root
+# (CVE-2016-1247: nginx's log folder belonged to its user).  The rules: no symlink is followed
+# (O_NOFOLLOW); nothing is opened but a regular file with one name (a FIFO would block, a hard
+# link would be someone's file); only what we created changes its owner, and through the fd.
 
 def open_regular(path: str, flags: int, mode: int, owner: Optional[int] = None) -> int:
     """Open a regular file that has one name; create it with exactly that mode, under any umask.
@@ -490,8 +523,7 @@ def open_regular(path: str, flags: int, mode: int, owner: Optional[int] = None) 
             fd = os.open(path, flags)
     except OSError as error:
         raise Fatal("unable to open %s: %s" % (path, because(error)))
-    facts = os.fstat(fd)
-    problem = ""
+    facts, problem = os.fstat(fd), ""
     if not stat.S_ISREG(facts.st_mode):
         problem = "" if path == os.devnull else "not a regular file"
     elif facts.st_nlink > 1:
@@ -505,15 +537,15 @@ def open_regular(path: str, flags: int, mode: int, owner: Optional[int] = None) 
 
 
 def is_trusted(folder: str) -> bool:
-    """Tell whether nobody but root and the caller can change what the path leads to.
+    """Tell whether only root and the caller can change what the path leads to.
 
     Each folder on the way must be theirs, and closed to others or sticky (as /tmp is).
     """
     for path in (folder, os.path.realpath(folder)):
         while True:
             facts = os.lstat(path)
-            is_open = facts.st_mode & 0o022 and not facts.st_mode & stat.S_ISVTX and not stat.S_ISLNK(facts.st_mode)
-            if is_open or facts.st_uid not in (0, os.geteuid()):
+            is_open = facts.st_mode & 0o022 and not facts.st_mode & stat.S_ISVTX
+            if is_open and not stat.S_ISLNK(facts.st_mode) or facts.st_uid not in (0, os.geteuid()):
                 return False
             if path == os.path.dirname(path):
                 break
@@ -522,7 +554,7 @@ def is_trusted(folder: str) -> bool:
 
 
 def check_folder(folder: str) -> None:
-    """Refuse, as root, a pidfile where others could swap the folder: it may be theirs, not what leads to it."""
+    """Refuse, as root, a pidfile's folder that others could swap: it may be theirs, not its way."""
     if not os.path.isdir(folder):
         raise Fatal("unable to use %s: no such directory" % folder)
     if os.geteuid() == 0 and not is_trusted(folder) and not is_trusted(os.path.dirname(folder)):
@@ -531,7 +563,7 @@ def check_folder(folder: str) -> None:
 
 @contextlib.contextmanager
 def acting_as(identity: Optional[Identity]) -> Iterator[None]:
-    """Lend root the effective ids of the daemon's user: the kernel judges by them.  See: credentials(7)."""
+    """Lend root the effective ids of the daemon's user, by which the kernel judges."""
     if identity is None:
         yield
         return
@@ -548,13 +580,12 @@ def acting_as(identity: Optional[Identity]) -> Iterator[None]:
 
 
 def open_log(path: str, identity: Optional[Identity]) -> int:
-    """Return the log's fd, for appending; a new log belongs to the daemon's user from its first byte.
+    """Return the log's fd, for appending; a new log is the daemon user's from its first byte.
 
     In a folder that others may change it is opened with the user's rights, never with root's.
     Runs as: root.  See: open(2) O_APPEND; twistd: startLogger.
     """
-    is_new = not os.path.lexists(path)
-    folder = os.path.dirname(path)
+    is_new, folder = not os.path.lexists(path), os.path.dirname(path)
     is_safe = os.path.isdir(folder) and is_trusted(folder)
     with acting_as(None if is_safe else identity):
         fd = open_regular(path, os.O_WRONLY | os.O_APPEND, 0o640)
@@ -563,32 +594,34 @@ def open_log(path: str, identity: Optional[Identity]) -> int:
     return fd
 
 
-def rotation_obstacle(path: Optional[str], identity: Optional[Identity], chroot: Optional[str]) -> str:
+def rotation_obstacle(options: argparse.Namespace) -> str:
     """Return why the daemon will not be able to rename and reopen its log, "" if it will."""
+    path, identity = options.files.logfile, options.identity
     if path is None or path == os.devnull:
         return ""
-    if inside(path, chroot) is None:
+    if inside(path, options.chroot) is None:
         return "it is outside the chroot"
+    folder, by_effective_ids = os.path.dirname(path), os.access in os.supports_effective_ids
     with acting_as(identity):
-        if os.access(os.path.dirname(path), os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        if os.access(folder, os.W_OK | os.X_OK, effective_ids=by_effective_ids):
             return ""
-    return "uid %d may not write in %s" % (identity.uid if identity else os.geteuid(), os.path.dirname(path))
+    return "uid %d may not write in %s" % (identity.uid if identity else os.geteuid(), folder)
 
 
-def inside(path: str, chroot: Optional[str]) -> Optional[str]:
+def inside(path: Optional[str], chroot: Optional[str]) -> Optional[str]:
     """Return what the path is called inside the jail, None if it is not there.
 
     >>> inside("/jail/log/a", "/jail"), inside("/jail2/a", "/jail"), inside("/a", None)
     ('/log/a', None, '/a')
     """
-    if chroot in (None, "/"):
+    if path is None or chroot is None or chroot == "/":
         return path
-    return path[len(str(chroot)):] or "/" if (path + "/").startswith(str(chroot) + "/") else None
+    return path[len(chroot):] or "/" if (path + "/").startswith(chroot + "/") else None
 
 
 @contextlib.contextmanager
 def working_in(folder: str) -> Iterator[None]:
-    """Enter folder for a moment: a unix socket's address holds 104 to 108 bytes, a path may be longer."""
+    """Enter folder for a moment: unix(7) addresses hold 104 to 108 bytes only."""
     here = os.open(".", os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.chdir(folder)
@@ -600,22 +633,22 @@ def working_in(folder: str) -> Iterator[None]:
 
 def bind_control(path: str) -> socket.socket:
     """Return a unix socket bound at path, 0600, not listening yet.  See: unix(7)."""
-    control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    control, name = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), os.path.basename(path)
     with working_in(os.path.dirname(path)):
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(os.path.basename(path))
-        before = os.umask(0o177)                    # not chmod(2): by then the name may lead elsewhere
+            os.unlink(name)
+        umask = os.umask(0o177)         # and not chmod(2): the name may be another's by then
         try:
-            control.bind(os.path.basename(path))
+            control.bind(name)
         except OSError as error:
             raise Fatal("unable to bind %s: %s" % (path, because(error)))
         finally:
-            os.umask(before)
+            os.umask(umask)
     return control
 
 
 class Opened(NamedTuple):
-    """What step 3 opened as root for whoever the daemon is later."""
+    """What step 3 opened as root, for whoever the daemon is later."""
     stdin: int
     stdout: Optional[int]       # None: the output stays where it is (run)
     stderr: Optional[int]
@@ -629,14 +662,17 @@ def open_files(options: argparse.Namespace) -> Opened:
 
     Runs as: root.  See: open(2); twistd: startLogger, openPIDFile.
     """
-    files, identity = options.files, options.identity
-    check_folder(files.folder)
-    control = bind_control(files.control + (".new" if options.predecessor else "")) if options.kind == "app" else None
-    log = open_log(files.logfile, identity) if files.logfile else None
-    return Opened(os.open(options.stdin, os.O_RDONLY | os.O_CLOEXEC), log,
-                  open_log(options.stderr, identity) if options.stderr else log,
-                  open_regular(files.pidfile, os.O_RDWR, 0o644, os.geteuid()),
-                  open_regular(files.lock, os.O_RDONLY, 0o600, os.geteuid()), control)
+    files, control = options.files, None
+    if options.kind == "app":
+        control = bind_control(files.control + (".new" if options.predecessor else ""))
+    output = open_log(files.logfile, options.identity) if files.logfile else None
+    return Opened(
+        stdin=os.open(options.stdin, os.O_RDONLY | os.O_CLOEXEC),
+        stdout=output,
+        stderr=open_log(options.stderr, options.identity) if options.stderr else output,
+        pidfile=open_regular(files.pidfile, os.O_RDWR, 0o644, os.geteuid()),
+        lock=open_regular(files.lock, os.O_RDONLY, 0o600, os.geteuid()),
+        control=control)
 
 
 def write_pidfile(fd: int) -> None:
@@ -654,7 +690,8 @@ def read_pidfile(path: str) -> str:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(fd, "rb") as stream:
-            return stream.read(32).decode("latin-1").strip() if stat.S_ISREG(os.fstat(fd).st_mode) else "(no regular file)"
+            is_regular = stat.S_ISREG(os.fstat(fd).st_mode)
+            return stream.read(32).decode("latin-1").strip() if is_regular else "(no regular file)"
     except FileNotFoundError:
         return ""
     except OSError as error:
@@ -662,13 +699,14 @@ def read_pidfile(path: str) -> str:
 
 
 # -- 5. Leaving the terminal -------------------------------------------------
-# Why two forks?  setsid(2) makes a session that has no terminal, but not for a group leader, which a command
-# typed into a shell is; hence the first.  The leader of a session could acquire a terminal by opening one
-# (the System V rule); hence the second.  The third article calls setsid() once more in its main(), for a
-# group of its own, and gives back what the second fork won.  setpgid(2) gives the group without the session.
+# Why two forks?  setsid(2) makes a session that has no terminal, but not for a group leader,
+# which a command typed into a shell is; hence the first.  The leader of a session could acquire
+# a terminal by opening one (the System V rule); hence the second.  The third article calls
+# setsid() once more in its main(), for a group of its own, and gives back what the second fork
+# won.  setpgid(2) gives the group without the session.
 
 class Channel:
-    """JSON lines over a socket, between command, daemon and workers.  What the other end says is not trusted."""
+    """JSON lines over a socket between command, daemon and workers; the other end may lie."""
 
     def __init__(self, end: socket.socket) -> None:
         self.end, self.buffer = end, b""
@@ -677,7 +715,7 @@ class Channel:
         self.end.sendall(json.dumps(dict(facts, event=event)).encode() + b"\n")
 
     def receive(self, deadline: float) -> Optional[Dict[str, Any]]:
-        """Return the next message; {"event": ""} at the end, or for nonsense; None at the deadline."""
+        """Return the next message; {"event": ""} at the end or for nonsense; None when late."""
         while b"\n" not in self.buffer:
             if not readable([self.end], deadline):
                 return None
@@ -686,7 +724,7 @@ class Channel:
             if not data or len(self.buffer) > MAX_MESSAGE:
                 return {"event": ""}
         line, _, self.buffer = self.buffer.partition(b"\n")
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             message = json.loads(line.decode())
             if isinstance(message, dict) and isinstance(message.get("event"), str):
                 return message
@@ -695,12 +733,13 @@ class Channel:
     def fail(self, error: BaseException) -> None:
         """Say why there will be no daemon, unless nobody listens any more."""
         fatal = as_fatal(error)
+        trace = fatal.trace[-MAX_MESSAGE // 8:]
         with contextlib.suppress(OSError):
-            self.send("fatal", text=str(fatal), status=fatal.status, trace=fatal.trace[-MAX_MESSAGE // 8:])
+            self.send("fatal", text=str(fatal), status=fatal.status, trace=trace)
 
 
 def readable(ends: List[socket.socket], deadline: float) -> List[socket.socket]:
-    """Return which sockets can be read, [] at the deadline.  poll(2), as select(2) knows no fd above 1023."""
+    """Return which can be read, [] at the deadline.  By poll(2): select(2) stops at fd 1023."""
     poll = select.poll()
     for end in ends:
         poll.register(end, select.POLLIN)
@@ -711,14 +750,15 @@ def readable(ends: List[socket.socket], deadline: float) -> List[socket.socket]:
 def failure(message: Dict[str, Any], otherwise: str) -> Fatal:
     """Return as an exception what was said instead of what was due."""
     if message["event"] == "fatal":
-        return Fatal(str(message.get("text")), 2 if message.get("status") == 2 else 1, str(message.get("trace", "")))
+        status = 2 if message.get("status") == 2 else 1
+        return Fatal(str(message.get("text")), status, str(message.get("trace", "")))
     if message["event"] == "died":
         otherwise = "it %s before it was ready" % describe(int(message.get("status", 0)))
     return Fatal("unable to start: " + otherwise)
 
 
 def close_inherited() -> None:
-    """Close what the caller left open.  What Python opens is close-on-exec (PEP 446): the rest is not ours.
+    """Close what the caller left open: what Python opens is close-on-exec (PEP 446), that is not.
 
     From a list of what is open, not by a loop to RLIMIT_NOFILE, which may be 2^30.
     """
@@ -730,10 +770,11 @@ def close_inherited() -> None:
 
 def reset_signals() -> None:
     """Undo what the caller ignored or blocked: both survive fork and exec.  See: signal(7)."""
-    for number in range(1, signal.NSIG):
-        with contextlib.suppress(OSError, ValueError):          # KILL, STOP, holes in the numbering
-            if signal.getsignal(number) == signal.SIG_IGN and number not in (signal.SIGPIPE, signal.SIGXFSZ):
-                signal.signal(number, signal.SIG_DFL)           # Python itself ignores PIPE and XFSZ
+    ours = (signal.SIGPIPE, signal.SIGXFSZ)         # Python itself ignores these
+    for number in set(range(1, signal.NSIG)) - set(ours):
+        with contextlib.suppress(OSError, ValueError):      # KILL, STOP, holes in the numbering
+            if signal.getsignal(number) == signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
 
@@ -753,7 +794,7 @@ def detach(report: Channel, opened: Opened, abandon: Callable[[], None]) -> None
 
 
 def watch_birth(daemon: int, report: Channel, abandon: Callable[[], None]) -> NoReturn:
-    """Live on as the daemon's parent, to tell how it died.  The command ends us: by KILL when all is well."""
+    """Live on as the daemon's parent, to tell how it died.  The command ends us (end_starter)."""
     groups = (os.getpgrp(), daemon)
     signal.signal(signal.SIGTERM, lambda signum, frame: end_family(groups, 0))
     status = os.waitpid(daemon, 0)[1]
@@ -765,7 +806,7 @@ def watch_birth(daemon: int, report: Channel, abandon: Callable[[], None]) -> No
 
 
 def redirect(opened: Opened) -> None:
-    """Point fds 0 to 2 at what step 3 opened: so children, C code and a crashing interpreter log, too."""
+    """Point fds 0 to 2 at what step 3 opened: children, C code and crashes log there, too."""
     os.dup2(opened.stdin, 0)
     for fd, number in ((opened.stdout, 1), (opened.stderr, 2)):
         if fd is not None:
@@ -775,9 +816,9 @@ def redirect(opened: Opened) -> None:
 # -- 6. The jail, and giving up root -----------------------------------------
 
 def set_environment(options: argparse.Namespace) -> None:
-    """Step 5.  Enter the jail and the working directory; HOME, USER and LOGNAME follow the uid.
+    """Step 5.  Enter the jail and the working directory; HOME, USER, LOGNAME follow the uid.
 
-    No fd of a folder outside may be open by now: fchdir(2) on it would lead out of the jail again.
+    No fd of a folder outside may be open by now: fchdir(2) on it would lead out of the jail.
     Runs as: root.  See: chroot(2), umask(2); twistd: setupEnvironment.
     """
     try:
@@ -788,12 +829,13 @@ def set_environment(options: argparse.Namespace) -> None:
     except OSError as error:
         raise Fatal("unable to enter %s: %s" % (error.filename, because(error)))
     os.umask(options.umask)
-    if options.identity is not None:
-        os.environ.update(HOME=options.identity.home, USER=options.identity.name, LOGNAME=options.identity.name)
+    user = options.identity
+    if user is not None:
+        os.environ.update(HOME=user.home, USER=user.name, LOGNAME=user.name)
 
 
 def set_groups(identity: Identity) -> None:
-    """Replace the supplementary groups: root's own would go with the daemon.  See: initgroups(3)."""
+    """Replace the supplementary groups: root's own would stay.  See: initgroups(3)."""
     if identity.name:
         os.initgroups(identity.name, identity.gid)
     else:
@@ -801,7 +843,7 @@ def set_groups(identity: Identity) -> None:
 
 
 def set_ids(uid: int, gid: int) -> None:
-    """Set real, effective and saved ids.  macOS cannot name them; there, root's setuid(2) sets all three."""
+    """Set real, effective and saved ids.  On macOS root's setuid(2) sets all three."""
     if hasattr(os, "setresuid"):
         os.setresgid(gid, gid, gid)
         os.setresuid(uid, uid, uid)
@@ -817,12 +859,13 @@ def switch_user(identity: Optional[Identity]) -> None:
     """
     if identity is None:
         return
+    uid, gid = identity.uid, identity.gid
     try:
         set_groups(identity)
-        set_ids(identity.uid, identity.gid)
+        set_ids(uid, gid)
     except OSError as error:
-        raise Fatal("unable to switch to uid %d, gid %d: %s" % (identity.uid, identity.gid, because(error)))
-    if identity.uid != 0:
+        raise Fatal("unable to switch to uid %d, gid %d: %s" % (uid, gid, because(error)))
+    if uid != 0:
         with contextlib.suppress(PermissionError):
             os.setuid(0)
             raise Fatal("unable to give up root: setuid(0) still succeeds")
@@ -838,7 +881,8 @@ def load(path: str) -> ModuleType:
     name = os.path.splitext(os.path.basename(path))[0]
     sys.path.insert(0, os.path.dirname(path))
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None         # it ends in .py: has_bind() and APPLICATION see to it
+    if spec is None or spec.loader is None:
+        raise Fatal("unable to load %s: its name does not end in .py" % path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
@@ -846,36 +890,41 @@ def load(path: str) -> ModuleType:
 
 
 def has_bind(path: str) -> bool:
-    """Tell an application from a script without running it: does it define `bind` at its top level?"""
+    """Tell an application from a script without running it: does its top level define `bind`?"""
     import ast                  # here: only --app asks
     try:
         with open(path, "rb") as stream:
             body = ast.parse(stream.read(), path).body
     except (OSError, SyntaxError, ValueError) as error:
-        trace = "" if isinstance(error, OSError) else "".join(traceback.format_exception_only(type(error), error))
-        raise Fatal("unable to load %s: %s" % (path, because(error)), trace=trace)
-    names = [n.name for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
-    names += [a.asname or a.name for n in body if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names]
-    return "bind" in names + [t.id for n in body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)]
+        shown = "".join(traceback.format_exception_only(type(error), error))
+        raise Fatal("unable to load %s: %s" % (path, because(error)),
+                    trace="" if isinstance(error, OSError) else shown)
+    names: List[Any] = []
+    for node in body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names += [alias.asname or alias.name for alias in node.names]
+        elif isinstance(node, ast.Assign):
+            names += [getattr(target, "id", None) for target in node.targets]
+        else:
+            names.append(getattr(node, "name", None))
+    return "bind" in names
 
 
 def adopt(fd: int) -> Optional[socket.socket]:
-    """Return the listening stream socket that was passed to us as fd; close anything else.  See: socket(7)."""
+    """Return the listening stream socket that was passed to us as fd; close anything else."""
     os.set_inheritable(fd, False)
     if stat.S_ISSOCK(os.fstat(fd).st_mode):
-        adopted = socket.socket(fileno=fd)
-        kind = adopted.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
-        if kind == socket.SOCK_STREAM and adopted.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            if sys.version_info < (3, 7) and IS_LINUX:          # it takes AF_INET for granted; 39 is SO_DOMAIN
-                adopted = socket.socket(adopted.getsockopt(socket.SOL_SOCKET, 39), kind, 0, adopted.detach())
-            return adopted
-        adopted.detach()
+        passed = socket.socket(fileno=fd)
+        kind = passed.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
+        is_listening = passed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        if is_listening and kind == socket.SOCK_STREAM:
+            if sys.version_info < (3, 7) and IS_LINUX:          # 3.6 guesses AF_INET; 39: SO_DOMAIN
+                family_ = passed.getsockopt(socket.SOL_SOCKET, 39)
+                passed = socket.socket(family_, kind, 0, passed.detach())
+            return passed
+        passed.detach()
     os.close(fd)
     return None
-
-
-def adopt_all(fds: List[int]) -> List[socket.socket]:
-    return [adopted for adopted in map(adopt, fds) if adopted is not None]
 
 
 def inherited_sockets() -> List[socket.socket]:
@@ -883,10 +932,11 @@ def inherited_sockets() -> List[socket.socket]:
     is_ours = os.environ.pop("LISTEN_PID", "") == str(os.getpid())
     number = os.environ.pop("LISTEN_FDS", "")
     os.environ.pop("LISTEN_FDNAMES", None)
+    fds = range(3, 3 + int(number)) if is_ours and number.isdigit() else range(0)
     try:
-        return adopt_all(list(range(3, 3 + int(number)))) if is_ours and number.isdigit() else []
+        return [passed for passed in map(adopt, fds) if passed is not None]
     except OSError as error:
-        raise Fatal("unable to take over the %s descriptors of LISTEN_FDS: %s" % (number, because(error)))
+        raise Fatal("unable to take over the %s fds of LISTEN_FDS: %s" % (number, because(error)))
 
 
 def bind_application(options: argparse.Namespace) -> Any:
@@ -904,7 +954,7 @@ def bind_application(options: argparse.Namespace) -> Any:
 def host_script(options: argparse.Namespace, opened: Opened) -> None:
     """Run a Python file as __main__; its end is the daemon's end."""
     import runpy                # here: only scripts need it
-    path = inside(options.files.logfile, options.chroot) if options.files.logfile else None
+    path = inside(options.files.logfile, options.chroot)
     install_handlers(options, lambda signum, frame: reopen(path))
     sys.argv = [options.app_path] + (options.arguments or [])
     sys.path.insert(0, os.path.dirname(options.app_path))
@@ -926,19 +976,19 @@ def host_program(options: argparse.Namespace, opened: Opened) -> NoReturn:
         raise Fatal("unable to execute %s: %s" % (options.arguments[0], because(error)))
 
 
-def reopen(path: Optional[str]) -> str:
-    """Point stdout and stderr at what the log's name means now; return why not, "" if done."""
+def reopen(path: Optional[str]) -> bool:
+    """Point stdout and stderr at what the log's name means now; False if that is impossible."""
     if path is None:
-        return "it is outside the chroot"
+        return False
     try:
         fd = open_regular(path, os.O_WRONLY | os.O_APPEND, 0o640)
     except Fatal as error:
         log("%s: the old log is kept" % error)
-        return str(error)
+        return False
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.close(fd)
-    return ""
+    return True
 
 
 # -- 8. The daemon's loop ----------------------------------------------------
@@ -946,39 +996,56 @@ def reopen(path: Optional[str]) -> str:
 HANDLED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD}
 
 
+def on_wake(signum: int, frame: Optional[FrameType]) -> None:
+    """Do nothing: a number that matters went to the wake-up fd, and the loop reads it there."""
+
+
 def on_end(signum: int, frame: Optional[FrameType]) -> None:
-    """Leave by the normal exit, so that every `finally` of the application runs."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Leave by the normal exit, so that every `finally` of the application runs; once."""
+    guard()
     raise SystemExit(0)
 
 
-def on_wake(signum: int, frame: Optional[FrameType]) -> None:
-    """Do nothing: the number went to the wake-up fd, where the loop reads it."""
+def guard() -> None:
+    """Take no notice of further endings: we are in the group that we signal (the third article).
+
+    Not by SIG_IGN, which children would inherit, and Python before 3.9 trips over (bpo-43406).
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_wake)
 
 
-def install_handlers(options: argparse.Namespace, on_event: Callable[[int, Optional[FrameType]], Any]) -> None:
-    """Handle TERM and INT as the third article does, HUP and USR1 as the caller says.  See: signal(7)."""
+def install_handlers(options: argparse.Namespace, on_event: Handler) -> None:
+    """Handle TERM and INT as the third article does, HUP and USR1 by on_event.  See: signal(7)."""
     def on_sigterm(signum: int, frame: Optional[FrameType]) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)       # the guard: we are in the group that we signal
+        guard()
         tell_family(options)
-        on_end(signum, frame)
+        raise SystemExit(0)
     for number in (signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, on_event)
-    for number in [signal.SIGTERM, signal.SIGINT] + [signal.SIGHUP] * options.has_terminal:
+    for number in endings(options):
         signal.signal(number, on_sigterm)
+
+
+def endings(options: argparse.Namespace) -> List[signal.Signals]:
+    return [signal.SIGTERM, signal.SIGINT] + [signal.SIGHUP] * options.has_terminal
 
 
 def tell_family(options: argparse.Namespace) -> None:
     """Send SIGTERM to what this process has started.
 
-    In one call where we made the group.  A group that we only live in (`run` under cron's shell, or beside
-    `| tee` in a terminal) is not ours to signal: then to each descendant.
+    In one call where we made the group.  A group that we only live in (`run` under cron's shell,
+    or beside `| tee` in a terminal) is not ours to signal: then to each descendant.
     """
     if options.groups():
         os.killpg(os.getpgrp(), signal.SIGTERM)
     else:
         kill_each(family(()), signal.SIGTERM)
+
+
+def call(server: Any, name: str, otherwise: Any = None) -> Any:
+    """Call what an application need not have."""
+    return getattr(server, name)() if hasattr(server, name) else otherwise
 
 
 def drain(server: Any) -> None:
@@ -992,8 +1059,8 @@ def drain(server: Any) -> None:
 def end_main_thread() -> NoReturn:
     """Have the main thread, which is not the caller's, act on SIGTERM; until it does.
 
-    Once is not enough: a signal that comes between Python's look at its flags and a system call that blocks
-    is noticed only when the call returns.
+    Once is not enough: a signal that comes between Python's look at its flags and a system call
+    that blocks is noticed only when the call returns.
     """
     while True:
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
@@ -1018,17 +1085,17 @@ class Child:
 
 
 class Daemon:
-    """The daemon's own life above, or beside, the application's: workers, signals, log, control socket.
+    """The daemon's own life above, or beside, the application's: workers, signals, log, control.
 
-    With workers it is the only thread of its process (threads and fork(2) do not mix).  Without, it is a
-    thread beside serve_forever(), which has the main thread, where Python handles signals.
+    With workers it is the only thread of its process (threads and fork(2) do not mix).  Without,
+    it is a thread beside serve_forever(), which has the main thread, where Python runs handlers.
     """
 
     def __init__(self, options: argparse.Namespace, opened: Opened, server: Any) -> None:
         self.options, self.opened, self.server = options, opened, server
         self.control = opened.control
         self.size = getattr(server, "workers", 0) if options.workers is None else options.workers
-        self.log_path = inside(options.files.logfile, options.chroot) if options.files.logfile else None
+        self.log_path = inside(options.files.logfile, options.chroot)
         self.obstacle = options.obstacle            # why the log is not rotated; "" if it is
         self.workers: List[Child] = []
         self.leaving: List[Child] = []              # workers that drain
@@ -1038,16 +1105,16 @@ class Daemon:
         self.last_error = ""
         self.born = time.monotonic()
         self.wake, self.waker = socket.socketpair()
-        for end in (self.wake, self.waker):
-            end.setblocking(False)
+        self.wake.setblocking(False)
+        self.waker.setblocking(False)
 
     def live(self, report: Optional[Channel], prober: Optional[Child]) -> None:
-        """Step 7.  Start the workers, have them probed, report ready; then do what comes, until the end.
+        """Step 7.  Start the workers, have them probed, report ready; then do what comes.
 
-        Runs as: the daemon user.  See: listen(2); twistd: startApplication, openPIDFile, startReactor.
+        Runs as: the daemon user.  See: listen(2); twistd: startApplication, startReactor.
         """
         if self.control is not None:
-            self.control.listen(8)                  # not in step 3: SO_PEERCRED names who called listen()
+            self.control.listen(8)      # not in step 3: SO_PEERCRED names who called listen()
         if report is None:
             self.own()
         self.workers = self.bring_up()
@@ -1057,8 +1124,10 @@ class Daemon:
             self.await_entered([prober], self.workers)
             os.waitpid(prober.pid, 0)
         if report is not None:
-            report.send("ready", greeting=getattr(self.server, "greeting", None) or "", addresses=self.addresses())
+            greeting = str(getattr(self.server, "greeting", None) or "")
+            report.send("ready", greeting=greeting, addresses=self.addresses())
             become_owner(report, self.own)
+        self.begin()
         notify(self.options, "READY=1\nSTATUS=%s" % self.addresses())
         while self.workers or self.leaving or not self.is_leaving or not self.size:
             self.step()
@@ -1069,14 +1138,25 @@ class Daemon:
         self.is_owner = True
         write_pidfile(self.opened.pidfile)
 
+    def begin(self) -> None:
+        """Let the application take requests, as whom we replace takes no more.
+
+        In this process, too: workers that are forked later inherit it.
+        """
+        call(self.server, "begin")
+        for child in self.workers:
+            child.tell("begin")
+
     def step(self) -> None:
         """Wait a moment for what comes, and do it."""
-        ends = [self.wake] + [talk.end for talk in self.talks] + ([self.control] if self.control else [])
+        ends = [self.wake] + [talk.end for talk in self.talks]
+        if self.control is not None:
+            ends.append(self.control)
         for end in readable(ends, time.monotonic() + TICK):
             if end is self.wake:
                 self.on_signals()
             elif end is self.control:
-                self.accept()
+                self.accept(end)
             else:
                 self.answer(next(talk for talk in self.talks if talk.end is end))
         self.reap()
@@ -1086,23 +1166,21 @@ class Daemon:
 
     def on_signals(self) -> None:
         """Do what HUP and USR1 ask for.  See: signal(7); signal.set_wakeup_fd."""
-        numbers = self.wake.recv(4096)
-        endings = {signal.SIGTERM, signal.SIGINT} | ({signal.SIGHUP} if self.options.has_terminal else set())
-        if endings & set(numbers):
-            end_main_thread()
+        numbers = set(self.wake.recv(4096))
+        if numbers & set(endings(self.options)):
+            end_main_thread()           # the main thread is another, or this line is not reached
         elif signal.SIGHUP in numbers:
             self.reload()
         elif signal.SIGUSR1 in numbers:
             self.reopen()
 
     def end(self) -> None:
-        """Step 8.  End what we started, then empty the pidfile, which takes no right on its folder.
+        """Step 8.  End what we started, then empty the pidfile, for which no folder is needed.
 
         Runs as: the daemon user.  See: unlink(2) EACCES, ftruncate(2); twistd: removePIDFile.
         """
+        guard()
         notify(self.options, "STOPPING=1")
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         tell_family(self.options)
         end_family(self.options.groups(), self.options.timeout)
         if self.is_owner:
@@ -1115,7 +1193,7 @@ class Daemon:
     # -- workers
 
     def fork(self, life: Callable[[Channel], None]) -> Child:
-        """Return a new child that lives that life; signals wait until it has handlers of its own."""
+        """Return a new child that lives that life; signals wait until it has its own handlers."""
         ours, theirs = socket.socketpair()
         signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
         pid = os.fork()
@@ -1127,7 +1205,7 @@ class Daemon:
         return Child(pid, Channel(ours))
 
     def be_child(self, life: Callable[[Channel], None], channel: Channel) -> NoReturn:
-        """Live a child's life.  Nothing of the daemon's stays open in it, and no exception gets out."""
+        """Live a child's life; no exception gets out of it."""
         status = 1
         try:
             self.shed()
@@ -1139,19 +1217,21 @@ class Daemon:
             channel.fail(error)
             log("%s%s" % (as_fatal(error).trace, error))
         finally:
-            with contextlib.suppress(Exception):    # the last print() of an application whose log is full
+            with contextlib.suppress(Exception):    # the last print(), into a log that is full
                 sys.stdout.flush()
             os._exit(status)
 
     def shed(self) -> None:
-        """Give up, in a child, what is the daemon's: its handlers, its lock, its ends of the channels."""
+        """Give up, in a child, what is the daemon's: handlers, lock, its ends of the channels."""
         signal.set_wakeup_fd(-1)
-        for number in HANDLED:
-            signal.signal(number, on_end if number in (signal.SIGTERM, signal.SIGINT) else signal.SIG_IGN)
+        for number in (signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, on_end)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
-        for end in [child.channel.end for child in self.workers + self.leaving] + [t.end for t in self.talks]:
-            end.close()
+        for channel in [child.channel for child in self.workers + self.leaving] + self.talks:
+            channel.end.close()
         os.close(self.opened.pidfile)
         os.close(self.opened.lock)
         if self.control is not None:
@@ -1164,19 +1244,19 @@ class Daemon:
         self.server.serve_forever()
 
     def obey(self, channel: Channel) -> None:
-        """Follow the daemon's orders; when it is gone, go: nothing of a dead daemon may hold the port."""
+        """Follow the daemon; when it is gone, go: nothing of a dead daemon may hold the port."""
         while True:
             message = channel.receive(time.monotonic() + 3600)
-            event = message["event"] if message else None
-            if event is None:
-                continue
-            if event == "drain":
+            event = None if message is None else message["event"]
+            if event == "":
+                os._exit(1)
+            elif event == "begin":
+                call(self.server, "begin")
+            elif event == "drain":
                 drain(self.server)
             elif event == "reopen":
                 reopen(self.log_path)
                 channel.send("reopened")
-            else:
-                os._exit(1)
 
     def probe(self, channel: Channel) -> None:
         """Ask the workers one question, from outside."""
@@ -1198,24 +1278,24 @@ class Daemon:
         return fresh
 
     def await_entered(self, waiting: List[Child], watched: List[Child]) -> None:
-        """Return when all the waiting have entered.  Raises Fatal when one of them, or of the watched, ends first."""
+        """Return when all the waiting have entered; raise Fatal when one of all ends first."""
         waiting, deadline = list(waiting), time.monotonic() + self.options.start_timeout
         while waiting:
             ends = readable([child.channel.end for child in waiting + watched], deadline)
             if not ends:
                 raise Fatal("unable to start: not ready after %g s" % self.options.start_timeout)
-            for child in waiting + watched:
-                if child.channel.end in ends:
-                    message = child.channel.receive(deadline) or {"event": ""}
-                    if message["event"] != "entered":
-                        raise failure(message, "a process of it %s" % describe(os.waitpid(child.pid, 0)[1]))
-                    waiting.remove(child)
+            for child in [child for child in waiting + watched if child.channel.end in ends]:
+                message = child.channel.receive(deadline) or {"event": ""}
+                if message["event"] != "entered":
+                    end = describe(os.waitpid(child.pid, 0)[1])
+                    raise failure(message, "a process of it %s" % end)
+                waiting.remove(child)
 
     def reap(self) -> None:
         """Wait for the workers that ended; kill those whose time to drain is up."""
         for child in self.workers + self.leaving:
             if time.monotonic() > child.deadline:
-                os.kill(child.pid, signal.SIGKILL)          # not waited for yet: the pid is still its own
+                os.kill(child.pid, signal.SIGKILL)      # not waited for: the pid is still its own
             pid, status = os.waitpid(child.pid, os.WNOHANG)
             if pid:
                 child.channel.end.close()
@@ -1228,8 +1308,8 @@ class Daemon:
         """Note an unexpected death; the pause before the next start grows while they die young."""
         self.workers.remove(child)
         self.complain("worker %d %s" % (child.pid, describe(status)))
-        settled = time.monotonic() - child.born > SETTLED
-        self.pause = 0.0 if settled else min(BACKOFF[1], max(BACKOFF[0], 2 * self.pause))
+        is_settled = time.monotonic() - child.born > SETTLED
+        self.pause = 0.0 if is_settled else min(BACKOFF[1], max(BACKOFF[0], 2 * self.pause))
         self.next_start = time.monotonic() + self.pause
 
     def replace_dead(self) -> None:
@@ -1247,20 +1327,19 @@ class Daemon:
         self.leaving += children
 
     def reload(self) -> str:
-        """Have the application read its files again, open the log's name again; return why not, "" if done.
+        """Have the application read its files again, reopen the log; return why not, "" if done.
 
-        Once, in this process; then fresh workers inherit what was read, and the old ones drain.
+        Once, in this process; fresh workers inherit what was read, and the old ones drain.
         """
         notify(self.options, "RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
         reason = ""
         try:
-            if hasattr(self.server, "reload"):
-                self.server.reload()
+            call(self.server, "reload")
             old, self.workers = self.workers, self.bring_up()
             self.retire(old)
             self.reopen()
             log("reloaded")
-        except Exception as error:                  # whatever it is, it refuses this reload, and no more than that
+        except Exception as error:      # whatever it is, it refuses this reload, and no more
             fatal = as_fatal(error)
             reason = str(fatal).replace("unable to start: ", "", 1)
             self.complain("reload refused: %s%s" % (fatal.trace, reason))
@@ -1271,7 +1350,7 @@ class Daemon:
 
     def reopen(self) -> bool:
         """Open the log's name again, here and in the workers; True if that worked."""
-        if self.options.files.logfile is None or reopen(self.log_path):
+        if self.options.files.logfile is None or not reopen(self.log_path):
             return False
         for child in self.workers + self.leaving:
             child.tell("reopen")
@@ -1279,63 +1358,64 @@ class Daemon:
 
     def is_full(self) -> bool:
         """Tell whether it is for us, and time, to rotate the log."""
-        return bool(self.is_owner and self.log_path and self.options.log_bytes and not self.obstacle
-                    and os.fstat(1).st_size >= self.options.log_bytes)
+        return bool(self.is_owner and self.log_path and self.options.log_bytes
+                    and not self.obstacle and os.fstat(1).st_size >= self.options.log_bytes)
 
     def rotate(self) -> None:
-        """Rename the log and its elders, open a new one; the oldest goes when no worker writes to it any more."""
-        names = [str(self.log_path)] + ["%s.%d" % (self.log_path, n + 1) for n in range(self.options.log_keep + 1)]
+        """Rename the log and its elders, open a new one; delete the oldest, once nobody has it."""
+        names = ["%s.%d" % (self.log_path, n) for n in range(1, self.options.log_keep + 2)]
         try:
-            for name, elder in reversed(list(zip(names, names[1:]))):
+            for name, elder in reversed(list(zip([str(self.log_path)] + names, names))):
                 with contextlib.suppress(FileNotFoundError):
                     os.rename(name, elder)
         except OSError as error:
             self.obstacle = because(error)
             self.complain("unable to rotate %s: %s" % (self.log_path, self.obstacle))
             return
-        deadline = time.monotonic() + ANSWER
-        if self.reopen() and all(child.has_said("reopened", deadline) for child in self.workers + self.leaving):
+        deadline, children = time.monotonic() + ANSWER, self.workers + self.leaving
+        if self.reopen() and all(child.has_said("reopened", deadline) for child in children):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(names[-1])
 
     # -- the control socket
 
-    def accept(self) -> None:
+    def accept(self, control: socket.socket) -> None:
         """Take a command's call; anybody's but ours and root's is hung up."""
-        end = self.opened.control.accept()[0] if self.opened.control else None
-        if end is not None and peer_of(end)[1] in (None, 0, os.getuid()) and len(self.talks) < 8:
+        end = control.accept()[0]
+        if peer_of(end)[1] in (None, 0, os.getuid()) and len(self.talks) < 8:
             end.settimeout(ANSWER)
             self.talks.append(Channel(end))
-        elif end is not None:
+        else:
             end.close()
 
     def answer(self, talk: Channel) -> None:
         """Do what a command asks for."""
-        message = talk.receive(time.monotonic()) or {"event": "incomplete"}
         try:
-            if message["event"] == "status":
+            event = (talk.receive(time.monotonic()) or {"event": "half a line"})["event"]
+            if event == "status":
                 talk.send("status", **self.status())
-            elif message["event"] == "reload":
+            elif event == "reload":
                 talk.send("reloaded", reason=self.reload())
-            elif message["event"] == "sockets":
+            elif event == "sockets":
                 self.hand_over(talk.end)
-            elif message["event"] == "leave":
+            elif event == "leave":
                 self.leave()
                 talk.send("leaving")
-            if message["event"]:
-                return
-        except OSError:                             # it hung up in mid-sentence
-            pass
-        talk.end.close()
-        self.talks.remove(talk)
+        except OSError:                 # it hung up in mid-sentence
+            event = ""
+        if not event:
+            talk.end.close()
+            self.talks.remove(talk)
 
     def hand_over(self, end: socket.socket) -> None:
         """Send our listening sockets.  See: unix(7), SCM_RIGHTS."""
-        fds = array.array("i", [s.fileno() for s in getattr(self.server, "sockets", [])][:MAX_SOCKETS])
-        end.sendmsg([b'{"event": "sockets"}\n'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)] if fds else [])
+        sockets = getattr(self.server, "sockets", [])[:MAX_SOCKETS]
+        fds = array.array("i", [passed.fileno() for passed in sockets])
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)] if fds else []
+        end.sendmsg([b'{"event": "sockets"}\n'], rights)
 
     def leave(self) -> None:
-        """Drain and go: a new daemon serves already, and holds the instance lock beside us until now."""
+        """Drain and go: a new daemon is there, and has shared the instance lock until now."""
         set_lock(self.opened.lock, fcntl.F_SETLK, fcntl.F_UNLCK, INSTANCE)
         self.is_leaving, self.is_owner = True, False
         workers, self.workers = self.workers, []
@@ -1345,16 +1425,17 @@ class Daemon:
 
     def facts(self) -> Dict[str, Any]:
         """Return what the application says of itself."""
-        return dict(self.server.status()) if hasattr(self.server, "status") else {}
+        return dict(call(self.server, "status", {}))
 
     def addresses(self) -> str:
         return ", ".join(map(str, self.facts().get("addresses", [])))
 
     def status(self) -> Dict[str, Any]:
-        size = os.fstat(1).st_size if self.log_path else 0
-        return dict(self.facts(), uptime=round(time.monotonic() - self.born, 1), restarts=self.restarts,
-                    workers=[child.pid for child in self.workers], last_error=self.last_error,
-                    log=self.options.files.logfile, log_bytes=size, log_rotation=self.obstacle)
+        return dict(self.facts(), uptime=round(time.monotonic() - self.born, 1),
+                    restarts=self.restarts, workers=[child.pid for child in self.workers],
+                    last_error=self.last_error, log=self.options.files.logfile,
+                    log_bytes=os.fstat(1).st_size if self.log_path else 0,
+                    log_rotation=self.obstacle)
 
 
 def exit_status(error: SystemExit) -> int:
@@ -1364,12 +1445,13 @@ def exit_status(error: SystemExit) -> int:
 def notify(options: argparse.Namespace, text: str) -> None:
     """Tell systemd how we are.  See: sd_notify(3)."""
     if options.notifier is not None:
-        with contextlib.suppress(OSError):          # a supervisor that is gone has no say in our life
+        with contextlib.suppress(OSError):      # a supervisor that is gone has no say in our life
             options.notifier.send(text.encode())
 
 
-def host_application(options: argparse.Namespace, opened: Opened, server: Any, report: Optional[Channel]) -> None:
-    """Step 7.  Give the main thread to the daemon's loop; or, without workers, to serve_forever()."""
+def host_application(options: argparse.Namespace, opened: Opened, server: Any,
+                     report: Optional[Channel]) -> None:
+    """Step 7.  Give the main thread to the daemon's loop; without workers, to serve_forever()."""
     daemon = Daemon(options, opened, server)
     install_handlers(options, on_wake)
     signal.signal(signal.SIGCHLD, on_wake)
@@ -1384,7 +1466,7 @@ def host_application(options: argparse.Namespace, opened: Opened, server: Any, r
 
 
 def serve_beside(daemon: Daemon, report: Optional[Channel]) -> None:
-    """Serve in this process, the daemon's loop in a thread; the prober is forked while there is one thread only."""
+    """Serve in this process, the daemon's loop in a thread.  The prober is forked before that."""
     prober = daemon.fork(daemon.probe) if hasattr(daemon.server, "probe") else None
     failed: List[BaseException] = []
 
@@ -1403,20 +1485,21 @@ def serve_beside(daemon: Daemon, report: Optional[Channel]) -> None:
 
 
 def become_owner(report: Channel, own: Callable[[], None]) -> None:
-    """Take lock and pidfile when the command says so; without a command there is no daemon."""
-    message = report.receive(time.monotonic() + START_TIMEOUT)
-    if message is None or message["event"] != "own":
-        raise Fatal("unable to start: the command that asked for it is gone")
-    own()
-    report.send("owner")
+    """Take lock and pidfile, then begin, at the command's word; without it there is no daemon."""
+    for word, action, reply in (("own", own, "owned"), ("begin", lambda: None, "began")):
+        message = report.receive(time.monotonic() + START_TIMEOUT)
+        if message is None or message["event"] != word:
+            raise Fatal("unable to start: the command that asked for it is gone")
+        action()
+        report.send(reply)
 
 
 # -- 9. The control socket, the command's end --------------------------------
-# The daemon may have been taken over.  So there is one deadline for each exchange, 64 KiB and 64 fds at
-# most, no fd but of listening stream sockets, and no text printed raw.
+# The daemon may have been taken over.  So there is one deadline for each exchange, 64 KiB and 64
+# fds at most, no fd but of listening stream sockets, and no text printed raw.
 
 def peer_of(end: socket.socket) -> Tuple[Optional[int], Optional[int]]:
-    """Return (pid, uid) of a unix socket's other side; (None, None) where the system does not tell."""
+    """Return (pid, uid) of a unix socket's other side; (None, None) where no system call tells."""
     if not hasattr(socket, "SO_PEERCRED"):
         return None, None
     pid, uid, _ = struct.unpack("3i", end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
@@ -1424,7 +1507,7 @@ def peer_of(end: socket.socket) -> Tuple[Optional[int], Optional[int]]:
 
 
 class Control:
-    """A conversation with the daemon that holds the instance lock as that pid.  Raises OSError if it does not talk."""
+    """A conversation with the daemon that has that pid.  Raises OSError if it does not talk."""
 
     def __init__(self, files: Files, pid: int) -> None:
         end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -1452,13 +1535,14 @@ class Control:
     def take_sockets(self) -> List[socket.socket]:
         """Return the daemon's listening sockets.  See: cmsg(3), unix(7)."""
         self.channel.send("sockets")
-        data, ancillary, _, _ = self.channel.end.recvmsg(MAX_MESSAGE, socket.CMSG_SPACE(4 * MAX_SOCKETS))
+        space = socket.CMSG_SPACE(4 * MAX_SOCKETS)
+        data, ancillary, _, _ = self.channel.end.recvmsg(MAX_MESSAGE, space)
         self.channel.buffer += data
         fds = array.array("i")
         for level, kind, cargo in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 fds.frombytes(cargo[:len(cargo) - len(cargo) % fds.itemsize])
-        sockets = adopt_all(list(fds))
+        sockets = [passed for passed in map(adopt, fds) if passed is not None]
         self.answer()
         return sockets
 
@@ -1467,16 +1551,17 @@ class Control:
 
 
 # -- 10. Ending a daemon -----------------------------------------------------
-# First a handle on the process (a pidfd cannot come to mean another one), then the proof that this process
-# holds the instance lock, then the signal.  And when root ends a daemon of another uid, a child that became
-# that uid does it: whatever was arranged for us, the kernel lets it reach no other user's process.
-# (setresuid, not seteuid: with a real uid of 0, kill(2) would still be root's.)
+# First a handle on the process (a pidfd cannot come to mean another one), then the proof that
+# this process holds the instance lock, then the signal.  And when root ends a daemon of another
+# uid, a child that became that uid does it: whatever was arranged for us, the kernel lets it
+# reach no other user's process.  (setresuid, not seteuid: with a real uid of 0, kill(2) would
+# still be root's.)
 
 class Target:
     """A daemon to be ended, with its group if a start made it."""
 
     def __init__(self, pid: int, has_group: bool) -> None:
-        self.pidfd = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else None      # Python 3.9, Linux 5.3
+        self.pidfd = pidfd_open(pid) if pidfd_open else -1
         self.process, self.has_group = find_process(pid), has_group
 
     def is_member(self, process: Process) -> bool:
@@ -1490,23 +1575,24 @@ class Target:
 
     def send(self, signum: int) -> None:
         """Signal the daemon, and nobody else."""
-        if self.process is not None:
-            pid, pidfd = self.process.pid, self.pidfd
-            if pidfd is not None and hasattr(signal, "pidfd_send_signal"):
-                as_uid(self.process.uid, lambda: signal.pidfd_send_signal(pidfd, signum))
-            elif any(p.pid == pid for p in self.members()):     # looked at again, just before
-                as_uid(self.process.uid, lambda: os.kill(pid, signum))
+        if self.process is None:
+            return
+        pid, pidfd = self.process.pid, self.pidfd
+        if pidfd >= 0:
+            as_uid(self.process.uid, lambda: pidfd_send_signal(pidfd, signum))
+        elif pid in [process.pid for process in self.members()]:    # looked at again, just before
+            as_uid(self.process.uid, lambda: os.kill(pid, signum))
 
     def send_all(self, signum: int) -> None:
-        """Signal who is left of the group, too: while there is one, its number is given to no other."""
+        """Signal who is left of the group, too: until the last has left, its number is its own."""
         self.send(signum)
         if self.process is not None and self.has_group and self.members():
             pgid = self.process.pgid
             as_uid(self.process.uid, lambda: os.killpg(pgid, signum))
 
 
-def as_uid(uid: int, action: Callable[[], None]) -> None:
-    """Send a signal with that user's rights only.  That there is nobody left to signal is as good."""
+def as_uid(uid: int, action: Callable[[], Any]) -> None:
+    """Send a signal with that user's rights only.  That nobody is left to get it is as good."""
     if os.geteuid() != 0 or uid == 0:
         with contextlib.suppress(ProcessLookupError):
             action()
@@ -1518,10 +1604,8 @@ def as_uid(uid: int, action: Callable[[], None]) -> None:
             os.setgroups([])
             set_ids(uid, os.getgid())
             action()
-        except ProcessLookupError:
-            pass
         except OSError as error:
-            result = error.errno or 255
+            result = 0 if isinstance(error, ProcessLookupError) else error.errno or 255
         finally:
             os._exit(result)
     result = os.WEXITSTATUS(os.waitpid(child, 0)[1])
@@ -1529,26 +1613,27 @@ def as_uid(uid: int, action: Callable[[], None]) -> None:
         raise OSError(result, os.strerror(result))
 
 
-def end_daemon(turn: Turn, pid: int, timeout: float, told: bool = False) -> bool:
+def end_daemon(turn: Turn, pid: int, timeout: float, is_told: bool = False) -> bool:
     """End the daemon of this turn, and its group: SIGTERM, wait, SIGKILL; True if that was needed.
 
-    First the daemon alone, whose handler tells the others; then who is left.  told: it is leaving already.
+    First the daemon alone, whose handler tells the others; then who is left.
     """
+    def leader() -> List[Process]:
+        alive = [process for process in target.members() if process.pid == pid]
+        if alive or target.process is None or turn.holder() != pid:
+            return alive
+        return [target.process]         # its main thread is gone, but another holds its files
     try:
         target = Target(pid, bool(turn.record().get("detached")))
-        if not told and turn.holder() != pid:       # asked after the pidfd was opened: so both mean one process
+        if not is_told and turn.holder() != pid:    # asked after the pidfd: both mean one process
             return False
         deadline = time.monotonic() + timeout
-        if not told:
+        if not is_told:
             target.send(signal.SIGTERM)
             target.send(signal.SIGCONT)             # one that was stopped obeys when it goes on
-
-        def leader() -> List[Process]:
-            # the lock too: the main thread of a process may be gone while another still holds its files
-            return [p for p in target.members() if p.pid == pid] or [target.process] * bool(target.process and turn.holder() == pid)
-        killed = end_all(leader, target.send, timeout)
+        was_killed = end_all(leader, target.send, timeout)
         target.send_all(signal.SIGTERM)
-        return end_all(target.members, target.send_all, deadline - time.monotonic()) or killed
+        return end_all(target.members, target.send_all, deadline - time.monotonic()) or was_killed
     except OSError as error:
         raise Fatal("unable to stop pid %d: %s" % (pid, because(error)))
 
@@ -1567,40 +1652,44 @@ def turn_of(options: argparse.Namespace) -> Turn:
 
 def start(options: argparse.Namespace) -> int:
     """Start the daemon unless it runs; return when it is ready."""
-    absent = make_folders(options)
+    new = make_folders(options)
     with turn_of(options) as turn:
         pid = turn.holder()
         if pid is None:
-            launch(options, turn, absent)
+            launch(options, turn, new)
         else:
             tell(options, "%s is already running with pid %d" % (options.name, pid))
     return 0
 
 
 def make_folders(options: argparse.Namespace) -> List[str]:
-    """Make the folders of the default files; return the paths that are new, for a start that fails.
+    """Make the folders of the default files; return what a start that fails has to remove.
 
     The log's folder is the daemon user's: rotation renames, and rename(2) needs the folder.
     """
     files, identity = options.files, options.identity
     mine = [os.path.dirname(path) for path in (files.pidfile, files.logfile) if path]
-    absent = [files.pidfile, files.control]
-    absent += [path for path in [files.lock, files.logfile] + mine if path and not os.path.lexists(path)]
-    folder = "/var/log/" + options.name if os.geteuid() == 0 else files.prefix.rstrip("/")
-    if folder in mine and folder in absent:
+    new = [files.pidfile, files.control]
+    new += [path for path in [files.lock, files.logfile] + mine
+            if path and not os.path.lexists(path)]
+    is_root = os.geteuid() == 0
+    folder = "/var/log/" + options.name if is_root else files.prefix.rstrip("/")
+    if folder in mine and folder in new:
         os.mkdir(folder, 0o700)
         fd = os.open(folder, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        if os.geteuid() == 0:
-            os.fchmod(fd, 0o750)
+        os.fchmod(fd, 0o750 if is_root else 0o700)
         if identity is not None:
             os.fchown(fd, identity.uid, identity.gid)
         os.close(fd)
-    return absent
+    return new
 
 
-def tidy(absent: List[str], turn: Turn) -> None:
-    """Remove what a failed start made, but a log that says something.  We have the turn, and nobody has the lock."""
-    for path in absent:
+def tidy(new: List[str]) -> None:
+    """Remove what a failed start made, but a log that says something.
+
+    The caller has the turn, and nobody has the lock: so the pidfile is stale, whoever wrote it.
+    """
+    for path in new:
         with contextlib.suppress(OSError):          # not there, not empty
             if os.path.isdir(path):
                 os.rmdir(path)
@@ -1608,10 +1697,12 @@ def tidy(absent: List[str], turn: Turn) -> None:
                 os.unlink(path)
 
 
-def launch(options: argparse.Namespace, turn: Turn, absent: List[str], old: Optional[Control] = None) -> bool:
-    """Fork the starter, wait until the daemon is ready, make it the owner.  True only in a library's daemon."""
+def launch(options: argparse.Namespace, turn: Turn, new: List[str],
+           old: Optional[Control] = None) -> bool:
+    """Fork the starter, see the daemon to its place.  True only in a library's daemon."""
     ours, theirs = socket.socketpair()
-    logged = os.path.getsize(options.files.logfile) if os.path.isfile(options.files.logfile) else 0
+    logfile = options.files.logfile
+    logged = os.path.getsize(logfile) if os.path.isfile(logfile) else 0
     starter = os.fork()
     if starter == 0:
         turn.close()
@@ -1620,37 +1711,43 @@ def launch(options: argparse.Namespace, turn: Turn, absent: List[str], old: Opti
             old.close()
         be_starter(options, Channel(theirs))
         return True
-    theirs.close()
-    for handed in options.sockets:
-        handed.close()
+    for end in [theirs] + options.sockets:
+        end.close()
     try:
         with ours:
-            facts = attend(options, Channel(ours))
+            attend(options, Channel(ours), turn, old)
     except BaseException as error:
         end_starter(starter, signal.SIGTERM)
         if isinstance(error, Fatal) and not error.trace and error.status == 1:
-            error.trace = log_since(options.files.logfile, logged)
-        tidy(absent, turn)
+            error.trace = log_since(logfile, logged)
+        tidy(new)
         raise
     end_starter(starter, signal.SIGKILL)
-    if options.predecessor:
-        os.rename(options.files.control + ".new", options.files.control)
-    options.detached = True
-    turn.write_record(options)
-    greet(options, facts)
     return False
 
 
-def attend(options: argparse.Namespace, report: Channel) -> Dict[str, Any]:
-    """Wait until the daemon is ready, tell it to become the owner; return what it said."""
+def attend(options: argparse.Namespace, report: Channel, turn: Turn,
+           old: Optional[Control]) -> None:
+    """Wait until the daemon is ready, give it the place, have the old one leave, let it begin."""
     facts = expect(report, "ready", options.start_timeout)
     report.send("own")
-    expect(report, "owner", ANSWER)
+    expect(report, "owned", ANSWER)
+    options.detached = True
+    if old is None:
+        turn.note(options, turn.holder() or 0)
+    else:
+        turn.note(options)
+        os.rename(options.files.control + ".new", options.files.control)
+        with contextlib.suppress(OSError):          # no answer: succeed() waits, and ends it
+            old.ask("leave")
+    report.send("begin")
+    expect(report, "began", ANSWER)
     if options.kind in ("script", "program"):
         message = report.receive(time.monotonic() + ALIVE)
         if message is not None:
             raise failure(message, "it ended")
-    return facts
+    if options.kind != "library":
+        greet(options, facts)
 
 
 def expect(report: Channel, event: str, wait: float) -> Dict[str, Any]:
@@ -1658,7 +1755,7 @@ def expect(report: Channel, event: str, wait: float) -> Dict[str, Any]:
     message = report.receive(time.monotonic() + wait)
     if message is None:
         raise Fatal("unable to start: not ready after %g s" % wait)
-    if not message["event"]:                        # os._exit() or SIGKILL, before anyone could report it
+    if not message["event"]:            # os._exit(), SIGKILL: nobody could report it
         raise Fatal("unable to start: it %s before it was ready" % describe(os.wait()[1]))
     if message["event"] != event:
         raise failure(message, "%s came instead of %s" % (message["event"], event))
@@ -1666,15 +1763,16 @@ def expect(report: Channel, event: str, wait: float) -> Dict[str, Any]:
 
 
 def end_starter(starter: int, signum: int) -> None:
-    """End the starter: SIGKILL leaves the daemon alone, at SIGTERM it ends the daemon first."""
-    with contextlib.suppress(ChildProcessError, ProcessLookupError):        # expect() has waited for it
+    """End the starter: at SIGTERM it ends the daemon first, SIGKILL leaves the daemon alone."""
+    with contextlib.suppress(ChildProcessError, ProcessLookupError):    # expect() waited for it
         os.kill(starter, signum)
         os.waitpid(starter, 0)
 
 
 def greet(options: argparse.Namespace, facts: Dict[str, Any]) -> None:
     where = ", listening on %s" % facts["addresses"] if facts.get("addresses") else ""
-    tell(options, "%s is running with pid %s%s" % (options.name, read_pidfile(options.files.pidfile), where))
+    pid = read_pidfile(options.files.pidfile)
+    tell(options, "%s is running with pid %s%s" % (options.name, pid, where))
     if facts.get("greeting"):
         emit(1, str(facts["greeting"]).rstrip("\n") + "\n")
 
@@ -1690,9 +1788,9 @@ def log_since(path: str, size: int) -> str:
 
 
 def be_starter(options: argparse.Namespace, report: Channel) -> None:
-    """Live as the starter, then as the daemon (steps 3 to 8), then exit.  Returns only in a library's daemon."""
+    """Live as the starter, then as the daemon, then exit.  Returns only in a library's daemon."""
     is_daemon, status = False, 0
-    signal.signal(signal.SIGTERM, on_end)           # bind() may hang: so that its `finally` runs
+    signal.signal(signal.SIGTERM, on_end)           # bind() may hang: so its `finally` runs
     try:
         opened, server = prepare(options)
         detach(report, opened, getattr(server, "abandon", lambda: None))
@@ -1710,23 +1808,27 @@ def be_starter(options: argparse.Namespace, report: Channel) -> None:
         if is_daemon:
             log("%s%s" % (as_fatal(error).trace, as_fatal(error)))
         report.fail(error)
+    if not is_daemon:
+        os._exit(status)                            # what atexit would do is the command's
     sys.exit(status)
 
 
 def prepare(options: argparse.Namespace) -> Tuple[Opened, Any]:
-    """Step 3, while the terminal is still there: our own files, then the application's ports and files."""
-    options.obstacle = rotation_obstacle(options.files.logfile, options.identity, options.chroot)
+    """Step 3, with the terminal still there: the application's ports and files, and our files."""
+    check_folder(options.files.folder)
+    options.obstacle = rotation_obstacle(options)
     server = bind_application(options) if options.kind == "app" else None
     if server is not None and options.obstacle and options.log_bytes:
         warn("unable to rotate %s: %s" % (options.files.logfile, options.obstacle))
     try:
         return open_files(options), server
     except BaseException:
-        getattr(server, "abandon", lambda: None)()
+        call(server, "abandon")
         raise
 
 
-def become_daemon(options: argparse.Namespace, opened: Opened, server: Any, report: Optional[Channel]) -> None:
+def become_daemon(options: argparse.Namespace, opened: Opened, server: Any,
+                  report: Optional[Channel]) -> None:
     """Steps 5 to 8."""
     set_environment(options)
     switch_user(options.identity)
@@ -1773,13 +1875,13 @@ def stop(options: argparse.Namespace) -> int:
             raise Fatal("unable to stop %s: pid %s holds its lock" % (options.name, turn.holder()))
         for path in (options.files.pidfile, options.files.control):
             with contextlib.suppress(FileNotFoundError, IsADirectoryError):
-                os.unlink(path)                     # a name in the folder that the turn is about; no link is followed
+                os.unlink(path)                     # a name; what it may link to stays as it is
     return 0
 
 
 def restart(options: argparse.Namespace) -> int:
     """Replace the daemon by a new one; where it has sockets to hand over, without a gap."""
-    absent = make_folders(options)
+    new = make_folders(options)
     with turn_of(options) as turn:
         pid, record = turn.holder(), turn.record()
         if pid is not None and not record.get("detached"):
@@ -1788,50 +1890,53 @@ def restart(options: argparse.Namespace) -> int:
         if options.is_bare:
             options = repeat(options, record)
         if pid is None:
-            launch(options, turn, absent)
+            launch(options, turn, new)
         elif not (options.kind == record["kind"] == "app" and succeed(options, turn, pid)):
             stop_and_start(options, turn, pid)
     return 0
 
 
 def repeat(options: argparse.Namespace, record: Dict[str, Any]) -> argparse.Namespace:
-    """Return the options of the last start, which are what its starter left in the lock file."""
+    """Return the options of the last start, which are what it left in the lock file."""
     if not record or not is_trusted(options.files.folder):
         reason = "others than root can write beside it" if record else "no start has succeeded yet"
-        raise Fatal("unable to repeat the last start of %s: %s\ntry: restart with options" % (options.name, reason))
+        raise Fatal("unable to repeat the last start of %s: %s\n"
+                    "try: restart with options" % (options.name, reason))
     try:
         os.chdir(record["cwd"] or "/")
     except OSError:
-        warn("the directory of the last start is gone: %s; relative paths mean /" % record["cwd"])
+        warn("the folder of the last start is gone: %s; relative paths mean /" % record["cwd"])
         os.chdir("/")
-    again = parse(["restart"] + record["argv"] + (["--"] + record["arguments"] if record["arguments"] is not None else []))
-    again.files, again.quiet = again.files._replace(pidfile=options.files.pidfile), options.quiet
+    arguments = record["arguments"]
+    again = parse(["restart"] + record["argv"] + (["--"] + arguments if arguments else []))
+    again.files = again.files._replace(pidfile=options.files.pidfile)
+    again.quiet = options.quiet
     again.timeout = again.timeout if options.timeout == TIMEOUT else options.timeout
     return again
 
 
 def succeed(options: argparse.Namespace, turn: Turn, pid: int) -> bool:
-    """Start the new daemon on the old one's sockets, then let the old one drain; False if it does not talk to us."""
+    """Start the new daemon on the old one's sockets, see the old one out; False if it is mute."""
     try:
         old = Control(options.files, pid)
         options.sockets = old.take_sockets()
     except OSError as error:
-        warn("pid %d does not hand over its sockets (%s): it is stopped first" % (pid, because(error)))
+        warn("pid %d hands nothing over (%s): it is stopped first" % (pid, because(error)))
         return False
     options.predecessor = pid
-    try:
-        launch(options, turn, [options.files.control + ".new"], old)
-    except Fatal as error:
-        raise Fatal("%s\ndaemonize: fatal: the old one keeps serving with pid %d" % (error, pid), error.status, error.trace)
-    with contextlib.suppress(OSError), contextlib.closing(old):     # no answer: it gets the time, then SIGKILL
-        old.ask("leave")
-    if end_daemon(turn, pid, options.timeout, told=True):
-        warn("pid %d did not drain within %g s: killed" % (pid, options.timeout))
+    with contextlib.closing(old):
+        try:
+            launch(options, turn, [options.files.control + ".new"], old)
+        except Fatal as error:
+            text = "%s\ndaemonize: fatal: the old one keeps serving with pid %d" % (error, pid)
+            raise Fatal(text, error.status, error.trace)
+        if end_daemon(turn, pid, options.timeout, is_told=True):
+            warn("pid %d did not drain within %g s: killed" % (pid, options.timeout))
     return True
 
 
 def stop_and_start(options: argparse.Namespace, turn: Turn, pid: int) -> None:
-    """Restart what has nothing to hand over: look first whether there is something to start."""
+    """Restart what has nothing to hand over; look first whether there is something to start."""
     if options.kind == "program" and shutil.which(options.arguments[0]) is None:
         raise Fatal("unable to execute %s: no such program" % options.arguments[0])
     if end_daemon(turn, pid, options.timeout):
@@ -1849,7 +1954,7 @@ def reload(options: argparse.Namespace) -> int:
         tell(options, "%s is not running" % options.name)
         return 3
     try:
-        if not os.path.lexists(options.files.control):          # a script or a program: it knows what HUP means to it
+        if not os.path.lexists(options.files.control):  # script, program: they know what HUP means
             Target(pid, False).send(signal.SIGHUP)
             tell(options, "%s has got SIGHUP" % options.name)
             return 0
@@ -1867,12 +1972,8 @@ def holder_of(files: Files) -> Optional[int]:
     """Return the pid of the running daemon, without a turn."""
     if not os.path.lexists(files.lock):
         return None
-    check_folder(files.folder)
-    fd = open_regular(files.lock, os.O_RDONLY, 0o600, os.geteuid())
-    try:
-        return running_pid(fd)
-    finally:
-        os.close(fd)
+    with Lock(files, os.O_RDONLY) as lock:
+        return lock.holder()
 
 
 def status(options: argparse.Namespace) -> int:
@@ -1881,16 +1982,17 @@ def status(options: argparse.Namespace) -> int:
         pid = holder_of(options.files)
     except Fatal as error:
         raise Fatal("unable to determine the status of %s: %s" % (options.name, error), 4)
-    facts = running_facts(options, pid) if pid is not None else stopped_facts(options)
+    facts = stopped_facts(options) if pid is None else running_facts(options, pid)
     emit(1, (json.dumps(facts) if options.json else one_line(facts)) + "\n")
     return {"running": 0, "dead": 1}.get(facts["state"], 3)
 
 
 def stopped_facts(options: argparse.Namespace) -> Dict[str, Any]:
-    content = read_pidfile(options.files.pidfile)
+    path = options.files.pidfile
+    content = read_pidfile(path)
     if not content:
         return {"name": options.name, "state": "not running"}
-    facts = {"name": options.name, "state": "dead", "pidfile": options.files.pidfile, "content": content}
+    facts = {"name": options.name, "state": "dead", "pidfile": path, "content": content}
     if content.isdigit() and find_process(int(content)):
         facts["note"] = "pid %s belongs to a stranger now" % content
     return facts
@@ -1898,7 +2000,7 @@ def stopped_facts(options: argparse.Namespace) -> Dict[str, Any]:
 
 def running_facts(options: argparse.Namespace, pid: int) -> Dict[str, Any]:
     """Return what the daemon says, and above it what the kernel says."""
-    process, facts = find_process(pid), {}          # type: Optional[Process], Dict[str, Any]
+    facts: Dict[str, Any] = {}
     if os.path.lexists(options.files.control):
         try:
             with contextlib.closing(Control(options.files, pid)) as control:
@@ -1906,36 +2008,46 @@ def running_facts(options: argparse.Namespace, pid: int) -> Dict[str, Any]:
         except OSError as error:
             facts = {"note": because(error)}
     facts.pop("event", None)
-    known = {"name": options.name, "state": "running", "pid": pid, "uid": process.uid if process else None}
+    process = find_process(pid)
+    known = {"name": options.name, "state": "running", "pid": pid,
+             "uid": process.uid if process else None}
     return dict(known, **dict(facts, **known))
 
 
 def one_line(facts: Dict[str, Any]) -> str:
     """Return facts as one line for a person.
 
-    >>> one_line({"name": "a", "state": "running", "pid": 7, "last_error": "", "addresses": ["b", "c"]})
-    'a is running: pid 7, addresses b c'
+    >>> one_line({"name": "a", "state": "running", "pid": 7, "last_error": "", "on": ["b", "c"]})
+    'a is running: pid 7, on b c'
     """
-    details = ["%s %s" % (key.replace("_", " "), " ".join(map(str, value)) if isinstance(value, list) else value)
-               for key, value in facts.items() if key not in ("name", "state") and value not in ("", None, [])]
-    return "%s is %s%s" % (facts["name"], facts["state"], ": " * bool(details) + ", ".join(details).replace("\n", "\\n"))
+    details = []
+    for key, value in facts.items():
+        if key not in ("name", "state") and value not in ("", None, []):
+            text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+            details.append("%s %s" % (key.replace("_", " "), text))
+    line = "%s is %s%s" % (facts["name"], facts["state"], ": " * bool(details) + ", ".join(details))
+    return line.replace("\n", "\\n")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Live in the foreground: for systemd, containers, supervisord, debugging.  No fork (but as pid 1), no setsid."""
+    """Live in the foreground: for systemd, containers, supervisord, debugging.
+
+    No fork (but as pid 1) and no setsid: who started us keeps us.
+    """
     options.notifier = open_notifier()
     if os.getpid() == 1:
         be_init()
-    absent = make_folders(options)
+    new = make_folders(options)
     with turn_of(options) as turn:
         if turn.holder() is not None:
-            raise Fatal("unable to run %s: already running with pid %s" % (options.name, turn.holder()))
+            raise Fatal("unable to run %s: already running with pid %s"
+                        % (options.name, turn.holder()))
         try:
             opened, server = prepare(options)
         except BaseException:
-            tidy(absent, turn)
+            tidy(new)
             raise
-        turn.write_record(options)
+        turn.note(options, os.getpid() if options.kind != "app" else 0)
     reset_signals()
     options.has_terminal = has_terminal()
     if not options.has_terminal and os.getpgrp() != os.getpid():
@@ -1956,7 +2068,7 @@ def has_terminal() -> bool:
 
 
 def open_notifier() -> Optional[socket.socket]:
-    """Return a socket to the supervisor that wants to be told how we are.  See: sd_notify(3)."""
+    """Return a socket to the supervisor that wants to know how we are.  See: sd_notify(3)."""
     address = os.environ.pop("NOTIFY_SOCKET", "")
     if not address:
         return None
@@ -1969,7 +2081,7 @@ def open_notifier() -> Optional[socket.socket]:
 
 
 def be_init() -> None:
-    """As pid 1 of a container: pass on signals, wait for every orphan, exit as the daemon, a child, does."""
+    """As pid 1 of a container: pass signals on to the daemon, reap orphans, exit as it does."""
     signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
     child = os.fork()
     if child:
@@ -1979,14 +2091,15 @@ def be_init() -> None:
     while child:
         pid, result = os.wait()
         if pid == child:
-            os._exit(128 + os.WTERMSIG(result) if os.WIFSIGNALED(result) else os.WEXITSTATUS(result))
+            is_killed = os.WIFSIGNALED(result)
+            os._exit(128 + os.WTERMSIG(result) if is_killed else os.WEXITSTATUS(result))
 
 
 # -- 12. The library call ----------------------------------------------------
 
 def startstop(stdout: str = "/dev/null", stderr: Optional[str] = None, stdin: str = "/dev/null",
               pidfile: str = "pid.txt", startmsg: str = "started with pid %s", **more: Any) -> None:
-    """Do what sys.argv[1] says (start, stop, restart, reload, status): start returns in the daemon, the rest exits.
+    """Do what sys.argv[1] says: start returns in the daemon; stop, restart, reload, status exit.
 
     Clark Evans' call, in front of any script:
 
@@ -1994,37 +2107,49 @@ def startstop(stdout: str = "/dev/null", stderr: Optional[str] = None, stdin: st
             startstop(stdout="/tmp/deamon.log", pidfile="/tmp/deamon.pid")
             main()
 
-    The daemon leads neither session nor group: main() may call os.setsid(), as the third article does.
-    `stop` ends its whole group, with a SIGTERM handler in main() or without.  more: uid, gid, umask, chroot,
-    rundir, timeout, start_timeout, as on the command line.  Exit status: that of the command line, too.
+    The daemon leads neither session nor group: main() may call os.setsid(), as the third article
+    does.  `stop` ends its whole group, with a SIGTERM handler in main() or without.  more: uid,
+    gid, umask, chroot, rundir, timeout, start_timeout, as on the command line; exit status, too.
     """
     try:
-        if len(sys.argv) != 2 or sys.argv[1] not in ("start", "stop", "restart", "reload", "status"):
+        action = sys.argv[1] if len(sys.argv) == 2 else ""
+        if action not in ("start", "stop", "restart", "reload", "status"):
             raise Fatal("usage: %s start|stop|restart|reload|status" % sys.argv[0], 2)
-        options = library_options(sys.argv[1], absolute(pidfile), absolute(stdout), more)
+        options = library_options(action, absolute(pidfile), absolute(stdout), more)
         options.stdin, options.stderr = absolute(stdin), absolute(stderr or stdout)
-        if sys.argv[1] in ("stop", "restart"):
+        if action in ("stop", "restart"):
             stop(options)
-        if sys.argv[1] in ("start", "restart"):
-            with turn_of(options) as turn:
-                pid = turn.holder()
-                if pid is None and launch(options, turn, make_folders(options)):
-                    return
-                tell(options, "%s is already running with pid %d" % (options.name, pid) if pid else
-                     startmsg % read_pidfile(options.files.pidfile))
-        sys.exit({"reload": reload, "status": status}.get(sys.argv[1], lambda options: 0)(options))
+        elif action in ("reload", "status"):
+            sys.exit((reload if action == "reload" else status)(options))
+        if action in ("start", "restart") and start_library(options, startmsg):
+            return
+        sys.exit(0)
     except Fatal as error:
         sys.exit(report_fatal(error))
 
 
-def library_options(action: str, pidfile: str, logfile: str, more: Dict[str, Any]) -> argparse.Namespace:
-    """Return the command line's options with what a library call gives instead.  Raises TypeError for unknown names."""
+def start_library(options: argparse.Namespace, startmsg: str) -> bool:
+    """Start the daemon unless it runs; True in the daemon."""
+    with turn_of(options) as turn:
+        pid = turn.holder()
+        if pid is None and launch(options, turn, make_folders(options)):
+            return True
+        tell(options, startmsg % turn.holder() if pid is None else
+             "%s is already running with pid %d" % (options.name, pid))
+    return False
+
+
+def library_options(action: str, pidfile: str, logfile: str,
+                    more: Dict[str, Any]) -> argparse.Namespace:
+    """Return the command line's options with what a call gives instead.  Raises TypeError."""
     options = build_parser().parse_args([action])
     for name, value in more.items():
         if name not in ("uid", "gid", "umask", "chroot", "rundir", "timeout", "start_timeout"):
             raise TypeError("startstop() got an unexpected keyword argument %r" % name)
-        setattr(options, name, value if value is None or name in ("umask", "timeout", "start_timeout") else str(value))
-    options.name, options.pidfile, options.logfile = os.path.basename(sys.argv[0]), pidfile, logfile
+        is_number = name in ("umask", "timeout", "start_timeout")
+        setattr(options, name, value if value is None or is_number else str(value))
+    options.name = os.path.basename(sys.argv[0])
+    options.pidfile, options.logfile = pidfile, logfile
     settle(options, [], None)
     options.kind = "library"
     close_inherited()
@@ -2033,8 +2158,17 @@ def library_options(action: str, pidfile: str, logfile: str, more: Dict[str, Any
 
 # -- 13. The command line ----------------------------------------------------
 
-COMMANDS = {"start": start, "stop": stop, "restart": restart, "reload": reload, "status": status, "run": run}
+COMMANDS = {"start": start, "stop": stop, "restart": restart, "reload": reload,
+            "status": status, "run": run}
 STARTING = ("start", "restart", "run")
+HELP = """Run an application, a script or a program as a daemon.
+
+  start    return when it is ready (0; 1: why not)   run      the same in the foreground
+  stop     end it and all that it started            reload   read passwords, open the log again
+  restart  new code, no request lost                 status   0 running, 1 dead, 3 not, 4 unknown"""
+EXAMPLES = """@FILE reads options from FILE (shell quoting, # comments).  Examples:
+  daemonize.py start --uid nobody --bind :80
+  daemonize.py start --name nap -- sleep 1000"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -2051,89 +2185,95 @@ def number(kind: Callable[[str], float], highest: float) -> Callable[[str], floa
         if not 0 <= value <= highest:
             raise ValueError
         return value
-    convert.__name__ = "number"
+    convert.__name__ = "number"         # argparse: "invalid number value"
     return convert
 
 
 def build_parser(application: Optional[ModuleType] = None) -> Parser:
     """Return the one parser; with the application's options once it is loaded."""
-    parser = Parser(prog="daemonize.py", add_help=False, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    usage="daemonize.py ACTION [options] [--app FILE.py] [-- ARG ... | -- COMMAND ARG ...]",
+    parser = Parser(prog="daemonize.py", add_help=False, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter,
+                    usage="daemonize.py ACTION [options] [--app FILE.py] [-- ARG ...]\n"
+                    "       daemonize.py ACTION [options] -- COMMAND [ARG ...]",
                     description=HELP, epilog=EXAMPLES)
     parser.add_argument("action", metavar="ACTION", choices=list(COMMANDS), help=argparse.SUPPRESS)
     add = parser.add_argument_group("daemon options").add_argument
+    duration: Dict[str, Any] = dict(metavar="SECONDS", type=number(float, 1e6))
     add("--app", metavar="FILE.py", help="application or script to host (%s)" % APPLICATION)
     add("--name", help="name of the daemon and its files (the application's)")
     add("--pidfile", metavar="FILE", help="(root: /run/NAME.pid, others: ~/.NAME/pid)")
     add("--logfile", metavar="FILE", help="(/var/log/NAME/NAME.log, ~/.NAME/log; run: none)")
     add("--rundir", metavar="DIR", default="/", help="working directory (%(default)s)")
     add("--chroot", metavar="DIR", help="jail (none; needs root)")
-    add("--umask", metavar="OCTAL", type=number(lambda text: int(text, 8), 0o777), default=UMASK, help="of the application (027)")
+    add("--umask", metavar="OCTAL", type=number(lambda text: int(text, 8), 0o777), default=UMASK,
+        help="of the application (027)")
     add("--uid", metavar="USER", help="become this user after binding (stay; needs root)")
     add("--gid", metavar="GROUP", help="and this group (the user's)")
-    add("--workers", metavar="N", type=number(int, 1024), help="processes that serve; 0: the daemon itself (as the application says)")
-    add("--timeout", metavar="SECONDS", type=number(float, 1e6), default=TIMEOUT, help="to stop and drain, before SIGKILL (%(default)g)")
-    add("--start-timeout", metavar="SECONDS", type=number(float, 1e6), default=START_TIMEOUT, help="to be ready (%(default)g)")
-    add("--log-bytes", metavar="N", type=number(int, 1 << 62), default=LOG_BYTES, help="rotate the log at this size; 0: never (%(default)d)")
-    add("--log-keep", metavar="N", type=number(int, 1000), default=LOG_KEEP, help="rotated logs to keep (%(default)d)")
+    add("--workers", metavar="N", type=number(int, 1024),
+        help="processes that serve; 0: the daemon itself (as the application says)")
+    add("--timeout", default=TIMEOUT, help="to stop, drain; then SIGKILL (%(default)g)", **duration)
+    add("--start-timeout", default=START_TIMEOUT, help="to be ready (%(default)g)", **duration)
+    add("--log-bytes", metavar="N", type=number(int, 1 << 62), default=LOG_BYTES,
+        help="rotate the log at this size; 0: never (%(default)d)")
+    add("--log-keep", metavar="N", type=number(int, 1000), default=LOG_KEEP,
+        help="rotated logs to keep (%(default)d)")
     add("--quiet", action="store_true", help="say nothing on success, for cron")
     add("--json", action="store_true", help="status for programs")
-    add("-h", "--help", action="store_true", help="show this, with the application's options if the action starts it")
-    if application is not None and hasattr(application, "add_arguments"):
-        application.add_arguments(parser)
+    add("-h", "--help", action="store_true", help="show this, and the options of the application")
+    if hasattr(application, "add_arguments"):
+        getattr(application, "add_arguments")(parser)
     return parser
-
-
-HELP = """Run an application, a script or a program as a daemon.
-
-  start    return when it is ready (0; 1: why not)     run      the same in the foreground
-  stop     end it and all that it started              reload   read passwords, open the log again
-  restart  new code, no request lost                   status   0 running, 1 dead, 3 stopped, 4 unknown"""
-EXAMPLES = """@FILE reads options from FILE (shell quoting, # comments).  Examples:
-  daemonize.py start --uid nobody --bind :80
-  daemonize.py start --name nap -- sleep 1000"""
 
 
 def expand(argv: List[str]) -> List[str]:
     """Return argv with each @FILE replaced by the options in it."""
     result: List[str] = []
     for argument in argv:
-        if argument.startswith("@"):
-            try:
-                with open(argument[1:], encoding="utf-8") as stream:
-                    result += shlex.split(stream.read(), comments=True)
-            except (OSError, ValueError) as error:
-                raise Fatal("unable to read %s: %s" % (argument[1:], because(error)), 2)
-        else:
+        if not argument.startswith("@"):
             result.append(argument)
+            continue
+        try:
+            with open(argument[1:], encoding="utf-8") as stream:
+                result += shlex.split(stream.read(), comments=True)
+        except (OSError, ValueError) as error:
+            raise Fatal("unable to read %s: %s" % (argument[1:], because(error)), 2)
     return result
 
 
 def parse(argv: List[str]) -> argparse.Namespace:
     """Step 1.  Return the daemon's options; the application's own wait until it is loaded."""
     cut = argv.index("--") if "--" in argv else len(argv)
-    arguments = argv[cut + 1:] if "--" in argv else None
-    words, parser = expand(argv[:cut]), build_parser()
+    words, arguments = expand(argv[:cut]), argv[cut + 1:] if "--" in argv else None
     if words and words[0] in ("-h", "--help"):
         words = ["start"] + words
+    parser = build_parser()
     options, extra = parser.parse_known_args(words)
     given = {key for key, value in vars(options).items() if value != parser.get_default(key)}
-    options.is_bare = not extra and arguments is None and given <= {"action", "name", "pidfile", "timeout", "quiet"}
-    options.kind = "program" if arguments is not None and options.app is None else "app"
-    if options.kind == "program" and not arguments:
-        parser.error("no COMMAND after --")
-    script = absolute(options.app) if options.app else os.path.join(os.path.dirname(os.path.abspath(__file__)), APPLICATION)
-    options.app_path = script
+    named = {"action", "name", "pidfile", "timeout", "quiet"}
+    options.is_bare = not extra and arguments is None and given <= named
+    options.kind, options.app_path = "app", find_application(options.app)
+    if arguments is not None and options.app is None:
+        options.kind = "program"
+        if not arguments:
+            parser.error("no COMMAND after --")
     if options.name is None:
-        options.name = re.sub(r"\.py\Z", "", os.path.basename(arguments[0] if options.kind == "program" and arguments else script))
+        hosted = arguments[0] if options.kind == "program" and arguments else options.app_path
+        options.name = re.sub(r"\.py\Z", "", os.path.basename(hosted))
     if not re.match(r"[A-Za-z0-9._-]+\Z", options.name) or not options.name.strip("."):
-        raise Fatal("unable to name the daemon %s: letters, digits and ._- only\ntry: --name" % options.name, 2)
-    if options.action in STARTING and options.app and not has_bind(script):
-        options.kind = "script"
-    if options.action in STARTING and options.kind != "app" and extra:
-        parser.error("unrecognized arguments: %s" % " ".join(extra))
+        raise Fatal("unable to name it %s: letters, digits and ._- only\ntry: --name"
+                    % options.name, 2)
+    if options.action in STARTING:
+        if options.app and not has_bind(options.app_path):
+            options.kind = "script"
+        if options.kind != "app" and extra:
+            parser.error("unrecognized arguments: %s" % " ".join(extra))
     settle(options, argv[1:cut], arguments)
     return options
+
+
+def find_application(path: Optional[str]) -> str:
+    beside = os.path.dirname(os.path.abspath(__file__))
+    return os.path.join(beside, APPLICATION) if path is None else absolute(path)
 
 
 def settle(options: argparse.Namespace, argv: List[str], arguments: Optional[List[str]]) -> None:
@@ -2145,14 +2285,18 @@ def settle(options: argparse.Namespace, argv: List[str], arguments: Optional[Lis
     options.argv, options.arguments = argv, arguments
     options.files = wanted_files(options)
     options.chroot = absolute(options.chroot) if options.chroot else None
-    options.rundir = absolute(options.rundir) if options.rundir != "/" else "/"
-    if options.rundir != "/" and options.chroot:
+    options.rundir = absolute(options.rundir)
+    if options.rundir != "/":
         options.rundir = inside(options.rundir, options.chroot) or "/"
-    options.identity = look_up_identity(options.uid, options.gid) if options.action in STARTING else None
-    options.config_prefix, options.may_create = options.files.prefix, options.action != "run" and not options.quiet
-    options.stdin, options.stderr, options.notifier, options.predecessor = os.devnull, None, None, None
-    options.sockets, options.has_terminal, options.detached = [], False, False
-    options.groups = lambda: ()                     # process groups that this process made
+    options.identity = None
+    if options.action in STARTING:
+        options.identity = look_up_identity(options.uid, options.gid)
+    options.config_prefix = options.files.prefix
+    options.may_create = options.action != "run" and not options.quiet
+    options.stdin, options.stderr, options.notifier = os.devnull, None, None
+    options.sockets, options.predecessor = [], None
+    options.has_terminal = options.detached = False
+    options.groups = lambda: ()         # the process groups that this process made
 
 
 def report_fatal(error: Fatal) -> int:
@@ -2164,20 +2308,20 @@ def report_fatal(error: Fatal) -> int:
 def main(argv: List[str]) -> int:
     """Do one command; return its exit status."""
     fd = os.open(os.devnull, os.O_RDWR)
-    while fd <= 2:                                  # stdio was closed: no file of ours may become someone's stdout
+    while fd <= 2:                      # stdio was closed: no file of ours may become its stdout
         fd = os.open(os.devnull, os.O_RDWR)
     os.close(fd)
     try:
         sockets = inherited_sockets()
         close_inherited()
         os.umask(0o077)
+        os.environ.setdefault("PATH", PATH)
         options = parse(argv)
         options.sockets = sockets
         if options.help:
             is_loaded = options.action in STARTING and options.kind == "app"
             build_parser(load(options.app_path) if is_loaded else None).print_help()
             return 0
-        os.environ.setdefault("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
         return COMMANDS[options.action](options)
     except KeyboardInterrupt:
         return 130
