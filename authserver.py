@@ -2534,8 +2534,8 @@ class Log:
         head, verdict = exchange.head, exchange.verdict
         self.requests += 1
         self.waiting[1].append(
-            f'{exchange.host or "unix:"} - {log_name(verdict.log_user)} [{self.date}] "{head.line}" '
-            f'{exchange.status or "-"} {size} {head.log_tail}\n')
+            f'{exchange.host or "unix:"} - {log_name(verdict.log_user)} [{self.date}] '
+            f'"{head.line}" {exchange.status or "-"} {size} {head.log_tail}\n')
 
     def error(self, text: str) -> None:
         """Note what an administrator should know; only its own line feeds divide lines."""
@@ -2653,8 +2653,8 @@ class AuthServer(http.server.HTTPServer):
             self.log.flush()
             for connection in list(self.connections):
                 connection.close()
-            for resource in (self.selector, self.wake, self.waker):
-                resource.close()
+            for closable in (self.selector, self.wake, self.waker):
+                closable.close()
             self.stopping = False
             self.stopped.set()
 
@@ -2665,6 +2665,9 @@ class AuthServer(http.server.HTTPServer):
             for listener in self.listeners:
                 self.log.error(f"listening on {address_of(listener.socket)} "
                                f"({', '.join(listener.schemes)})")
+            if self.authenticator and self.authenticator.max_failures[0]:
+                self.log.error("never locked out, for they may be many: clients on loopback, on "
+                               "unix sockets, and of proxies without X-Forwarded-For")
         if table is not None and "workers" in table.statistics():
             table.add("workers")
 
@@ -2717,7 +2720,7 @@ class AuthServer(http.server.HTTPServer):
 
     def make_calls(self, events: int) -> None:
         """Make the calls that other threads asked for."""
-        self.wake.recv(4096)
+        self.wake.recv(4096, socket.MSG_DONTWAIT)
         while self.calls:
             self.call(self.calls.popleft())
 
@@ -2980,9 +2983,10 @@ def protect_wsgi(application: Any, passwords: Passwords, **offer: Any) -> Any:
             return start_response(status, list(fields) + list(verdict.fields), *exc_info)
 
         field = environ.get("HTTP_AUTHORIZATION")
+        client = TrustedProxies().find_client(environ.get("REMOTE_ADDR", ""))[1]
         verdict = authenticator.authenticate(
             environ["REQUEST_METHOD"], raw_target(environ), () if field is None else (field,),
-            TrustedProxies().find_client(environ.get("REMOTE_ADDR", ""))[1], time.time(), None, read_content)
+            client, time.time(), None, read_content)
         if verdict.status == 200:
             environ["REMOTE_USER"] = str(verdict.username).encode("utf-8").decode("latin-1")
             environ["AUTH_TYPE"] = verdict.scheme
@@ -3082,7 +3086,8 @@ def show_address(family: int, where: Any) -> str:
     """
     if family == socket.AF_UNIX:
         return f"unix:{where}"
-    return f"http://[{where[0]}]:{where[1]}/" if ":" in where[0] else f"http://{where[0]}:{where[1]}/"
+    host = f"[{where[0]}]" if ":" in where[0] else where[0]
+    return f"http://{host}:{where[1]}/"
 
 
 def address_of(sock: socket.socket) -> str:
@@ -3150,25 +3155,27 @@ def bind(options: argparse.Namespace) -> AuthServer:
     qop = parse_choice(options.qop, ("auth", "auth-int"))
     proxies = TrustedProxies(options.trusted_proxy)
     failures = parse_max_failures(options.max_failures)
-    if not 1 <= options.nonce_lifetime <= 1e6:
-        raise Refusal(f"unable to use --nonce-lifetime {options.nonce_lifetime}: "
-                      f"expected 1 to 1000000 seconds")
-    secret = read_nonce_secret(os.path.abspath(options.nonce_secret)) if options.nonce_secret else b""
+    lifetime, secret = options.nonce_lifetime, b""
+    if not 1 <= lifetime <= 1e6:
+        raise Refusal(f"unable to use --nonce-lifetime {lifetime}: expected 1 to 1000000 seconds")
+    if options.nonce_secret:
+        secret = read_nonce_secret(os.path.abspath(options.nonce_secret))
     path, first = find_passwords(options)
     try:
         sockets = open_sockets(options)
         offers = [chosen or (SCHEMES if is_private(sock) else SCHEMES[:1]) for sock in sockets]
         schemes = [name for name in SCHEMES if any(name in offer for offer in offers)]
         read = functools.partial(read_passwords, path, options, schemes, algorithms)
-        authenticator = Authenticator(read(), schemes, algorithms, qop, options.nonce_lifetime, secret,
-                                      None, time.time(), failures)
+        authenticator = Authenticator(read(), schemes, algorithms, qop, lifetime, secret,
+                                      max_failures=failures)
     except BaseException:
         if first:
             os.unlink(path)
         raise
     server = AuthServer(None, ExampleHandler, True, authenticator, list(zip(sockets, offers)))
     server.proxies = proxies
-    server.reread = lambda: setattr(authenticator, "passwords", read())
+    if path != "-":         # which can be read only once
+        server.reread = lambda: setattr(authenticator, "passwords", read())
     if first:
         server.abandon = lambda: os.unlink(path)
         server.greeting = greet(*first, server)
@@ -3187,7 +3194,7 @@ def find_passwords(options: argparse.Namespace) -> Tuple[str, Optional[Tuple[str
     if not (prefix and getattr(options, "may_create", False)):
         raise Refusal("unable to find a password file: --passwords is missing\n"
                       "try: authserver.py passwd FILE USER")
-    gid = getattr(options, "gid", None) if getattr(options, "uid", None) else None
+    gid = getattr(options, "gid", None) if getattr(options, "uid", None) is not None else None
     return path, first_password(path, gid, options.realm)
 
 
@@ -3244,7 +3251,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             print(passwd(words[1:]))
             return 0
         server = bind(build_parser().parse_args(words))
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))   # so that the log gets its last lines
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))   # the log gets its last lines
         if server.authenticator:
             server.authenticator.table.alone = True     # we fork nobody
         try:

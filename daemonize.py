@@ -239,8 +239,9 @@ def default_files(name: str) -> Files:
         if not os.access(home, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except (KeyError, OSError) as error:
+        reason = because(error) if isinstance(error, OSError) else "it has no passwd entry"
         raise Fatal("unable to use the home directory of uid %d: %s\n"
-                    "try: --pidfile --logfile --passwords" % (uid, because(error)))
+                    "try: --pidfile --logfile --passwords" % (uid, reason))
     folder = "%s/.%s/" % (home, name)
     return Files(folder + "pid", folder + "log", folder)
 
@@ -303,12 +304,20 @@ def processes() -> List[Process]:
 
 
 def processes_by_ps() -> List[Process]:
-    """Return the same where there is no /proc.  See: ps(1), the part that POSIX has."""
-    import subprocess           # here, for such systems only
+    """Return the same where there is no /proc.  See: ps(1), the part that POSIX has.
+
+    [] in a jail, which has neither: there the daemon signals its group, and only that; who ends it
+    from outside (stop) sees the rest through.
+    """
     command = ["ps", "-A"]
     for key in ("pid", "ppid", "pgid", "ruid", "stat"):
         command += ["-o", key + "="]
-    rows = [line.split() for line in subprocess.check_output(command).decode().splitlines()]
+    try:
+        import subprocess       # here, for such systems only
+        lines = subprocess.check_output(command).decode().splitlines()
+    except (ImportError, OSError):
+        return []
+    rows = [line.split() for line in lines]
     return [Process(int(r[0]), int(r[1]), int(r[2]), -1, int(r[3])) for r in rows
             if r[4][0] not in "ZX"]
 
@@ -944,7 +953,11 @@ def bind_application(options: argparse.Namespace) -> Any:
 
     Runs as: root.  See: twistd: privilegedStartService.
     """
-    module = load(options.app_path)
+    umask = os.umask(options.caller_umask)          # for __pycache__; what bind() makes is private
+    try:
+        module = load(options.app_path)
+    finally:
+        os.umask(umask)
     parsed = build_parser(module).parse_args([options.action] + expand(options.argv))
     vars(parsed).update(vars(options))
     parsed.uid, parsed.gid = options.identity[:2] if options.identity else (None, None)
@@ -1185,6 +1198,7 @@ class Daemon:
         end_family(self.options.groups(), self.options.timeout)
         if self.is_owner:
             os.ftruncate(self.opened.pidfile, 0)
+            call(self.server, "server_close")       # when we leave, that is the new one's now
 
     def complain(self, text: str) -> None:
         self.last_error = text
@@ -1881,16 +1895,17 @@ def stop(options: argparse.Namespace) -> int:
 
 def restart(options: argparse.Namespace) -> int:
     """Replace the daemon by a new one; where it has sockets to hand over, without a gap."""
-    new = make_folders(options)
+    if not os.path.lexists(options.files.lock):     # it was never started
+        return start(options)
     with turn_of(options) as turn:
         pid, record = turn.holder(), turn.record()
         if pid is not None and not record.get("detached"):
             raise Fatal("unable to restart %s: it runs in the foreground of what started it\n"
                         "try: systemctl restart" % options.name)
-        if options.is_bare:
+        if options.is_bare and (record or pid is not None):
             options = repeat(options, record)
         if pid is None:
-            launch(options, turn, new)
+            launch(options, turn, make_folders(options))
         elif not (options.kind == record["kind"] == "app" and succeed(options, turn, pid)):
             stop_and_start(options, turn, pid)
     return 0
@@ -1899,7 +1914,7 @@ def restart(options: argparse.Namespace) -> int:
 def repeat(options: argparse.Namespace, record: Dict[str, Any]) -> argparse.Namespace:
     """Return the options of the last start, which are what it left in the lock file."""
     if not record or not is_trusted(options.files.folder):
-        reason = "others than root can write beside it" if record else "no start has succeeded yet"
+        reason = "others than root can write beside it" if record else "it is not known"
         raise Fatal("unable to repeat the last start of %s: %s\n"
                     "try: restart with options" % (options.name, reason))
     try:
@@ -1910,7 +1925,7 @@ def repeat(options: argparse.Namespace, record: Dict[str, Any]) -> argparse.Name
     arguments = record["arguments"]
     again = parse(["restart"] + record["argv"] + (["--"] + arguments if arguments else []))
     again.files = again.files._replace(pidfile=options.files.pidfile)
-    again.quiet = options.quiet
+    again.quiet, again.caller_umask = options.quiet, options.caller_umask
     again.timeout = again.timeout if options.timeout == TIMEOUT else options.timeout
     return again
 
@@ -1978,10 +1993,7 @@ def holder_of(files: Files) -> Optional[int]:
 
 def status(options: argparse.Namespace) -> int:
     """Say whether the daemon runs, and what it says of itself; exit status as LSB has it."""
-    try:
-        pid = holder_of(options.files)
-    except Fatal as error:
-        raise Fatal("unable to determine the status of %s: %s" % (options.name, error), 4)
+    pid = holder_of(options.files)
     facts = stopped_facts(options) if pid is None else running_facts(options, pid)
     emit(1, (json.dumps(facts) if options.json else one_line(facts)) + "\n")
     return {"running": 0, "dead": 1}.get(facts["state"], 3)
@@ -2000,13 +2012,14 @@ def stopped_facts(options: argparse.Namespace) -> Dict[str, Any]:
 
 def running_facts(options: argparse.Namespace, pid: int) -> Dict[str, Any]:
     """Return what the daemon says, and above it what the kernel says."""
-    facts: Dict[str, Any] = {}
+    started = os.path.getmtime(options.files.lock)      # a start wrote it last
+    facts: Dict[str, Any] = {"uptime": round(time.time() - started, 1)}
     if os.path.lexists(options.files.control):
         try:
             with contextlib.closing(Control(options.files, pid)) as control:
                 facts = control.ask("status")
         except OSError as error:
-            facts = {"note": because(error)}
+            facts["note"] = because(error)
     facts.pop("event", None)
     process = find_process(pid)
     known = {"name": options.name, "state": "running", "pid": pid,
@@ -2314,10 +2327,10 @@ def main(argv: List[str]) -> int:
     try:
         sockets = inherited_sockets()
         close_inherited()
-        os.umask(0o077)
+        umask = os.umask(0o077)
         os.environ.setdefault("PATH", PATH)
         options = parse(argv)
-        options.sockets = sockets
+        options.sockets, options.caller_umask = sockets, umask
         if options.help:
             is_loaded = options.action in STARTING and options.kind == "app"
             build_parser(load(options.app_path) if is_loaded else None).print_help()
@@ -2326,7 +2339,10 @@ def main(argv: List[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        return report_fatal(as_fatal(error))
+        fatal = as_fatal(error)
+        if argv[:1] == ["status"] and fatal.status == 1:
+            fatal.status = 4            # 1 is an answer: dead
+        return report_fatal(fatal)
 
 
 if __name__ == "__main__":
