@@ -259,10 +259,9 @@ def wanted_files(options: argparse.Namespace) -> Files:
     try:
         files = default_files(options.name)
     except Fatal:
-        needs_log = options.action in ("start", "restart") and options.logfile is None
-        if options.pidfile is None or needs_log:
+        if options.pidfile is None:
             raise
-        files = Files("", None, "")
+        files = Files("", "", "")       # a start without --logfile is refused later: prepare()
     if options.action == "run":
         files = files._replace(logfile=None)
     if options.pidfile is not None:
@@ -728,7 +727,10 @@ class Channel:
         while b"\n" not in self.buffer:
             if not readable([self.end], deadline):
                 return None
-            data = self.end.recv(MAX_MESSAGE)
+            try:
+                data = self.end.recv(MAX_MESSAGE)
+            except OSError:             # ECONNRESET: it died with something of ours unread
+                data = b""
             self.buffer += data
             if not data or len(self.buffer) > MAX_MESSAGE:
                 return {"event": ""}
@@ -1830,6 +1832,8 @@ def be_starter(options: argparse.Namespace, report: Channel) -> None:
 def prepare(options: argparse.Namespace) -> Tuple[Opened, Any]:
     """Step 3, with the terminal still there: the application's ports and files, and our files."""
     check_folder(options.files.folder)
+    if options.files.logfile == "":
+        default_files(options.name)     # raises, and says why there is none
     options.obstacle = rotation_obstacle(options)
     server = bind_application(options) if options.kind == "app" else None
     if server is not None and options.obstacle and options.log_bytes:
@@ -2275,12 +2279,13 @@ def parse(argv: List[str]) -> argparse.Namespace:
     if not re.match(r"[A-Za-z0-9._-]+\Z", options.name) or not options.name.strip("."):
         raise Fatal("unable to name it %s: letters, digits and ._- only\ntry: --name"
                     % options.name, 2)
-    if options.action in STARTING:
+    if options.action in STARTING and not options.help:
         if options.app and not has_bind(options.app_path):
             options.kind = "script"
         if options.kind != "app" and extra:
             parser.error("unrecognized arguments: %s" % " ".join(extra))
-    settle(options, argv[1:cut], arguments)
+    if not options.help:
+        settle(options, argv[1:cut], arguments)
     return options
 
 
