@@ -117,11 +117,16 @@ SPARE_FILES = 64        # descriptors kept back, for logs and for what handlers 
 BACKLOG = 1024          # connections that the kernel queues; http.server's 5 loses SYNs
 BATCH = 16              # connections accepted, or closed to make room, at a time
 POOL_THREADS = 40       # handlers that may wait at the same time; beyond: 503
-FIRST_SECONDS = 20      # from accept to the first byte
-HEAD_SECONDS = 20       # from the first byte of a head to its last: not per byte
-PACE_SECONDS = 30       # for each 64 KiB of body or answer: who is slower than 2 KiB/s goes
-IDLE_SECONDS = 75       # between two requests; browsers wait for 60 to 120 s
-LINGER_SECONDS = 10     # in which a refused client may finish sending
+PACE_SECONDS = 30.0     # for each 64 KiB of body or answer: who is slower than 2 KiB/s goes
+WAITS = {               # seconds that a connection may spend
+    "first": 20.0,      # from accept to the first byte
+    "head": 20.0,       # from the first byte of a head to its last: not per byte
+    "body": PACE_SECONDS,       # reading a body in the loop, of at most 64 KiB
+    "write": PACE_SECONDS,      # writing, and as long again for every 64 KiB that went
+    "idle": 75.0,       # between two requests; browsers wait for 60 to 120 s
+    "linger": 10.0,     # sending, though it has been refused
+    "pool": float("inf"),       # with a handler: the streams have their own deadlines
+}
 PAUSE_SECONDS = 0.02    # between looks whether we may accept connections (again)
 DRAIN_SECONDS = 1       # for which a draining server waits for a connection's next request
 PROBE_SECONDS = 5       # for the answer to probe()
@@ -785,7 +790,8 @@ def check_crypted(entry: Entry) -> Entry:
     kind, ending = entry.kind, len(entry.crypted.rpartition("$")[2])
     if not is_crypted(entry.crypted):
         begin = re.sub(r"^([{$]\w*[}$]?).*", r"\1", entry.crypted)
-        raise Refusal(f"user {entry.username!r}: {begin} is no hash we know (htpasswd -B makes one)")
+        raise Refusal(f"user {entry.username!r}: {begin} is no hash we know "
+                      f"(htpasswd -B makes one)")
     if kind[0] == "$" and kind not in ENDINGS:
         function, turns = load_crypt()
         with turns:
@@ -1551,8 +1557,8 @@ def parse_head(octets: bytes) -> Head:
     check_host(values, minor)
     length, chunked = framing(method, minor, values)
     referer, agent = (escape(values.get(name, ["-"])[0]) for name in ("referer", "user-agent"))
-    return Head(escape(line), method, target, origin_path(method, target), minor, values, length, chunked,
-                keeps_alive(values, minor), expects_continue(values, minor),
+    return Head(escape(line), method, target, origin_path(method, target), minor, values, length,
+                chunked, keeps_alive(values, minor), expects_continue(values, minor),
                 f'"{referer}" "{agent}"')
 
 
@@ -2261,11 +2267,11 @@ class Connection:
         self.body: Optional[Body] = None            # being read by the loop
         self.closing = False        # after the output
         self.lingers = False        # ... because the client may still be sending
-        self.wait("first", FIRST_SECONDS)
+        self.wait("first")
 
-    def wait(self, stage: str, seconds: float) -> None:
+    def wait(self, stage: str) -> None:
         """Set what is waited for, and for how long."""
-        self.stage, self.deadline = stage, self.server.clock + seconds
+        self.stage, self.deadline = stage, self.server.clock + WAITS[stage]
 
     def ready(self, events: int) -> None:
         """Send what waits, or else read what came; then work."""
@@ -2317,7 +2323,7 @@ class Connection:
         elif end >= 0 and self.buffer[end - 1:end] != b"\r":
             self.refuse(400, "line without CR")
         elif self.stage != "head":
-            self.wait("head", HEAD_SECONDS)
+            self.wait("head")
 
     def begin(self, octets: bytes) -> None:
         """Begin the exchange of a whole head."""
@@ -2366,7 +2372,7 @@ class Connection:
     def read_body(self, exchange: Optional[Exchange], body: Body) -> None:
         """Read a body that exchange waits for, or that nobody wants."""
         self.exchange, self.body = exchange, body
-        self.wait("body", PACE_SECONDS)
+        self.wait("body")
         octets, self.buffer = self.buffer, b""
         self.receive(octets)
 
@@ -2386,7 +2392,7 @@ class Connection:
             return
         if body.done:
             self.buffer, self.body, self.exchange = body.take_rest(), None, None
-            self.wait("idle", IDLE_SECONDS)
+            self.wait("idle")
             if exchange is not None:
                 exchange.collected()
 
@@ -2406,7 +2412,7 @@ class Connection:
         """Take an answer; find where the next request begins."""
         self.output = self.output + answer if self.output else answer
         self.closing = exchange.close or self.server.draining
-        self.wait("idle", IDLE_SECONDS)
+        self.wait("idle")
         body = exchange.body
         if body.done:
             if body.rest:
@@ -2433,13 +2439,13 @@ class Connection:
         if self.output:
             if not self.writes:
                 self.watch(True)
-                self.wait("write", PACE_SECONDS)
+                self.wait("write")
             self.deadline += sent * PACE_SECONDS / IN_MEMORY
         elif self.closing:
             self.hang_up()
         elif self.writes:
             self.watch(False)
-            self.wait("body" if self.body else "idle", IDLE_SECONDS)
+            self.wait("body" if self.body else "idle")
 
     def watch(self, writes: bool) -> None:
         """Wait for the moment to write, or to read."""
@@ -2459,7 +2465,7 @@ class Connection:
             try:
                 self.socket.shutdown(socket.SHUT_WR)
                 self.watch(False)
-                self.wait("linger", LINGER_SECONDS)
+                self.wait("linger")
                 return
             except OSError:
                 pass
@@ -2468,14 +2474,14 @@ class Connection:
     def leave(self) -> None:
         """Leave the loop for a thread."""
         self.server.selector.unregister(self.socket)
-        self.stage, self.deadline = "pool", float("inf")
+        self.wait("pool")
 
     def come_back(self, then: Work) -> None:
         """Come back from a thread, and go on."""
         self.server.busy -= 1
         self.socket.setblocking(False)
         self.server.selector.register(self.socket, selectors.EVENT_READ, self.ready)
-        self.wait("idle", IDLE_SECONDS)
+        self.wait("idle")
         then()
         self.advance()
 
@@ -2522,7 +2528,7 @@ class Log:
     def __init__(self) -> None:
         self.date = ""
         self.waiting: Dict[int, List[str]] = {1: [], 2: []}
-        self.requests = 0       # since account() last took them
+        self.requests = 0       # answered in this turn
         self.lost = 0
 
     def access(self, exchange: Exchange, size: int) -> None:
@@ -2648,8 +2654,6 @@ class AuthServer(http.server.HTTPServer):
             while not self.stopping and not (self.draining and not self.connections):
                 self.turn(poll_interval)
         finally:
-            self.second = 0
-            self.tick()
             self.log.flush()
             for connection in list(self.connections):
                 connection.close()
@@ -2674,9 +2678,9 @@ class AuthServer(http.server.HTTPServer):
     def turn(self, poll_interval: float) -> None:
         """Wait for something to do, do it, write the log."""
         self.log.flush()
-        busy = self.connections or self.paused_until or self.log.requests
         if self.later or self.paused_until:
-            poll_interval = PAUSE_SECONDS if not self.later else 0
+            poll_interval = 0 if self.later else PAUSE_SECONDS
+        busy = self.connections or self.paused_until
         events = self.selector.select(poll_interval if busy else None)
         self.tick()
         for key, mask in events:
@@ -2684,6 +2688,9 @@ class AuthServer(http.server.HTTPServer):
         later, self.later = self.later, set()
         for connection in later:
             self.call(connection.advance)
+        if self.log.requests and self.authenticator:
+            self.authenticator.table.add("requests", self.log.requests)
+            self.log.requests = 0
 
     def call(self, function: Callable[..., None], *arguments: int) -> None:
         """Call a function of the loop; a mistake of ours may cost a connection, not the worker."""
@@ -2702,9 +2709,6 @@ class AuthServer(http.server.HTTPServer):
             date = email.utils.formatdate(self.second, usegmt=True)
             self.stamp = f"Server: authserver\r\nDate: {date}\r\n"
             self.log.date = log_date(self.second)
-            if self.log.requests and self.authenticator:
-                self.authenticator.table.add("requests", self.log.requests)
-                self.log.requests = 0
             for connection in [item for item in self.connections if item.deadline < self.clock]:
                 connection.expire()
         if self.paused_until and self.paused_until < self.clock:
@@ -2765,12 +2769,12 @@ class AuthServer(http.server.HTTPServer):
                 self.per_address[host] -= 1
                 sock.close()
                 return
+        if len(self.connections) >= self.limit:
+            self.make_room()
         sock.setblocking(False)
         connection = Connection(self, listener, sock, address or ("unix:", 0), host)
         self.connections.add(connection)
         self.selector.register(sock, selectors.EVENT_READ, connection.ready)
-        if len(self.connections) >= self.limit:
-            self.make_room()
 
     def is_limited(self, host: str) -> bool:
         """Return whether an address stands for one client: not ourselves, nor a proxy."""
@@ -2787,14 +2791,15 @@ class AuthServer(http.server.HTTPServer):
                 del self.per_address[connection.host]
 
     def make_room(self) -> None:
-        """Close the oldest idle connections; where there are none, do not accept for a while.
+        """Close connections that have waited longest; if there are none, accept none for a while.
 
         A socket with clients in its queue stays readable: without the pause the loop
         would spin, as http.server's does.
         """
         idle = [item for item in self.connections
-                if item.stage in ("first", "idle") and not item.buffer]
-        for connection in heapq.nsmallest(BATCH, idle, key=lambda item: item.deadline):
+                if item.stage in ("first", "idle", "head", "linger")]
+        for connection in heapq.nsmallest(1 + len(idle) // 64, idle,
+                                          key=lambda item: item.deadline - WAITS[item.stage]):
             connection.close()
         if not idle and not self.paused_until:
             self.stop_accepting()
@@ -3221,7 +3226,8 @@ def greet(user: str, password: str, server: AuthServer) -> str:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of our own command line."""
     parser = argparse.ArgumentParser(
-        prog="authserver.py", allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter,
+        prog="authserver.py", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="authserver.py [options] | passwd FILE USER [--stdin] [--delete] [--realm NAME]",
         description="Serve over HTTP, to users with a password (Basic and Digest).",
         epilog="examples:\n  authserver.py passwd users jim\n"

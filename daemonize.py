@@ -1132,6 +1132,8 @@ class Daemon:
             self.control.listen(8)      # not in step 3: SO_PEERCRED names who called listen()
         if report is None:
             self.own()
+        if self.options.predecessor:
+            call(self.server, "hold")   # no client shall meet the old and the new one in turn
         self.workers = self.bring_up()
         if prober is None and hasattr(self.server, "probe"):
             prober = self.fork(self.probe)
@@ -1142,7 +1144,7 @@ class Daemon:
             greeting = str(getattr(self.server, "greeting", None) or "")
             report.send("ready", greeting=greeting, addresses=self.addresses())
             become_owner(report, self.own)
-        self.begin()
+        call(self.server, "release")    # whom we replace takes no more requests
         notify(self.options, "READY=1\nSTATUS=%s" % self.addresses())
         while self.workers or self.leaving or not self.is_leaving or not self.size:
             self.step()
@@ -1152,15 +1154,6 @@ class Daemon:
         take_instance(self.opened.lock, self.options.predecessor)
         self.is_owner = True
         write_pidfile(self.opened.pidfile)
-
-    def begin(self) -> None:
-        """Let the application take requests, as whom we replace takes no more.
-
-        In this process, too: workers that are forked later inherit it.
-        """
-        call(self.server, "begin")
-        for child in self.workers:
-            child.tell("begin")
 
     def step(self) -> None:
         """Wait a moment for what comes, and do it."""
@@ -1266,8 +1259,6 @@ class Daemon:
             event = None if message is None else message["event"]
             if event == "":
                 os._exit(1)
-            elif event == "begin":
-                call(self.server, "begin")
             elif event == "drain":
                 drain(self.server)
             elif event == "reopen":

@@ -50,6 +50,7 @@ import threading
 import time
 import traceback
 import unittest
+import urllib.error
 import urllib.request
 from random import Random
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type
@@ -604,7 +605,7 @@ class DigestArithmetic(AuthTestCase):
             return mock.Mock(hexdigest=lambda: "hex")
         with mock.patch("hashlib.md5", strict):
             found = authserver.find_hash("md5")
-        self.assertEqual("hex", found and found(b""))
+        self.assertEqual("hex", found and found(b"").hexdigest())
         self.assertIsNone(authserver.find_hash("no such hash"))
 
 
@@ -1358,8 +1359,8 @@ class Memos(AuthTestCase):
         authenticator = make()
         memo = memo_of(attempt(authenticator, basic("jim", "secret")))
         self.assertTrue(memo.is_for("", ""))
-        verdict = memo.again(NOW, "", "")
-        self.assertEqual((200, "jim", "jim", ""), verdict and verdict[:4])
+        self.assertEqual((), memo.again(NOW, "", ""))
+        self.assertEqual((200, "jim", "jim", ""), memo.verdict[:4])
         authenticator.passwords = authserver.Passwords({"jim": "secret"}, realm="files")
         self.assertIsNone(memo.again(NOW, "", ""))
 
@@ -1370,11 +1371,11 @@ class Memos(AuthTestCase):
         self.assertTrue(memo.is_for("00000001", respond(client.values)))
         self.assertFalse(memo.is_for("00000002", respond(client.values)))
         second = respond(client.values, nc="00000002")
-        verdict = memo.again(NOW, "00000002", second)
+        fields = memo.again(NOW, "00000002", second)
         proof = respond(client.values, "", nc="00000002")
-        self.assertEqual((200, "jim", "jim", "", (("Authentication-Info", f'rspauth="{proof}", '
-                                                   'qop=auth, nc=00000002, cnonce="f2"'),)),
-                         verdict and verdict[:5])
+        self.assertEqual((("Authentication-Info", f'rspauth="{proof}", qop=auth, nc=00000002, '
+                                                  'cnonce="f2"'),), fields)
+        self.assertEqual((200, "jim", "jim", ""), memo.verdict[:4])
         for nc, response, now in (
                 ("00000002", second, NOW), ("00000003", second, NOW), ("00000003", "", NOW),
                 ("00000003", respond(client.values, nc="00000003"), NOW + 271),
@@ -1699,7 +1700,7 @@ def head(path: str = "/example/foo", method: str = "GET", auth: str = JIM, *fiel
     return "\r\n".join(lines + ["", ""]).encode("latin-1")
 
 
-def ask(address: str, *words: str, data: bytes = b"", body: bool = True) -> Answer:
+def request(address: str, *words: str, data: bytes = b"", body: bool = True) -> Answer:
     """Send one request, head(*words) and data, on a connection of its own."""
     with connect(address) as sock:
         return exchange(sock, head(*words) + data, body)
@@ -1707,7 +1708,7 @@ def ask(address: str, *words: str, data: bytes = b"", body: bool = True) -> Answ
 
 def digest(address: str, path: str, method: str = "GET", uri: str = "") -> str:
     """Return fresh Digest credentials of jim."""
-    challenge = ask(address, path, method, "", EMPTY).field("WWW-Authenticate") or ""
+    challenge = request(address, path, method, "", EMPTY).field("WWW-Authenticate") or ""
     nonce, realm = (re.search(name + '="([^"]*)"', challenge).group(1)  # type: ignore
                     for name in ("nonce", "realm"))
     def md5(text: str) -> str:
@@ -1832,7 +1833,7 @@ class HttpSyntax(HttpTest):
                                      ("http://test", "GET", 200), ("http://test?x", "GET", 200),
                                      ("*", "OPTIONS", 204), ("x:80", "CONNECT", 405)):
             with self.subTest(path):
-                answer = ask(self.at, path, method, body=status != 204)
+                answer = request(self.at, path, method, body=status != 204)
                 self.assertEqual(answer.status, status)
 
     def test_pipelined_requests_are_answered_in_order(self) -> None:
@@ -1912,7 +1913,7 @@ class HttpBodies(HttpTest):
     def test_expect_is_not_answered_to_strangers(self) -> None:
         """A client that waits for 100 Continue gets 401 at once, without it."""
         fields = "Content-Length: 5", "Expect: 100-continue"
-        self.assertEqual(ask(self.at, "/", "PUT", "", *fields).status, 401)
+        self.assertEqual(request(self.at, "/", "PUT", "", *fields).status, 401)
 
     def test_a_get_with_a_body_is_served(self) -> None:
         """The example does not care for a body, small, chunked or large."""
@@ -2092,7 +2093,7 @@ class HttpHandlers(HttpTest):
     def test_all_methods_are_protected(self) -> None:
         """A protected handler answers nobody without a password, whatever the method."""
         for method in ("GET", "POST", "UNREAD", "NONE"):
-            self.assertEqual(ask(self.at, "/", method, "", EMPTY).status, 401)
+            self.assertEqual(request(self.at, "/", method, "", EMPTY).status, 401)
 
     def test_the_log_has_every_answer(self) -> None:
         """One line in Combined format per answer, with the bytes of the body."""
@@ -2144,7 +2145,7 @@ print("listening on http://127.0.0.1:%d/" % server.server_address[1], flush=True
                 wrong = "Basic " + base64.b64encode(b"jim:wrong").decode()
                 for auth, status in (("", 401), (wrong, 401), (JIM, 200), ("digest", 200)):
                     auth = digest(address, "/a%20file") if auth == "digest" else auth
-                    answer = ask(address, "/a%20file", "GET", auth, CLOSE)
+                    answer = request(address, "/a%20file", "GET", auth, CLOSE)
                     self.assertEqual(answer.status, status)
                     self.assertEqual(b" file" in answer.body, status == 200)
                     self.assertEqual(len([f for f in answer.fields if f[0] == "www-authenticate"]),
@@ -2157,7 +2158,7 @@ print("listening on http://127.0.0.1:%d/" % server.server_address[1], flush=True
                 with self.subTest(name):
                     for uri, status in (("//a%20file", 200), ("/a%20file", 400)):
                         auth = digest(address, "//a%20file", uri=uri)
-                        answer = ask(address, "//a%20file", "GET", auth)
+                        answer = request(address, "//a%20file", "GET", auth)
                         self.assertEqual(answer.status, status)
 
     def test_a_folder_is_listed(self) -> None:
@@ -2256,7 +2257,7 @@ server.is_limited = lambda host: host == "127.0.0.2"
             socks = [come() for _ in range(20)]
             self.assertEqual(come().recv(1), b"")
             self.assertEqual(exchange(socks[0], head("/")).status, 200)
-            self.assertEqual(ask(self.at).status, 200)
+            self.assertEqual(request(self.at).status, 200)
 
 
 class HttpFiles(BoxTest):
@@ -2277,13 +2278,13 @@ server = AuthServer(("127.0.0.1", 0), protect(ExampleHandler, passwords))'''
             for _ in range(300):
                 stack.enter_context(connect(at))
             for _ in range(5):
-                self.assertEqual(ask(at).status, 200)
+                self.assertEqual(request(at).status, 200)
             for _ in range(150):        # in the middle of a head: these are not idle
                 stack.enter_context(connect(at)).sendall(b"GET / HTTP/1.1\r\n")
             ticks = self.ticks()
             select.select([], [], [], 1.0)
             self.assertLess(self.ticks() - ticks, 30)
-        until(lambda: ask(at).status == 200, "recovery")
+        until(lambda: request(at).status == 200, "recovery")
 
     def ticks(self) -> int:
         """Return the CPU time of the server in hundredths of a second."""
@@ -2309,7 +2310,7 @@ class HttpCommand(BoxTest):
                          ["digest, basic", "digest, basic", "digest"])
         for address in [address.replace("[::]", "[::1]") for address, _ in found] + [
                 found[2][0].replace("[::]", "127.0.0.1")]:
-            self.assertEqual(ask(address, "/", "GET", "").status, 401)
+            self.assertEqual(request(address, "/", "GET", "").status, 401)
 
     def test_a_unix_socket_is_replaced_when_nobody_listens(self) -> None:
         """A socket file of a dead server is no obstacle, one of a living server is."""
@@ -2326,7 +2327,7 @@ class HttpCommand(BoxTest):
     def answers(self, address: str) -> bool:
         """Return whether somebody answers."""
         with contextlib.suppress(OSError):
-            return ask(address, "/", "GET", "").status == 401
+            return request(address, "/", "GET", "").status == 401
         return False
 
     def test_mistakes_are_named(self) -> None:
@@ -2349,7 +2350,7 @@ class HttpCommand(BoxTest):
         for options, shown in ((["--trusted-proxy", "127.0.0.0/8"], "192.0.2.7 - jim"),
                                ([], "127.0.0.1 - jim")):
             with self.subTest(options):
-                ask(self.serve(*options), "/x", "GET", JIM, "X-Forwarded-For: 192.0.2.7")
+                request(self.serve(*options), "/x", "GET", JIM, "X-Forwarded-For: 192.0.2.7")
                 until(lambda: shown in read(self.box.path("output")), shown)
                 self.box.server.kill()
                 self.box.server.wait()
@@ -2361,17 +2362,17 @@ class HttpCommand(BoxTest):
         wrong = "Basic " + base64.b64encode(b"jim:wrong").decode()
         said = []
         for auth in [JIM, JIM] + [wrong] * 3 + [JIM, ""]:
-            said.append(ask(at, "/", "GET", auth, "X-Forwarded-For: 192.0.2.7").status)
+            said.append(request(at, "/", "GET", auth, "X-Forwarded-For: 192.0.2.7").status)
         self.assertEqual(said, [200, 200, 401, 401, 401, 429, 401])
-        self.assertEqual(ask(at).status, 200)
+        self.assertEqual(request(at).status, 200)
 
     def test_the_user_column_suits_fail2ban(self) -> None:
         """The attempted name for wrong credentials, `-` for none, one word whatever it is."""
         at = self.serve()
         for user in (b"jim", b"a b\"", "ü\u2028".encode()):
             auth = "Basic " + base64.b64encode(user + b":wrong").decode()
-            ask(at, "/", "GET", auth)
-        ask(at, "/", "GET", "")
+            request(at, "/", "GET", auth)
+        request(at, "/", "GET", "")
         users = until(lambda: re.findall('- (\\S+) .*" 401 ', read(self.box.path("output")))[3:]
                       and re.findall('- (\\S+) .*" 401 ', read(self.box.path("output"))), "4 lines")
         self.assertEqual(users, ["jim", "a%20b%22", "%C3%BC%E2%80%A8", "-"])
@@ -2991,6 +2992,13 @@ class Stop(BoxTest):
             self.assertIn("not running", result.out + result.err)
         self.assertEqual(self.box.command("stop", "--quiet").out, "")
 
+    def test_the_application_is_told_the_end(self) -> None:
+        """server_close() of the application is called when the daemon ends."""
+        app = APP + "Server.server_close = lambda self: print('closed', flush=True)\n"
+        self.box.start(app=app)
+        self.box.command("stop")
+        self.assertIn("closed\n", read(self.box.log))
+
     def test_two_stops_at_once_agree(self) -> None:
         """Two stops at the same time both succeed."""
         self.box.start(app=APP)
@@ -3057,6 +3065,12 @@ class Status(BoxTest):
         self.assertIsNone(stranger.poll())
         stranger.kill()
         stranger.wait()
+
+    @needs_other_user
+    def test_without_a_home_and_a_pidfile_it_is_4(self) -> None:
+        """A user without a home has no default files: 4, and one clear line."""
+        result = self.box.daemonize("status", want=4, cwd="/", preexec_fn=drop(54321))
+        self.assertNotIn("KeyError", result.out + result.err)
 
     @needs_other_user
     def test_what_cannot_be_looked_at_is_4(self) -> None:
@@ -4221,7 +4235,8 @@ class Library(BoxTest):
                 result = self.action("start")
                 pid = int(read(self.box.path("pid.txt")))
                 until(lambda: len(self.box.processes()) == 3, "two sleeping children")
-                self.assertIn("started with pid %d" % pid, result.out + result.err + read(self.box.path("err.log")))
+                self.assertIn("started with pid %d\n" % pid, result.out + result.err + read(self.box.path("err.log")))
+                self.assertNotIn("running", result.out + result.err)
                 self.assertLess(self.action("stop").seconds, 3)
                 self.assertEqual(self.box.processes(), [])
                 self.assertFalse(os.path.exists(self.box.path("pid.txt")))
@@ -4315,6 +4330,13 @@ class Programs(BoxTest):
         self.assertIn("already running with pid %d" % pid, "".join(self.box.start("--", "sleep", "1")[1:3]))
         self.box.command("stop")
         self.assertFalse(is_alive(pid))
+
+    def test_status_of_a_program_says_user_and_uptime(self) -> None:
+        """status of a program: pid, uid, uptime."""
+        self.box.start("--", "sleep", "600")
+        report = self.box.status()
+        self.assertEqual((report["pid"], report["uid"]), (self.box.pid(), os.getuid()))
+        self.assertLess(report["uptime"], 60)
 
     def test_restart_repeats_a_scripts_arguments(self) -> None:
         """restart without options runs the script again with the same arguments."""
@@ -4428,9 +4450,282 @@ class House(unittest.TestCase):
         run(argv + ["stop", "--pidfile", box.pidfile], 0, env=box.env)
 
 
+# -- 4. Both programs together ------------------------------------------------
+
+
+def ha1_line(user: str, password: str, realm: str = "authserver") -> str:
+    """Return a line of a password file."""
+    return "%s:%s:%s\n" % (user, realm, md5("%s:%s:%s" % (user, realm, password)))
+
+
+def md5(text: str) -> str:
+    """Return the MD5 of a text in hex (what a digest client needs)."""
+    return hashlib.md5(text.encode()).hexdigest()
+
+
+def fetch(address: str, scheme: str, user: str, password: str, path: str = "/example/foo") -> str:
+    """Return a page as urllib's own client gets it; raise its HTTPError."""
+    manager = urllib.request.HTTPPasswordMgrWithDefaultRealm()
+    manager.add_password(None, "http://%s/" % address, user, password)
+    kinds = {"basic": urllib.request.HTTPBasicAuthHandler, "digest": urllib.request.HTTPDigestAuthHandler}
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), kinds[scheme](manager))
+    with opener.open("http://%s%s" % (address, path), timeout=PATIENCE) as answer:
+        return str(answer.read().decode())
+
+
+def remove(path: str) -> None:
+    """Remove a file or a folder with what is in it."""
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+needs_home = unittest.skipUnless(os.access(pwd.getpwuid(os.getuid()).pw_dir, os.W_OK), "needs a home directory")
+
+
+class Together(BoxTest):
+    """daemonize.py with authserver.py"""
+
+    def started(self, *options: str, text: str = "", **keys: Any) -> Result:
+        """Start the authserver on a free port with a password file of root's."""
+        self.box.write("passwords", text or ha1_line("jim", "secret"), 0o600)
+        return self.box.start("--bind", "127.0.0.1:0", "--passwords", self.box.path("passwords"), *options, **keys)
+
+    def test_start_serves_basic_and_digest(self) -> None:
+        """After start urllib gets the page with Basic and with Digest, from one dictionary; 401 without."""
+        address = self.box.address(self.started())
+        for scheme in ("basic", "digest"):
+            page = fetch(address, scheme, "jim", "secret", "/example/<foo>")
+            self.assertIn("&lt;foo&gt;", page)
+            with self.assertRaises(urllib.error.HTTPError) as caught:
+                fetch(address, scheme, "jim", "wrong")
+            self.assertEqual(caught.exception.code, 401)
+            caught.exception.close()
+        self.assertIn('"GET /example/<foo> HTTP/1.1" 200', read(self.box.log).replace("%3C", "<").replace("%3E", ">"))
+
+    def test_a_port_in_use_is_one_line(self) -> None:
+        """The commonest failure of all: one line that names the address."""
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen(1)
+            port = taken.getsockname()[1]
+            result = self.started("--bind", "127.0.0.1:%d" % port, want=1)
+        self.assertRegex(result.err, r"\Adaemonize: fatal: unable to bind \S*127\.0\.0\.1:%d\S*: "
+                                     r"Address already in use\n\Z" % port)
+
+    def test_an_entry_that_cannot_serve_a_scheme_is_a_usage_error(self) -> None:
+        """The second article's trap: exit status 2, naming line, user and scheme, nothing left."""
+        result = self.started(text="# users\njim:{SHA}5en6G6MezRroT3XKqkdPOmY/BfQ=\n", want=2)
+        self.assertRegex(result.err, r"(?s)\Adaemonize: fatal: .*line 2.*jim.*[Dd]igest.*\ntry: ")
+        self.assertEqual((self.box.processes(), read(self.box.pidfile)), ([], ""))
+
+    def test_a_missing_password_file_is_a_usage_error(self) -> None:
+        """--passwords with a missing file: exit status 2 and `try: authserver.py passwd FILE USER`."""
+        result = self.box.start("--passwords", self.box.path("none"), want=2)
+        self.assertRegex(result.err, r"(?s)\Adaemonize: fatal: unable to .*none.*\ntry: .*passwd")
+
+    def test_reload_reads_the_passwords_again(self) -> None:
+        """A new password counts after reload; a mistake refuses the whole and names its line."""
+        address = self.box.address(self.started())
+        self.box.write("passwords", ha1_line("jim", "other"), 0o600)
+        self.box.command("reload")
+        fetch(address, "digest", "jim", "other")
+        self.box.write("passwords", ha1_line("jim", "third") + "no colon\n", 0o600)
+        self.assertIn("line 2", self.box.command("reload", want=1).err)
+        fetch(address, "basic", "jim", "other")
+
+    @needs_root
+    def test_roots_passwords_serve_a_daemon_without_rights(self) -> None:
+        """A password file that only root can read is read before the drop; reload says `try: restart`."""
+        address = self.box.address(self.started("--uid", str(NOBODY), "--workers", "1"))
+        fetch(address, "digest", "jim", "secret")
+        self.box.write("passwords", ha1_line("jim", "new"), 0o600)
+        self.assertIn("try: daemonize.py restart", self.box.command("reload", want=1).err)
+        fetch(address, "basic", "jim", "secret")
+        self.box.command("restart")
+        fetch(address, "digest", "jim", "new")
+
+    @needs_root
+    def test_it_serves_in_an_empty_jail(self) -> None:
+        """--chroot with an empty folder and --uid: served, logged, restarted, stopped."""
+        jail = self.box.make("jail")
+        address = self.box.address(self.started("--chroot", jail, "--uid", str(NOBODY)))
+        fetch(address, "digest", "jim", "secret")
+        self.box.command("restart")
+        fetch(address, "basic", "jim", "secret")
+        until(lambda: '" 200 ' in read(self.box.log), "an access line")
+        self.box.command("stop")
+        self.assertEqual((self.box.processes(), os.listdir(jail)), ([], []))
+
+    def test_no_request_is_lost_in_restarts_and_reloads(self) -> None:
+        """Basic and Digest, kept and new connections, through restart and reload: no failed request."""
+        address = self.box.address(self.started("--workers", "2", text=ha1_line(BENCH_USER, BENCH_PASSWORD)))
+        results: Dict[Tuple[str, bool], Tuple[int, int]] = {}
+        end = threading.Event()
+
+        def client(scheme: str, keep: bool) -> None:
+            results[scheme, keep] = load(address, scheme, PATIENCE, 2, keep, "authserver", end)
+        threads = [threading.Thread(target=client, args=pair) for pair in
+                   (("basic", True), ("digest", True), ("basic", False), ("digest", False))]
+        for thread in threads:
+            thread.start()
+        try:
+            for action in ("restart", "reload", "restart"):
+                self.box.command(action)
+        finally:
+            end.set()
+            for thread in threads:
+                thread.join()
+        self.assertEqual([failures for _, failures in results.values()], [0] * 4, results)
+        self.assertTrue(all(answers > 20 for answers, _ in results.values()), results)
+
+    def test_a_restart_costs_a_digest_client_one_silent_stale(self) -> None:
+        """After a restart an old nonce gets `stale=true` once, and is never accepted twice."""
+        address = self.box.address(self.started())
+        with connect(address) as sock:
+            challenge = exchange(sock, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").field("www-authenticate") or ""
+        nonce = re.findall('nonce="([^"]*)"', challenge)[0]
+        middle = "%s:00000001:c:auth:%s" % (nonce, md5("GET:/"))
+        field = ('Authorization: Digest username="jim", realm="authserver", nonce="%s", uri="/", qop=auth, nc=00000001,'
+                 ' cnonce="c", response="%s"' % (nonce, md5("%s:%s" % (md5("jim:authserver:secret"), middle))))
+        request = ("GET / HTTP/1.1\r\nHost: x\r\n%s\r\n\r\n" % field).encode()
+        seen = []
+        for action in ("status", "restart"):
+            self.box.command(action)
+            with connect(address) as sock:
+                seen.append(exchange(sock, request))
+        self.assertEqual([answer.status for answer in seen], [200, 401])
+        self.assertRegex(seen[1].field("www-authenticate") or "", r"(?i)stale=true")
+
+    def test_status_tells_what_was_served(self) -> None:
+        """status --json counts requests and users of the authserver."""
+        address = self.box.address(self.started(text=ha1_line("jim", "secret") + ha1_line("ann", "x")))
+        for _ in range(3):
+            fetch(address, "basic", "jim", "secret")
+        report = until(lambda: [r for r in [self.box.status()] if r["requests"] >= 3], "three requests")[0]
+        self.assertEqual(report["users"], 2)
+
+    def test_a_password_reaches_neither_log_nor_ps(self) -> None:
+        """Neither a right nor a wrong password stands in the log, in status or in a command line."""
+        address = self.box.address(self.started(text=ha1_line("jim", "h0ly-secret")))
+        fetch(address, "basic", "jim", "h0ly-secret")
+        with self.assertRaises(urllib.error.HTTPError) as caught:
+            fetch(address, "basic", "jim", "h0ly-wrong")
+        caught.exception.close()
+        until(lambda: '" 401 ' in read(self.box.log), "the access lines")
+        lines = [read("/proc/%d/cmdline" % pid) for pid in self.box.processes()]
+        everything = "".join(lines) + read(self.box.log) + self.box.command("status", "--json").out
+        self.assertNotIn("h0ly", everything)
+        self.assertNotIn(base64.b64encode(b"jim:h0ly-secret").decode(), everything)
+        self.assertNotIn(md5("jim:authserver:h0ly-secret"), everything)
+
+
+class DefaultFilesTest(BoxTest):
+    """A test of daemons with their default files, under names of its own."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.name = TOKEN + "-" + self.box.mark
+        home = os.path.join(pwd.getpwuid(os.getuid()).pw_dir, "." + self.name)
+        self.passwords = "/etc/%s.passwords" % self.name if ROOT else os.path.join(home, "passwords")
+        places = ["/run/", "/etc/", "/var/log/"] if ROOT else [os.path.dirname(home) + "/."]
+        self.addCleanup(lambda: [remove(path) for place in places for path in glob.glob(place + self.name + "*")])
+        self.addCleanup(self.box.close)  # before its files go
+
+    def action(self, action: str, *options: str, **keys: Any) -> Result:
+        """Run an action on the daemon of this name, with the default files."""
+        return self.box.daemonize(action, "--name", self.name, *options, **keys)
+
+
+@needs_home
+class FirstStart(DefaultFilesTest):
+    """The very first start"""
+
+    def test_the_first_start_makes_a_user_and_says_the_password_once(self) -> None:
+        """start prints user, password and a curl line; they work; a second start does not repeat it."""
+        result = self.action("start", "--bind", "127.0.0.1:0")
+        address = self.box.address(result)
+        told = re.search(r"(?m)^user: admin\npassword: (\S+)\n(try: curl --digest -u admin http://%s/example/foo)$"
+                         % re.escape(address), result.out)
+        self.assertTrue(told, result.out)
+        password = told.group(1) if told else ""
+        for scheme in ("digest", "basic"):
+            fetch(address, scheme, "admin", password)
+        self.assertEqual(os.stat(self.passwords).st_mode & 0o777, 0o600)
+        self.assertNotIn(password, read(self.passwords) + self.action("start", "--bind", "127.0.0.1:0").out)
+        if shutil.which("curl"):
+            words = told.group(2).split()[1:] if told else []
+            words[words.index("admin")] = "admin:" + password
+            self.assertIn("foo", run(words + ["--fail", "--silent", "--noproxy", "*"], 0).out)
+        self.action("restart")
+        fetch(address, "digest", "admin", password)
+        self.action("stop")
+
+    @needs_root
+    def test_the_file_is_for_the_daemons_group(self) -> None:
+        """With --uid the first password file is root:GROUP 0640, so that reload can read it."""
+        self.action("start", "--bind", "127.0.0.1:0", "--uid", str(NOBODY), "--gid", str(OTHER))
+        info = os.stat(self.passwords)
+        self.assertEqual((info.st_uid, info.st_gid, info.st_mode & 0o777), (0, OTHER, 0o640))
+        self.action("reload")
+
+    def test_a_start_that_fails_takes_the_file_away(self) -> None:
+        """When the first start fails no password file stays."""
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen(1)
+            self.action("start", "--bind", "127.0.0.1:%d" % taken.getsockname()[1], want=1)
+        self.assertFalse(os.path.exists(self.passwords))
+
+    def test_quiet_start_and_run_never_make_one(self) -> None:
+        """start --quiet and run without a password file: exit status 2, `try: authserver.py passwd`."""
+        for argv in (["start", "--quiet"], ["run"]):
+            result = self.action(*argv, "--bind", "127.0.0.1:0", want=2)
+            self.assertRegex(result.err, r"(?m)^try: .*authserver\.py passwd \S+ \S+$")
+            self.assertFalse(os.path.exists(self.passwords))
+
+    def test_restart_of_what_never_ran_is_a_first_start(self) -> None:
+        """restart on a fresh box is start."""
+        self.action("restart", "--bind", "127.0.0.1:0")
+        self.action("status")
+
+
 @unittest.skipUnless(os.path.exists(README), "needs README")
-class Readme(unittest.TestCase):
+class Readme(DefaultFilesTest):
     """README"""
+
+    def commands(self) -> List[str]:
+        """Return the commands of README: the lines that are indented by four spaces exactly."""
+        return re.findall(r"(?m)^ {4}(\S.*)$", read(README))
+
+    @needs_home
+    @needs("curl")
+    def test_its_commands_do_what_it_says(self) -> None:
+        """Every command of README runs, in order, in one folder, with exit status 0."""
+        for name in ("README", "daemonize.py", "authserver.py"):
+            shutil.copy(os.path.join(HERE, name), self.box.path(name))
+        port, password = free_port(), ""
+        for command in self.commands():
+            command = self.unique(command, port).replace("-u admin", "-u 'admin:%s' --fail --silent --noproxy '*'" % password)
+            with self.subTest(command):
+                result = run(["sh", "-c", command], 0, env=self.box.env, cwd=self.box.folder)
+                password = "".join(re.findall(r"(?m)^password: (\S+)$", result.out)) or password
+                if command.startswith("curl"):
+                    self.assertIn("foo", result.out)
+        self.assertTrue(password)
+        self.assertEqual(self.box.processes(), [])
+
+    def unique(self, command: str, port: int) -> str:
+        """Return a command of README with this Python, a port and names of this run's own."""
+        command = re.sub(r"\bpython3\b", "'%s'" % sys.executable, command).replace("8081", str(port))
+        found = re.search(r"daemonize\.py (start|stop|status|restart)(.*)", command)
+        if found and not found.group(2):
+            command += " --name " + self.name
+            command += " --bind 127.0.0.1:%d" % port if found.group(1) == "start" else ""
+        elif found:
+            command = re.sub(r"--name (\w+)", r"--name %s-\1" % self.name, command)
+            command = re.sub(r"--app (\w+)\.py", r"--name %s-\1 --app \1.py" % self.name, command)
+        return command
 
     def test_it_is_plain_text_of_72_columns(self) -> None:
         """README has at most 72 columns, no tabs, no markup."""
@@ -4440,13 +4735,12 @@ class Readme(unittest.TestCase):
             self.assertFalse(line.startswith(("#", "```")), line)
 
     def test_every_option_stands_in_it(self) -> None:
-        """Every option of --help stands in README, and every option in README exists."""
-        box = Box()
-        self.addCleanup(box.close)
-        known = set(re.findall(r"--[a-z][a-z-]+", box.daemonize("start", "-h").out))
-        for program in ("authserver.py",):
-            known |= set(re.findall(r"--[a-z][a-z-]+", run([sys.executable, os.path.join(HERE, program), "--help"], 0).out))
+        """Every option of --help stands in README."""
+        texts = [self.box.daemonize("start", "-h").out,
+                 run([sys.executable, AUTHSERVER, "--help"], 0, env=self.box.env).out]
+        known = set(re.findall(r"--[a-z][a-z-]+", "".join(texts)))
         told = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", read(README)))
+        self.assertIn("--pidfile", known)
         self.assertEqual(known - told, set())
 
 
@@ -4550,16 +4844,11 @@ Require valid-user
 """
 
 
-def md5(text: str) -> str:
-    """Return the MD5 of a text in hex (what a digest client needs)."""
-    return hashlib.md5(text.encode()).hexdigest()
-
-
 class LoadClient:
     """One connection of the load generator: sends the next request when the last is answered."""
 
-    def __init__(self, address: str, scheme: str, keep_alive: bool) -> None:
-        self.address, self.scheme, self.keep_alive = address, scheme, keep_alive
+    def __init__(self, address: str, scheme: str, keep_alive: bool, realm: str) -> None:
+        self.address, self.scheme, self.keep_alive, self.realm = address, scheme, keep_alive, realm
         self.nonce, self.count, self.answers, self.failures, self.data = "", 0, 0, 0, b""
         self.base = self.refill = ""
         self.sock = connect(address)
@@ -4580,12 +4869,12 @@ class LoadClient:
     def credentials(self) -> str:
         """Return the digest credentials of the next request on this connection's nonce."""
         self.count += 1
-        ha1 = md5("%s:%s:%s" % (BENCH_USER, BENCH_REALM, BENCH_PASSWORD))
+        ha1 = md5("%s:%s:%s" % (BENCH_USER, self.realm, BENCH_PASSWORD))
         middle = "%s:%08x:abcdef:auth" % (self.nonce, self.count)
         response = md5("%s:%s:%s" % (ha1, middle, md5("GET:" + BENCH_PATH)))
         return ('username="%s", realm="%s", nonce="%s", uri="%s", qop=auth, nc=%08x, '
                 'cnonce="abcdef", response="%s", algorithm=MD5%s' % (
-                    BENCH_USER, BENCH_REALM, self.nonce, BENCH_PATH, self.count, response, self.refill))
+                    BENCH_USER, self.realm, self.nonce, BENCH_PATH, self.count, response, self.refill))
 
     def send(self) -> None:
         """Send the next request."""
@@ -4619,18 +4908,19 @@ class LoadClient:
         self.refill = "".join(', opaque="%s"' % value for value in re.findall(r'opaque="([^"]*)"', line))
 
 
-def load(address: str, scheme: str, seconds: float, connections: int, keep_alive: bool) -> Tuple[int, int]:
-    """Keep `connections` busy for some seconds; return the answers (200) and the failures."""
+def load(address: str, scheme: str, seconds: float, connections: int, keep_alive: bool,
+         realm: str = BENCH_REALM, end: Optional[threading.Event] = None) -> Tuple[int, int]:
+    """Keep `connections` busy for some seconds or to the `end`; return answers (200) and failures."""
     clients: Dict[int, LoadClient] = {}
     poller = select.poll()
     for _ in range(connections):
-        client = LoadClient(address, scheme, keep_alive)
+        client = LoadClient(address, scheme, keep_alive, realm)
         clients[client.sock.fileno()] = client
         poller.register(client.sock, select.POLLIN)
         client.send()
     everyone, deadline = list(clients.values()), time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        for fd, _ in poller.poll(1000):
+    while time.monotonic() < deadline and not (end and end.is_set()):
+        for fd, _ in poller.poll(100):
             client = clients[fd]
             if client.receive():  # a new connection
                 poller.unregister(fd)
