@@ -95,7 +95,7 @@ MAX_MESSAGE = 1 << 16           # bytes of one message
 MAX_SOCKETS = 64                # descriptors handed over at once
 PROC = "/proc"                  # where it is missing (macOS, BSD), ps(1) is asked
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"   # under env -i there is none
-pidfd_open = getattr(os, "pidfd_open", None)                    # Python 3.9 on Linux 5.3
+pidfd_open = getattr(os, "pidfd_open", None)                    # type: Any  # Linux, Python 3.9
 pidfd_send_signal = getattr(signal, "pidfd_send_signal", None)  # type: Any
 Handler = Callable[[int, Optional[FrameType]], Any]
 
@@ -197,11 +197,11 @@ def look_up_identity(user: Optional[str], group: Optional[str]) -> Optional[Iden
     gid = None
     try:
         if group is not None:
-            gid = int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
-        name = user or "root"
-        entry = pwd.getpwuid(int(name)) if name.isdigit() else pwd.getpwnam(name)
+            gid = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
+        name = "root" if user is None else user
+        entry = pwd.getpwuid(int(name)) if name.isdecimal() else pwd.getpwnam(name)
     except (KeyError, OverflowError) as error:
-        if user and user.isdigit() and gid is not None and int(user) < 1 << 32:
+        if user and user.isdecimal() and gid is not None and int(user) < 1 << 32:
             return Identity(int(user), gid, "", "/")
         raise Fatal("unable to switch to %s: %s" % (user or group, str(error).strip("'\"")))
     return Identity(entry.pw_uid, entry.pw_gid if gid is None else gid, entry.pw_name, entry.pw_dir)
@@ -283,10 +283,10 @@ class Process(NamedTuple):
 
 
 def processes() -> List[Process]:
-    """Return all living processes; zombies are dead.  See: proc_pid_status(5).
+    """Return all living processes; zombies are dead, unless only their main thread is.
 
     The uid is not the owner of /proc/PID: who changed its uid is not dumpable, and its folder
-    belongs to root (prctl(2), PR_SET_DUMPABLE).
+    belongs to root.  See: proc_pid_status(5); prctl(2), PR_SET_DUMPABLE.
     """
     if not os.path.exists(PROC + "/self/status"):
         return processes_by_ps()
@@ -297,7 +297,7 @@ def processes() -> List[Process]:
                 with open("%s/%s/status" % (PROC, name), "rb") as stream:
                     facts = dict(re.findall(rb"^(\w+):\s+(\S+)", stream.read(), re.M))
                 keys = (b"Pid", b"PPid", b"NSpgid", b"NSsid", b"Uid")
-                if facts[b"State"] not in (b"Z", b"X"):
+                if facts[b"State"] not in (b"Z", b"X") or facts[b"Threads"] != b"1":
                     found.append(Process(*(int(facts[key]) for key in keys)))
     return found
 
@@ -313,10 +313,11 @@ def processes_by_ps() -> List[Process]:
         command += ["-o", key + "="]
     try:
         import subprocess       # here, for such systems only
-        lines = subprocess.check_output(command).decode().splitlines()
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as ps:
+            lines = ps.communicate()[0].decode().splitlines()
     except (ImportError, OSError):
         return []
-    rows = [line.split() for line in lines]
+    rows = [line.split() for line in lines if line.split()[0] != str(ps.pid)]
     return [Process(int(r[0]), int(r[1]), int(r[2]), -1, int(r[3])) for r in rows
             if r[4][0] not in "ZX"]
 
@@ -334,7 +335,7 @@ def birth_of(pid: Optional[int]) -> str:
         with open(PROC + "/sys/kernel/random/boot_id") as boot, \
                 open("%s/%s/stat" % (PROC, pid), "rb") as stream:
             facts = stream.read().rpartition(b")")[2].split()   # the LAST: names may hold any
-            is_alive = facts[0] not in (b"Z", b"X")
+            is_alive = facts[0] not in (b"Z", b"X") or facts[17] != b"1"
             return boot.read().strip() + ":" + facts[19].decode() if is_alive else ""
     except OSError:
         return ""
@@ -459,9 +460,10 @@ class Lock:
 
     def record(self) -> Dict[str, Any]:
         """Return what was noted of the last start, {} if none has succeeded yet."""
-        data = os.pread(self.fd, MAX_MESSAGE, 0)
-        record = json.loads(data.decode()) if data else {}
-        return record if isinstance(record, dict) else {}
+        with contextlib.suppress(ValueError):           # empty, or torn by a full disk
+            record = json.loads(os.pread(self.fd, os.fstat(self.fd).st_size, 0).decode())
+            return record if isinstance(record, dict) else {}
+        return {}
 
     def note(self, options: argparse.Namespace, pid: int = 0) -> None:
         """Note what a start was asked for, and whom it started."""
@@ -502,11 +504,12 @@ class Turn(Lock):
             set_lock(self.fd, fcntl.F_SETLK, fcntl.F_WRLCK, TURN)
             return os.fstat(self.fd).st_nlink > 0
         except (BlockingIOError, PermissionError):      # EAGAIN, EACCES: POSIX allows either
-            process = find_process(lock_holder(self.fd, TURN))
-        if process and process.uid not in (0, os.geteuid()):
+            holder = lock_holder(self.fd, TURN)
+        process = find_process(holder)
+        if holder == -1 or process and process.uid not in (0, os.geteuid()):
             # Only a daemon that was taken over locks this byte, through its fd: do not wait.
-            warn("pid %d of uid %d holds the turn of %s: ignored"
-                 % (process.pid, process.uid, self.path))
+            # -1 is an open file description lock (fcntl(2)), which names nobody.
+            warn("pid %d, no command, holds the turn of %s: ignored" % (holder or 0, self.path))
             return True
         return False
 
@@ -533,7 +536,8 @@ def open_regular(path: str, flags: int, mode: int, owner: Optional[int] = None) 
         raise Fatal("unable to open %s: %s" % (path, because(error)))
     facts, problem = os.fstat(fd), ""
     if not stat.S_ISREG(facts.st_mode):
-        problem = "" if path == os.devnull else "not a regular file"
+        is_null = path == os.devnull and owner is None      # a log may be
+        problem = "" if is_null else "not a regular file"
     elif facts.st_nlink > 1:
         problem = "it has another name (a hard link)"
     elif owner is not None and facts.st_uid not in (0, owner):
@@ -547,18 +551,24 @@ def open_regular(path: str, flags: int, mode: int, owner: Optional[int] = None) 
 def is_trusted(folder: str) -> bool:
     """Tell whether only root and the caller can change what the path leads to.
 
-    Each folder on the way must be theirs, and closed to others or sticky (as /tmp is).
+    Each folder on the way, through links too, must be theirs, and closed to others or sticky (as
+    /tmp is).  Raises OSError where there is no such folder.
     """
-    for path in (folder, os.path.realpath(folder)):
-        while True:
-            facts = os.lstat(path)
-            is_open = facts.st_mode & 0o022 and not facts.st_mode & stat.S_ISVTX
-            if is_open and not stat.S_ISLNK(facts.st_mode) or facts.st_uid not in (0, os.geteuid()):
-                return False
-            if path == os.path.dirname(path):
-                break
-            path = os.path.dirname(path)
-    return True
+    os.stat(folder)                             # a loop of links ends here
+    path, names = "/", folder.split("/")[::-1]
+    while True:
+        facts = os.lstat(path)
+        is_link = stat.S_ISLNK(facts.st_mode)
+        is_open = facts.st_mode & 0o022 and not facts.st_mode & stat.S_ISVTX and not is_link
+        if is_open or facts.st_uid not in (0, os.geteuid()):
+            return False
+        if is_link:
+            target = os.readlink(path)
+            names += target.split("/")[::-1]
+            path = "/" if target.startswith("/") else os.path.dirname(path)
+        if not names:
+            return True
+        path = os.path.normpath(os.path.join(path, names.pop()))
 
 
 def check_folder(folder: str) -> None:
@@ -773,7 +783,8 @@ def close_inherited() -> None:
 
     From a list of what is open, not by a loop to RLIMIT_NOFILE, which may be 2^30.
     """
-    for name in os.listdir("/dev/fd"):
+    names = os.listdir("/dev/fd") if os.path.isdir("/dev/fd") else map(str, range(1024))
+    for name in names:
         with contextlib.suppress(OSError):          # the fd of this very listing
             if int(name) > 2 and os.get_inheritable(int(name)):
                 os.close(int(name))
@@ -1050,12 +1061,13 @@ def tell_family(options: argparse.Namespace) -> None:
     """Send SIGTERM to what this process has started.
 
     In one call where we made the group.  A group that we only live in (`run` under cron's shell,
-    or beside `| tee` in a terminal) is not ours to signal: then to each descendant.
+    or beside `| tee` in a terminal) is not ours to signal: then to each descendant, as to those
+    that left the group.
     """
-    if options.groups():
+    groups = options.groups()
+    if groups:
         os.killpg(os.getpgrp(), signal.SIGTERM)
-    else:
-        kill_each(family(()), signal.SIGTERM)
+    kill_each([p for p in family(()) if p.pgid not in groups], signal.SIGTERM)
 
 
 def call(server: Any, name: str, otherwise: Any = None) -> Any:
@@ -1095,8 +1107,10 @@ class Child:
             self.channel.send(event)
 
     def has_said(self, event: str, deadline: float) -> bool:
-        message = self.channel.receive(deadline)
-        return message is not None and message["event"] == event
+        while True:                         # "entered" is a replaced worker's, for nobody
+            message = self.channel.receive(deadline) or {"event": ""}
+            if message["event"] in (event, ""):
+                return bool(message["event"])
 
 
 class Daemon:
@@ -1147,7 +1161,11 @@ class Daemon:
         call(self.server, "release")    # whom we replace takes no more requests
         notify(self.options, "READY=1\nSTATUS=%s" % self.addresses())
         while self.workers or self.leaving or not self.is_leaving or not self.size:
-            self.step()
+            try:
+                self.step()
+            except Exception as error:  # no fds, no processes, the application's status(): go on
+                self.complain("unable to act: %s" % because(error))
+                time.sleep(TICK)
 
     def own(self) -> None:
         """Become the daemon of this pidfile."""
@@ -1205,11 +1223,13 @@ class Daemon:
         """Return a new child that lives that life; signals wait until it has its own handlers."""
         ours, theirs = socket.socketpair()
         signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
-        pid = os.fork()
-        if pid == 0:
-            ours.close()
-            self.be_child(life, Channel(theirs))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
+        try:
+            pid = os.fork()
+            if pid == 0:
+                ours.close()
+                self.be_child(life, Channel(theirs))
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
         theirs.close()
         return Child(pid, Channel(ours))
 
@@ -1356,12 +1376,13 @@ class Daemon:
     # -- the log
 
     def reopen(self) -> bool:
-        """Open the log's name again, here and in the workers; True if that worked."""
+        """Open the log's name again, here and in the workers; True if all have done it."""
         if self.options.files.logfile is None or not reopen(self.log_path):
             return False
-        for child in self.workers + self.leaving:
+        children, deadline = self.workers + self.leaving, time.monotonic() + ANSWER
+        for child in children:
             child.tell("reopen")
-        return True
+        return all([child.has_said("reopened", deadline) for child in children])
 
     def is_full(self) -> bool:
         """Tell whether it is for us, and time, to rotate the log."""
@@ -1379,10 +1400,11 @@ class Daemon:
             self.obstacle = because(error)
             self.complain("unable to rotate %s: %s" % (self.log_path, self.obstacle))
             return
-        deadline, children = time.monotonic() + ANSWER, self.workers + self.leaving
-        if self.reopen() and all(child.has_said("reopened", deadline) for child in children):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(names[-1])
+        if not self.reopen():           # to rename on would push the elders out
+            self.obstacle = "unable to reopen it"
+            return
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(names[-1])
 
     # -- the control socket
 
@@ -1513,6 +1535,24 @@ def peer_of(end: socket.socket) -> Tuple[Optional[int], Optional[int]]:
     return pid, uid
 
 
+@contextlib.contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in whatever call this process sits after so many seconds.
+
+    A socket's timeout does not cover close(2): an fd that came over the channel, taken or not, may
+    be a connection with SO_LINGER, and closing it waits for as long as its owner likes.
+    """
+    def on_sigalrm(signum: int, frame: Optional[FrameType]) -> None:
+        raise TimeoutError(errno.ETIMEDOUT, "it does not answer")
+    signal.signal(signal.SIGALRM, on_sigalrm)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
 class Control:
     """A conversation with the daemon that has that pid.  Raises OSError if it does not talk."""
 
@@ -1530,8 +1570,9 @@ class Control:
             raise
 
     def ask(self, event: str, wait: float = ANSWER) -> Dict[str, Any]:
-        self.channel.send(event)
-        return self.answer(wait)
+        with limited(wait + TICK):
+            self.channel.send(event)
+            return self.answer(wait)
 
     def answer(self, wait: float = ANSWER) -> Dict[str, Any]:
         message = self.channel.receive(time.monotonic() + wait)
@@ -1541,20 +1582,23 @@ class Control:
 
     def take_sockets(self) -> List[socket.socket]:
         """Return the daemon's listening sockets.  See: cmsg(3), unix(7)."""
-        self.channel.send("sockets")
-        space = socket.CMSG_SPACE(4 * MAX_SOCKETS)
-        data, ancillary, _, _ = self.channel.end.recvmsg(MAX_MESSAGE, space)
-        self.channel.buffer += data
         fds = array.array("i")
-        for level, kind, cargo in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                fds.frombytes(cargo[:len(cargo) - len(cargo) % fds.itemsize])
-        sockets = [passed for passed in map(adopt, fds) if passed is not None]
-        self.answer()
+        with limited(ANSWER + TICK):
+            self.channel.send("sockets")
+            data, ancillary, _, _ = self.channel.end.recvmsg(
+                MAX_MESSAGE, socket.CMSG_SPACE(4 * MAX_SOCKETS),
+                getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+            self.channel.buffer += data
+            for level, kind, cargo in ancillary:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                    fds.frombytes(cargo[:len(cargo) - len(cargo) % fds.itemsize])
+            sockets = [passed for passed in map(adopt, fds) if passed is not None]
+            self.answer()
         return sockets
 
     def close(self) -> None:
-        self.channel.end.close()
+        with contextlib.suppress(OSError), limited(TICK):
+            self.channel.end.close()
 
 
 # -- 10. Ending a daemon -----------------------------------------------------
@@ -1567,9 +1611,13 @@ class Control:
 class Target:
     """A daemon to be ended, with its group if a start made it."""
 
-    def __init__(self, pid: int, has_group: bool) -> None:
-        self.pidfd = pidfd_open(pid) if pidfd_open else -1
-        self.process, self.has_group = find_process(pid), has_group
+    def __init__(self, lock: Lock, pid: int) -> None:
+        self.pidfd, self.has_group = -1, bool(lock.record().get("detached"))
+        with contextlib.suppress(OSError, TypeError):       # it is dead; there is no pidfd_open
+            self.pidfd = pidfd_open(pid)
+        process = find_process(pid)
+        # asked after the handle was opened: so all three mean one process, or we have nobody
+        self.process = process if lock.holder() == pid else None
 
     def is_member(self, process: Process) -> bool:
         mine = self.process
@@ -1620,20 +1668,14 @@ def as_uid(uid: int, action: Callable[[], Any]) -> None:
         raise OSError(result, os.strerror(result))
 
 
-def end_daemon(turn: Turn, pid: int, timeout: float, is_told: bool = False) -> bool:
-    """End the daemon of this turn, and its group: SIGTERM, wait, SIGKILL; True if that was needed.
+def end_daemon(target: Target, timeout: float, is_told: bool = False) -> bool:
+    """End a daemon and its group: SIGTERM, wait, SIGKILL; True if that was needed.
 
     First the daemon alone, whose handler tells the others; then who is left.
     """
     def leader() -> List[Process]:
-        alive = [process for process in target.members() if process.pid == pid]
-        if alive or target.process is None or turn.holder() != pid:
-            return alive
-        return [target.process]         # its main thread is gone, but another holds its files
+        return [p for p in target.members() if target.process and p.pid == target.process.pid]
     try:
-        target = Target(pid, bool(turn.record().get("detached")))
-        if not is_told and turn.holder() != pid:    # asked after the pidfd: both mean one process
-            return False
         deadline = time.monotonic() + timeout
         if not is_told:
             target.send(signal.SIGTERM)
@@ -1642,6 +1684,7 @@ def end_daemon(turn: Turn, pid: int, timeout: float, is_told: bool = False) -> b
         target.send_all(signal.SIGTERM)
         return end_all(target.members, target.send_all, deadline - time.monotonic()) or was_killed
     except OSError as error:
+        pid = target.process.pid if target.process else 0
         raise Fatal("unable to stop pid %d: %s" % (pid, because(error)))
 
 
@@ -1676,9 +1719,8 @@ def make_folders(options: argparse.Namespace) -> List[str]:
     """
     files, identity = options.files, options.identity
     mine = [os.path.dirname(path) for path in (files.pidfile, files.logfile) if path]
-    new = [files.pidfile, files.control]
-    new += [path for path in [files.lock, files.logfile] + mine
-            if path and not os.path.lexists(path)]
+    new = [path for path in [files.pidfile, files.control, files.lock, files.logfile] + mine
+           if path and not os.path.lexists(path)]
     is_root = os.geteuid() == 0
     folder = "/var/log/" + options.name if is_root else files.prefix.rstrip("/")
     if folder in mine and folder in new:
@@ -1691,17 +1733,19 @@ def make_folders(options: argparse.Namespace) -> List[str]:
     return new
 
 
-def tidy(new: List[str]) -> None:
-    """Remove what a failed start made, but a log that says something.
-
-    The caller has the turn, and nobody has the lock: so the pidfile is stale, whoever wrote it.
-    """
+def tidy(options: argparse.Namespace, new: List[str]) -> None:
+    """Remove what a failed start made, but a log that says something; empty an older pidfile."""
     for path in new:
         with contextlib.suppress(OSError):          # not there, not empty
             if os.path.isdir(path):
                 os.rmdir(path)
             elif not path.endswith("log") or os.path.getsize(path) == 0:
                 os.unlink(path)
+    if options.predecessor is None and os.path.lexists(options.files.pidfile):
+        with contextlib.suppress(Fatal):            # an odd one, which was refused, stays as it is
+            fd = open_regular(options.files.pidfile, os.O_RDWR, 0o644, os.geteuid())
+            os.ftruncate(fd, 0)
+            os.close(fd)
 
 
 def launch(options: argparse.Namespace, turn: Turn, new: List[str],
@@ -1724,11 +1768,13 @@ def launch(options: argparse.Namespace, turn: Turn, new: List[str],
         with ours:
             attend(options, Channel(ours), turn, old)
     except BaseException as error:
-        end_starter(starter, signal.SIGTERM)
+        result = end_starter(starter, signal.SIGTERM)
+        if isinstance(error, EOFError):
+            error = Fatal("unable to start: it %s before it was ready" % describe(result))
         if isinstance(error, Fatal) and not error.trace and error.status == 1:
             error.trace = log_since(logfile, logged)
-        tidy(new)
-        raise
+        tidy(options, new)
+        raise error
     end_starter(starter, signal.SIGKILL)
     return False
 
@@ -1763,17 +1809,26 @@ def expect(report: Channel, event: str, wait: float) -> Dict[str, Any]:
     if message is None:
         raise Fatal("unable to start: not ready after %g s" % wait)
     if not message["event"]:            # os._exit(), SIGKILL: nobody could report it
-        raise Fatal("unable to start: it %s before it was ready" % describe(os.wait()[1]))
+        raise EOFError
     if message["event"] != event:
         raise failure(message, "%s came instead of %s" % (message["event"], event))
     return message
 
 
-def end_starter(starter: int, signum: int) -> None:
-    """End the starter: at SIGTERM it ends the daemon first, SIGKILL leaves the daemon alone."""
-    with contextlib.suppress(ChildProcessError, ProcessLookupError):    # expect() waited for it
-        os.kill(starter, signum)
-        os.waitpid(starter, 0)
+def end_starter(starter: int, signum: int) -> int:
+    """End the starter, return its wait status.
+
+    At SIGTERM it ends the daemon first (SIGKILL follows if bind() hangs); SIGKILL leaves it alone.
+    """
+    os.kill(starter, signum)            # not waited for yet: the pid is its own
+    deadline = time.monotonic() + 2 * ANSWER
+    while True:
+        pid, result = os.waitpid(starter, os.WNOHANG)
+        if pid:
+            return result
+        if time.monotonic() > deadline:
+            os.kill(starter, signal.SIGKILL)
+        time.sleep(POLL if signum != signal.SIGKILL else 0)
 
 
 def greet(options: argparse.Namespace, facts: Dict[str, Any]) -> None:
@@ -1876,12 +1931,16 @@ def stop(options: argparse.Namespace) -> int:
         pid = turn.holder()
         if pid is None:
             tell(options, "%s is not running" % options.name)
-        elif end_daemon(turn, pid, options.timeout):
+        elif end_daemon(Target(turn, pid), options.timeout):
             emit(1, "%s did not end within %g s: killed\n" % (options.name, options.timeout))
         else:
             tell(options, "%s is stopped" % options.name)
-        if turn.holder() is not None:
-            raise Fatal("unable to stop %s: pid %s holds its lock" % (options.name, turn.holder()))
+        for _ in range(MAX_SOCKETS):                # its children, if it let them have the lock
+            pid = turn.holder()
+            if pid is not None:
+                end_daemon(Target(turn, pid), options.timeout)
+        if pid is not None:
+            raise Fatal("unable to stop %s: pid %s holds its lock" % (options.name, pid))
         for path in (options.files.pidfile, options.files.control):
             with contextlib.suppress(FileNotFoundError, IsADirectoryError):
                 os.unlink(path)                     # a name; what it may link to stays as it is
@@ -1927,6 +1986,7 @@ def repeat(options: argparse.Namespace, record: Dict[str, Any]) -> argparse.Name
 
 def succeed(options: argparse.Namespace, turn: Turn, pid: int) -> bool:
     """Start the new daemon on the old one's sockets, see the old one out; False if it is mute."""
+    target = Target(turn, pid)          # now: by the time that it leaves, it shows no lock
     try:
         old = Control(options.files, pid)
         options.sockets = old.take_sockets()
@@ -1940,7 +2000,7 @@ def succeed(options: argparse.Namespace, turn: Turn, pid: int) -> bool:
         except Fatal as error:
             text = "%s\ndaemonize: fatal: the old one keeps serving with pid %d" % (error, pid)
             raise Fatal(text, error.status, error.trace)
-        if end_daemon(turn, pid, options.timeout, is_told=True):
+        if end_daemon(target, options.timeout, is_told=True):
             warn("pid %d did not drain within %g s: killed" % (pid, options.timeout))
     return True
 
@@ -1949,7 +2009,7 @@ def stop_and_start(options: argparse.Namespace, turn: Turn, pid: int) -> None:
     """Restart what has nothing to hand over; look first whether there is something to start."""
     if options.kind == "program" and shutil.which(options.arguments[0]) is None:
         raise Fatal("unable to execute %s: no such program" % options.arguments[0])
-    if end_daemon(turn, pid, options.timeout):
+    if end_daemon(Target(turn, pid), options.timeout):
         warn("pid %d did not end within %g s: killed" % (pid, options.timeout))
     try:
         launch(options, turn, [options.files.pidfile, options.files.control])
@@ -1965,7 +2025,8 @@ def reload(options: argparse.Namespace) -> int:
         return 3
     try:
         if not os.path.lexists(options.files.control):  # script, program: they know what HUP means
-            Target(pid, False).send(signal.SIGHUP)
+            with Lock(options.files, os.O_RDONLY) as lock:
+                Target(lock, pid).send(signal.SIGHUP)
             tell(options, "%s has got SIGHUP" % options.name)
             return 0
         with contextlib.closing(Control(options.files, pid)) as control:
@@ -2000,7 +2061,7 @@ def stopped_facts(options: argparse.Namespace) -> Dict[str, Any]:
     if not content:
         return {"name": options.name, "state": "not running"}
     facts = {"name": options.name, "state": "dead", "pidfile": path, "content": content}
-    if content.isdigit() and find_process(int(content)):
+    if content.isdecimal() and find_process(int(content)):
         facts["note"] = "pid %s belongs to a stranger now" % content
     return facts
 
@@ -2053,7 +2114,7 @@ def run(options: argparse.Namespace) -> int:
         try:
             opened, server = prepare(options)
         except BaseException:
-            tidy(new)
+            tidy(options, new)
             raise
         turn.note(options, os.getpid() if options.kind != "app" else 0)
     reset_signals()
