@@ -1369,6 +1369,8 @@ class Daemon:
         except Exception as error:      # whatever it is, it refuses this reload, and no more
             fatal = as_fatal(error)
             reason = str(fatal).replace("unable to start: ", "", 1)
+            if isinstance(error.__context__ or error, PermissionError):     # root could, we cannot
+                reason = reason.partition("\n")[0] + "\ntry: daemonize.py restart"
             self.complain("reload refused: %s%s" % (fatal.trace, reason))
         notify(self.options, "READY=1\nSTATUS=%s" % (reason or self.addresses()))
         return reason
