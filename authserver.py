@@ -66,6 +66,7 @@ import math
 import mmap
 import os
 import re
+import resource
 import selectors
 import signal
 import socket
@@ -80,7 +81,7 @@ import traceback
 import unicodedata
 import urllib.parse
 from typing import (Any, Callable, Deque, Dict, Iterable, List, Mapping, NamedTuple, Optional,
-                    Sequence, Set, Tuple, Union)
+                    Sequence, Set, TextIO, Tuple, Union)
 
 # -- 0. Settings and messages -------------------------------------------------
 
@@ -101,8 +102,8 @@ MAX_CHALLENGE = 255         # characters; wget 1.21 aborts on a longer one befor
 SLOW_HASHES = 2             # verified at a time, so that guessing cannot take every CPU
 SLOW_QUEUE = 32             # more that may wait for their turn; the next is told 503
 REMEMBERED = 8192           # slow hashes found right, by a keyed hash; 150 bytes each
-COUNTERS = ("requests", "connections", "challenges", "failures", "stale", "replays",
-            "lockouts", "malformed", "busy", "errors", "workers")
+COUNTERS = ("requests", "challenges", "failures", "stale", "replays", "lockouts", "malformed",
+            "busy", "workers")
 MAX_LINE = 8192         # bytes of request line (RFC 9112 section 3 asks for 8000); beyond: 414
 MAX_HEAD = 32768        # bytes of a request head; browsers stop at about 16 KiB; beyond: 431
 MAX_FIELDS = 100        # field lines, as many as http.client reads; beyond: 431
@@ -1437,19 +1438,31 @@ def change_password(path: str, username: str, realm: str, password: Optional[str
     return "deleted" if password is None else "changed" if known else "added"
 
 
+def from_person(octets: bytes) -> str:
+    """Decode what was typed; as octets, for in the ASCII locale of cron Python mangles the rest."""
+    try:
+        return from_octets(octets)
+    except Malformed as error:
+        raise Refusal(f"unable to use this {error}")
+
+
 def run_passwd(path: str, username: str, realm: str = REALM, from_stdin: bool = False,
                delete: bool = False) -> str:
     """Do what `passwd FILE USER` asks for, and return what to say about it."""
-    check_username(username)
+    username = check_username(from_person(os.fsencode(username)))
     if delete:
         password = None
     elif from_stdin:
-        password = sys.stdin.readline().rstrip("\r\n")
+        password = from_person(sys.stdin.buffer.readline().rstrip(b"\r\n"))
     else:
         import getpass              # termios and more, for this verb alone
-        password = getpass.getpass("new password: ")
-        if getpass.getpass("again: ") != password:
-            raise Refusal("unable to set the password: the two differ")
+        try:
+            password = getpass.getpass("new password: ")
+            if getpass.getpass("again: ") != password:
+                raise Refusal("unable to set the password: the two differ")
+        except UnicodeError:
+            raise Refusal("unable to read the password: not in the encoding of this locale\n"
+                          "try: LC_ALL=C.UTF-8, or --stdin")
     done = change_password(path, username, realm, password)
     return f"user {username!r} {done} in {path} (realm {realm!r})"
 
@@ -2200,6 +2213,7 @@ class Exchange:
                 raise ConnectionResetError(errno.ECONNRESET, "client left in the middle")
             self.lost = False
         self.patience += len(octets) * PACE_SECONDS / IN_MEMORY - (time.monotonic() - start)
+        self.patience = min(self.patience, PACE_SECONDS)
         return self.body.feed(octets)
 
     def served(self) -> None:
@@ -2440,7 +2454,9 @@ class Connection:
             if not self.writes:
                 self.watch(True)
                 self.wait("write")
-            self.deadline += sent * PACE_SECONDS / IN_MEMORY
+            # Haste is no credit for later: what the kernel took at once, the client may never read.
+            self.deadline = min(self.deadline + sent * PACE_SECONDS / IN_MEMORY,
+                                self.server.clock + WAITS["write"])
         elif self.closing:
             self.hang_up()
         elif self.writes:
@@ -2517,6 +2533,9 @@ class Listener(NamedTuple):
     logs: bool = True       # not for the socket of probe()
 
 
+DEADLY = (signal.SIGTERM, signal.SIGINT)
+
+
 class Log:
     """The access log (descriptor 1) and the error log (descriptor 2), written once per turn.
 
@@ -2550,6 +2569,10 @@ class Log:
 
     def flush(self) -> None:
         """Write what was noted; descriptors 1 and 2 may be another file by now (rotation)."""
+        if not (self.waiting[1] or self.waiting[2]):
+            return
+        # SIGTERM comes as SystemExit, and must not come between a write and its clear().
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, DEADLY)
         for fd, lines in self.waiting.items():
             octets = "".join(lines).encode("ascii")
             try:
@@ -2561,6 +2584,7 @@ class Log:
             except OSError:
                 self.lost += octets.count(b"\n")
             lines.clear()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @functools.lru_cache(maxsize=256)
@@ -2582,7 +2606,6 @@ def log_date(second: int) -> str:
 
 def raise_file_limit() -> int:
     """Raise the limit of open files to what is allowed, but not for children; return it."""
-    import resource         # Unix only, and needed by no importer of protect()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -2628,7 +2651,7 @@ class AuthServer(http.server.HTTPServer):
         self.calls: Deque[Work] = collections.deque()       # for the loop, from other threads
         self.log = Log()
         self.busy = self.second = 0         # threads of the pool; when tick() was last at work
-        self.draining = self.stopping = False
+        self.serving = self.draining = self.stopping = False
         self.paused_until = 0.0
         self.gate = mmap.mmap(-1, 1)        # shared with the workers
         self.stopped = threading.Event()
@@ -2651,6 +2674,7 @@ class AuthServer(http.server.HTTPServer):
             self.selector.register(self.probed.socket, selectors.EVENT_READ, self.probed.ready)
             self.accept_again()
             self.announce()
+            self.serving = True
             while not self.stopping and not (self.draining and not self.connections):
                 self.turn(poll_interval)
         finally:
@@ -2659,21 +2683,21 @@ class AuthServer(http.server.HTTPServer):
                 connection.close()
             for closable in (self.selector, self.wake, self.waker):
                 closable.close()
-            self.stopping = False
+            self.serving = self.stopping = False
             self.stopped.set()
 
     def announce(self) -> None:
         """Log the addresses; the first worker does it for all."""
-        table = self.authenticator.table if self.authenticator else None
-        if table is None or not table.statistics().get("workers", 0):
+        authenticator = self.authenticator
+        if authenticator is None or not authenticator.table.statistics()["workers"]:
             for listener in self.listeners:
                 self.log.error(f"listening on {address_of(listener.socket)} "
                                f"({', '.join(listener.schemes)})")
-            if self.authenticator and self.authenticator.max_failures[0]:
+            if authenticator and authenticator.max_failures[0]:
                 self.log.error("never locked out, for they may be many: clients on loopback, on "
                                "unix sockets, and of proxies without X-Forwarded-For")
-        if table is not None and "workers" in table.statistics():
-            table.add("workers")
+        if authenticator:
+            authenticator.table.add("workers")
 
     def turn(self, poll_interval: float) -> None:
         """Wait for something to do, do it, write the log."""
@@ -2752,6 +2776,8 @@ class AuthServer(http.server.HTTPServer):
     def accept(self, listener: Listener, events: int) -> None:
         """Accept some connections."""
         for _ in range(BATCH):
+            if self.draining:       # at once: our successor begins to accept
+                return
             try:
                 sock, address = listener.socket.accept()
             except OSError as error:
@@ -2858,10 +2884,13 @@ class AuthServer(http.server.HTTPServer):
     def reload(self) -> None:
         """Read the password file again; raise Refusal and keep the old one if it is wrong.
 
-        A probe after this asks the workers that are forked after this.
+        The next probe asks the workers that will be forked, not those that we had.
         """
         self.reread()
-        self.open_probe()
+        if not self.serving:
+            self.probing.close()
+            self.probed.socket.close()
+            self.open_probe()
 
     def status(self) -> Dict[str, Any]:
         """Return what the daemon's status should say of the application."""
@@ -2869,6 +2898,7 @@ class AuthServer(http.server.HTTPServer):
         if self.authenticator:
             known["users"] = len(self.authenticator.passwords.entries)
             known.update(self.authenticator.table.statistics())
+            del known["workers"]        # all that ever were; the daemon knows those of now
         return known
 
     def server_close(self) -> None:
@@ -3042,32 +3072,31 @@ def parse_bind(text: str) -> Place:
     return Place(found[0], found[4][:2])
 
 
-def open_socket(address: Place) -> socket.socket:
-    """Return a socket that listens at address."""
-    sock = socket.socket(address.family, socket.SOCK_STREAM)
+def open_socket(text: str) -> socket.socket:
+    """Return a socket that listens at the address of a --bind option."""
+    family, where = parse_bind(text)
+    sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        if address.family == socket.AF_UNIX:
-            remove_stale_socket(address.where)
+        if family == socket.AF_UNIX:
+            remove_stale_socket(where)
         else:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if address.family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address.where[0] != "::")
-        sock.bind(address.where)
-        if address.family == socket.AF_UNIX:
-            os.chmod(address.where, 0o666)      # as a port: whoever gets there needs a password
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, where[0] != "::")
+        sock.bind(where)
+        if family == socket.AF_UNIX:
+            os.chmod(where, 0o666)      # as a port: whoever gets there needs a password
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
-        raise BindError(f"unable to bind {show_address(address.family, address.where)}: "
-                        f"{error.strerror or error}")
+        raise BindError(f"unable to bind {text}: {error.strerror or error}")
     return sock
 
 
-class BindError(OSError):
-    """A port that cannot be had; exit status 1."""
+class BindError(Refusal):
+    """An address that cannot be had: no mistake of usage."""
 
-    def __str__(self) -> str:
-        return str(self.args[0])
+    status = 1
 
 
 def remove_stale_socket(path: str) -> None:
@@ -3083,21 +3112,13 @@ def remove_stale_socket(path: str) -> None:
         pass            # bind() will say it
 
 
-def show_address(family: int, where: Any) -> str:
-    """Return an address as a URL, or as --bind has it.
-
-    >>> show_address(socket.AF_INET6, ("::1", 80, 0, 0))
-    'http://[::1]:80/'
-    """
-    if family == socket.AF_UNIX:
+def address_of(sock: socket.socket) -> str:
+    """Return where a socket listens, as a URL or as --bind has it."""
+    where = sock.getsockname()
+    if sock.family == socket.AF_UNIX:
         return f"unix:{where}"
     host = f"[{where[0]}]" if ":" in where[0] else where[0]
     return f"http://{host}:{where[1]}/"
-
-
-def address_of(sock: socket.socket) -> str:
-    """Return where a socket listens."""
-    return show_address(sock.family, sock.getsockname())
 
 
 def is_private(sock: socket.socket) -> bool:
@@ -3113,9 +3134,9 @@ def open_sockets(options: argparse.Namespace) -> List[socket.socket]:
         return given            # systemd knows where
     sockets = []
     for text in options.bind or [DEFAULT_ADDRESS]:
-        address = parse_bind(text)
-        fitting = [sock for sock in given if address.fits(sock)][:1]
-        sockets += fitting or [open_socket(address)]
+        place = parse_bind(text)
+        fitting = [sock for sock in given if place.fits(sock)][:1]
+        sockets += fitting or [open_socket(text)]
         given = [sock for sock in given if sock not in fitting]
     for sock in given:
         sock.close()
@@ -3249,12 +3270,18 @@ def passwd(arguments: Sequence[str]) -> str:
     return run_passwd(options.file, options.user, options.realm, options.stdin, options.delete)
 
 
+def say(text: str, stream: TextIO) -> None:
+    """Print a line; what the encoding of a bare environment lacks is shown escaped."""
+    encoding = stream.encoding or "ascii"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
+
+
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Serve in the foreground, or do the passwd verb."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if words[:1] == ["passwd"]:
-            print(passwd(words[1:]))
+            say(passwd(words[1:]), sys.stdout)
             return 0
         server = bind(build_parser().parse_args(words))
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))   # the log gets its last lines
@@ -3267,7 +3294,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     except KeyboardInterrupt:
         return 0
     except (OSError, Refusal) as error:
-        print(f"authserver: fatal: {error}", file=sys.stderr)
+        say(f"authserver: fatal: {error}", sys.stderr)
         return int(getattr(error, "status", 1))
     return 0
 

@@ -89,7 +89,7 @@ ALIVE = 0.3                     # seconds a script or program must live to count
 ANSWER = 5.0                    # seconds for one exchange over a channel
 POLL = 0.02                     # seconds between two looks where there is nothing to wait on
 TICK = 1.0                      # seconds between two looks of an idle daemon at log and workers
-SETTLED = 10.0                  # seconds: the death of an older worker is bad luck, not bad code
+SETTLED = 1.0                   # seconds: the death of an older worker is bad luck, not bad code
 BACKOFF = (0.1, 30.0)           # seconds: first and longest pause before bad code is tried again
 MAX_MESSAGE = 1 << 16           # bytes of one message
 MAX_SOCKETS = 64                # descriptors handed over at once
@@ -693,9 +693,9 @@ def open_files(options: argparse.Namespace) -> Opened:
         control=control)
 
 
-def write_pidfile(fd: int) -> None:
-    """Name this process in the pidfile, through the fd that root opened."""
-    data = b"%d\n" % os.getpid()
+def write_pidfile(fd: int, pid: int) -> None:
+    """Name the daemon in the pidfile, through the fd that root opened."""
+    data = b"%d\n" % pid
     try:
         os.pwrite(fd, data, 0)
         os.ftruncate(fd, len(data))
@@ -1129,6 +1129,7 @@ class Daemon:
         self.workers: List[Child] = []
         self.leaving: List[Child] = []              # workers that drain
         self.talks: List[Channel] = []              # open conversations on the control socket
+        self.ends: List[socket.socket] = []         # of the channels to all children
         self.is_owner = self.is_leaving = False
         self.restarts, self.pause, self.next_start = 0, 0.0, 0.0
         self.last_error = ""
@@ -1148,16 +1149,11 @@ class Daemon:
             self.own()
         if self.options.predecessor:
             call(self.server, "hold")   # no client shall meet the old and the new one in turn
-        self.workers = self.bring_up()
-        if prober is None and hasattr(self.server, "probe"):
-            prober = self.fork(self.probe)
-        if prober is not None:
-            self.await_entered([prober], self.workers)
-            os.waitpid(prober.pid, 0)
+        self.workers = self.bring_up(prober)
         if report is not None:
             greeting = str(getattr(self.server, "greeting", None) or "")
             report.send("ready", greeting=greeting, addresses=self.addresses())
-            become_owner(report, self.own)
+            self.begin(report)
         call(self.server, "release")    # whom we replace takes no more requests
         notify(self.options, "READY=1\nSTATUS=%s" % self.addresses())
         while self.workers or self.leaving or not self.is_leaving or not self.size:
@@ -1171,7 +1167,22 @@ class Daemon:
         """Become the daemon of this pidfile."""
         take_instance(self.opened.lock, self.options.predecessor)
         self.is_owner = True
-        write_pidfile(self.opened.pidfile)
+        write_pidfile(self.opened.pidfile, os.getpid())
+
+    def begin(self, report: Channel) -> None:
+        """Begin at the command's word.  If that dies, the predecessor's state decides."""
+        try:
+            become_owner(report, self.own)
+        except Fatal:
+            if not self.is_owner:
+                raise
+            deadline = time.monotonic() + ANSWER
+            while lock_holder(self.opened.lock, INSTANCE) is not None:
+                if time.monotonic() > deadline:     # it was never told to leave: so we do
+                    self.is_owner = False
+                    write_pidfile(self.opened.pidfile, self.options.predecessor)
+                    raise
+                time.sleep(POLL)
 
     def step(self) -> None:
         """Wait a moment for what comes, and do it."""
@@ -1231,6 +1242,7 @@ class Daemon:
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
         theirs.close()
+        self.ends = [end for end in self.ends if end.fileno() >= 0] + [ours]
         return Child(pid, Channel(ours))
 
     def be_child(self, life: Callable[[Channel], None], channel: Channel) -> NoReturn:
@@ -1259,8 +1271,8 @@ class Daemon:
             signal.signal(number, on_end)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
-        for channel in [child.channel for child in self.workers + self.leaving] + self.talks:
-            channel.end.close()
+        for end in self.ends + [talk.end for talk in self.talks]:
+            end.close()
         os.close(self.opened.pidfile)
         os.close(self.opened.lock)
         if self.control is not None:
@@ -1281,6 +1293,7 @@ class Daemon:
                 os._exit(1)
             elif event == "drain":
                 drain(self.server)
+                channel.send("draining")
             elif event == "reopen":
                 reopen(self.log_path)
                 channel.send("reopened")
@@ -1290,24 +1303,38 @@ class Daemon:
         self.server.probe()
         channel.send("entered")
 
-    def bring_up(self) -> List[Child]:
-        """Return a full set of new workers, all inside serve_forever(); if one fails none stays."""
+    def bring_up(self, prober: Optional[Child] = None) -> List[Child]:
+        """Return a full set of new workers that have proved themselves; if one fails none stays."""
         fresh: List[Child] = []
         try:
             for _ in range(self.size):
                 fresh.append(self.fork(self.work))
             self.await_entered(fresh, [])
+            self.prove(fresh, prober)
         except BaseException:
             for child in fresh:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(child.pid, signal.SIGKILL)
+                    os.waitpid(child.pid, 0)
+                child.channel.end.close()
             raise
         return fresh
+
+    def prove(self, fresh: List[Child], prober: Optional[Child]) -> None:
+        """Have new workers probed; without a probe they must live for a moment, like a script."""
+        if prober is None and fresh and hasattr(self.server, "probe"):
+            prober = self.fork(self.probe)
+        if prober is not None:
+            self.await_entered([prober], fresh)
+            os.waitpid(prober.pid, 0)
+            prober.channel.end.close()
+        elif readable([child.channel.end for child in fresh], time.monotonic() + ALIVE):
+            self.await_entered([], fresh)
 
     def await_entered(self, waiting: List[Child], watched: List[Child]) -> None:
         """Return when all the waiting have entered; raise Fatal when one of all ends first."""
         waiting, deadline = list(waiting), time.monotonic() + self.options.start_timeout
-        while waiting:
+        while waiting or readable([child.channel.end for child in watched], 0):
             ends = readable([child.channel.end for child in waiting + watched], deadline)
             if not ends:
                 raise Fatal("unable to start: not ready after %g s" % self.options.start_timeout)
@@ -1315,7 +1342,8 @@ class Daemon:
                 message = child.channel.receive(deadline) or {"event": ""}
                 if message["event"] != "entered":
                     end = describe(os.waitpid(child.pid, 0)[1])
-                    raise failure(message, "a process of it %s" % end)
+                    fatal = failure(message, "a process of it %s" % end)
+                    raise Fatal(str(fatal), 1, fatal.trace)     # 2, usage, is for bind()
                 waiting.remove(child)
 
     def reap(self) -> None:
@@ -1335,16 +1363,17 @@ class Daemon:
         """Note an unexpected death; the pause before the next start grows while they die young."""
         self.workers.remove(child)
         self.complain("worker %d %s" % (child.pid, describe(status)))
-        is_settled = time.monotonic() - child.born > SETTLED
+        is_killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        is_settled = is_killed or time.monotonic() - child.born > SETTLED
         self.pause = 0.0 if is_settled else min(BACKOFF[1], max(BACKOFF[0], 2 * self.pause))
         self.next_start = time.monotonic() + self.pause
 
     def replace_dead(self) -> None:
-        """Start workers where some are missing."""
+        """Start a worker where one is missing."""
         missing = 0 if self.is_leaving else self.size - len(self.workers)
         if missing > 0 and time.monotonic() >= self.next_start:
-            self.workers += [self.fork(self.work) for _ in range(missing)]
-            self.restarts += missing
+            self.workers.append(self.fork(self.work))
+            self.restarts += 1
 
     def retire(self, children: List[Child]) -> None:
         """Tell workers to finish what they have, and go."""
@@ -1372,7 +1401,8 @@ class Daemon:
             if isinstance(error.__context__ or error, PermissionError):     # root could, we cannot
                 reason = reason.partition("\n")[0] + "\ntry: daemonize.py restart"
             self.complain("reload refused: %s%s" % (fatal.trace, reason))
-        notify(self.options, "READY=1\nSTATUS=%s" % (reason or self.addresses()))
+        said = reason.replace("\n", "; ") or self.addresses()
+        notify(self.options, "READY=1\nSTATUS=%s" % said)
         return reason
 
     # -- the log
@@ -1451,6 +1481,9 @@ class Daemon:
         self.is_leaving, self.is_owner = True, False
         workers, self.workers = self.workers, []
         self.retire(workers)
+        deadline = time.monotonic() + TICK
+        for child in workers:           # so that the command can tell the new one to begin
+            child.has_said("draining", deadline)
         if not self.size:
             drain(self.server)
 
@@ -1559,17 +1592,21 @@ class Control:
     """A conversation with the daemon that has that pid.  Raises OSError if it does not talk."""
 
     def __init__(self, files: Files, pid: int) -> None:
-        end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.channel = Channel(end)
-        try:
-            end.settimeout(ANSWER)
-            with working_in(files.folder):
-                end.connect(os.path.basename(files.control))
-            if peer_of(end)[0] not in (None, pid):
+        # .new stays where a restart was killed between the old one's leave and the rename
+        for name in (files.control + ".new", files.control):
+            end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self.channel = Channel(end)
+            try:
+                end.settimeout(ANSWER)
+                with working_in(files.folder):
+                    end.connect(os.path.basename(name))
+                if peer_of(end)[0] in (None, pid):
+                    return
                 raise ConnectionRefusedError(errno.ECONNREFUSED, "another process listens there")
-        except OSError:
-            end.close()
-            raise
+            except OSError:
+                end.close()
+                if name == files.control:
+                    raise
 
     def ask(self, event: str, wait: float = ANSWER) -> Dict[str, Any]:
         with limited(wait + TICK):
@@ -1773,7 +1810,7 @@ def launch(options: argparse.Namespace, turn: Turn, new: List[str],
         result = end_starter(starter, signal.SIGTERM)
         if isinstance(error, EOFError):
             error = Fatal("unable to start: it %s before it was ready" % describe(result))
-        if isinstance(error, Fatal) and not error.trace and error.status == 1:
+        if isinstance(error, Fatal) and not error.trace and error.status == 1 and old is None:
             error.trace = log_since(logfile, logged)
         tidy(options, new)
         raise error
@@ -1792,9 +1829,9 @@ def attend(options: argparse.Namespace, report: Channel, turn: Turn,
         turn.note(options, turn.holder() or 0)
     else:
         turn.note(options)
-        os.rename(options.files.control + ".new", options.files.control)
         with contextlib.suppress(OSError):          # no answer: succeed() waits, and ends it
             old.ask("leave")
+        os.rename(options.files.control + ".new", options.files.control)
     report.send("begin")
     expect(report, "began", ANSWER)
     if options.kind in ("script", "program"):
@@ -1867,6 +1904,8 @@ def be_starter(options: argparse.Namespace, report: Channel) -> None:
             return
     except SystemExit as error:
         status = exit_status(error)
+        if isinstance(error.code, str):             # sys.exit("why")
+            report.fail(Fatal(error.code))
     except BaseException as error:
         status = 1
         if is_daemon:
@@ -1904,12 +1943,14 @@ def become_daemon(options: argparse.Namespace, opened: Opened, server: Any,
 
     def own() -> None:
         take_instance(opened.lock, None)
-        write_pidfile(opened.pidfile)
+        write_pidfile(opened.pidfile, os.getpid())
     if report is None:
         own()
     else:
         report.send("ready")
         become_owner(report, own)
+    if options.kind != "library":
+        notify(options, "READY=1")
     if options.kind == "program":
         host_program(options, opened)
     elif options.kind == "script":
@@ -1943,7 +1984,8 @@ def stop(options: argparse.Namespace) -> int:
                 end_daemon(Target(turn, pid), options.timeout)
         if pid is not None:
             raise Fatal("unable to stop %s: pid %s holds its lock" % (options.name, pid))
-        for path in (options.files.pidfile, options.files.control):
+        control = options.files.control
+        for path in (options.files.pidfile, control, control + ".new"):
             with contextlib.suppress(FileNotFoundError, IsADirectoryError):
                 os.unlink(path)                     # a name; what it may link to stays as it is
     return 0
@@ -2156,8 +2198,11 @@ def be_init() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
     child = os.fork()
     if child:
+        def pass_on(signum: int, frame: Optional[FrameType]) -> None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signum)
         for number in HANDLED - {signal.SIGCHLD}:
-            signal.signal(number, lambda signum, frame: os.kill(child, signum))
+            signal.signal(number, pass_on)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
     while child:
         pid, result = os.wait()
