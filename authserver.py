@@ -3130,7 +3130,7 @@ def is_private(sock: socket.socket) -> bool:
 def open_sockets(options: argparse.Namespace) -> List[socket.socket]:
     """Return listening sockets for all addresses asked for, from those handed over if they fit."""
     given = list(getattr(options, "sockets", []))
-    if given and not options.bind:
+    if given and not options.bind and not getattr(options, "predecessor", None):
         return given            # systemd knows where
     sockets = []
     for text in options.bind or [DEFAULT_ADDRESS]:

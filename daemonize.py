@@ -200,8 +200,10 @@ def look_up_identity(user: Optional[str], group: Optional[str]) -> Optional[Iden
             gid = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
         name = "root" if user is None else user
         entry = pwd.getpwuid(int(name)) if name.isdecimal() else pwd.getpwnam(name)
+        if (gid or 0) >= 1 << 32:
+            raise OverflowError("no such number")
     except (KeyError, OverflowError) as error:
-        if user and user.isdecimal() and gid is not None and int(user) < 1 << 32:
+        if user and user.isdecimal() and gid is not None and max(int(user), gid) < (1 << 32) - 1:
             return Identity(int(user), gid, "", "/")
         raise Fatal("unable to switch to %s: %s" % (user or group, str(error).strip("'\"")))
     return Identity(entry.pw_uid, entry.pw_gid if gid is None else gid, entry.pw_name, entry.pw_dir)
@@ -420,7 +422,7 @@ def take_instance(fd: int, predecessor: Optional[int]) -> None:
     """Take the instance lock.  Read locks can be shared: but only with the one we replace."""
     set_lock(fd, fcntl.F_SETLK, fcntl.F_RDLCK, INSTANCE)
     holder = lock_holder(fd, INSTANCE)
-    if holder not in (None, predecessor):
+    if holder not in (None, -1, predecessor):
         set_lock(fd, fcntl.F_SETLK, fcntl.F_UNLCK, INSTANCE)
         raise Fatal("unable to start: already running with pid %s" % holder)
 
@@ -451,12 +453,11 @@ class Lock:
         A script or program may close all its fds (daemons do), and the lock with them; then pid
         and time of birth, which its start noted, prove it as well.
         """
-        pid = lock_holder(self.fd, INSTANCE)
-        if pid is None:
-            record = self.record()
-            if record.get("birth") and birth_of(record.get("pid")) == record["birth"]:
-                pid = int(record["pid"])
-        return pid
+        pid, record = lock_holder(self.fd, INSTANCE), self.record()
+        if pid not in (None, -1):       # -1: a lock that names nobody (fcntl(2), OFD)
+            return pid
+        is_noted = record.get("birth") and is_trusted(os.path.dirname(self.path))
+        return record["pid"] if is_noted and birth_of(record["pid"]) == record["birth"] else None
 
     def record(self) -> Dict[str, Any]:
         """Return what was noted of the last start, {} if none has succeeded yet."""
@@ -542,6 +543,8 @@ def open_regular(path: str, flags: int, mode: int, owner: Optional[int] = None) 
         problem = "it has another name (a hard link)"
     elif owner is not None and facts.st_uid not in (0, owner):
         problem = "it belongs to uid %d" % facts.st_uid
+    elif mode == 0o600 and facts.st_mode & 0o077:       # a pidfile, renamed to be the lock file?
+        problem = "others can read it"
     if problem:
         os.close(fd)
         raise Fatal("unable to open %s: %s" % (path, problem))
@@ -597,16 +600,26 @@ def acting_as(identity: Optional[Identity]) -> Iterator[None]:
         os.setgroups(groups)
 
 
+@contextlib.contextmanager
+def careful(path: str, identity: Optional[Identity]) -> Iterator[bool]:
+    """Have root's rights only where nobody else can change the path's folder; yields whether so."""
+    folder = os.path.dirname(path)
+    is_safe = os.path.isdir(folder) and is_trusted(folder) and not os.stat(folder).st_mode & 0o022
+    with acting_as(None if is_safe else identity):
+        yield is_safe
+
+
 def open_log(path: str, identity: Optional[Identity]) -> int:
     """Return the log's fd, for appending; a new log is the daemon user's from its first byte.
 
-    In a folder that others may change it is opened with the user's rights, never with root's.
-    Runs as: root.  See: open(2) O_APPEND; twistd: startLogger.
+    Runs as: root; in a folder that others may change, with the user's rights.
+    See: open(2) O_APPEND; twistd: startLogger.
     """
-    is_new, folder = not os.path.lexists(path), os.path.dirname(path)
-    is_safe = os.path.isdir(folder) and is_trusted(folder)
-    with acting_as(None if is_safe else identity):
+    is_new, owner = not os.path.lexists(path), identity.uid if identity else os.geteuid()
+    with careful(path, identity) as is_safe:
         fd = open_regular(path, os.O_WRONLY | os.O_APPEND, 0o640)
+    if not is_safe and os.fstat(fd).st_uid not in (0, owner, os.geteuid()):
+        raise Fatal("unable to open %s: it belongs to uid %d" % (path, os.fstat(fd).st_uid))
     if is_new and is_safe and identity is not None:
         os.fchown(fd, identity.uid, identity.gid)
     return fd
@@ -640,23 +653,26 @@ def inside(path: Optional[str], chroot: Optional[str]) -> Optional[str]:
 @contextlib.contextmanager
 def working_in(folder: str) -> Iterator[None]:
     """Enter folder for a moment: unix(7) addresses hold 104 to 108 bytes only."""
-    here = os.open(".", os.O_RDONLY | os.O_CLOEXEC)
+    here = None
+    with contextlib.suppress(PermissionError):      # su nobody, in /root: nowhere to go back to
+        here = os.open(".", os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.chdir(folder)
         yield
     finally:
-        os.fchdir(here)
-        os.close(here)
+        if here is not None:
+            os.fchdir(here)
+            os.close(here)
 
 
 def bind_control(path: str) -> socket.socket:
     """Return a unix socket bound at path, 0600, not listening yet.  See: unix(7)."""
     control, name = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), os.path.basename(path)
     with working_in(os.path.dirname(path)):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
         umask = os.umask(0o177)         # and not chmod(2): the name may be another's by then
         try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
             control.bind(name)
         except OSError as error:
             raise Fatal("unable to bind %s: %s" % (path, because(error)))
@@ -684,11 +700,14 @@ def open_files(options: argparse.Namespace) -> Opened:
     if options.kind == "app":
         control = bind_control(files.control + (".new" if options.predecessor else ""))
     output = open_log(files.logfile, options.identity) if files.logfile else None
+    pidfile = open_regular(files.pidfile, os.O_RDWR, 0o644, os.geteuid())
+    if os.fstat(pidfile).st_uid == os.geteuid():
+        os.fchmod(pidfile, 0o644)       # an older one, too
     return Opened(
         stdin=os.open(options.stdin, os.O_RDONLY | os.O_CLOEXEC),
         stdout=output,
         stderr=open_log(options.stderr, options.identity) if options.stderr else output,
-        pidfile=open_regular(files.pidfile, os.O_RDWR, 0o644, os.geteuid()),
+        pidfile=pidfile,
         lock=open_regular(files.lock, os.O_RDONLY, 0o600, os.geteuid()),
         control=control)
 
@@ -773,8 +792,8 @@ def failure(message: Dict[str, Any], otherwise: str) -> Fatal:
     if message["event"] == "fatal":
         status = 2 if message.get("status") == 2 else 1
         return Fatal(str(message.get("text")), status, str(message.get("trace", "")))
-    if message["event"] == "died":
-        otherwise = "it %s before it was ready" % describe(int(message.get("status", 0)))
+    if message["event"] == "died" and isinstance(message.get("status"), int):
+        otherwise = "it %s before it was ready" % describe(message["status"])
     return Fatal("unable to start: " + otherwise)
 
 
@@ -830,9 +849,13 @@ def watch_birth(daemon: int, report: Channel, abandon: Callable[[], None]) -> No
 def redirect(opened: Opened) -> None:
     """Point fds 0 to 2 at what step 3 opened: children, C code and crashes log there, too."""
     os.dup2(opened.stdin, 0)
+    moved = {opened.stdin}
     for fd, number in ((opened.stdout, 1), (opened.stderr, 2)):
         if fd is not None:
             os.dup2(fd, number)
+            moved.add(fd)
+    for fd in moved:
+        os.close(fd)                    # or a log that was rotated away would keep its space
 
 
 # -- 6. The jail, and giving up root -----------------------------------------
@@ -979,14 +1002,17 @@ def bind_application(options: argparse.Namespace) -> Any:
 
 def host_script(options: argparse.Namespace, opened: Opened) -> None:
     """Run a Python file as __main__; its end is the daemon's end."""
-    import runpy                # here: only scripts need it
     path = inside(options.files.logfile, options.chroot)
     install_handlers(options, lambda signum, frame: reopen(path))
     sys.argv = [options.app_path] + (options.arguments or [])
     sys.path.insert(0, os.path.dirname(options.app_path))
+    ours, script = sys.modules["__main__"], ModuleType("__main__")
+    script.__file__ = options.app_path
+    sys.modules["__main__"] = script
     try:
-        runpy.run_path(options.app_path, run_name="__main__")
+        exec(options.code, script.__dict__)
     finally:
+        sys.modules["__main__"] = ours
         end_family(options.groups(), options.timeout)
         os.ftruncate(opened.pidfile, 0)
 
@@ -1129,6 +1155,7 @@ class Daemon:
         self.workers: List[Child] = []
         self.leaving: List[Child] = []              # workers that drain
         self.talks: List[Channel] = []              # open conversations on the control socket
+        self.heir: Optional[Channel] = None         # who took our sockets
         self.ends: List[socket.socket] = []         # of the channels to all children
         self.is_owner = self.is_leaving = False
         self.restarts, self.pause, self.next_start = 0, 0.0, 0.0
@@ -1166,8 +1193,8 @@ class Daemon:
     def own(self) -> None:
         """Become the daemon of this pidfile."""
         take_instance(self.opened.lock, self.options.predecessor)
-        self.is_owner = True
         write_pidfile(self.opened.pidfile, os.getpid())
+        self.is_owner = True
 
     def begin(self, report: Channel) -> None:
         """Begin at the command's word.  If that dies, the predecessor's state decides."""
@@ -1217,6 +1244,7 @@ class Daemon:
         Runs as: the daemon user.  See: unlink(2) EACCES, ftruncate(2); twistd: removePIDFile.
         """
         guard()
+        signal.set_wakeup_fd(-1)
         notify(self.options, "STOPPING=1")
         tell_family(self.options)
         end_family(self.options.groups(), self.options.timeout)
@@ -1414,6 +1442,7 @@ class Daemon:
         children, deadline = self.workers + self.leaving, time.monotonic() + ANSWER
         for child in children:
             child.tell("reopen")
+        self.obstacle = self.options.obstacle
         return all([child.has_said("reopened", deadline) for child in children])
 
     def is_full(self) -> bool:
@@ -1458,6 +1487,7 @@ class Daemon:
             elif event == "reload":
                 talk.send("reloaded", reason=self.reload())
             elif event == "sockets":
+                self.heir = talk
                 self.hand_over(talk.end)
             elif event == "leave":
                 self.leave()
@@ -1467,6 +1497,8 @@ class Daemon:
         if not event:
             talk.end.close()
             self.talks.remove(talk)
+            if talk is self.heir and self.is_owner:     # the new one failed, maybe late
+                write_pidfile(self.opened.pidfile, os.getpid())
 
     def hand_over(self, end: socket.socket) -> None:
         """Send our listening sockets.  See: unix(7), SCM_RIGHTS."""
@@ -1775,10 +1807,12 @@ def make_folders(options: argparse.Namespace) -> List[str]:
 def tidy(options: argparse.Namespace, new: List[str]) -> None:
     """Remove what a failed start made, but a log that says something; empty an older pidfile."""
     for path in new:
-        with contextlib.suppress(OSError):          # not there, not empty
-            if os.path.isdir(path):
+        identity = options.identity if path == options.files.logfile else None
+        with contextlib.suppress(OSError), careful(path, identity):     # not there, not empty
+            facts = os.lstat(path)
+            if stat.S_ISDIR(facts.st_mode):
                 os.rmdir(path)
-            elif not path.endswith("log") or os.path.getsize(path) == 0:
+            elif path != options.files.logfile or facts.st_size == 0:
                 os.unlink(path)
     if options.predecessor is None and os.path.lexists(options.files.pidfile):
         with contextlib.suppress(Fatal):            # an odd one, which was refused, stays as it is
@@ -1811,7 +1845,7 @@ def launch(options: argparse.Namespace, turn: Turn, new: List[str],
         if isinstance(error, EOFError):
             error = Fatal("unable to start: it %s before it was ready" % describe(result))
         if isinstance(error, Fatal) and not error.trace and error.status == 1 and old is None:
-            error.trace = log_since(logfile, logged)
+            error.trace = log_since(options, logged)
         tidy(options, new)
         raise error
     end_starter(starter, signal.SIGKILL)
@@ -1828,12 +1862,16 @@ def attend(options: argparse.Namespace, report: Channel, turn: Turn,
     if old is None:
         turn.note(options, turn.holder() or 0)
     else:
-        turn.note(options)
         with contextlib.suppress(OSError):          # no answer: succeed() waits, and ends it
             old.ask("leave")
-        os.rename(options.files.control + ".new", options.files.control)
+        try:
+            os.rename(options.files.control + ".new", options.files.control)
+        except OSError as error:
+            warn("unable to rename the control socket: %s" % because(error))
     report.send("begin")
     expect(report, "began", ANSWER)
+    if old is not None:
+        turn.note(options)
     if options.kind in ("script", "program"):
         message = report.receive(time.monotonic() + ALIVE)
         if message is not None:
@@ -1878,9 +1916,10 @@ def greet(options: argparse.Namespace, facts: Dict[str, Any]) -> None:
         emit(1, str(facts["greeting"]).rstrip("\n") + "\n")
 
 
-def log_since(path: str, size: int) -> str:
+def log_since(options: argparse.Namespace, size: int) -> str:
     """Return the last lines of what was logged beyond that size."""
-    with contextlib.suppress(Fatal, OSError):
+    path = options.files.logfile
+    with contextlib.suppress(Fatal, OSError), careful(path, options.identity):
         with open(open_regular(path, os.O_RDONLY, 0o640), "rb") as stream:
             stream.seek(max(size, os.fstat(stream.fileno()).st_size - MAX_MESSAGE))
             lines = stream.read().decode("utf-8", "replace").splitlines()[-30:]
@@ -1923,6 +1962,9 @@ def prepare(options: argparse.Namespace) -> Tuple[Opened, Any]:
         default_files(options.name)     # raises, and says why there is none
     options.obstacle = rotation_obstacle(options)
     server = bind_application(options) if options.kind == "app" else None
+    if options.kind == "script":        # now: a jail may not have it
+        with open(options.app_path, "rb") as stream:
+            options.code = compile(stream.read(), options.app_path, "exec")
     if server is not None and options.obstacle and options.log_bytes:
         warn("unable to rotate %s: %s" % (options.files.logfile, options.obstacle))
     try:
@@ -2077,8 +2119,8 @@ def reload(options: argparse.Namespace) -> int:
             reason = str(control.ask("reload", options.start_timeout).get("reason"))
     except OSError as error:
         reason = because(error)
-    if reason:
-        raise Fatal("unable to reload %s: %s" % (options.name, reason))
+    if reason:                          # its lines are not to look like ours
+        raise Fatal("unable to reload %s: %s" % (options.name, reason.replace("\n", "\n  ")))
     tell(options, "%s is reloaded" % options.name)
     return 0
 
@@ -2161,6 +2203,7 @@ def run(options: argparse.Namespace) -> int:
             tidy(options, new)
             raise
         turn.note(options, os.getpid() if options.kind != "app" else 0)
+    take_instance(opened.lock, None)                # its fd is the only one from here on
     reset_signals()
     options.has_terminal = has_terminal()
     if not options.has_terminal and os.getpgrp() != os.getpid():
@@ -2429,6 +2472,7 @@ def main(argv: List[str]) -> int:
         fd = os.open(os.devnull, os.O_RDWR)
     os.close(fd)
     try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)       # a start tidies up
         sockets = inherited_sockets()
         close_inherited()
         umask = os.umask(0o077)
