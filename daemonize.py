@@ -578,7 +578,9 @@ def check_folder(folder: str) -> None:
     """Refuse, as root, a pidfile's folder that others could swap: it may be theirs, not its way."""
     if not os.path.isdir(folder):
         raise Fatal("unable to use %s: no such directory" % folder)
-    if os.geteuid() == 0 and not is_trusted(folder) and not is_trusted(os.path.dirname(folder)):
+    if os.geteuid() != 0 or is_trusted(folder):
+        return
+    if os.path.islink(folder) or not is_trusted(os.path.dirname(folder)):
         raise Fatal("unable to trust %s: others than root can change where it leads" % folder)
 
 

@@ -75,20 +75,36 @@ NOBODY, OTHER = 65534, 1  # two users (and groups) that are neither root nor eac
 
 TEMP = tempfile.mkdtemp(prefix="daemonize-test-")
 TOKEN = os.path.basename(TEMP)  # in every name that a test uses outside TEMP
-atexit.register(lambda owner: owner == os.getpid() and shutil.rmtree(TEMP, True), os.getpid())
 os.chmod(TEMP, 0o755)
 ENVIRONMENT = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH")
                if name in os.environ}
 ENVIRONMENT.update(DAEMONIZE_TEST=TOKEN, PYTHONPYCACHEPREFIX=os.path.join(TEMP, "pycache"))
 
+
+@atexit.register
+def remove_temp(owner: int = os.getpid()) -> None:
+    """Remove the folder of the run, though it was interrupted; not in a forked child."""
+    if owner == os.getpid():
+        shutil.rmtree(TEMP, ignore_errors=True)
+
+
 needs_root = unittest.skipUnless(ROOT, "needs root")
 needs_user = unittest.skipIf(ROOT, "needs an ordinary user")
+needs_home = unittest.skipUnless(os.access(pwd.getpwuid(os.getuid()).pw_dir, os.W_OK), "needs a home")
 needs_linux = unittest.skipUnless(LINUX, "needs Linux with /proc")
 
 
 def needs(program: str) -> Callable[[Any], Any]:
     """Skip a test where `program` is not installed."""
     return unittest.skipUnless(shutil.which(program), "needs " + program)
+
+
+def remove(*paths: str) -> None:
+    """Remove files, and folders with what is in them."""
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.unlink(path)
 
 
 class Result(NamedTuple):
@@ -214,6 +230,8 @@ def free_port() -> int:
 class Box:
     """A folder, the commands run in it, and the end of every process that came of them."""
 
+    server: "subprocess.Popen[bytes]"  # of serve()
+
     def __init__(self) -> None:
         self.folder = tempfile.mkdtemp(prefix=os.fsdecode(b"b\xc3\xb6 x-"), dir=TEMP)
         os.chmod(self.folder, 0o755)
@@ -288,8 +306,8 @@ class Box:
         until(lambda: "listening on" in read(self.path("output")) or self.server.poll(), "a server")
         return self.address(Result(0, read(self.path("output")).partition("listening on")[2], "", 0))
 
-    def close(self) -> None:
-        """End every process of this box and remove its folder."""
+    def end(self) -> None:
+        """End every process of this box."""
         pids = self.processes() if LINUX else [self.pid()] * bool(self.pid())
         while pids:
             for pid in pids:
@@ -298,11 +316,16 @@ class Box:
             pids = self.processes()
         if hasattr(self, "server"):
             self.server.wait()
+
+    def close(self) -> None:
+        """End every process of this box and remove its folder."""
+        self.end()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class BoxTest(unittest.TestCase):
     """A test with a Box of its own."""
+    box: Box
 
     def setUp(self) -> None:
         self.box = Box()
@@ -311,6 +334,7 @@ class BoxTest(unittest.TestCase):
 
 class SharedBoxTest(unittest.TestCase):
     """Tests that look at one Box and at what set_up started in it, and leave it as it was."""
+    box: Box
 
     @classmethod
     def setUpClass(cls) -> None:
@@ -1735,6 +1759,7 @@ def statuses(octets: bytes) -> List[int]:
 
 class HttpTest(SharedBoxTest):
     """A server that tests of a class share: SCRIPT makes `server`, or the example runs."""
+    at: str
     script = 'server = AuthServer(("127.0.0.1", 0), protect(ExampleHandler, passwords))'
 
     @classmethod
@@ -2118,6 +2143,7 @@ class HttpHandlers(HttpTest):
 
 class HttpStock(HttpTest):
     """protect() and protect_wsgi() under other servers"""
+    addresses: Dict[str, str]
 
     SERVERS = {
         "SimpleHTTPRequestHandler on AuthServer": '''
@@ -2645,6 +2671,13 @@ class CommandLine(BoxTest):
 
 class Start(SharedBoxTest):
     """A daemon after `start` by a careless parent (signals ignored and blocked, descriptors open)"""
+    result: Result
+    leak: bool
+    text: str
+    mtime: float
+    address: str
+    facts: Dict[str, Any]
+    pid: int
 
     @classmethod
     def set_up(cls) -> None:
@@ -2810,16 +2843,15 @@ class Starting(BoxTest):
         self.assertLess(self.box.command("stop").seconds, 1.5)
         self.assertFalse(is_alive(pid))
 
-    @unittest.skipUnless(os.access(pwd.getpwuid(os.getuid()).pw_dir, os.W_OK), "needs a home directory")
+    @needs_home
     def test_the_default_files_depend_on_user_and_name_only(self) -> None:
         """Without --pidfile a login shell and `env -i` find the same daemon by its name."""
         name = TOKEN + "-" + self.box.folder[-8:]
         home = pwd.getpwuid(os.getuid()).pw_dir
         places = (["/run/%s.pid" % name, "/var/log/%s/%s.log" % (name, name)] if ROOT else
                   [os.path.join(home, "." + name, part) for part in ("pid", "log")])
-        for place in glob.glob("/run/%s*" % name) + [os.path.dirname(places[1])]:
-            self.addCleanup(shutil.rmtree, place, ignore_errors=True)
-        self.addCleanup(lambda: [os.unlink(path) for path in glob.glob("/run/%s*" % name)])
+        for place in places + [places[0] + ".lock", os.path.dirname(places[1])]:
+            self.addCleanup(remove, place)
         self.box.daemonize("start", "--name", name, "--app", self.box.write("app.py", APP),
                            env=dict(self.box.env, HOME=self.box.folder, XDG_RUNTIME_DIR=self.box.folder,
                                     TMPDIR=self.box.folder))
@@ -3366,7 +3398,7 @@ class Run(BoxTest):
             notify.bind(path)
             self.addCleanup(os.unlink, path)
             notify.settimeout(PATIENCE)
-            heard = []
+            heard: List[str] = []
 
             def hears(word: str) -> str:
                 while word not in "\n".join(heard[-1:]).split("\n"):
@@ -3617,14 +3649,17 @@ class Lock(BoxTest):
 
 @needs_root
 class Privilege(SharedBoxTest):
-    """A daemon that root started for another user, with its files in a folder that only root may enter"""
+    """A daemon that root started for another user, its files in a folder that only root may enter"""
+    result: Result
+    address: str
+    facts: Dict[str, Any]
 
     @classmethod
     def set_up(cls) -> None:
         """Start APP as NOBODY with group OTHER; root comes with supplementary groups."""
         def with_groups() -> None:
             os.setgroups([0, 4, 27])
-        cls.folder = cls.box.make("sealed", 0o700)
+        cls.box.make("sealed", 0o700)
         cls.box.pidfile, cls.box.log = cls.box.path("sealed", "d.pid"), cls.box.path("sealed", "d.log")
         app = APP + "print('first byte', flush=True)\n"
         cls.result = cls.box.start("--uid", str(NOBODY), "--gid", str(OTHER), "--bind",
@@ -3872,7 +3907,7 @@ class Logfile(BoxTest):
         if run(["mount", "-t", "tmpfs", "-o", "size=64k,mode=755", "none", small]).code:
             self.skipTest("needs the right to mount")
         self.addCleanup(lambda: until(lambda: run(["umount", small]).code == 0, "umount"))
-        self.addCleanup(lambda: [os.kill(pid, signal.SIGKILL) for pid in self.box.processes()])
+        self.addCleanup(self.box.end)
         self.box.log = self.box.path("small", "d.log")
         address = self.box.address(self.box.start(app=APP + QUIET_PRINT))
         with contextlib.suppress(OSError), open(self.box.path("small", "filler"), "wb", 0) as filler:
@@ -3986,7 +4021,7 @@ class HostileDaemon(BoxTest):
         self.box.write("app.py", APP)
         self.replace(self.box.pidfile, lambda path: os.symlink(self.precious, path))
         self.all_commands("start", "status", "stop")
-        self.as_nobody(lambda: os.unlink(self.box.pidfile) if os.path.lexists(self.box.pidfile) else None)
+        self.as_nobody(lambda: remove(self.box.pidfile))
         self.start_as_nobody()
         self.replace(self.box.pidfile, lambda path: os.symlink(self.precious, path))
         self.all_commands()
@@ -4462,7 +4497,7 @@ class House(unittest.TestCase):
         run(argv + ["stop", "--pidfile", box.pidfile], 0, env=box.env)
 
 
-# -- 4. Both programs together ------------------------------------------------
+# -- 5. Both programs together ------------------------------------------------
 
 
 def ha1_line(user: str, password: str, realm: str = "authserver") -> str:
@@ -4494,16 +4529,6 @@ def refusal(address: str, scheme: str, user: str, password: str) -> int:
             error.close()
         return error.code
     return 0
-
-
-def remove(path: str) -> None:
-    """Remove a file or a folder with what is in it."""
-    shutil.rmtree(path, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        os.unlink(path)
-
-
-needs_home = unittest.skipUnless(os.access(pwd.getpwuid(os.getuid()).pw_dir, os.W_OK), "needs a home directory")
 
 
 class Together(BoxTest):
@@ -4647,7 +4672,7 @@ class DefaultFilesTest(BoxTest):
         home = os.path.join(pwd.getpwuid(os.getuid()).pw_dir, "." + self.name)
         self.passwords = "/etc/%s.passwords" % self.name if ROOT else os.path.join(home, "passwords")
         places = ["/run/", "/etc/", "/var/log/"] if ROOT else [os.path.dirname(home) + "/."]
-        self.addCleanup(lambda: [remove(path) for place in places for path in glob.glob(place + self.name + "*")])
+        self.addCleanup(lambda: remove(*(path for place in places for path in glob.glob(place + self.name + "*"))))
         self.addCleanup(self.box.close)  # before its files go
 
     def action(self, action: str, *options: str, **keys: Any) -> Result:
@@ -5372,7 +5397,7 @@ class Sentences(unittest.TextTestResult):
 
 class Runner(unittest.TextTestRunner):
     """A TextTestRunner that speaks in sentences."""
-    resultclass = Sentences
+    resultclass = Sentences  # type: ignore[assignment]
 
 
 def subjects() -> List[Any]:
