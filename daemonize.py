@@ -2022,11 +2022,12 @@ def stop(options: argparse.Namespace) -> int:
             emit(1, "%s did not end within %g s: killed\n" % (options.name, options.timeout))
         else:
             tell(options, "%s is stopped" % options.name)
-        for _ in range(MAX_SOCKETS):                # its children, if it let them have the lock
+        for _ in range(100):                        # its children, if it let them have the lock
             pid = turn.holder()
-            if pid is not None:
-                end_daemon(Target(turn, pid), options.timeout)
-        if pid is not None:
+            if pid is None:
+                break
+            end_daemon(Target(turn, pid), options.timeout)
+        else:
             raise Fatal("unable to stop %s: pid %s holds its lock" % (options.name, pid))
         control = options.files.control
         for path in (options.files.pidfile, control, control + ".new"):
