@@ -647,7 +647,7 @@ def inside(path: Optional[str], chroot: Optional[str]) -> Optional[str]:
     >>> inside("/jail/log/a", "/jail"), inside("/jail2/a", "/jail"), inside("/a", None)
     ('/log/a', None, '/a')
     """
-    if path is None or chroot is None or chroot == "/":
+    if path is None or chroot is None or chroot == "/" or "/" not in path:
         return path
     return path[len(chroot):] or "/" if (path + "/").startswith(chroot + "/") else None
 
@@ -1024,10 +1024,14 @@ def host_program(options: argparse.Namespace, opened: Opened) -> NoReturn:
     os.set_inheritable(opened.lock, True)
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
+    # not execvp(3)'s way: Python imports modules for that, which the daemon's user may not read
+    path = shutil.which(inside(options.program, options.chroot) or "")
+    if path is None:
+        raise Fatal("unable to execute %s: no such program" % options.arguments[0])
     try:
-        os.execvp(options.arguments[0], options.arguments)
+        os.execv(path, options.arguments)
     except OSError as error:
-        raise Fatal("unable to execute %s: %s" % (options.arguments[0], because(error)))
+        raise Fatal("unable to execute %s: %s" % (path, because(error)))
 
 
 def reopen(path: Optional[str]) -> bool:
@@ -2096,7 +2100,7 @@ def succeed(options: argparse.Namespace, turn: Turn, pid: int) -> bool:
 
 def stop_and_start(options: argparse.Namespace, turn: Turn, pid: int) -> None:
     """Restart what has nothing to hand over; look first whether there is something to start."""
-    if options.kind == "program" and shutil.which(options.arguments[0]) is None:
+    if options.kind == "program" and shutil.which(options.program) is None:
         raise Fatal("unable to execute %s: no such program" % options.arguments[0])
     if end_daemon(Target(turn, pid), options.timeout):
         warn("pid %d did not end within %g s: killed" % (pid, options.timeout))
@@ -2446,6 +2450,9 @@ def settle(options: argparse.Namespace, argv: List[str], arguments: Optional[Lis
     except FileNotFoundError:
         options.cwd = None
     options.argv, options.arguments = argv, arguments
+    options.program = arguments[0] if arguments else ""
+    if "/" in options.program:
+        options.program = absolute(options.program)
     options.files = wanted_files(options)
     options.chroot = absolute(options.chroot) if options.chroot else None
     options.rundir = absolute(options.rundir)
