@@ -154,7 +154,7 @@ def calm(seconds: float) -> float:
     return seconds / max(1.0, (time.monotonic() - began) / 0.07)
 
 
-def until(condition: Callable[[], Any], what: str, seconds: float = 5.0) -> Any:
+def until(condition: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
     """Poll until `condition()` is true, and return it; only for what gives no sign of its own."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -3297,11 +3297,11 @@ class Restart(BoxTest):
         """Without options: the options of the last start, the same port, new code, new environment."""
         address = self.box.address(self.box.start("--word", "kept", "--umask", "077", app=APP))
         old = self.box.pid()
-        self.box.write("app.py", APP.replace('"first"', '"second"'))
+        self.box.write("app.py", APP.replace('"first"', '"another"'))
         self.box.command("restart", env=dict(self.box.env, FRESH="yes"), cwd="/")
         facts = ask(address)
         self.assertEqual((facts["version"], facts["umask"], facts["env"].get("FRESH")),
-                         ("second", 0o077, "yes"))
+                         ("another", 0o077, "yes"))
         self.assertEqual(facts["pid"], self.box.pid())
         self.assertFalse(is_alive(old))
         self.assertEqual(self.box.status()["word"], "kept")
