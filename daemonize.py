@@ -580,7 +580,8 @@ def check_folder(folder: str) -> None:
         raise Fatal("unable to use %s: no such directory" % folder)
     if os.geteuid() != 0 or is_trusted(folder):
         return
-    if os.path.islink(folder) or not is_trusted(os.path.dirname(folder)):
+    parent = os.path.dirname(folder)        # in a sticky one its owner could move the folder away
+    if os.path.islink(folder) or not is_trusted(parent) or os.stat(parent).st_mode & 0o022:
         raise Fatal("unable to trust %s: others than root can change where it leads" % folder)
 
 

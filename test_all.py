@@ -4128,6 +4128,15 @@ class HostileDaemon(BoxTest):
                          (self.before.st_mode, self.before.st_uid, 1, self.before.st_ino))
         self.assertIsNone(self.stranger.poll(), "root's process was signalled")
 
+    def test_a_pidfile_folder_that_its_owner_could_move_is_refused(self) -> None:
+        """In a sticky folder (/tmp) who owns a folder may rename it: root keeps no pidfile there."""
+        self.box.make("sticky", 0o1777, 0)
+        self.box.make(os.path.join("sticky", "theirs"), 0o755, NOBODY)
+        self.box.pidfile = self.box.path("sticky", "theirs", "d.pid")
+        refused = self.box.start("--uid", str(NOBODY), app=APP, want=1)
+        self.assertIn("unable to trust", refused.err)
+        self.assertEqual(os.listdir(self.box.path("sticky", "theirs")), [])
+
     def start_as_nobody(self, *options: str) -> str:
         """Start APP for NOBODY and return its address."""
         return self.box.address(self.box.start("--uid", str(NOBODY), *options, app=APP))
@@ -4572,6 +4581,61 @@ class Programs(BoxTest):
         self.assertIn(self.box.command("status", want=None).code, (1, 3))
         self.box.start("--", "sleep", "600")
         self.box.command("status")
+
+
+POOR_SYSTEM = r'''
+import os, signal, socket, sys
+sys.path.insert(0, %r)
+import daemonize
+for module, name in ((os, "pidfd_open"), (signal, "pidfd_send_signal"), (socket, "SO_PEERCRED")):
+    if hasattr(module, name):
+        delattr(module, name)
+daemonize.PROC = "/no-such-folder"
+sys.exit(daemonize.main())
+''' % HERE
+
+
+@needs("ps")
+class Fallbacks(BoxTest):
+    """A system without /proc, pidfd and SO_PEERCRED (macOS, the BSDs), played on this one"""
+
+    def poor(self, action: str, *options: str, want: int = 0) -> Result:
+        """Run an action as on a system that has none of these."""
+        return run([sys.executable, self.box.write("poor.py", POOR_SYSTEM), action, "--pidfile",
+                    self.box.pidfile] + list(options), want, env=self.box.env, cwd=self.box.folder)
+
+    def test_the_life_of_a_daemon(self) -> None:
+        """start, status, reload, restart and stop work, and end children and workers."""
+        app = self.box.write("app.py", APP)
+        user = ["--uid", str(NOBODY)] if ROOT else []
+        address = self.box.address(self.poor("start", "--logfile", self.box.log, "--app", app,
+                                             "--workers", "1", *user))
+        old = ask(address)["pid"]
+        self.poor("status")
+        for action in ("reload", "restart"):
+            self.poor(action)
+            self.assertNotEqual(ask(address)["pid"], old)
+        ask(address, "run two")
+        self.poor("stop")
+        self.assertEqual((self.box.processes(), os.path.exists(self.box.pidfile)), ([], False))
+        self.poor("status", want=3)
+
+    def test_a_stranger_is_not_signalled(self) -> None:
+        """A stale pidfile that names another program: status 1, stop signals nobody."""
+        stranger = self.box.spawn("sleep", "600")
+        self.addCleanup(stranger.wait)
+        self.addCleanup(stranger.kill)
+        self.box.write("d.pid", "%d\n" % stranger.pid)
+        self.poor("status", want=1)
+        self.poor("stop")
+        self.assertIsNone(stranger.poll())
+
+    def test_what_ignores_TERM_is_killed(self) -> None:
+        """A program that ignores SIGTERM, with a child, is killed after the timeout."""
+        self.poor("start", "--logfile", self.box.log, "--", "sh", "-c",
+                  "trap '' TERM; sleep 600 & while :; do sleep 1; done")
+        self.poor("stop", "--timeout", "0.3")
+        self.assertEqual(self.box.processes(), [])
 
 
 class House(unittest.TestCase):
