@@ -4585,13 +4585,13 @@ class Programs(BoxTest):
 
 POOR_SYSTEM = r'''
 import os, signal, socket, sys
-sys.path.insert(0, %r)
-import daemonize
 for module, name in ((os, "pidfd_open"), (signal, "pidfd_send_signal"), (socket, "SO_PEERCRED")):
     if hasattr(module, name):
         delattr(module, name)
+sys.path.insert(0, %r)
+import daemonize
 daemonize.PROC = "/no-such-folder"
-sys.exit(daemonize.main())
+sys.exit(daemonize.main(sys.argv[1:]))
 ''' % HERE
 
 
