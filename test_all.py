@@ -3006,7 +3006,7 @@ class Starting(BoxTest):
         self.box.start(app=APP, preexec_fn=careless)
         pid = self.box.pid()
         self.assertTrue(is_alive(pid))
-        self.assertLess(self.box.command("stop").seconds, 1.5)
+        self.assertLess(self.box.command("stop").seconds, 3)
         self.assertFalse(is_alive(pid))
 
     @needs_home
@@ -3168,7 +3168,7 @@ class Stop(BoxTest):
         self.assertGreaterEqual(len(until(lambda: self.box.processes()[3:], "four") or []), 1)
         result = self.box.command("stop")
         self.assertEqual(self.box.processes(), [])
-        self.assertLess(result.seconds, 1.2)
+        self.assertLess(result.seconds, 3)
         self.assertFalse(os.path.exists(self.box.pidfile))
 
     def test_the_port_is_free_when_stop_returns(self) -> None:
@@ -3525,7 +3525,7 @@ class Run(BoxTest):
         """A zombie counts as stopped."""
         child = self.foreground()
         self.address()
-        self.assertLess(self.box.command("stop").seconds, 2)  # nobody has waited for it yet
+        self.assertLess(self.box.command("stop").seconds, 5)  # nobody has waited for it yet
         self.assertEqual(child.wait(PATIENCE), 0)
 
     def test_restart_from_outside_is_refused(self) -> None:
@@ -4517,7 +4517,7 @@ class Programs(BoxTest):
         self.assertIn("script __main__ ['--pidfile', '@x', '-h']", read(self.box.log))
         self.assertEqual(len(self.box.processes()), 1)
         self.box.command("status")
-        self.assertLess(self.box.command("stop").seconds, 1.5)
+        self.assertLess(self.box.command("stop").seconds, 3)
 
     def test_a_program_gets_its_arguments_untouched(self) -> None:
         """What follows -- is never looked at: options, @names, another --."""
@@ -4533,7 +4533,7 @@ class Programs(BoxTest):
         until(lambda: "%d\n" % pid in read(self.box.log), "its pid")
         self.assertEqual(os.getpgid(pid), pid)
         self.box.command("status")
-        self.assertLess(self.box.command("stop").seconds, 1.5)
+        self.assertLess(self.box.command("stop").seconds, 3)
         self.assertEqual(self.box.processes(), [])
 
     @needs_linux
