@@ -1198,9 +1198,7 @@ class Daemon:
                 time.sleep(TICK)
 
     def own(self) -> None:
-        """Become the daemon of this pidfile."""
-        take_instance(self.opened.lock, self.options.predecessor)
-        write_pidfile(self.opened.pidfile, os.getpid())
+        own(self.options, self.opened)
         self.is_owner = True
 
     def begin(self, report: Channel) -> None:
@@ -1587,9 +1585,15 @@ def serve_beside(daemon: Daemon, report: Optional[Channel]) -> None:
             raise failed[0]
 
 
-def become_owner(report: Channel, own: Callable[[], None]) -> None:
+def own(options: argparse.Namespace, opened: Opened) -> None:
+    """Become the daemon of this pidfile."""
+    take_instance(opened.lock, options.predecessor)
+    write_pidfile(opened.pidfile, os.getpid())
+
+
+def become_owner(report: Channel, take: Callable[[], None]) -> None:
     """Take lock and pidfile, then begin, at the command's word; without it there is no daemon."""
-    for word, action, reply in (("own", own, "owned"), ("begin", lambda: None, "began")):
+    for word, action, reply in (("own", take, "owned"), ("begin", lambda: None, "began")):
         message = report.receive(time.monotonic() + START_TIMEOUT)
         if message is None or message["event"] != word:
             raise Fatal("unable to start: the command that asked for it is gone")
@@ -1989,15 +1993,11 @@ def become_daemon(options: argparse.Namespace, opened: Opened, server: Any,
     if options.kind == "app":
         host_application(options, opened, server, report)
         return
-
-    def own() -> None:
-        take_instance(opened.lock, None)
-        write_pidfile(opened.pidfile, os.getpid())
     if report is None:
-        own()
+        own(options, opened)
     else:
         report.send("ready")
-        become_owner(report, own)
+        become_owner(report, lambda: own(options, opened))
     if options.kind != "library":
         notify(options, "READY=1")
     if options.kind == "program":

@@ -53,7 +53,7 @@ import unittest
 import urllib.error
 import urllib.request
 from random import Random
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 from unittest import mock
 
 import authserver
