@@ -63,6 +63,7 @@ DAEMONIZE = os.path.join(HERE, "daemonize.py")
 AUTHSERVER = os.path.join(HERE, "authserver.py")
 README = os.path.join(HERE, "README")
 PATIENCE = 20.0           # seconds; no command of a test may take longer
+SOON = 8.0                # seconds, on a crowded machine; what is not obeyed takes 10, or 30
 ROOT = os.geteuid() == 0
 LINUX = os.path.exists("/proc/self/environ")
 NOBODY, OTHER = 65534, 1  # two users (and groups) that are neither root nor each other
@@ -142,16 +143,7 @@ def run(argv: Sequence[str], want: Optional[int] = None, data: bytes = b"", **po
     if want not in (None, child.returncode):
         raise AssertionError("exit status %s, not %s: %s\n%s%s" % (
             child.returncode, want, " ".join(argv), out, err))
-    return Result(child.returncode, out, err, calm(time.monotonic() - began))
-
-
-def calm(seconds: float) -> float:
-    """Return what a duration would be on a calm machine, by how long a bare Python takes now."""
-    if seconds < 1:
-        return seconds
-    began = time.monotonic()
-    subprocess.call([sys.executable, "-c", "pass"])
-    return seconds / max(1.0, (time.monotonic() - began) / 0.07)
+    return Result(child.returncode, out, err, time.monotonic() - began)
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
@@ -1977,6 +1969,7 @@ class HttpBodies(HttpTest):
 
 
 HANDLERS = r'''
+gate = threading.Event()
 class Echo(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     def do_POST(self):
@@ -1993,7 +1986,9 @@ class Echo(http.server.BaseHTTPRequestHandler):
             self.send_response(200)
             self.end_headers()
             return self.wfile.write(b"no length")
-        if self.path == "/slow": time.sleep(1)
+        if self.path == "/shut": gate.clear()
+        if self.path == "/open": gate.set()
+        if self.path == "/slow": return self.answer(b"%r" % gate.wait(3))
         if self.path == "/none": return
         if self.path == "/big":
             return self.answer(b"a" * 20000000)
@@ -2099,25 +2094,24 @@ class HttpHandlers(HttpTest):
         self.assertIn(CLOSE.encode(), answer)
 
     def test_slow_handlers_do_not_hold_up_others(self) -> None:
-        """While ten handlers sleep a second each, others are answered, and all are at the end."""
-        began = time.monotonic()
+        """Ten handlers wait for what an eleventh request brings: that is answered, then they are."""
+        self.ask("/shut")
         with contextlib.ExitStack() as stack:
             socks = [stack.enter_context(connect(self.at)) for _ in range(10)]
             for sock in socks:
                 sock.sendall(head("/slow"))
-            self.assertEqual(self.ask("/quick").status, 200)
-            self.assertLess(time.monotonic() - began, 0.9)
-            self.assertEqual([exchange(sock, b"").status for sock in socks], [200] * 10)
-        self.assertLess(time.monotonic() - began, 5)
+            self.assertEqual(self.ask("/open").status, 200)
+            self.assertEqual({exchange(sock, b"").body for sock in socks}, {b"True"})
 
     @needs_linux
     def test_a_full_pool_says_503(self) -> None:
         """More than POOL_THREADS waiting handlers: the next request is told to come back."""
+        self.ask("/shut")
         with contextlib.ExitStack() as stack:
             for _ in range(40):
                 stack.enter_context(connect(self.at)).sendall(head("/slow"))
             busy = until(lambda: [answer for answer in [self.ask("/x")] if answer.status == 503],
-                         "a 503", 0.9)
+                         "a 503", 3)
             self.assertEqual(busy[0].field("Retry-After"), "1")
         until(lambda: not self.threads(), "an end of it")
 
@@ -2271,7 +2265,7 @@ server.is_limited = lambda host: host == "127.0.0.2"
                 if select.select([sock], [], [], 0.1)[0]:
                     octets = sock.recv(4096) or b"closed"
             self.assertEqual(statuses(octets), [408])
-            self.assertLess(time.monotonic() - began, 4)
+            self.assertLess(time.monotonic() - began, SOON)
 
     def test_who_says_nothing_is_closed(self) -> None:
         """Before the first request and between two, silence has an end, without an answer."""
@@ -2286,14 +2280,14 @@ server.is_limited = lambda host: host == "127.0.0.2"
             sock.sendall(head("/", "POST", JIM, "Content-Length: 5") + b"a")
             began = time.monotonic()
             self.hear(sock)
-            self.assertLess(time.monotonic() - began, 4)
+            self.assertLess(time.monotonic() - began, SOON)
 
     @needs_linux
     def test_an_answer_that_is_not_read_frees_its_thread(self) -> None:
         """A client that never reads a large answer is cut off."""
         with connect(self.at) as sock:
             sock.sendall(head("/big"))
-            until(lambda: "GET /big" in self.log() or not self.threads(), "an end", 6)
+            until(lambda: "GET /big" in self.log() or not self.threads(), "an end", SOON)
 
     def test_one_address_can_not_have_all_connections(self) -> None:
         """The connections of one address beyond MAX_PER_ADDRESS are closed at once."""
@@ -2955,7 +2949,7 @@ class Starting(BoxTest):
                 with contextlib.suppress(ValueError, OSError):
                     return resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
         result = self.box.start(app=APP, preexec_fn=raise_limit)
-        self.assertLess(result.seconds, 2)
+        self.assertLess(result.seconds, SOON)
         self.assertEqual(ask(self.box.address(result))["pid"], self.box.pid())
 
     def test_start_with_closed_streams_does_no_harm(self) -> None:
@@ -3006,7 +3000,7 @@ class Starting(BoxTest):
         self.box.start(app=APP, preexec_fn=careless)
         pid = self.box.pid()
         self.assertTrue(is_alive(pid))
-        self.assertLess(self.box.command("stop").seconds, 3)
+        self.assertLess(self.box.command("stop").seconds, SOON)
         self.assertFalse(is_alive(pid))
 
     @needs_home
@@ -3035,14 +3029,14 @@ class Starting(BoxTest):
 
 
 class StartFailure(BoxTest):
-    """A start that fails says why, within 2 s, and leaves nothing behind"""
+    """A start that fails says why, at once, and leaves nothing behind"""
 
-    def fails(self, app: str, *options: str, want: int = 1, within: float = 2.0) -> str:
+    def fails(self, app: str, *options: str, want: int = 1) -> str:
         """Start `app`, which must fail and leave no process and no pid; return what was said."""
         result = self.box.start(*options, app=app, want=want)
         self.assertEqual(self.box.processes(), [])
         self.assertEqual(read(self.box.pidfile), "")
-        self.assertLess(result.seconds, within)
+        self.assertLess(result.seconds, SOON)
         self.assertRegex(result.err, r"(?m)^daemonize: fatal: unable to ")
         return result.err
 
@@ -3168,7 +3162,7 @@ class Stop(BoxTest):
         self.assertGreaterEqual(len(until(lambda: self.box.processes()[3:], "four") or []), 1)
         result = self.box.command("stop")
         self.assertEqual(self.box.processes(), [])
-        self.assertLess(result.seconds, 3)
+        self.assertLess(result.seconds, SOON)
         self.assertFalse(os.path.exists(self.box.pidfile))
 
     def test_the_port_is_free_when_stop_returns(self) -> None:
@@ -3193,7 +3187,7 @@ class Stop(BoxTest):
                 if name != "stopped":  # SIGCONT lets it end of its own
                     self.assertRegex(result.out + result.err, "(?i)kill")
                 self.assertEqual(self.box.processes(), [])
-                self.assertLess(result.seconds, 2)
+                self.assertLess(result.seconds, SOON)
 
     def test_stop_of_nothing_says_so(self) -> None:
         """stop without a daemon, and stop twice: exit status 0, "not running"."""
@@ -3525,7 +3519,7 @@ class Run(BoxTest):
         """A zombie counts as stopped."""
         child = self.foreground()
         self.address()
-        self.assertLess(self.box.command("stop").seconds, 5)  # nobody has waited for it yet
+        self.assertLess(self.box.command("stop").seconds, SOON)  # nobody has waited for it yet
         self.assertEqual(child.wait(PATIENCE), 0)
 
     def test_restart_from_outside_is_refused(self) -> None:
@@ -4022,7 +4016,8 @@ class Logfile(BoxTest):
             until(lambda: os.path.exists(self.box.log) and os.stat(self.box.log).st_size < 500,
                   "rotation %d" % number)
         until(lambda: len(os.listdir(self.box.path("logs"))) == 2, "the oldest deleted")
-        self.assertEqual(sum("1 1 1" in line for line in self.lines()), 2)  # printed, and raw
+        # printed, and raw; but the first may fill a log of its own, which the second then drives out
+        self.assertIn(sum("1 1 1" in line for line in self.lines()), (1, 2))
         self.assertEqual(sum("0 0 0" in line for line in self.lines()), 0)
 
     def test_after_a_rename_USR1_opens_the_log_again(self) -> None:
@@ -4464,7 +4459,7 @@ class Library(BoxTest):
                 until(lambda: len(self.box.processes()) == 3, "two sleeping children")
                 self.assertIn("started with pid %d\n" % pid, result.out + result.err + read(self.box.path("err.log")))
                 self.assertNotIn("running", result.out + result.err)
-                self.assertLess(self.action("stop").seconds, 3)
+                self.assertLess(self.action("stop").seconds, SOON)
                 self.assertEqual(self.box.processes(), [])
                 self.assertFalse(os.path.exists(self.box.path("pid.txt")))
                 if handler:
@@ -4517,7 +4512,7 @@ class Programs(BoxTest):
         self.assertIn("script __main__ ['--pidfile', '@x', '-h']", read(self.box.log))
         self.assertEqual(len(self.box.processes()), 1)
         self.box.command("status")
-        self.assertLess(self.box.command("stop").seconds, 3)
+        self.assertLess(self.box.command("stop").seconds, SOON)
 
     def test_a_program_gets_its_arguments_untouched(self) -> None:
         """What follows -- is never looked at: options, @names, another --."""
@@ -4533,7 +4528,7 @@ class Programs(BoxTest):
         until(lambda: "%d\n" % pid in read(self.box.log), "its pid")
         self.assertEqual(os.getpgid(pid), pid)
         self.box.command("status")
-        self.assertLess(self.box.command("stop").seconds, 3)
+        self.assertLess(self.box.command("stop").seconds, SOON)
         self.assertEqual(self.box.processes(), [])
 
     @needs_linux
