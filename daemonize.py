@@ -78,7 +78,7 @@ except ImportError:
     sys.exit("daemonize: fatal: unable to run here: this system has neither fork nor users")
 
 __version__ = "1.0"
-__all__ = ["startstop", "main"]
+__all__ = ["main", "startstop"]
 
 APPLICATION = "authserver.py"   # hosted unless --app or -- names another; only this line knows it
 TIMEOUT = 10.0                  # seconds that stop and drain wait before SIGKILL
@@ -297,7 +297,7 @@ def processes() -> List[Process]:
         if name.isdigit():
             with contextlib.suppress(OSError, KeyError):        # it ended while we were looking
                 with open("%s/%s/status" % (PROC, name), "rb") as stream:
-                    facts = dict(re.findall(rb"^(\w+):\s+(\S+)", stream.read(), re.M))
+                    facts = dict(re.findall(rb"^(\w+):\s+(\S+)", stream.read(), re.MULTILINE))
                 keys = (b"Pid", b"PPid", b"NSpgid", b"NSsid", b"Uid")
                 if facts[b"State"] not in (b"Z", b"X") or facts[b"Threads"] != b"1":
                     found.append(Process(*(int(facts[key]) for key in keys)))
@@ -1448,7 +1448,8 @@ class Daemon:
         for child in children:
             child.tell("reopen")
         self.obstacle = self.options.obstacle
-        return all([child.has_said("reopened", deadline) for child in children])
+        said = [child.has_said("reopened", deadline) for child in children]     # each one, even
+        return all(said)                                                        # after a "no"
 
     def is_full(self) -> bool:
         """Tell whether it is for us, and time, to rotate the log."""
@@ -1858,7 +1859,7 @@ def launch(options: argparse.Namespace, turn: Turn, new: List[str],
         if isinstance(error, Fatal) and not error.trace and error.status == 1 and old is None:
             error.trace = log_since(options, logged)
         tidy(options, new)
-        raise error
+        raise error from None
     end_starter(starter, signal.SIGKILL)
     return False
 

@@ -43,6 +43,7 @@ import signal
 import socket
 import stat
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -53,7 +54,7 @@ import unittest
 import urllib.error
 import urllib.request
 from random import Random
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 from unittest import mock
 
 import authserver
@@ -5583,6 +5584,137 @@ def soak_timing(random: Random, deadline: float) -> str:
         assert abs(difference) < 0.1 * known, (scheme, known, difference)
     return ", ".join("%s: known user %.1f us, unknown %+.2f us" % (scheme, 1e6 * known, 1e6 * difference)
                      for scheme, known, difference in rows)
+
+
+def p99(address: str, seconds: float) -> float:
+    """Ask one question after the other, every tenth on a new connection; return the p99 in ms."""
+    took = []  # type: List[float]
+    end = time.monotonic() + seconds
+    with connect(address) as kept:
+        while time.monotonic() < end:
+            began = time.perf_counter()
+            answer = exchange(kept, head()) if len(took) % 10 else request(address)
+            took.append(1e3 * (time.perf_counter() - began))
+            assert answer.status == 200, answer
+            select.select([], [], [], 0.002)
+    return sorted(took)[len(took) * 99 // 100]
+
+
+@contextlib.contextmanager
+def beside(function: Callable[..., None], *arguments: Any) -> Iterator[None]:
+    """Have a child call a function of no end while the body runs."""
+    child = os.fork()
+    if child == 0:
+        try:
+            function(*arguments)
+        finally:
+            os._exit(1)
+    try:
+        yield
+        assert os.waitpid(child, os.WNOHANG)[0] == 0, "the hostile clients gave up"
+    finally:
+        with contextlib.suppress(ChildProcessError):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
+def drip(address: str) -> None:
+    """500 connections that send a head at one byte a second, and come back when they are cut off."""
+    socks = [connect(address) for _ in range(500)]
+    for sock in socks:
+        sock.sendall(b"GET / HTTP/1.1\r\nX: ")
+    while True:
+        for index, sock in enumerate(socks):
+            try:
+                sock.sendall(b"a")
+            except OSError:
+                sock.close()
+                socks[index] = connect(address)
+            select.select([], [], [], 1 / len(socks))
+
+
+def reset(address: str) -> None:
+    """1,000 connections a second that are opened and reset."""
+    while True:
+        for _ in range(10):
+            with connect(address) as sock:
+                sock.sendall(b"GET / HTTP/1.1\r\n")
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        select.select([], [], [], 0.01)
+
+
+def never_read(address: str) -> None:
+    """200 connections that ask for more and more, and read nothing; again when they are cut off."""
+    host, port = address.split(":")
+    while True:
+        with contextlib.ExitStack() as stack:
+            for _ in range(200):
+                sock = stack.enter_context(socket.socket())
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+                sock.connect((host, int(port)))
+                sock.setblocking(False)
+                with contextlib.suppress(OSError):
+                    while True:
+                        sock.send(head() * 100)
+            select.select([], [], [], 30)
+
+
+def knock(address: str) -> None:
+    """5,000 requests a second without credentials, 25 to a packet."""
+    with connect(address) as sock:
+        while True:
+            began = time.monotonic()
+            sock.sendall(head(auth="") * 25)
+            seen = b""
+            while seen.count(b"HTTP/1.1 401") < 25:
+                seen += sock.recv(65536)
+            select.select([], [], [], max(0.0, 0.005 - (time.monotonic() - began)))
+
+
+def soak_hostile(random: Random, deadline: float) -> str:
+    """Honest clients keep their p99 within 3 x of the calm, or 5 ms, whatever others do."""
+    box, said = Box(), []  # type: Box, List[str]
+    try:
+        address = box.serve("--passwords", box.write("passwords", ha1_line("jim", "secret"), 0o600))
+        while not said or time.monotonic() < deadline:
+            calm, times = p99(address, 5), {}
+            for attacks in ([drip], [reset], [never_read], [knock], [drip, reset, never_read, knock]):
+                with contextlib.ExitStack() as stack:
+                    for attack in attacks:
+                        stack.enter_context(beside(attack, address))
+                    select.select([], [], [], 2)  # until they are all there
+                    times["+".join(attack.__name__ for attack in attacks)] = p99(address, 8)
+            said.append("p99 calm %.2f ms, %s" % (calm, ", ".join("%s %.2f" % item for item in times.items())))
+            assert max(times.values()) < max(3 * calm, 5), said[-1]
+        assert "Traceback" not in read(box.path("output"))
+        return "; ".join(said)
+    finally:
+        box.close()
+
+
+def soak_idle(random: Random, deadline: float) -> str:
+    """10,000 idle connections: memory of 5,000, and an honest client's p99 within 2 x, or 5 ms."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 11000:
+        return "not run: no more than %d open files are allowed" % hard
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    box = Box()
+    try:
+        address = box.serve("--passwords", box.write("passwords", ha1_line("jim", "secret"), 0o600))
+        calm, sizes, idle = p99(address, 10), [memory(box.server.pid)], []
+        with contextlib.ExitStack() as stack:
+            for _ in range(2):
+                for _ in range(5000):
+                    idle.append(stack.enter_context(connect(address)))
+                    exchange(idle[-1], head())
+                sizes.append(memory(box.server.pid))
+            crowded = p99(address, 10)
+            alive = sum(exchange(sock, head()).status == 200 for sock in idle)
+        assert alive == len(idle) and crowded < max(2 * calm, 5), (alive, calm, crowded)
+        return "p99 %.2f ms, with 10,000 idle %.2f; memory %.1f MiB, with 5,000 %+.1f, with 10,000 %+.1f" % (
+            calm, crowded, sizes[0], sizes[1] - sizes[0], sizes[2] - sizes[0])
+    finally:
+        box.close()
 
 
 def soak(argv: List[str]) -> int:
