@@ -87,7 +87,7 @@ from typing import (Any, Callable, Deque, Dict, Iterable, List, Mapping, NamedTu
 
 REALM = "authserver"
 SCHEMES = ("digest", "basic")   # Digest first: urllib reads only the first challenge
-ALGORITHMS = ("MD5",)       # alone: urllib before 3.14 fails when another stands before it
+ALGORITHMS = ("MD5",)       # alone: urllib (until 3.13) fails when SHA-256 stands before it
 QOP = ("auth",)             # "auth-int" beside it makes wget fall back to RFC 2069
 NONCE_LIFETIME = 300.0      # seconds; with 5 nobody could log in from Safari
 NEXT_NONCE = 0.9            # of that life; then answers bring the next nonce along
@@ -98,7 +98,7 @@ CLIENT_SLOTS = 1 << 13      # clients whose failures are counted, 24 bytes each
 MAX_FAILURES = (10, 60.0)   # wrong passwords in so many seconds: more than a person mistypes
 MAX_CREDENTIALS = 16384     # characters of an Authorization field: a uri of 8 KiB fits
 MAX_TEXT = 1024             # bytes of a name or user:password; to normalize 16 KiB takes 100 ms
-MAX_CHALLENGE = 255         # characters; wget 1.21 aborts on a longer one before another
+MAX_CHALLENGE = 255         # characters; wget (1.21 to 1.24) aborts on more, before another
 SLOW_HASHES = 2             # verified at a time, so that guessing cannot take every CPU
 SLOW_QUEUE = 32             # more that may wait for their turn; the next is told 503
 REMEMBERED = 8192           # slow hashes found right, by a keyed hash; 150 bytes each
@@ -166,7 +166,7 @@ match_param = re.compile(
 is_token = re.compile(TOKEN).fullmatch
 # RFC 9110 section 11.2: token68 = 1*( ALPHA / DIGIT / "-" / "." / "_" / "~" / "+" / "/" ) *"="
 is_token68 = re.compile(r"[A-Za-z0-9\-._~+/]+=*").fullmatch
-# RFC 7616 section 3.4: nc-value = 8LHEX, counting from 1
+# RFC 2617 section 3.2.2: nc-value = 8LHEX; RFC 7616 section 3.4: it counts from 1
 is_nc = re.compile(r"(?!0{8})[0-9a-fA-F]{8}").fullmatch
 is_response = re.compile(r"[0-9a-fA-F]{32}(?:[0-9a-fA-F]{32})?").fullmatch
 # RFC 8187 section 3.2.1: ext-value = charset "'" [ language ] "'" value-chars
@@ -197,7 +197,7 @@ def parse_authorization(value: str) -> Tuple[str, str, Dict[str, str]]:
     >>> parse_authorization('DIGEST username = "a,b" , ,NC=1')
     ('digest', '', {'username': 'a,b', 'nc': '1'})
 
-    See: RFC 9110 section 11.4; 11.2 (a parameter "MUST only occur once").
+    See: RFC 9110 section 11.4; 11.2 (in a challenge, a parameter "MUST only occur once").
     """
     # credentials = auth-scheme [ 1*SP ( token68 / #auth-param ) ]
     scheme, _, rest = value.strip(" \t").partition(" ")
@@ -373,7 +373,8 @@ def digest_ha1_session(ha1: str, nonce: str, cnonce: str, algorithm: str = "MD5-
 
     See: RFC 7616 section 3.4.2.
     """
-    # A1 = H( unq(username) ":" unq(realm) ":" passwd ) ":" unq(nonce) ":" unq(cnonce)
+    # A1 = H( unq(username) ":" unq(realm) ":" passwd )
+    #      ":" unq(nonce-prime) ":" unq(cnonce-prime)
     return HASHES[algorithm](f"{ha1}:{nonce}:{cnonce}".encode("latin-1"))
 
 
@@ -447,7 +448,8 @@ def make_nonce(key: bytes, now: float, salt: bytes) -> str:
     >>> make_nonce(b"key", 1.0, b"random" + b"boot")
     'AAAAAGRyYW5kb21ib290W8okM-1KMPfcdDSm'
 
-    See: RFC 7616 section 3.3, and 5.4, why the client's address is not in it: proxies.
+    See: RFC 7616 section 3.3, also why the client's address is not in it: "requests from
+    a single user often go through different proxies".
     """
     body = int(now * 100).to_bytes(5, "big") + salt
     return base64.urlsafe_b64encode(body + sign(key, body)).decode("ascii")
@@ -760,8 +762,8 @@ Crypt = Callable[[bytes, bytes], Optional[bytes]]
 def load_crypt() -> Tuple[Crypt, threading.Semaphore]:
     """Return crypt(phrase, setting) of the C library, and how many may call it at a time.
 
-    Python's own crypt left with 3.13, and kept its result where all threads write theirs.
-    So does crypt(3), where there is no crypt_r (macOS, OpenBSD): one at a time, then.
+    Python's own crypt left with 3.13, and stopped all threads while it hashed. crypt(3) keeps
+    its result where all threads write theirs: one at a time where there is no crypt_r(3).
     """
     for name in ("libcrypt.so.1", "libcrypt.so.2", "libcrypt.so.5", None):
         try:
@@ -1017,8 +1019,8 @@ class DigestMemo(Memo):
         nonce, cnonce, algorithm = credentials.nonce, credentials.cnonce, credentials.algorithm
         if algorithm.endswith("-sess"):
             ha1 = digest_ha1_session(ha1, nonce, cnonce, algorithm)
-        # Our own proof under auth-int would need the body of an answer that is not made
-        # yet; RFC 7616 section 3.5 lets a server choose auth.
+        # RFC 7616 section 3.5: a server SHOULD answer with the client's qop. But our own
+        # proof under auth-int would need the body of an answer that is not made yet.
         mutual = digest_ha2("", credentials.uri, algorithm)
         make = FOUND[hash_name(algorithm)]
         assert make is not None     # it is offered
@@ -1093,13 +1095,13 @@ def challenges(realm: str, nonce: str, schemes: Sequence[str] = SCHEMES,
 def is_same_target(uri: str, target: str) -> bool:
     """Return whether the uri of a proof is the target of the request line, as sent.
 
-    As sent: http.server turns //x into /x, and the proof is about what was asked for. A
-    target in absolute form may stand for its path, which is what clients of a proxy prove.
+    As sent: http.server makes /x of //x, and the proof is about what was asked for. A
+    target in absolute form may stand for its path: that is what clients of a proxy prove.
 
     >>> is_same_target("/x?a=1", "/x"), is_same_target("/x", "http://host/x")
     (False, True)
 
-    See: RFC 7616 section 3.4.6.
+    See: RFC 7616 section 3.4.6, which would have them prove the absolute form.
     """
     return uri == target or uri[:1] == "/" and uri == re.sub("(?i)^https?://[^/?#]*", "", target)
 
@@ -1170,9 +1172,12 @@ class Authenticator:
         return Memo(self, username).verdict
 
     def _check_digest(self, attempt: Attempt, credentials: DigestCredentials) -> Verdict:
-        """Look at Digest credentials, in the order that RFC 7616 section 3.4.6 wants.
+        """Look at Digest credentials: whom they concern, the uri, the response, the nonce.
 
-        Without qop (RFC 2069) there is no nc, and a response could be replayed at will.
+        RFC 2617 section 3.2.1 has the response before the nonce: "should only set stale to
+        TRUE if it receives a request for which the nonce is invalid but with a valid digest
+        for that nonce". Without qop (RFC 2069) there is no nc, and a response could be
+        replayed at will.
         """
         algorithm, names = credentials.algorithm, credentials.usernames
         if credentials.realm != self.passwords.realm:
@@ -1640,7 +1645,7 @@ def framing(method: str, minor: int, values: Values) -> Tuple[int, bool]:
             raise BadRequest(501, "transfer coding")
         return 0, True
     if not lengths and not minor and method in ("POST", "PUT", "PATCH"):
-        raise BadRequest(411, "no Content-Length")      # RFC 1945 section 7.2.2
+        raise BadRequest(411, "no Content-Length")      # RFC 9112 section 6.3
     if len(lengths) > 1 or lengths and re.fullmatch("[0-9]+", lengths[0]) is None:
         raise BadRequest(400, "Content-Length")
     if lengths and len(lengths[0]) > 15:    # int() of a very long one would take seconds
@@ -1650,6 +1655,9 @@ def framing(method: str, minor: int, values: Values) -> Tuple[int, bool]:
 
 def split_list(fields: Sequence[str]) -> List[str]:
     """Return the elements of a list-based field, in lower case.
+
+    Empty ones, too, which RFC 9110 section 5.6.1.2 would pass over: `chunked,` is refused,
+    for who knows what the next program makes of it.
 
     >>> split_list(["Keep-Alive, x", "y"])
     ['keep-alive', 'x', 'y']
@@ -1931,7 +1939,6 @@ class AuthHandler(http.server.BaseHTTPRequestHandler):
         self.lines = []
         exchange.head_size += len(head)
         self.wfile.write(head)
-
 
     def send_page(self, status: int, content_type: str, page: bytes) -> None:
         """Send a whole answer: send_response and all that follows, in one call."""
@@ -2517,6 +2524,7 @@ class Connection:
             self.socket.close()
         self.closing, self.buffer, self.output = True, b"", b""
 
+
 # -- 10. The server ----------------------------------------------------------
 #
 # One thread waits for all sockets at once (selectors) and does whatever does not
@@ -3065,7 +3073,7 @@ def parse_bind(text: str) -> Place:
     host, port = match.group(1) or match.group(2), int(match.group(3))
     if not host:
         return Place(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET,
-                       ("::" if socket.has_ipv6 else "0.0.0.0", port))
+                     ("::" if socket.has_ipv6 else "0.0.0.0", port))
     try:
         # As bytes: for text Python would load its IDNA tables first, which takes 5 ms.
         found = socket.getaddrinfo(host.encode(), port, 0, socket.SOCK_STREAM)[0]

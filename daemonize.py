@@ -13,9 +13,9 @@ Or, in a script of your own: `from daemonize import startstop`.
 The life of a daemon.  Three processes take part: the COMMAND that you typed, the STARTER that
 it forks, and the DAEMON that the starter forks.
 
-    step                                process  uid     twistd's name (and place)
-    1 parse; make each path absolute    command  caller  parseOptions (1)
-    2 the turn: byte 0 of PIDFILE.lock  command  caller  checkPID (2)
+    step                                process  uid     twistd's step (and its place)
+    1 parse; make each path absolute    command  caller
+    2 the turn: byte 0 of PIDFILE.lock  command  caller  checkPID (1)
     3 app.bind(): ports, keys; open     starter  root    privilegedStartService (9),
       log, pidfile, lock, control                        startLogger (3)
     4 fork, setsid, fork; stdio         starter  root    daemonize (7)
@@ -25,11 +25,13 @@ it forks, and the DAEMON that the starter forks.
       instance lock, pidfile                             openPIDFile (8)
     8 empty the pidfile                 daemon   user    removePIDFile (13)
 
-Where it differs, it is for a reason.  We bind before detaching: "port taken" reaches the
-terminal in full, where twistd sends it through a pipe, cut to 100 bytes.  We chroot after the
-fork: the command stays outside, to tidy up.  The pidfile comes last: it is a promise that
-somebody answers.  And step 8 does not unlink: unlink(2) needs a right on the FOLDER, and
-step 6 gave that away (twistd's oldest open bug); ftruncate(2) needs only the fd of step 3.
+The names are those of the first article; today's twistd has shedPrivileges (10) and removePID
+(13) instead.  Where the order differs, it is for a reason.  We bind before detaching: "port
+taken" reaches the terminal in full, where twistd sends it through a pipe, cut to 100 bytes.  We
+chroot after the fork: the command stays outside, to tidy up.  The pidfile comes last: it is a
+promise that somebody answers.  And step 8 does not unlink: unlink(2) needs a right on the FOLDER,
+and step 6 gave that away (Twisted's issue 5297, open since 2011); ftruncate(2) needs only the fd
+of step 3.
 
 Vocabulary: pidfile, logfile, rundir as in twistd.  STALE is a pidfile whose process is dead.
 The TURN is the right to change a daemon's state.  The INSTANCE LOCK is being the daemon.
@@ -288,7 +290,7 @@ def processes() -> List[Process]:
     """Return all living processes; zombies are dead, unless only their main thread is.
 
     The uid is not the owner of /proc/PID: who changed its uid is not dumpable, and its folder
-    belongs to root.  See: proc_pid_status(5); prctl(2), PR_SET_DUMPABLE.
+    belongs to root.  See: proc(5), /proc/pid; prctl(2), PR_SET_DUMPABLE.
     """
     if not os.path.exists(PROC + "/self/status"):
         return processes_by_ps()
@@ -329,7 +331,7 @@ def find_process(pid: Optional[int]) -> Optional[Process]:
 
 
 def birth_of(pid: Optional[int]) -> str:
-    """Return when a living process began; no two share pid and birth.  See: proc_pid_stat(5).
+    """Return when a living process began; no two share pid and birth.  See: proc(5), field 22.
 
     "" when it is dead, and where there is no /proc.
     """
@@ -384,10 +386,10 @@ def end_all(members: Callable[[], List[Process]], send: Callable[[int], None],
 
 # -- 3. The lock -------------------------------------------------------------
 # Who is the daemon?  Not whom a file names: a pid in a file outlives its process, the kernel
-# gives it to a stranger, and whoever owns the file writes it.  (`start-stop-daemon --stop` on a
-# pidfile that holds "-1" means every process of the machine.)  The kernel knows.  A POSIX record
-# lock (fcntl(2), "Advisory record locking") dies with its process, is not inherited over
-# fork(2), and F_GETLK returns its holder's pid.  So there are two bytes, in PIDFILE.lock:
+# gives it to a stranger, and whoever owns the file writes it.  (`start-stop-daemon --stop` on
+# root's pidfile signals every process of the machine, if it holds "-1".)  The kernel knows.  A
+# POSIX record lock (fcntl(2), "Advisory record locking") dies with its process, is not inherited
+# over fork(2), and F_GETLK returns its holder's pid.  So there are two bytes, in PIDFILE.lock:
 #
 #   byte 0  the turn: a command holds a WRITE lock on it while it changes something
 #   byte 1  the instance lock: the daemon holds a READ lock, through an fd opened read-only by root
@@ -655,7 +657,7 @@ def inside(path: Optional[str], chroot: Optional[str]) -> Optional[str]:
 
 @contextlib.contextmanager
 def working_in(folder: str) -> Iterator[None]:
-    """Enter folder for a moment: unix(7) addresses hold 104 to 108 bytes only."""
+    """Enter folder for a moment: unix(7) addresses hold 108 bytes, on macOS and BSD 104."""
     here = None
     with contextlib.suppress(PermissionError):      # su nobody, in /root: nowhere to go back to
         here = os.open(".", os.O_RDONLY | os.O_CLOEXEC)
@@ -741,7 +743,7 @@ def read_pidfile(path: str) -> str:
 # -- 5. Leaving the terminal -------------------------------------------------
 # Why two forks?  setsid(2) makes a session that has no terminal, but not for a group leader,
 # which a command typed into a shell is; hence the first.  The leader of a session could acquire
-# a terminal by opening one (the System V rule); hence the second.  The third article calls
+# a terminal by opening one (credentials(7)); hence the second.  The third article calls
 # setsid() once more in its main(), for a group of its own, and gives back what the second fork
 # won.  setpgid(2) gives the group without the session.
 
@@ -966,8 +968,8 @@ def adopt(fd: int) -> Optional[socket.socket]:
         kind = passed.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
         is_listening = passed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         if is_listening and kind == socket.SOCK_STREAM:
-            if sys.version_info < (3, 7) and IS_LINUX:          # 3.6 guesses AF_INET; 39: SO_DOMAIN
-                family_ = passed.getsockopt(socket.SOL_SOCKET, 39)
+            if sys.version_info < (3, 7) and IS_LINUX:          # 3.6 guesses AF_INET
+                family_ = passed.getsockopt(socket.SOL_SOCKET, getattr(socket, "SO_DOMAIN"))
                 passed = socket.socket(family_, kind, 0, passed.detach())
             return passed
         passed.detach()
@@ -1021,7 +1023,7 @@ def host_script(options: argparse.Namespace, opened: Opened) -> None:
 
 
 def host_program(options: argparse.Namespace, opened: Opened) -> NoReturn:
-    """Become the program.  The lock's fd goes with it: record locks survive exec(2)."""
+    """Become the program.  The lock's fd goes with it: record locks survive execve(2)."""
     os.set_inheritable(opened.lock, True)
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
@@ -1068,7 +1070,7 @@ def on_end(signum: int, frame: Optional[FrameType]) -> None:
 def guard() -> None:
     """Take no notice of further endings: we are in the group that we signal (the third article).
 
-    Not by SIG_IGN, which children would inherit, and Python before 3.9 trips over (bpo-43406).
+    Not by SIG_IGN, which children would inherit, and Python before 3.8.9 trips over (bpo-43406).
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_wake)
