@@ -49,12 +49,13 @@ import sys
 import tempfile
 import threading
 import time
+import tokenize
 import traceback
 import unittest
 import urllib.error
 import urllib.request
 from random import Random
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 from unittest import mock
 
 import authserver
@@ -2379,6 +2380,7 @@ class HttpCommand(BoxTest):
         taken = self.serve()
         for code, options in ((2, ["--bind", "x"]), (2, ["--bind", "127.0.0.1:99999"]),
                               (2, ["--nonsense"]), (2, ["--schemes", "tea"]),
+                              (2, ["--schemes", "digest,tea"]), (2, ["--schemes", "basic,basic"]),
                               (2, ["--realm", 'a"b']),
                               (2, ["--max-failures", "x"]), (2, ["--trusted-proxy", "x"]),
                               (2, ["--nonce-lifetime", "0"]), (2, ["--nonce-lifetime", "nan"]),
@@ -4669,14 +4671,27 @@ class House(unittest.TestCase):
         self.assertEqual(names & {"fork", "setuid", "setgid", "setgroups", "setresuid", "setresgid",
                                   "initgroups", "kill", "killpg", "setsid", "chroot"}, set())
 
+    def lines_of_code(self, path: str) -> int:
+        """Return how many lines hold code: neither blank, comment nor docstring alone."""
+        found, fresh = set(), True  # type: Set[int], bool  # fresh: a statement begins
+        with open(path, "rb") as file:
+            for token in tokenize.tokenize(file.readline):
+                if token.type == tokenize.NEWLINE:
+                    fresh = True
+                elif token.type not in (tokenize.ENCODING, tokenize.COMMENT, tokenize.NL, tokenize.INDENT,
+                                        tokenize.DEDENT, tokenize.ENDMARKER):
+                    if not (fresh and token.type == tokenize.STRING):
+                        found.update(range(token.start[0], token.end[0] + 1))
+                    fresh = False
+        return len(found)
+
     def test_each_file_keeps_its_budget(self) -> None:
-        """A ratchet: neither file may grow; no line is wider than 100 columns."""
-        for path, budget in ((DAEMONIZE, 2550), (AUTHSERVER, 3350)):
+        """A ratchet: neither file may get more code (more reasons it may); no line beyond 100 columns."""
+        for path, budget in ((DAEMONIZE, 1780), (AUTHSERVER, 2060)):
             with self.subTest(os.path.basename(path)):
                 self.tree(path)
-                lines = read(path).splitlines()
-                self.assertLessEqual(len(lines), budget)
-                self.assertLessEqual(max(map(len, lines)), 100)
+                self.assertLessEqual(self.lines_of_code(path), budget)
+                self.assertLessEqual(max(map(len, read(path).splitlines())), 100)
 
     def test_the_contract_is_three_names(self) -> None:
         """authserver.py has add_arguments, bind and serve_forever."""
