@@ -42,7 +42,7 @@ Throughout this file
     memo            what one exact head meant, to be checked again and not parsed again
 
 The way of a request: bytes -> head (7) -> Authorization (1) -> credentials (2, 3) -> the one
-dictionary (4) -> Verdict (5) -> handler (8) -> one write (9, 10).  Sections 11 to 13 put it
+dictionary (4) -> Verdict (5) -> handler (8) -> one write (9, 10). Sections 11 to 13 put it
 before other people's handlers and applications, and on the command line.
 
 For programs: protect(HandlerClass, passwords), protect_wsgi(application, passwords),
@@ -1562,13 +1562,13 @@ def read_nonce_secret(path: str) -> bytes:
     return secret
 
 
-# -- 7. Reading a request ----------------------------------------------------
+# -- 7. Reading a request -----------------------------------------------------
 #
 # Two programs that read the same bytes differently can be played against each
 # other: what a proxy takes for one request and we for two is a request that
 # nobody checked ("smuggling").  http.server reads generously: it drops all
 # fields after a line without a colon, splits lines at a bare CR, believes one
-# of two Content-Lengths and takes an unread body for the next request.  Here
+# of two Content-Lengths and takes an unread body for the next request. Here
 # nothing is repaired: one spelling is right, all else is 400, and the
 # connection closes, for nobody knows where the next request would begin.
 
@@ -1849,10 +1849,10 @@ class Body:
         return rest
 
 
-# -- 8. Handlers -------------------------------------------------------------
+# -- 8. Handlers --------------------------------------------------------------
 #
 # The API is the one everybody knows: a BaseHTTPRequestHandler with do_GET,
-# headers, rfile, wfile, send_response.  AuthServer runs any such class, in a
+# headers, rfile, wfile, send_response. AuthServer runs any such class, in a
 # thread and on the real socket; to make it serve one exchange and no more,
 # AuthHandler is put behind it, where it finds BaseHTTPRequestHandler's methods
 # replaced but all of its own in force:
@@ -2073,7 +2073,7 @@ def hosted(handler: Any) -> Any:
                 {"protocol_version": handler.protocol_version})
 
 
-# -- 9. One exchange, one connection -----------------------------------------
+# -- 9. One exchange, one connection ------------------------------------------
 #
 # The life of a request, all in the thread of the loop but for what says pool:
 #
@@ -2085,12 +2085,12 @@ def hosted(handler: Any) -> Any:
 #                 or offload(serve) -> pool  any other handler
 #     -> finish -> Connection.deliver -> flush  one write; then the next request
 #
-# The whole-head memo.  A client sends the same head again and again, but for a
-# digest's nc and response.  So the bytes of a head that was parsed strictly
-# and authenticated are the key to what they meant.  Equal keys are equal bytes
+# The whole-head memo. A client sends the same head again and again, but for a
+# digest's nc and response. So the bytes of a head that was parsed strictly
+# and authenticated are the key to what they meant. Equal keys are equal bytes
 # from the same client on the same listening address, with at most two holes at
 # the same places, which the strict parser found to be nc and response; these,
-# the nonce's age and lock-outs are looked at on every hit (Memo.again).  Only
+# the nonce's age and lock-outs are looked at on every hit (Memo.again). Only
 # a 200 makes an entry, so strangers make none; heads with a body have none; a
 # new password file ends them all.
 
@@ -2602,10 +2602,10 @@ class Connection:
         self.closing, self.buffer, self.output = True, b"", b""
 
 
-# -- 10. The server ----------------------------------------------------------
+# -- 10. The server -----------------------------------------------------------
 #
 # One thread waits for all sockets at once (selectors) and does whatever does not
-# wait.  An idle or slow client costs a Connection and a deadline, not a thread.
+# wait. An idle or slow client costs a Connection and a deadline, not a thread.
 # Deadlines are looked at once a second: a walk over 10,000 connections takes
 # half a millisecond, no timer structure is cheaper.
 
@@ -2626,7 +2626,7 @@ class Log:
     """The access log (descriptor 1) and the error log (descriptor 2), written once per turn.
 
     One write(2) per turn of the loop instead of one per request, and of whole lines, so
-    that several workers can append to one file.  A full disk stops the log and nothing
+    that several workers can append to one file. A full disk stops the log and nothing
     else: the lost lines are counted, and said as soon as writing works again.
     """
 
@@ -3024,7 +3024,7 @@ class AuthServer(http.server.HTTPServer):
             sock.close()
 
 
-# -- 11. protect() and protect_wsgi() ----------------------------------------
+# -- 11. protect() and protect_wsgi() -----------------------------------------
 
 
 class Guard(http.server.BaseHTTPRequestHandler):
@@ -3087,7 +3087,7 @@ class Guard(http.server.BaseHTTPRequestHandler):
 def protect(handler_class: Any, passwords: Passwords, **offer: Any) -> Any:
     """Return a handler class that answers only who has a password; any server runs it.
 
-    Further arguments are those of Authenticator.  The name is in remote_user.
+    Further arguments are those of Authenticator. The name is in remote_user.
     """
     authenticator = Authenticator(passwords, **offer)
     return type(handler_class.__name__, (Guard, handler_class), {"authenticator": authenticator})
@@ -3142,7 +3142,7 @@ def protect_wsgi(application: Any, passwords: Passwords, **offer: Any) -> Any:
     return guarded
 
 
-# -- 12. Addresses -----------------------------------------------------------
+# -- 12. Addresses ------------------------------------------------------------
 
 
 class Place(NamedTuple):
@@ -3248,7 +3248,7 @@ def open_sockets(options: argparse.Namespace) -> List[socket.socket]:
     return sockets
 
 
-# -- 13. The command line ----------------------------------------------------
+# -- 13. The command line -----------------------------------------------------
 
 def add_arguments(parser: Any) -> None:
     """Add our options to a parser (daemonize.py's, or our own)."""
