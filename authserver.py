@@ -2759,7 +2759,7 @@ class AuthServer(http.server.HTTPServer):
         self.greeting, self.abandon, self.reread = "", nothing, nothing
         self.connections: Set[Connection] = set()
         # connections with more requests in their buffers; who came first, comes first
-        self.later: "collections.OrderedDict[Connection, None]" = collections.OrderedDict()
+        self.later: collections.OrderedDict[Connection, None] = collections.OrderedDict()
         self.per_address: Dict[str, int] = collections.Counter()
         self.calls: Deque[Work] = collections.deque()       # for the loop, from other threads
         self.log = Log()

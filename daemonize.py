@@ -11,7 +11,7 @@
 Or, in a script of your own: `from daemonize import startstop`.
 
 The life of a daemon.  Three processes take part: the COMMAND that you typed, the STARTER that
-it forks, and the DAEMON that the starter forks.
+it forks, and the DAEMON that the starter forks.  (`run` has one: it is the daemon.)
 
     step                                process  uid     twistd's step (and its place)
     1 parse; make each path absolute    command  caller
@@ -35,7 +35,7 @@ of step 3.
 
 Vocabulary: pidfile, logfile, rundir as in twistd.  STALE is a pidfile whose process is dead.
 The TURN is the right to change a daemon's state.  The INSTANCE LOCK is being the daemon.
-READY is "it answers".
+READY is "it answers".  PREDECESSOR and HEIR are the old and the new daemon of a restart.
 
 What ps shows.  The session was made by the starter, which is gone.  An application leads a
 group of its own (`kill -- -PID` reaches its children, too) but no session (so it can never
@@ -46,7 +46,7 @@ acquire a terminal):
      4243     1  4243  4242 ?    python3 daemonize.py start        the daemon
      4244  4243  4243  4242 ?    python3 daemonize.py start        a worker
 
-Layout: 0 messages, 1 who and where, 2 processes, 3 the lock, 4 files, 5 leaving the terminal,
+Layout: 0 messages, 1 who and where, 2 processes, 3 files, 4 the lock, 5 leaving the terminal,
 6 giving up root, 7 hosting, 8 the daemon's loop, 9 the control socket, 10 ending, 11 commands,
 12 the library call, 13 the command line.  Start at the bottom.
 """
@@ -71,8 +71,8 @@ import sys
 import threading
 import time
 import traceback
-from types import FrameType, ModuleType
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, NoReturn, Optional, Tuple
+from types import CodeType, FrameType, ModuleType
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, NoReturn, Optional, Set, Tuple
 try:
     import grp
     import pwd
@@ -82,21 +82,24 @@ except ImportError:
 __version__ = "1.0"
 __all__ = ["main", "startstop"]
 
-APPLICATION = "authserver.py"   # hosted unless --app or -- names another; only this line knows it
+# Hosted unless --app or -- names another.  Resolved on import: before Python 3.9 a script's
+# __file__ may be relative, and a restart changes folder before it asks.
+APPLICATION = os.path.join(os.path.dirname(os.path.abspath(__file__)), "authserver.py")
 TIMEOUT = 10.0                  # seconds that stop and drain wait before SIGKILL
 START_TIMEOUT = 30.0            # seconds after which a start that is not ready has failed
 UMASK = 0o027                   # for the application's files: nothing for others
 LOG_BYTES, LOG_KEEP = 10 << 20, 5       # size at which the log is rotated; rotated logs kept
 ALIVE = 0.3                     # seconds a script or program must live to count as started
-ANSWER = 5.0                    # seconds for one exchange over a channel
+ANSWER = 5.0                    # seconds for one exchange over a channel; what SIGKILL may take
 POLL = 0.02                     # seconds between two looks where there is nothing to wait on
-TICK = 1.0                      # seconds between two looks of an idle daemon at log and workers
+TICK = 1.0                      # seconds between two looks of an idle daemon; a short patience
 SETTLED = 1.0                   # seconds: the death of an older worker is bad luck, not bad code
 BACKOFF = (0.1, 30.0)           # seconds: first and longest pause before bad code is tried again
 MAX_MESSAGE = 1 << 16           # bytes of one message
 MAX_SOCKETS = 64                # descriptors handed over at once
 PROC = "/proc"                  # where it is missing (macOS, BSD), ps(1) is asked
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"   # under env -i there is none
+# A pidfd is a handle, not a number: it cannot come to mean another process (pidfd_open(2)).
 pidfd_open = getattr(os, "pidfd_open", None)                    # type: Any  # Linux, Python 3.9
 pidfd_send_signal = getattr(signal, "pidfd_send_signal", None)  # type: Any
 Handler = Callable[[int, Optional[FrameType]], Any]
@@ -121,6 +124,7 @@ def as_fatal(error: BaseException) -> Fatal:
         return error
     if getattr(error, "status", None) in (1, 2):
         return Fatal(str(error), getattr(error, "status"))
+    # Three arguments: before Python 3.10 one, the exception, is not enough.
     trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     return Fatal("unable to start: %s" % because(error), trace=trace)
 
@@ -142,7 +146,7 @@ def printable(text: str) -> str:
     >>> printable("caf\xe9\x1b[2J\n"), printable("\udcc3\udca9")
     ('café\\x1b[2J\n', 'é')
     """
-    # Bytes that did not decode are surrogates (PEP 383): under env -i, for 3.6, all UTF-8 is.
+    # Bytes that did not decode are surrogates (PEP 383).  For 3.6 under env -i no UTF-8 decodes.
     text = re.sub("[\ud800-\udc7f\udd00-\udfff]", "?", text)
     text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode()
@@ -153,6 +157,7 @@ def emit(fd: int, text: str) -> None:
     """Write text to fd 1 or 2; as bytes, since sys.stdout may only know ASCII (env -i)."""
     data = printable(text).encode()
     with contextlib.suppress(OSError):      # closed, full, no reader: the exit status still tells
+        # write(2) may take only a part.
         while data:
             data = data[os.write(fd, data):]
 
@@ -185,6 +190,7 @@ class Identity(NamedTuple):
     gid: int
     name: str
     home: str
+    groups: List[int]           # looked up in step 1: a jail has no group database, either
 
 
 def look_up_identity(user: Optional[str], group: Optional[str]) -> Optional[Identity]:
@@ -199,22 +205,26 @@ def look_up_identity(user: Optional[str], group: Optional[str]) -> Optional[Iden
     gid = None
     try:
         if group is not None:
+            # isdecimal(), not isdigit(): that one also accepts "²", which int() does not.
             gid = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
         name = "root" if user is None else user
         entry = pwd.getpwuid(int(name)) if name.isdecimal() else pwd.getpwnam(name)
-        if (gid or 0) >= 1 << 32:
+        if (gid or 0) >= (1 << 32) - 1:
             raise OverflowError("no such number")
     except (KeyError, OverflowError) as error:
+        # 2^32 - 1 is no id: to setresuid(2) and setresgid(2) it means "leave this one as it is".
         if user and user.isdecimal() and gid is not None and max(int(user), gid) < (1 << 32) - 1:
-            return Identity(int(user), gid, "", "/")
+            return Identity(int(user), gid, "", "/", [gid])
         raise Fatal("unable to switch to %s: %s" % (user or group, str(error).strip("'\"")))
-    return Identity(entry.pw_uid, entry.pw_gid if gid is None else gid, entry.pw_name, entry.pw_dir)
+    gid = entry.pw_gid if gid is None else gid
+    groups = os.getgrouplist(entry.pw_name, gid)
+    return Identity(entry.pw_uid, gid, entry.pw_name, entry.pw_dir, groups)
 
 
 class Files(NamedTuple):
     """The paths of one daemon: what no option names derives from the pidfile's path."""
     pidfile: str
-    logfile: Optional[str]      # None: the output stays where it is (run)
+    logfile: Optional[str]      # None: the output stays where it is (run); "": no place for it
     prefix: str                 # how the application's own files begin; "": no place for them
 
     @property
@@ -234,11 +244,13 @@ def default_files(name: str) -> Files:
     """Return the files that effective uid and name stand for, nothing else: cron must find them."""
     uid = os.geteuid()
     if uid == 0:
+        # macOS and the BSDs have no /run.
         run = "/run" if os.path.isdir("/run") else "/var/run"
         return Files("%s/%s.pid" % (run, name), "/var/log/%s/%s.log" % (name, name),
                      "/etc/%s." % name)
     try:
         home = pwd.getpwuid(uid).pw_dir         # not $HOME: su may have left another's there
+        # The "/." asks for a folder that we may enter: a file, or a closed folder, raises here.
         os.stat(home + "/.")
         if not os.access(home, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
@@ -321,6 +333,7 @@ def processes_by_ps() -> List[Process]:
             lines = ps.communicate()[0].decode().splitlines()
     except (ImportError, OSError):
         return []
+    # ps lists itself, too: a child of ours that is gone by now.
     rows = [line.split() for line in lines if line.split()[0] != str(ps.pid)]
     return [Process(int(r[0]), int(r[1]), int(r[2]), -1, int(r[3])) for r in rows
             if r[4][0] not in "ZX"]
@@ -336,8 +349,11 @@ def birth_of(pid: Optional[int]) -> str:
     "" when it is dead, and where there is no /proc.
     """
     try:
+        # Start times count from boot: without the boot's id, two boots could show the same one.
         with open(PROC + "/sys/kernel/random/boot_id") as boot, \
                 open("%s/%s/stat" % (PROC, pid), "rb") as stream:
+            # Field 2 is the name, which may hold spaces and brackets: count from the last one on.
+            # There 0 is the state, 17 num_threads, 19 starttime (fields 3, 20 and 22).
             facts = stream.read().rpartition(b")")[2].split()   # the LAST: names may hold any
             is_alive = facts[0] not in (b"Z", b"X") or facts[17] != b"1"
             return boot.read().strip() + ":" + facts[19].decode() if is_alive else ""
@@ -348,9 +364,12 @@ def birth_of(pid: Optional[int]) -> str:
 def family(groups: Tuple[int, ...]) -> List[Process]:
     """Return what this process started and still lives: descendants, and the groups it made."""
     everyone, mine, size = processes(), {os.getpid()}, 0
+    # Again until nothing is new: a child may stand in the list before its parent.
     while size != len(mine):
         size = len(mine)
         mine |= {p.pid for p in everyone if p.ppid in mine}
+    # An orphan's parent is init: we know it by its group.  In our session only: once a group is
+    # empty, its number may go to a stranger's.
     sid = os.getsid(0)          # its leader is our starter, if not ourselves: not ours to end
     return [p for p in everyone if p.pid not in (os.getpid(), sid)
             and (p.pid in mine or p.pgid in groups and p.sid in (sid, -1))]
@@ -379,171 +398,43 @@ def end_all(members: Callable[[], List[Process]], send: Callable[[int], None],
             pids = ", ".join(str(process.pid) for process in left)
             raise Fatal("unable to stop pids %s: SIGKILL had no effect" % pids)
         if time.monotonic() > deadline:
+            # Each time to who is there now: a member may have forked since the last look.
             send(signal.SIGKILL)
             killed = True
+        # Polled: most of them are not our children, and wait(2) is for children only.
         time.sleep(POLL)
 
 
-# -- 3. The lock -------------------------------------------------------------
-# Who is the daemon?  Not whom a file names: a pid in a file outlives its process, the kernel
-# gives it to a stranger, and whoever owns the file writes it.  (`start-stop-daemon --stop` on
-# root's pidfile signals every process of the machine, if it holds "-1".)  The kernel knows.  A
-# POSIX record lock (fcntl(2), "Advisory record locking") dies with its process, is not inherited
-# over fork(2), and F_GETLK returns its holder's pid.  So there are two bytes, in PIDFILE.lock:
-#
-#   byte 0  the turn: a command holds a WRITE lock on it while it changes something
-#   byte 1  the instance lock: the daemon holds a READ lock, through an fd opened read-only by root
-#
-# The file is 0600: no other user can open it and keep root's commands waiting.  The daemon cannot
-# write it: so it may also hold, for `restart`, what the last start was asked for.  One trap: a
-# process loses ALL its locks on a file when it closes ANY fd of it; so it opens it once.
-
-TURN, INSTANCE = 0, 1
-IS_LINUX = sys.platform.startswith("linux")
-FLOCK = struct.Struct("hhqqi" if IS_LINUX else "qqihhi")    # struct flock: Linux; macOS and BSD
-
-
-def set_lock(fd: int, command: int, kind: int, byte: int) -> Tuple[int, int]:
-    """Do one fcntl(2) on a byte's lock, F_SETLK or F_GETLK; returns (l_type, l_pid)."""
-    if IS_LINUX:
-        data = fcntl.fcntl(fd, command, FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
-        kind, _, _, _, pid = FLOCK.unpack_from(data)
-    else:
-        data = fcntl.fcntl(fd, command, FLOCK.pack(byte, 1, 0, kind, os.SEEK_SET, 0))
-        _, _, pid, kind, _, _ = FLOCK.unpack_from(data)
-    return kind, pid
-
-
-def lock_holder(fd: int, byte: int) -> Optional[int]:
-    """Return the pid of another process that holds a lock on the byte."""
-    kind, pid = set_lock(fd, fcntl.F_GETLK, fcntl.F_WRLCK, byte)
-    return None if kind == fcntl.F_UNLCK else pid
-
-
-def take_instance(fd: int, predecessor: Optional[int]) -> None:
-    """Take the instance lock.  Read locks can be shared: but only with the one we replace."""
-    set_lock(fd, fcntl.F_SETLK, fcntl.F_RDLCK, INSTANCE)
-    holder = lock_holder(fd, INSTANCE)
-    if holder not in (None, -1, predecessor):
-        set_lock(fd, fcntl.F_SETLK, fcntl.F_UNLCK, INSTANCE)
-        raise Fatal("unable to start: already running with pid %s" % holder)
-
-
-class Lock:
-    """PIDFILE.lock: who is the daemon, and what its last start was asked for."""
-
-    def __init__(self, files: Files, flags: int) -> None:
-        check_folder(files.folder)
-        self.path, self.flags = files.lock, flags
-        self.fd = open_regular(self.path, flags, 0o600, os.geteuid())
-
-    def __enter__(self) -> "Lock":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close it, which gives up every lock that this process has on it."""
-        if self.fd >= 0:
-            os.close(self.fd)
-        self.fd = -1
-
-    def holder(self) -> Optional[int]:
-        """Return the pid of the running daemon, None if there is none.
-
-        A script or program may close all its fds (daemons do), and the lock with them; then pid
-        and time of birth, which its start noted, prove it as well.
-        """
-        pid, record = lock_holder(self.fd, INSTANCE), self.record()
-        if pid not in (None, -1):       # -1: a lock that names nobody (fcntl(2), OFD)
-            return pid
-        is_noted = record.get("birth") and is_trusted(os.path.dirname(self.path))
-        return record["pid"] if is_noted and birth_of(record["pid"]) == record["birth"] else None
-
-    def record(self) -> Dict[str, Any]:
-        """Return what was noted of the last start, {} if none has succeeded yet."""
-        with contextlib.suppress(ValueError):           # empty, or torn by a full disk
-            record = json.loads(os.pread(self.fd, os.fstat(self.fd).st_size, 0).decode())
-            return record if isinstance(record, dict) else {}
-        return {}
-
-    def note(self, options: argparse.Namespace, pid: int = 0) -> None:
-        """Note what a start was asked for, and whom it started."""
-        keys = ("argv", "arguments", "cwd", "kind", "detached")
-        record = dict({key: getattr(options, key) for key in keys}, pid=pid, birth=birth_of(pid))
-        os.ftruncate(self.fd, 0)
-        os.pwrite(self.fd, json.dumps(record).encode(), 0)
-
-
-class Turn(Lock):
-    """The right to change the state of one daemon: `with Turn(files, seconds) as turn`.
-
-    Runs as: caller.  See: fcntl(2); twistd: checkPID (without a lock: two in a race both start).
-    """
-
-    def __init__(self, files: Files, wait: float) -> None:
-        """Wait for it, at most that long; say for whom."""
-        super().__init__(files, os.O_RDWR)
-        told_at, deadline = time.monotonic() + TICK, time.monotonic() + wait
-        while not self.take():
-            holder = lock_holder(self.fd, TURN)
-            if time.monotonic() > deadline:
-                raise Fatal("unable to lock %s: pid %s is still busy with it" % (self.path, holder))
-            if time.monotonic() > told_at:
-                told_at = deadline + TICK       # once
-                warn("waiting for pid %s, which is busy with %s" % (holder, self.path))
-            time.sleep(POLL)
-
-    def __enter__(self) -> "Turn":
-        return self
-
-    def take(self) -> bool:
-        """Try to take the turn."""
-        if os.fstat(self.fd).st_nlink == 0:     # a first start failed, and took its files with it
-            self.close()
-            self.fd = open_regular(self.path, self.flags, 0o600, os.geteuid())
-        try:
-            set_lock(self.fd, fcntl.F_SETLK, fcntl.F_WRLCK, TURN)
-            return os.fstat(self.fd).st_nlink > 0
-        except (BlockingIOError, PermissionError):      # EAGAIN, EACCES: POSIX allows either
-            holder = lock_holder(self.fd, TURN)
-        process = find_process(holder)
-        if holder == -1 or process and process.uid not in (0, os.geteuid()):
-            # Only a daemon that was taken over locks this byte, through its fd: do not wait.
-            # -1 is an open file description lock (fcntl(2)), which names nobody.
-            warn("pid %d, no command, holds the turn of %s: ignored" % (holder or 0, self.path))
-            return True
-        return False
-
-
-# -- 4. Files ----------------------------------------------------------------
+# -- 3. Files ----------------------------------------------------------------
 # Root opens files where others may write: that is how daemons become a way to root
 # (CVE-2016-1247: nginx's log folder belonged to its user).  The rules: no symlink is followed
 # (O_NOFOLLOW); nothing is opened but a regular file with one name (a FIFO would block, a hard
 # link would be someone's file); only what we created changes its owner, and through the fd.
 
-def open_regular(path: str, flags: int, mode: int, owner: Optional[int] = None) -> int:
+def open_regular(path: str, flags: int, mode: int, is_log: bool = False) -> int:
     """Open a regular file that has one name; create it with exactly that mode, under any umask.
 
-    Raises Fatal, also when it belongs to neither root nor owner (a uid; None: do not ask).
+    It must belong to root or us.  A log need not, and may be /dev/null.  Raises Fatal.
     """
+    # O_NONBLOCK: open(2) of a FIFO would wait for its other end.  O_NOCTTY: a terminal, opened
+    # for a log, must not become ours.
     flags |= os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
     try:
         try:
+            # Two tries, to know who made it: only our own file gets its mode, past the umask.
             fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, mode)
             os.fchmod(fd, mode)
         except FileExistsError:
             fd = os.open(path, flags)
     except OSError as error:
         raise Fatal("unable to open %s: %s" % (path, because(error)))
+    # Asked of the fd: the path may mean another file by now.
     facts, problem = os.fstat(fd), ""
     if not stat.S_ISREG(facts.st_mode):
-        is_null = path == os.devnull and owner is None      # a log may be
-        problem = "" if is_null else "not a regular file"
+        problem = "" if is_log and path == os.devnull else "not a regular file"
     elif facts.st_nlink > 1:
         problem = "it has another name (a hard link)"
-    elif owner is not None and facts.st_uid not in (0, owner):
+    elif not is_log and facts.st_uid not in (0, os.geteuid()):
         problem = "it belongs to uid %d" % facts.st_uid
     elif mode == 0o600 and facts.st_mode & 0o077:       # a pidfile, renamed to be the lock file?
         problem = "others can read it"
@@ -560,6 +451,7 @@ def is_trusted(folder: str) -> bool:
     /tmp is).  Raises OSError where there is no such folder.
     """
     os.stat(folder)                             # a loop of links ends here
+    # names is a stack, the next one last: what a link says is put on top of what remains.
     path, names = "/", folder.split("/")[::-1]
     while True:
         facts = os.lstat(path)
@@ -573,6 +465,7 @@ def is_trusted(folder: str) -> bool:
             path = "/" if target.startswith("/") else os.path.dirname(path)
         if not names:
             return True
+        # normpath() is wrong on a path with links ("link/.." is elsewhere): here are none left.
         path = os.path.normpath(os.path.join(path, names.pop()))
 
 
@@ -594,7 +487,8 @@ def acting_as(identity: Optional[Identity]) -> Iterator[None]:
         yield
         return
     groups, gid = os.getgroups(), os.getegid()
-    set_groups(identity)
+    # Groups, gid, uid: the first two need root's effective uid.  And back in reverse.
+    os.setgroups(identity.groups)
     os.setegid(identity.gid)
     os.seteuid(identity.uid)
     try:
@@ -622,7 +516,7 @@ def open_log(path: str, identity: Optional[Identity]) -> int:
     """
     is_new, owner = not os.path.lexists(path), identity.uid if identity else os.geteuid()
     with careful(path, identity) as is_safe:
-        fd = open_regular(path, os.O_WRONLY | os.O_APPEND, 0o640)
+        fd = open_regular(path, os.O_WRONLY | os.O_APPEND, 0o640, is_log=True)
     if not is_safe and os.fstat(fd).st_uid not in (0, owner, os.geteuid()):
         raise Fatal("unable to open %s: it belongs to uid %d" % (path, os.fstat(fd).st_uid))
     if is_new and is_safe and identity is not None:
@@ -632,16 +526,17 @@ def open_log(path: str, identity: Optional[Identity]) -> int:
 
 def rotation_obstacle(options: argparse.Namespace) -> str:
     """Return why the daemon will not be able to rename and reopen its log, "" if it will."""
-    path, identity = options.files.logfile, options.identity
+    path = options.files.logfile
     if path is None or path == os.devnull:
         return ""
     if inside(path, options.chroot) is None:
         return "it is outside the chroot"
+    # access(2) judges by the REAL uid, which is root's even here; faccessat(2) can do better.
     folder, by_effective_ids = os.path.dirname(path), os.access in os.supports_effective_ids
-    with acting_as(identity):
+    with acting_as(options.identity):
         if os.access(folder, os.W_OK | os.X_OK, effective_ids=by_effective_ids):
             return ""
-    return "uid %d may not write in %s" % (identity.uid if identity else os.geteuid(), folder)
+        return "uid %d may not write in %s" % (os.geteuid(), folder)
 
 
 def inside(path: Optional[str], chroot: Optional[str]) -> Optional[str]:
@@ -676,6 +571,7 @@ def bind_control(path: str) -> socket.socket:
     with working_in(os.path.dirname(path)):
         umask = os.umask(0o177)         # and not chmod(2): the name may be another's by then
         try:
+            # A dead daemon's socket is still there, and bind(2) takes no name that exists.
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name)
             control.bind(name)
@@ -703,9 +599,10 @@ def open_files(options: argparse.Namespace) -> Opened:
     """
     files, control = options.files, None
     if options.kind == "app":
+        # Beside the old one's, which answers until the new one is ready; attend() renames it.
         control = bind_control(files.control + (".new" if options.predecessor else ""))
     output = open_log(files.logfile, options.identity) if files.logfile else None
-    pidfile = open_regular(files.pidfile, os.O_RDWR, 0o644, os.geteuid())
+    pidfile = open_regular(files.pidfile, os.O_RDWR, 0o644)
     if os.fstat(pidfile).st_uid == os.geteuid():
         os.fchmod(pidfile, 0o644)       # an older one, too
     return Opened(
@@ -713,7 +610,7 @@ def open_files(options: argparse.Namespace) -> Opened:
         stdout=output,
         stderr=open_log(options.stderr, options.identity) if options.stderr else output,
         pidfile=pidfile,
-        lock=open_regular(files.lock, os.O_RDONLY, 0o600, os.geteuid()),
+        lock=open_regular(files.lock, os.O_RDONLY, 0o600),
         control=control)
 
 
@@ -721,6 +618,7 @@ def write_pidfile(fd: int, pid: int) -> None:
     """Name the daemon in the pidfile, through the fd that root opened."""
     data = b"%d\n" % pid
     try:
+        # Written first, cut second: whoever reads in between finds a pid in the first line.
         os.pwrite(fd, data, 0)
         os.ftruncate(fd, len(data))
     except OSError as error:
@@ -733,11 +631,147 @@ def read_pidfile(path: str) -> str:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(fd, "rb") as stream:
             is_regular = stat.S_ISREG(os.fstat(fd).st_mode)
+            # A pid is short; that the file is, nobody promises.
             return stream.read(32).decode("latin-1").strip() if is_regular else "(no regular file)"
     except FileNotFoundError:
         return ""
     except OSError as error:
         return "(%s)" % because(error)
+
+
+# -- 4. The lock -------------------------------------------------------------
+# Who is the daemon?  Not whom a file names: a pid in a file outlives its process, the kernel
+# gives it to a stranger, and whoever owns the file writes it.  (`start-stop-daemon --stop` on
+# root's pidfile signals every process of the machine, if it holds "-1".)  The kernel knows.  A
+# POSIX record lock (fcntl(2), "Advisory record locking") dies with its process, is not inherited
+# over fork(2), and F_GETLK returns its holder's pid.  So there are two bytes, in PIDFILE.lock:
+#
+#   byte 0  the turn: a command holds a WRITE lock on it while it changes something
+#   byte 1  the instance lock: the daemon holds a READ lock, through an fd opened read-only by root
+#
+# The file is 0600: no other user can open it and keep root's commands waiting.  The daemon cannot
+# write it: so it may also hold, for `restart`, what the last start was asked for.  One trap: a
+# process loses ALL its locks on a file when it closes ANY fd of it; so it opens it once.
+
+TURN, INSTANCE = 0, 1
+IS_LINUX = sys.platform.startswith("linux")
+FLOCK = struct.Struct("hhqqi" if IS_LINUX else "qqihhi")    # struct flock: Linux; macOS and BSD
+
+
+def lock_holder(fd: int, byte: int) -> Optional[int]:
+    """Return the pid of another process that holds a lock on the byte.
+
+    By hand: fcntl.lockf() takes and releases such locks, but cannot ask for F_GETLK.
+    """
+    # Asked for as a writer would: then readers are in the way, and are named, too.
+    if IS_LINUX:
+        asked = FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+        kind, _, _, _, pid = FLOCK.unpack_from(fcntl.fcntl(fd, fcntl.F_GETLK, asked))
+    else:
+        asked = FLOCK.pack(byte, 1, 0, fcntl.F_WRLCK, os.SEEK_SET, 0)
+        _, _, pid, kind, _, _ = FLOCK.unpack_from(fcntl.fcntl(fd, fcntl.F_GETLK, asked))
+    return None if kind == fcntl.F_UNLCK else pid
+
+
+def take_instance(fd: int, predecessor: Optional[int]) -> None:
+    """Take the instance lock.  Read locks can be shared: but only with the one we replace."""
+    # Take first, look second: two that looked first could both see nobody.
+    fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, INSTANCE)
+    holder = lock_holder(fd, INSTANCE)
+    if holder not in (None, -1, predecessor):
+        fcntl.lockf(fd, fcntl.LOCK_UN, 1, INSTANCE)
+        raise Fatal("unable to start: already running with pid %s" % holder)
+
+
+class Lock:
+    """PIDFILE.lock: who is the daemon, and what its last start was asked for."""
+
+    def __init__(self, files: Files, flags: int) -> None:
+        check_folder(files.folder)
+        self.path = files.lock
+        self.fd = open_regular(self.path, flags, 0o600)
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close it, which gives up every lock that this process has on it."""
+        # A library's daemon comes here twice: in launch(), and where the command's `with` ends.
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd = -1
+
+    def holder(self) -> Optional[int]:
+        """Return the pid of the running daemon, None if there is none.
+
+        A script or program may close all its fds (daemons do), and the lock with them; then pid
+        and time of birth, which its start noted, prove it as well.
+        """
+        pid, record = lock_holder(self.fd, INSTANCE), self.record()
+        if pid not in (None, -1):       # -1: a lock that names nobody (fcntl(2), OFD)
+            return pid
+        is_noted = record.get("birth") and is_trusted(os.path.dirname(self.path))
+        return record["pid"] if is_noted and birth_of(record["pid"]) == record["birth"] else None
+
+    def record(self) -> Dict[str, Any]:
+        """Return what was noted of the last start, {} if none has succeeded yet."""
+        with contextlib.suppress(ValueError):           # empty, or torn by a full disk
+            # pread(2), not open().read(): to close a second fd would drop our locks (the trap).
+            record = json.loads(os.pread(self.fd, os.fstat(self.fd).st_size, 0).decode())
+            return record if isinstance(record, dict) else {}
+        return {}
+
+    def note(self, options: argparse.Namespace, pid: int = 0) -> None:
+        """Note what a start was asked for, and whom it started."""
+        keys = ("argv", "arguments", "cwd", "kind", "detached")
+        record = dict({key: getattr(options, key) for key in keys}, pid=pid, birth=birth_of(pid))
+        # Not a new file and rename(2), which would be atomic: the locks are on this inode.
+        os.ftruncate(self.fd, 0)
+        os.pwrite(self.fd, json.dumps(record).encode(), 0)
+
+
+class Turn(Lock):
+    """The right to change the state of one daemon: `with Turn(options) as turn`.
+
+    Runs as: caller.  See: fcntl(2); twistd: checkPID (without a lock: two in a race both start).
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        """Wait for it, and say for whom; who has it may need a whole start and a whole stop."""
+        super().__init__(options.files, os.O_RDWR)
+        # After a moment, not at once: most waits are shorter than what there is to read.
+        told_at = time.monotonic() + TICK
+        deadline = time.monotonic() + options.start_timeout + options.timeout
+        while not self.take():
+            holder = lock_holder(self.fd, TURN)
+            if time.monotonic() > deadline:
+                raise Fatal("unable to lock %s: pid %s is still busy with it" % (self.path, holder))
+            if time.monotonic() > told_at:
+                told_at = deadline + TICK       # once
+                warn("waiting for pid %s, which is busy with %s" % (holder, self.path))
+            time.sleep(POLL)
+
+    def take(self) -> bool:
+        """Try to take the turn."""
+        if os.fstat(self.fd).st_nlink == 0:     # a first start failed, and took its files with it
+            self.close()
+            self.fd = open_regular(self.path, os.O_RDWR, 0o600)
+        try:
+            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, TURN)
+            # This may be the lock of a file that a failed start has just removed: of no use.
+            return os.fstat(self.fd).st_nlink > 0
+        except (BlockingIOError, PermissionError):      # EAGAIN, EACCES: POSIX allows either
+            holder = lock_holder(self.fd, TURN)
+        process = find_process(holder)
+        if holder == -1 or process and process.uid not in (0, os.geteuid()):
+            # Only a daemon that was taken over locks this byte, through its fd: do not wait.
+            # -1 is an open file description lock (fcntl(2)), which names nobody.
+            warn("pid %d, no command, holds the turn of %s: ignored" % (holder or 0, self.path))
+            return True
+        return False
 
 
 # -- 5. Leaving the terminal -------------------------------------------------
@@ -746,6 +780,32 @@ def read_pidfile(path: str) -> str:
 # a terminal by opening one (credentials(7)); hence the second.  The third article calls
 # setsid() once more in its main(), for a group of its own, and gives back what the second fork
 # won.  setpgid(2) gives the group without the session.
+
+# Who says what.  Report: daemon "ready" (or "fatal"; its parent: "died"), command "own", daemon
+# "owned" (lock and pidfile are its), command "begin" (the old one is told to leave), daemon
+# "began".  Control: "status", "reload" -> "reloaded", "sockets" (fds come along), "leave" ->
+# "leaving".  Workers: "able" of themselves; "drain" -> "draining"; "reopen" -> "reopened".
+
+ENDED, LATE = "", "late"        # what receive() returns for want of a message
+
+
+def peer_of(end: socket.socket) -> Tuple[Optional[int], Optional[int]]:
+    """Return (pid, uid) of a unix socket's other side; (None, None) where no system call tells."""
+    if not hasattr(socket, "SO_PEERCRED"):
+        return None, None
+    pid, uid, _ = struct.unpack("3i", end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return pid, uid
+
+
+def readable(ends: List[socket.socket], deadline: float) -> List[socket.socket]:
+    """Return which can be read, [] at the deadline.  By poll(2): select(2) stops at fd 1023."""
+    poll = select.poll()
+    for end in ends:
+        poll.register(end, select.POLLIN)
+    # poll(2) counts milliseconds, all else here seconds.
+    ready = {fd for fd, _ in poll.poll(max(0.0, deadline - time.monotonic()) * 1000)}
+    return [end for end in ends if end.fileno() in ready]
+
 
 class Channel:
     """JSON lines over a socket between command, daemon and workers; the other end may lie."""
@@ -756,40 +816,33 @@ class Channel:
     def send(self, event: str, **facts: Any) -> None:
         self.end.sendall(json.dumps(dict(facts, event=event)).encode() + b"\n")
 
-    def receive(self, deadline: float) -> Optional[Dict[str, Any]]:
-        """Return the next message; {"event": ""} at the end or for nonsense; None when late."""
+    def receive(self, deadline: float) -> Dict[str, Any]:
+        """Return the next message; its event is ENDED at the end or for nonsense, or LATE."""
+        # A stream knows no messages: a line may come in pieces, or two lines at once.
         while b"\n" not in self.buffer:
             if not readable([self.end], deadline):
-                return None
+                return {"event": LATE}
             try:
                 data = self.end.recv(MAX_MESSAGE)
             except OSError:             # ECONNRESET: it died with something of ours unread
                 data = b""
             self.buffer += data
             if not data or len(self.buffer) > MAX_MESSAGE:
-                return {"event": ""}
+                return {"event": ENDED}
         line, _, self.buffer = self.buffer.partition(b"\n")
         with contextlib.suppress(ValueError, RecursionError):
             message = json.loads(line.decode())
             if isinstance(message, dict) and isinstance(message.get("event"), str):
                 return message
-        return {"event": ""}
+        return {"event": ENDED}
 
     def fail(self, error: BaseException) -> None:
         """Say why there will be no daemon, unless nobody listens any more."""
         fatal = as_fatal(error)
+        # The end of a trace says most.  An eighth: JSON may need six bytes for a character.
         trace = fatal.trace[-MAX_MESSAGE // 8:]
         with contextlib.suppress(OSError):
             self.send("fatal", text=str(fatal), status=fatal.status, trace=trace)
-
-
-def readable(ends: List[socket.socket], deadline: float) -> List[socket.socket]:
-    """Return which can be read, [] at the deadline.  By poll(2): select(2) stops at fd 1023."""
-    poll = select.poll()
-    for end in ends:
-        poll.register(end, select.POLLIN)
-    ready = {fd for fd, _ in poll.poll(max(0.0, deadline - time.monotonic()) * 1000)}
-    return [end for end in ends if end.fileno() in ready]
 
 
 def failure(message: Dict[str, Any], otherwise: str) -> Fatal:
@@ -802,25 +855,35 @@ def failure(message: Dict[str, Any], otherwise: str) -> Fatal:
     return Fatal("unable to start: " + otherwise)
 
 
+def open_stdio() -> None:
+    """Open what the caller closed of fds 0 to 2: no file of ours may become its stdout."""
+    fd = os.open(os.devnull, os.O_RDWR)
+    while fd <= 2:
+        fd = os.open(os.devnull, os.O_RDWR)
+    os.close(fd)
+
+
 def close_inherited() -> None:
     """Close what the caller left open: what Python opens is close-on-exec (PEP 446), that is not.
 
     From a list of what is open, not by a loop to RLIMIT_NOFILE, which may be 2^30.
     """
-    names = os.listdir("/dev/fd") if os.path.isdir("/dev/fd") else map(str, range(1024))
-    for name in names:
+    fds = map(int, os.listdir("/dev/fd")) if os.path.isdir("/dev/fd") else range(1024)
+    for fd in fds:
         with contextlib.suppress(OSError):          # the fd of this very listing
-            if int(name) > 2 and os.get_inheritable(int(name)):
-                os.close(int(name))
+            # Only what the caller left is inheritable: files that we have opened are safe.
+            if fd > 2 and os.get_inheritable(fd):
+                os.close(fd)
 
 
 def reset_signals() -> None:
     """Undo what the caller ignored or blocked: both survive fork and exec.  See: signal(7)."""
     ours = (signal.SIGPIPE, signal.SIGXFSZ)         # Python itself ignores these
-    for number in set(range(1, signal.NSIG)) - set(ours):
+    for signum in set(range(1, signal.NSIG)) - set(ours):
         with contextlib.suppress(OSError, ValueError):      # KILL, STOP, holes in the numbering
-            if signal.getsignal(number) == signal.SIG_IGN:
-                signal.signal(number, signal.SIG_DFL)
+            if signal.getsignal(signum) == signal.SIG_IGN:
+                signal.signal(signum, signal.SIG_DFL)
+    # With SIGTERM blocked, each `stop` would end in SIGKILL after its timeout.
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
 
@@ -829,18 +892,22 @@ def detach(report: Channel, opened: Opened, abandon: Callable[[], None]) -> None
 
     Runs as: root.  See: setsid(2), daemon(7); twistd: daemonize.
     """
+    # Allowed, since a child of fork(2) does not lead its group.
     os.setsid()
     reset_signals()
     daemon = os.fork()
     if daemon:
         watch_birth(daemon, report, abandon)
+    # on_end() was for bind() (be_starter); until step 7 installs its own, the default will do.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     redirect(opened)
+    # By number, not sys.stderr: it writes into whatever fd 2 means at the time of the crash.
     faulthandler.enable(2)
 
 
 def watch_birth(daemon: int, report: Channel, abandon: Callable[[], None]) -> NoReturn:
     """Live on as the daemon's parent, to tell how it died.  The command ends us (end_starter)."""
+    # An application or program has a group of its own pid; a script or library is in ours.
     groups = (os.getpgrp(), daemon)
     signal.signal(signal.SIGTERM, lambda signum, frame: end_family(groups, 0))
     status = os.waitpid(daemon, 0)[1]
@@ -848,14 +915,14 @@ def watch_birth(daemon: int, report: Channel, abandon: Callable[[], None]) -> No
     abandon()
     with contextlib.suppress(OSError):              # the command is gone, too
         report.send("died", status=status)
+    # Not sys.exit(): atexit and unwritten buffers are the command's, of which we are a copy.
     os._exit(0)
 
 
 def redirect(opened: Opened) -> None:
     """Point fds 0 to 2 at what step 3 opened: children, C code and crashes log there, too."""
-    os.dup2(opened.stdin, 0)
-    moved = {opened.stdin}
-    for fd, number in ((opened.stdout, 1), (opened.stderr, 2)):
+    moved = set()                       # stdout and stderr may be one fd
+    for number, fd in enumerate((opened.stdin, opened.stdout, opened.stderr)):
         if fd is not None:
             os.dup2(fd, number)
             moved.add(fd)
@@ -874,6 +941,7 @@ def set_environment(options: argparse.Namespace) -> None:
     try:
         if options.chroot is not None:
             os.chroot(options.chroot)
+            # chroot(2) leaves the working directory outside, and ".." would lead on from there.
             os.chdir("/")
         os.chdir(options.rundir)
     except OSError as error:
@@ -884,17 +952,11 @@ def set_environment(options: argparse.Namespace) -> None:
         os.environ.update(HOME=user.home, USER=user.name, LOGNAME=user.name)
 
 
-def set_groups(identity: Identity) -> None:
-    """Replace the supplementary groups: root's own would stay.  See: initgroups(3)."""
-    if identity.name:
-        os.initgroups(identity.name, identity.gid)
-    else:
-        os.setgroups([identity.gid])
-
-
 def set_ids(uid: int, gid: int) -> None:
     """Set real, effective and saved ids.  On macOS root's setuid(2) sets all three."""
     if hasattr(os, "setresuid"):
+        # gid first: without root's uid we may not change it.  Three of each: a saved uid of 0 is
+        # a way back, for seteuid(2) and for whoever takes the daemon over.
         os.setresgid(gid, gid, gid)
         os.setresuid(uid, uid, uid)
     else:
@@ -911,7 +973,7 @@ def switch_user(identity: Optional[Identity]) -> None:
         return
     uid, gid = identity.uid, identity.gid
     try:
-        set_groups(identity)
+        os.setgroups(identity.groups)       # root's own would stay
         set_ids(uid, gid)
     except OSError as error:
         raise Fatal("unable to switch to uid %d, gid %d: %s" % (uid, gid, because(error)))
@@ -929,39 +991,40 @@ def load(path: str) -> ModuleType:
     if not os.path.isfile(path):
         raise Fatal("unable to load %s: no such file" % path)
     name = os.path.splitext(os.path.basename(path))[0]
+    # As for `python3 FILE.py`: it finds the modules that lie beside it.
     sys.path.insert(0, os.path.dirname(path))
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise Fatal("unable to load %s: its name does not end in .py" % path)
     module = importlib.util.module_from_spec(spec)
+    # Before it runs, as `import` has it: its classes are looked up here (pickle, dataclasses).
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
 
-def has_bind(path: str) -> bool:
-    """Tell an application from a script without running it: does its top level define `bind`?"""
-    import ast                  # here: only --app asks
+def compiled(path: str) -> CodeType:
+    """Return a Python file's code.  Read once: what was looked at is what runs, in a jail, too."""
     try:
         with open(path, "rb") as stream:
-            body = ast.parse(stream.read(), path).body
+            code: CodeType = compile(stream.read(), path, "exec")
+            return code
     except (OSError, SyntaxError, ValueError) as error:
         shown = "".join(traceback.format_exception_only(type(error), error))
         raise Fatal("unable to load %s: %s" % (path, because(error)),
                     trace="" if isinstance(error, OSError) else shown)
-    names: List[Any] = []
-    for node in body:
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            names += [alias.asname or alias.name for alias in node.names]
-        elif isinstance(node, ast.Assign):
-            names += [getattr(target, "id", None) for target in node.targets]
-        else:
-            names.append(getattr(node, "name", None))
-    return "bind" in names
+
+
+def has_bind(code: CodeType) -> bool:
+    """Tell an application from a script without running it: does its top level name a `bind`?"""
+    import dis                  # here: only --app asks
+    return any(step.opname == "STORE_NAME" and step.argval == "bind"
+               for step in dis.get_instructions(code))
 
 
 def adopt(fd: int) -> Optional[socket.socket]:
     """Return the listening stream socket that was passed to us as fd; close anything else."""
+    # What systemd passes is inheritable: each child of ours would hold the port, too.
     os.set_inheritable(fd, False)
     if stat.S_ISSOCK(os.fstat(fd).st_mode):
         passed = socket.socket(fileno=fd)
@@ -969,8 +1032,8 @@ def adopt(fd: int) -> Optional[socket.socket]:
         is_listening = passed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         if is_listening and kind == socket.SOCK_STREAM:
             if sys.version_info < (3, 7) and IS_LINUX:          # 3.6 guesses AF_INET
-                family_ = passed.getsockopt(socket.SOL_SOCKET, getattr(socket, "SO_DOMAIN"))
-                passed = socket.socket(family_, kind, 0, passed.detach())
+                domain = passed.getsockopt(socket.SOL_SOCKET, getattr(socket, "SO_DOMAIN"))
+                passed = socket.socket(domain, kind, 0, passed.detach())
             return passed
         passed.detach()
     os.close(fd)
@@ -979,6 +1042,7 @@ def adopt(fd: int) -> Optional[socket.socket]:
 
 def inherited_sockets() -> List[socket.socket]:
     """Return the sockets that systemd passed to this very process.  See: sd_listen_fds(3)."""
+    # Popped: a child that knows the protocol would take fds 3, 4, ... of ours for its own.
     is_ours = os.environ.pop("LISTEN_PID", "") == str(os.getpid())
     number = os.environ.pop("LISTEN_FDS", "")
     os.environ.pop("LISTEN_FDNAMES", None)
@@ -1000,6 +1064,7 @@ def bind_application(options: argparse.Namespace) -> Any:
     finally:
         os.umask(umask)
     parsed = build_parser(module).parse_args([options.action] + expand(options.argv))
+    # This parse has the application's options; step 1's paths, absolute by now, go on top.
     vars(parsed).update(vars(options))
     parsed.uid, parsed.gid = options.identity[:2] if options.identity else (None, None)
     return module.bind(parsed)
@@ -1008,7 +1073,7 @@ def bind_application(options: argparse.Namespace) -> Any:
 def host_script(options: argparse.Namespace, opened: Opened) -> None:
     """Run a Python file as __main__; its end is the daemon's end."""
     path = inside(options.files.logfile, options.chroot)
-    install_handlers(options, lambda signum, frame: reopen(path))
+    install_handlers(options, lambda signum, frame: reopen_log(path))
     sys.argv = [options.app_path] + (options.arguments or [])
     sys.path.insert(0, os.path.dirname(options.app_path))
     ours, script = sys.modules["__main__"], ModuleType("__main__")
@@ -1018,6 +1083,9 @@ def host_script(options: argparse.Namespace, opened: Opened) -> None:
         exec(options.code, script.__dict__)
     finally:
         sys.modules["__main__"] = ours
+        if signal.getsignal(signal.SIGTERM) is not on_wake:     # it ends by itself: nobody was told
+            guard()
+            kill_each(family(options.groups()), signal.SIGTERM)
         end_family(options.groups(), options.timeout)
         os.ftruncate(opened.pidfile, 0)
 
@@ -1025,8 +1093,9 @@ def host_script(options: argparse.Namespace, opened: Opened) -> None:
 def host_program(options: argparse.Namespace, opened: Opened) -> NoReturn:
     """Become the program.  The lock's fd goes with it: record locks survive execve(2)."""
     os.set_inheritable(opened.lock, True)
-    for number in (signal.SIGPIPE, signal.SIGXFSZ):
-        signal.signal(number, signal.SIG_DFL)
+    # execve(2) resets handlers, but what is ignored stays so; `yes | head` relies on SIGPIPE.
+    for signum in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(signum, signal.SIG_DFL)
     # not execvp(3)'s way: Python imports modules for that, which the daemon's user may not read
     path = shutil.which(inside(options.program, options.chroot) or "")
     if path is None:
@@ -1037,15 +1106,16 @@ def host_program(options: argparse.Namespace, opened: Opened) -> NoReturn:
         raise Fatal("unable to execute %s: %s" % (path, because(error)))
 
 
-def reopen(path: Optional[str]) -> bool:
+def reopen_log(path: Optional[str]) -> bool:
     """Point stdout and stderr at what the log's name means now; False if that is impossible."""
     if path is None:
         return False
     try:
-        fd = open_regular(path, os.O_WRONLY | os.O_APPEND, 0o640)
+        fd = open_regular(path, os.O_WRONLY | os.O_APPEND, 0o640, is_log=True)
     except Fatal as error:
         log("%s: the old log is kept" % error)
         return False
+    # dup2(2) swaps the file behind a number in one step: no thread ever meets a closed fd 1.
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.close(fd)
@@ -1061,19 +1131,19 @@ def on_wake(signum: int, frame: Optional[FrameType]) -> None:
     """Do nothing: a number that matters went to the wake-up fd, and the loop reads it there."""
 
 
-def on_end(signum: int, frame: Optional[FrameType]) -> None:
-    """Leave by the normal exit, so that every `finally` of the application runs; once."""
-    guard()
-    raise SystemExit(0)
-
-
 def guard() -> None:
     """Take no notice of further endings: we are in the group that we signal (the third article).
 
     Not by SIG_IGN, which children would inherit, and Python before 3.8.9 trips over (bpo-43406).
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_wake)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, on_wake)
+
+
+def on_end(signum: int, frame: Optional[FrameType]) -> None:
+    """Leave by the normal exit, so that every `finally` of the application runs; once."""
+    guard()
+    raise SystemExit(0)
 
 
 def install_handlers(options: argparse.Namespace, on_event: Handler) -> None:
@@ -1082,13 +1152,14 @@ def install_handlers(options: argparse.Namespace, on_event: Handler) -> None:
         guard()
         tell_family(options)
         raise SystemExit(0)
-    for number in (signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, on_event)
-    for number in endings(options):
-        signal.signal(number, on_sigterm)
+    for signum in (signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(signum, on_event)
+    for signum in endings(options):
+        signal.signal(signum, on_sigterm)
 
 
 def endings(options: argparse.Namespace) -> List[signal.Signals]:
+    # Where there is a terminal HUP says that it is gone; where none is, custom made it "reload".
     return [signal.SIGTERM, signal.SIGINT] + [signal.SIGHUP] * options.has_terminal
 
 
@@ -1101,16 +1172,17 @@ def tell_family(options: argparse.Namespace) -> None:
     """
     groups = options.groups()
     if groups:
+        # getpgrp(), not 0: killpg(0) is undefined in POSIX (killpg(3p)), though it works on Linux.
         os.killpg(os.getpgrp(), signal.SIGTERM)
     kill_each([p for p in family(()) if p.pgid not in groups], signal.SIGTERM)
 
 
 def call(server: Any, name: str, otherwise: Any = None) -> Any:
     """Call what an application need not have."""
-    return getattr(server, name)() if hasattr(server, name) else otherwise
+    return getattr(server, name, lambda: otherwise)()
 
 
-def drain(server: Any) -> None:
+def drain_or_end(server: Any) -> None:
     """Ask an application to finish what it has; one that cannot is ended as by SIGTERM."""
     if hasattr(server, "drain"):
         server.drain()
@@ -1125,8 +1197,37 @@ def end_main_thread() -> NoReturn:
     that blocks is noticed only when the call returns.
     """
     while True:
+        # Not kill(2): the kernel may give that to any thread, and a main thread that sits in a
+        # system call would not wake up to run the handler.
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
         time.sleep(POLL)
+
+
+def exit_status(error: SystemExit) -> int:
+    return error.code if isinstance(error.code, int) else int(error.code is not None)
+
+
+def notify(options: argparse.Namespace, text: str) -> None:
+    """Tell systemd how we are.  See: sd_notify(3)."""
+    if options.notifier is not None:
+        with contextlib.suppress(OSError):      # a supervisor that is gone has no say in our life
+            options.notifier.send(text.encode())
+
+
+def take_place(options: argparse.Namespace, opened: Opened) -> None:
+    """Become the daemon of this pidfile."""
+    take_instance(opened.lock, options.predecessor)
+    write_pidfile(opened.pidfile, os.getpid())
+
+
+def become_owner(report: Channel, take: Callable[[], None]) -> None:
+    """Take lock and pidfile, then begin, at the command's word; without it there is no daemon."""
+    # Two words, since between them the old daemon leaves: each side knows how far the other got.
+    for word, action, reply in (("own", take, "owned"), ("begin", lambda: None, "began")):
+        if report.receive(time.monotonic() + START_TIMEOUT)["event"] != word:
+            raise Fatal("unable to start: the command that asked for it is gone")
+        action()
+        report.send(reply)
 
 
 class Child:
@@ -1136,16 +1237,17 @@ class Child:
         self.pid, self.channel = pid, channel
         self.born = time.monotonic()
         self.deadline = float("inf")        # when to kill it, once it was told to drain
+        self.result: Optional[int] = None   # of wait(2): from then on the pid may be a stranger's
 
     def tell(self, event: str) -> None:
         with contextlib.suppress(OSError):  # it died: reap() will see
             self.channel.send(event)
 
     def has_said(self, event: str, deadline: float) -> bool:
-        while True:                         # "entered" is a replaced worker's, for nobody
-            message = self.channel.receive(deadline) or {"event": ""}
-            if message["event"] in (event, ""):
-                return bool(message["event"])
+        while True:                         # "able" is a replaced worker's, for nobody
+            said = self.channel.receive(deadline)["event"]
+            if said in (event, ENDED, LATE):
+                return bool(said == event)
 
 
 class Daemon:
@@ -1157,6 +1259,7 @@ class Daemon:
 
     def __init__(self, options: argparse.Namespace, opened: Opened, server: Any) -> None:
         self.options, self.opened, self.server = options, opened, server
+        assert opened.control is not None           # open_files(): an application has one
         self.control = opened.control
         self.size = getattr(server, "workers", 0) if options.workers is None else options.workers
         self.log_path = inside(options.files.logfile, options.chroot)
@@ -1170,8 +1273,9 @@ class Daemon:
         self.restarts, self.pause, self.next_start = 0, 0.0, 0.0
         self.last_error = ""
         self.born = time.monotonic()
+        # Python runs a handler between any two instructions of the main thread: no place to work.
+        # So handlers do nothing, and the number comes through this pair (signal.set_wakeup_fd).
         self.wake, self.waker = socket.socketpair()
-        self.wake.setblocking(False)
         self.waker.setblocking(False)
 
     def live(self, report: Optional[Channel], prober: Optional[Child]) -> None:
@@ -1179,8 +1283,7 @@ class Daemon:
 
         Runs as: the daemon user.  See: listen(2); twistd: startApplication, startReactor.
         """
-        if self.control is not None:
-            self.control.listen(8)      # not in step 3: SO_PEERCRED names who called listen()
+        self.control.listen(8)          # not in step 3: SO_PEERCRED names who called listen()
         if report is None:
             self.own()
         if self.options.predecessor:
@@ -1192,6 +1295,7 @@ class Daemon:
             self.begin(report)
         call(self.server, "release")    # whom we replace takes no more requests
         notify(self.options, "READY=1\nSTATUS=%s" % self.addresses())
+        # `not self.size`: then this is a thread, and ends with the process, not by itself.
         while self.workers or self.leaving or not self.is_leaving or not self.size:
             try:
                 self.step()
@@ -1200,11 +1304,15 @@ class Daemon:
                 time.sleep(TICK)
 
     def own(self) -> None:
-        own(self.options, self.opened)
+        take_place(self.options, self.opened)
         self.is_owner = True
 
     def begin(self, report: Channel) -> None:
-        """Begin at the command's word.  If that dies, the predecessor's state decides."""
+        """Become the owner, then begin, each at the command's word.
+
+        If the command dies between the two, only the predecessor knows whether it was told to
+        leave.  Its lock is gone: it was, and we stay.  It keeps it: it was not, and we go.
+        """
         try:
             become_owner(report, self.own)
         except Fatal:
@@ -1220,14 +1328,12 @@ class Daemon:
 
     def step(self) -> None:
         """Wait a moment for what comes, and do it."""
-        ends = [self.wake] + [talk.end for talk in self.talks]
-        if self.control is not None:
-            ends.append(self.control)
+        ends = [self.wake, self.control] + [talk.end for talk in self.talks]
         for end in readable(ends, time.monotonic() + TICK):
             if end is self.wake:
                 self.on_signals()
             elif end is self.control:
-                self.accept(end)
+                self.accept()
             else:
                 self.answer(next(talk for talk in self.talks if talk.end is end))
         self.reap()
@@ -1268,6 +1374,8 @@ class Daemon:
     def fork(self, life: Callable[[Channel], None]) -> Child:
         """Return a new child that lives that life; signals wait until it has its own handlers."""
         ours, theirs = socket.socketpair()
+        # Between fork(2) and shed() the child has the daemon's handler: SIGTERM would make it
+        # signal the whole group.
         signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
         try:
             pid = os.fork()
@@ -1277,6 +1385,7 @@ class Daemon:
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
         theirs.close()
+        # For shed(): a worker with a copy of a sibling's channel would keep EOF from that sibling.
         self.ends = [end for end in self.ends if end.fileno() >= 0] + [ours]
         return Child(pid, Channel(ours))
 
@@ -1295,48 +1404,48 @@ class Daemon:
         finally:
             with contextlib.suppress(Exception):    # the last print(), into a log that is full
                 sys.stdout.flush()
+            # Not `return`: below us on the stack is the daemon, whose `finally` ends everybody.
             os._exit(status)
 
     def shed(self) -> None:
         """Give up, in a child, what is the daemon's: handlers, lock, its ends of the channels."""
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGHUP, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_IGN)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, on_end)
+        for signum in (signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(signum, signal.SIG_IGN)
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, on_end)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
-        for end in self.ends + [talk.end for talk in self.talks]:
+        for end in self.ends + [talk.end for talk in self.talks] + [self.control]:
             end.close()
+        # Harmless for the lock: that is the daemon's, and fork(2) gave us none to lose.
         os.close(self.opened.pidfile)
         os.close(self.opened.lock)
-        if self.control is not None:
-            self.control.close()
 
     def work(self, channel: Channel) -> None:
         """Serve, with one thread that listens to the daemon."""
         threading.Thread(target=self.obey, args=(channel,), daemon=True).start()
-        channel.send("entered")
+        channel.send("able")
         self.server.serve_forever()
 
     def obey(self, channel: Channel) -> None:
         """Follow the daemon; when it is gone, go: nothing of a dead daemon may hold the port."""
         while True:
-            message = channel.receive(time.monotonic() + 3600)
-            event = None if message is None else message["event"]
-            if event == "":
+            # An hour, and again: poll(2) has its milliseconds in an int.
+            event = channel.receive(time.monotonic() + 3600)["event"]
+            if event == ENDED:
                 os._exit(1)
             elif event == "drain":
-                drain(self.server)
+                drain_or_end(self.server)
                 channel.send("draining")
             elif event == "reopen":
-                reopen(self.log_path)
+                reopen_log(self.log_path)
                 channel.send("reopened")
 
     def probe(self, channel: Channel) -> None:
         """Ask the workers one question, from outside."""
         self.server.probe()
-        channel.send("entered")
+        channel.send("able")
 
     def bring_up(self, prober: Optional[Child] = None) -> List[Child]:
         """Return a full set of new workers that have proved themselves; if one fails none stays."""
@@ -1344,11 +1453,13 @@ class Daemon:
         try:
             for _ in range(self.size):
                 fresh.append(self.fork(self.work))
-            self.await_entered(fresh, [])
+            self.await_able(fresh, [])
+            if fresh and hasattr(self.server, "probe"):
+                prober = self.fork(self.probe)
             self.prove(fresh, prober)
         except BaseException:
-            for child in fresh:
-                with contextlib.suppress(ProcessLookupError):
+            for child in fresh + ([prober] if prober else []):
+                if child.result is None:
                     os.kill(child.pid, signal.SIGKILL)
                     os.waitpid(child.pid, 0)
                 child.channel.end.close()
@@ -1357,27 +1468,25 @@ class Daemon:
 
     def prove(self, fresh: List[Child], prober: Optional[Child]) -> None:
         """Have new workers probed; without a probe they must live for a moment, like a script."""
-        if prober is None and fresh and hasattr(self.server, "probe"):
-            prober = self.fork(self.probe)
         if prober is not None:
-            self.await_entered([prober], fresh)
-            os.waitpid(prober.pid, 0)
+            self.await_able([prober], fresh)
+            prober.result = os.waitpid(prober.pid, 0)[1]
             prober.channel.end.close()
         elif readable([child.channel.end for child in fresh], time.monotonic() + ALIVE):
-            self.await_entered([], fresh)
+            self.await_able([], fresh)
 
-    def await_entered(self, waiting: List[Child], watched: List[Child]) -> None:
-        """Return when all the waiting have entered; raise Fatal when one of all ends first."""
+    def await_able(self, waiting: List[Child], watched: List[Child]) -> None:
+        """Return when all the waiting are able; raise Fatal when one of all ends first."""
         waiting, deadline = list(waiting), time.monotonic() + self.options.start_timeout
         while waiting or readable([child.channel.end for child in watched], 0):
             ends = readable([child.channel.end for child in waiting + watched], deadline)
             if not ends:
                 raise Fatal("unable to start: not ready after %g s" % self.options.start_timeout)
             for child in [child for child in waiting + watched if child.channel.end in ends]:
-                message = child.channel.receive(deadline) or {"event": ""}
-                if message["event"] != "entered":
-                    end = describe(os.waitpid(child.pid, 0)[1])
-                    fatal = failure(message, "a process of it %s" % end)
+                message = child.channel.receive(deadline)
+                if message["event"] != "able":
+                    child.result = os.waitpid(child.pid, 0)[1]
+                    fatal = failure(message, "a process of it %s" % describe(child.result))
                     raise Fatal(str(fatal), 1, fatal.trace)     # 2, usage, is for bind()
                 waiting.remove(child)
 
@@ -1398,6 +1507,7 @@ class Daemon:
         """Note an unexpected death; the pause before the next start grows while they die young."""
         self.workers.remove(child)
         self.complain("worker %d %s" % (child.pid, describe(status)))
+        # SIGKILL comes from outside (a person, the OOM killer) and tells nothing of the code.
         is_killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
         is_settled = is_killed or time.monotonic() - child.born > SETTLED
         self.pause = 0.0 if is_settled else min(BACKOFF[1], max(BACKOFF[0], 2 * self.pause))
@@ -1426,6 +1536,7 @@ class Daemon:
         reason = ""
         try:
             call(self.server, "reload")
+            # The right side runs first: if it raises, the old workers are still in place.
             old, self.workers = self.workers, self.bring_up()
             self.retire(old)
             self.reopen()
@@ -1444,7 +1555,7 @@ class Daemon:
 
     def reopen(self) -> bool:
         """Open the log's name again, here and in the workers; True if all have done it."""
-        if self.options.files.logfile is None or not reopen(self.log_path):
+        if not reopen_log(self.log_path):
             return False
         children, deadline = self.workers + self.leaving, time.monotonic() + ANSWER
         for child in children:
@@ -1460,9 +1571,9 @@ class Daemon:
 
     def rotate(self) -> None:
         """Rename the log and its elders, open a new one; delete the oldest, once nobody has it."""
-        names = ["%s.%d" % (self.log_path, n) for n in range(1, self.options.log_keep + 2)]
+        names = ["%s.%d" % (self.log_path, n) for n in range(self.options.log_keep + 1, 0, -1)]
         try:
-            for name, elder in reversed(list(zip([str(self.log_path)] + names, names))):
+            for elder, name in zip(names, names[1:] + [str(self.log_path)]):    # the oldest first
                 with contextlib.suppress(FileNotFoundError):
                     os.rename(name, elder)
         except OSError as error:
@@ -1473,13 +1584,14 @@ class Daemon:
             self.obstacle = "unable to reopen it"
             return
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(names[-1])
+            os.unlink(names[0])
 
     # -- the control socket
 
-    def accept(self, control: socket.socket) -> None:
+    def accept(self) -> None:
         """Take a command's call; anybody's but ours and root's is hung up."""
-        end = control.accept()[0]
+        end = self.control.accept()[0]
+        # Its mode 0600 does that on Linux; older BSDs ignore the mode of a socket (unix(7)).
         if peer_of(end)[1] in (None, 0, os.getuid()) and len(self.talks) < 8:
             end.settimeout(ANSWER)
             self.talks.append(Channel(end))
@@ -1489,9 +1601,9 @@ class Daemon:
     def answer(self, talk: Channel) -> None:
         """Do what a command asks for."""
         try:
-            event = (talk.receive(time.monotonic()) or {"event": "half a line"})["event"]
+            event = talk.receive(time.monotonic())["event"]     # LATE: half a line, so far
             if event == "status":
-                talk.send("status", **self.status())
+                talk.send("status", said=self.status())
             elif event == "reload":
                 talk.send("reloaded", reason=self.reload())
             elif event == "sockets":
@@ -1501,8 +1613,8 @@ class Daemon:
                 self.leave()
                 talk.send("leaving")
         except OSError:                 # it hung up in mid-sentence
-            event = ""
-        if not event:
+            event = ENDED
+        if event == ENDED:
             talk.end.close()
             self.talks.remove(talk)
             if talk is self.heir and self.is_owner:     # the new one failed, maybe late
@@ -1513,11 +1625,13 @@ class Daemon:
         sockets = getattr(self.server, "sockets", [])[:MAX_SOCKETS]
         fds = array.array("i", [passed.fileno() for passed in sockets])
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)] if fds else []
+        # With a line of text: Linux carries no fds over a stream without at least one byte.
         end.sendmsg([b'{"event": "sockets"}\n'], rights)
 
     def leave(self) -> None:
         """Drain and go: a new daemon is there, and has shared the instance lock until now."""
-        set_lock(self.opened.lock, fcntl.F_SETLK, fcntl.F_UNLCK, INSTANCE)
+        # First of all: with this, whom lock_holder() names is the new daemon.
+        fcntl.lockf(self.opened.lock, fcntl.LOCK_UN, 1, INSTANCE)
         self.is_leaving, self.is_owner = True, False
         workers, self.workers = self.workers, []
         self.retire(workers)
@@ -1525,7 +1639,7 @@ class Daemon:
         for child in workers:           # so that the command can tell the new one to begin
             child.has_said("draining", deadline)
         if not self.size:
-            drain(self.server)
+            drain_or_end(self.server)
 
     def facts(self) -> Dict[str, Any]:
         """Return what the application says of itself."""
@@ -1542,23 +1656,13 @@ class Daemon:
                     log_rotation=self.obstacle)
 
 
-def exit_status(error: SystemExit) -> int:
-    return error.code if isinstance(error.code, int) else int(error.code is not None)
-
-
-def notify(options: argparse.Namespace, text: str) -> None:
-    """Tell systemd how we are.  See: sd_notify(3)."""
-    if options.notifier is not None:
-        with contextlib.suppress(OSError):      # a supervisor that is gone has no say in our life
-            options.notifier.send(text.encode())
-
-
 def host_application(options: argparse.Namespace, opened: Opened, server: Any,
                      report: Optional[Channel]) -> None:
     """Step 7.  Give the main thread to the daemon's loop; without workers, to serve_forever()."""
     daemon = Daemon(options, opened, server)
     install_handlers(options, on_wake)
     signal.signal(signal.SIGCHLD, on_wake)
+    # From now on C code writes each signal's number to the pair, before any Python handler runs.
     signal.set_wakeup_fd(daemon.waker.fileno())
     try:
         if daemon.size:
@@ -1584,37 +1688,14 @@ def serve_beside(daemon: Daemon, report: Optional[Channel]) -> None:
         threading.Thread(target=live_beside, daemon=True).start()
         daemon.server.serve_forever()
     finally:
+        # In place of the SystemExit by which end_main_thread() got us out of serve_forever().
         if failed:
             raise failed[0]
-
-
-def own(options: argparse.Namespace, opened: Opened) -> None:
-    """Become the daemon of this pidfile."""
-    take_instance(opened.lock, options.predecessor)
-    write_pidfile(opened.pidfile, os.getpid())
-
-
-def become_owner(report: Channel, take: Callable[[], None]) -> None:
-    """Take lock and pidfile, then begin, at the command's word; without it there is no daemon."""
-    for word, action, reply in (("own", take, "owned"), ("begin", lambda: None, "began")):
-        message = report.receive(time.monotonic() + START_TIMEOUT)
-        if message is None or message["event"] != word:
-            raise Fatal("unable to start: the command that asked for it is gone")
-        action()
-        report.send(reply)
 
 
 # -- 9. The control socket, the command's end --------------------------------
 # The daemon may have been taken over.  So there is one deadline for each exchange, 64 KiB and 64
 # fds at most, no fd but of listening stream sockets, and no text printed raw.
-
-def peer_of(end: socket.socket) -> Tuple[Optional[int], Optional[int]]:
-    """Return (pid, uid) of a unix socket's other side; (None, None) where no system call tells."""
-    if not hasattr(socket, "SO_PEERCRED"):
-        return None, None
-    pid, uid, _ = struct.unpack("3i", end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return pid, uid
-
 
 @contextlib.contextmanager
 def limited(seconds: float) -> Iterator[None]:
@@ -1646,6 +1727,7 @@ class Control:
                 end.settimeout(ANSWER)
                 with working_in(files.folder):
                     end.connect(os.path.basename(name))
+                # Whoever owns the folder can bind a socket there; the kernel says who listens.
                 if peer_of(end)[0] in (None, pid):
                     return
                 raise ConnectionRefusedError(errno.ECONNREFUSED, "another process listens there")
@@ -1655,13 +1737,14 @@ class Control:
                     raise
 
     def ask(self, event: str, wait: float = ANSWER) -> Dict[str, Any]:
+        # Later than receive()'s own deadline: it is for the calls that have none.
         with limited(wait + TICK):
             self.channel.send(event)
             return self.answer(wait)
 
     def answer(self, wait: float = ANSWER) -> Dict[str, Any]:
         message = self.channel.receive(time.monotonic() + wait)
-        if message is None or not message["event"]:
+        if message["event"] in (ENDED, LATE):
             raise TimeoutError(errno.ETIMEDOUT, "it does not answer")
         return message
 
@@ -1670,12 +1753,14 @@ class Control:
         fds = array.array("i")
         with limited(ANSWER + TICK):
             self.channel.send("sockets")
+            # Not receive(): fds come along with the bytes, and recv(2) would throw them away.
             data, ancillary, _, _ = self.channel.end.recvmsg(
                 MAX_MESSAGE, socket.CMSG_SPACE(4 * MAX_SOCKETS),
                 getattr(socket, "MSG_CMSG_CLOEXEC", 0))
             self.channel.buffer += data
             for level, kind, cargo in ancillary:
                 if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                    # A message that was cut may end in half an int.
                     fds.frombytes(cargo[:len(cargo) - len(cargo) % fds.itemsize])
             sockets = [passed for passed in map(adopt, fds) if passed is not None]
             self.answer()
@@ -1697,31 +1782,32 @@ class Target:
     """A daemon to be ended, with its group if a start made it."""
 
     def __init__(self, lock: Lock, pid: int) -> None:
-        self.pidfd, self.has_group = -1, bool(lock.record().get("detached"))
+        self.pid, self.pidfd = pid, -1
+        self.has_group = bool(lock.record().get("detached"))
         with contextlib.suppress(OSError, TypeError):       # it is dead; there is no pidfd_open
             self.pidfd = pidfd_open(pid)
         process = find_process(pid)
         # asked after the handle was opened: so all three mean one process, or we have nobody
         self.process = process if lock.holder() == pid else None
 
-    def is_member(self, process: Process) -> bool:
-        mine = self.process
-        return mine is not None and process.sid == mine.sid and (
-            process.pid == mine.pid or self.has_group and process.pgid == mine.pgid)
-
     def members(self) -> List[Process]:
         """Return who is left."""
-        return [process for process in processes() if self.is_member(process)]
+        mine = self.process
+        return [p for p in processes() if mine is not None and p.sid == mine.sid
+                and (p.pid == mine.pid or self.has_group and p.pgid == mine.pgid)]
+
+    def leader(self) -> List[Process]:
+        """Return the daemon itself, while it is left."""
+        return [p for p in self.members() if p.pid == self.pid]
 
     def send(self, signum: int) -> None:
         """Signal the daemon, and nobody else."""
         if self.process is None:
             return
-        pid, pidfd = self.process.pid, self.pidfd
-        if pidfd >= 0:
-            as_uid(self.process.uid, lambda: pidfd_send_signal(pidfd, signum))
-        elif pid in [process.pid for process in self.members()]:    # looked at again, just before
-            as_uid(self.process.uid, lambda: os.kill(pid, signum))
+        if self.pidfd >= 0:
+            as_uid(self.process.uid, lambda: pidfd_send_signal(self.pidfd, signum))
+        elif self.leader():             # looked at again, just before
+            as_uid(self.process.uid, lambda: os.kill(self.pid, signum))
 
     def send_all(self, signum: int) -> None:
         """Signal who is left of the group, too: until the last has left, its number is its own."""
@@ -1758,19 +1844,16 @@ def end_daemon(target: Target, timeout: float, is_told: bool = False) -> bool:
 
     First the daemon alone, whose handler tells the others; then who is left.
     """
-    def leader() -> List[Process]:
-        return [p for p in target.members() if target.process and p.pid == target.process.pid]
     try:
         deadline = time.monotonic() + timeout
         if not is_told:
             target.send(signal.SIGTERM)
             target.send(signal.SIGCONT)             # one that was stopped obeys when it goes on
-        was_killed = end_all(leader, target.send, timeout)
+        was_killed = end_all(target.leader, target.send, timeout)
         target.send_all(signal.SIGTERM)
         return end_all(target.members, target.send_all, deadline - time.monotonic()) or was_killed
     except OSError as error:
-        pid = target.process.pid if target.process else 0
-        raise Fatal("unable to stop pid %d: %s" % (pid, because(error)))
+        raise Fatal("unable to stop pid %d: %s" % (target.pid, because(error)))
 
 
 # -- 11. The commands --------------------------------------------------------
@@ -1780,15 +1863,10 @@ def tell(options: argparse.Namespace, text: str) -> None:
         emit(1, text + "\n")
 
 
-def turn_of(options: argparse.Namespace) -> Turn:
-    """Return the turn for this command; who has it now may need a whole start and a whole stop."""
-    return Turn(options.files, options.start_timeout + options.timeout)
-
-
 def start(options: argparse.Namespace) -> int:
-    """Start the daemon unless it runs; return when it is ready."""
+    """Start the daemon unless it runs; return when it is ready (and in a library's daemon)."""
     new = make_folders(options)
-    with turn_of(options) as turn:
+    with Turn(options) as turn:
         pid = turn.holder()
         if pid is None:
             launch(options, turn, new)
@@ -1810,6 +1888,7 @@ def make_folders(options: argparse.Namespace) -> List[str]:
     folder = "/var/log/" + options.name if is_root else files.prefix.rstrip("/")
     if folder in mine and folder in new:
         os.mkdir(folder, 0o700)
+        # By fd from here: who may write in /var/log could swap the name between two calls.
         fd = os.open(folder, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         os.fchmod(fd, 0o750 if is_root else 0o700)
         if identity is not None:
@@ -1830,49 +1909,53 @@ def tidy(options: argparse.Namespace, new: List[str]) -> None:
                 os.unlink(path)
     if options.predecessor is None and os.path.lexists(options.files.pidfile):
         with contextlib.suppress(Fatal):            # an odd one, which was refused, stays as it is
-            fd = open_regular(options.files.pidfile, os.O_RDWR, 0o644, os.geteuid())
+            fd = open_regular(options.files.pidfile, os.O_RDWR, 0o644)
             os.ftruncate(fd, 0)
             os.close(fd)
 
 
-def launch(options: argparse.Namespace, turn: Turn, new: List[str],
-           old: Optional[Control] = None) -> bool:
-    """Fork the starter, see the daemon to its place.  True only in a library's daemon."""
+def launch(options: argparse.Namespace, turn: Lock, new: List[str],
+           old: Optional[Control] = None) -> None:
+    """Fork the starter, see the daemon to its place.  Returns in a library's daemon, too."""
     ours, theirs = socket.socketpair()
     logfile = options.files.logfile
     logged = os.path.getsize(logfile) if os.path.isfile(logfile) else 0
     starter = os.fork()
     if starter == 0:
+        # The fd only: record locks are not inherited, and the command's is not touched by this.
         turn.close()
         ours.close()
         if old is not None:
             old.close()
         be_starter(options, Channel(theirs))
-        return True
+        return
+    # While we hold the starter's end as well, its death is no EOF: there twistd hangs for ever.
     for end in [theirs] + options.sockets:
         end.close()
     try:
         with ours:
             attend(options, Channel(ours), turn, old)
     except BaseException as error:
-        result = end_starter(starter, signal.SIGTERM)
+        result = end_starter(starter)
         if isinstance(error, EOFError):
             error = Fatal("unable to start: it %s before it was ready" % describe(result))
         if isinstance(error, Fatal) and not error.trace and error.status == 1 and old is None:
             error.trace = log_since(options, logged)
         tidy(options, new)
         raise error from None
-    end_starter(starter, signal.SIGKILL)
-    return False
+    # By SIGKILL, which no handler sees: the daemon stays, and init becomes its parent.
+    os.kill(starter, signal.SIGKILL)
+    os.waitpid(starter, 0)
 
 
-def attend(options: argparse.Namespace, report: Channel, turn: Turn,
+def attend(options: argparse.Namespace, report: Channel, turn: Lock,
            old: Optional[Control]) -> None:
     """Wait until the daemon is ready, give it the place, have the old one leave, let it begin."""
     facts = expect(report, "ready", options.start_timeout)
     report.send("own")
     expect(report, "owned", ANSWER)
     options.detached = True
+    # Before "begin": a program may close the lock's fd at once; then only this note proves it.
     if old is None:
         turn.note(options, turn.holder() or 0)
     else:
@@ -1884,34 +1967,34 @@ def attend(options: argparse.Namespace, report: Channel, turn: Turn,
             warn("unable to rename the control socket: %s" % because(error))
     report.send("begin")
     expect(report, "began", ANSWER)
+    # Not earlier: had the new one failed, `restart` must repeat the old one's options.
     if old is not None:
         turn.note(options)
     if options.kind in ("script", "program"):
         message = report.receive(time.monotonic() + ALIVE)
-        if message is not None:
+        if message["event"] != LATE:
             raise failure(message, "it ended")
-    if options.kind != "library":
+    if options.kind == "library":
+        tell(options, options.startmsg % turn.holder())
+    else:
         greet(options, facts)
 
 
 def expect(report: Channel, event: str, wait: float) -> Dict[str, Any]:
     """Return the message that is due, or raise what came instead."""
     message = report.receive(time.monotonic() + wait)
-    if message is None:
+    if message["event"] == LATE:
         raise Fatal("unable to start: not ready after %g s" % wait)
-    if not message["event"]:            # os._exit(), SIGKILL: nobody could report it
+    if message["event"] == ENDED:       # os._exit(), SIGKILL: nobody could report it
         raise EOFError
     if message["event"] != event:
         raise failure(message, "%s came instead of %s" % (message["event"], event))
     return message
 
 
-def end_starter(starter: int, signum: int) -> int:
-    """End the starter, return its wait status.
-
-    At SIGTERM it ends the daemon first (SIGKILL follows if bind() hangs); SIGKILL leaves it alone.
-    """
-    os.kill(starter, signum)            # not waited for yet: the pid is its own
+def end_starter(starter: int) -> int:
+    """Have the starter end the daemon and itself, by SIGKILL if bind() hangs; its wait status."""
+    os.kill(starter, signal.SIGTERM)    # not waited for yet: the pid is its own
     deadline = time.monotonic() + 2 * ANSWER
     while True:
         pid, result = os.waitpid(starter, os.WNOHANG)
@@ -1919,7 +2002,7 @@ def end_starter(starter: int, signum: int) -> int:
             return result
         if time.monotonic() > deadline:
             os.kill(starter, signal.SIGKILL)
-        time.sleep(POLL if signum != signal.SIGKILL else 0)
+        time.sleep(POLL)
 
 
 def greet(options: argparse.Namespace, facts: Dict[str, Any]) -> None:
@@ -1934,7 +2017,7 @@ def log_since(options: argparse.Namespace, size: int) -> str:
     """Return the last lines of what was logged beyond that size."""
     path = options.files.logfile
     with contextlib.suppress(Fatal, OSError), careful(path, options.identity):
-        with open(open_regular(path, os.O_RDONLY, 0o640), "rb") as stream:
+        with open(open_regular(path, os.O_RDONLY, 0o640, is_log=True), "rb") as stream:
             stream.seek(max(size, os.fstat(stream.fileno()).st_size - MAX_MESSAGE))
             lines = stream.read().decode("utf-8", "replace").splitlines()[-30:]
         return "the log (%s) says:\n%s\n" % (path, "\n".join(lines)) if lines else ""
@@ -1951,6 +2034,7 @@ def be_starter(options: argparse.Namespace, report: Channel) -> None:
         is_daemon = True
         if options.kind in ("app", "program"):      # a script may want to call setsid() itself
             os.setpgid(0, 0)
+        # A function: a script may call setsid() later, and then its group is another.
         options.groups = lambda: (os.getpgrp(),)
         become_daemon(options, opened, server, report)
         if options.kind == "library":
@@ -1976,9 +2060,6 @@ def prepare(options: argparse.Namespace) -> Tuple[Opened, Any]:
         default_files(options.name)     # raises, and says why there is none
     options.obstacle = rotation_obstacle(options)
     server = bind_application(options) if options.kind == "app" else None
-    if options.kind == "script":        # now: a jail may not have it
-        with open(options.app_path, "rb") as stream:
-            options.code = compile(stream.read(), options.app_path, "exec")
     if server is not None and options.obstacle and options.log_bytes:
         warn("unable to rotate %s: %s" % (options.files.logfile, options.obstacle))
     try:
@@ -1997,12 +2078,11 @@ def become_daemon(options: argparse.Namespace, opened: Opened, server: Any,
         host_application(options, opened, server, report)
         return
     if report is None:
-        own(options, opened)
+        take_place(options, opened)
     else:
         report.send("ready")
-        become_owner(report, lambda: own(options, opened))
-    if options.kind != "library":
-        notify(options, "READY=1")
+        become_owner(report, lambda: take_place(options, opened))
+    notify(options, "READY=1")
     if options.kind == "program":
         host_program(options, opened)
     elif options.kind == "script":
@@ -2022,7 +2102,7 @@ def stop(options: argparse.Namespace) -> int:
     if not os.path.lexists(options.files.lock):     # it was never started
         tell(options, "%s is not running" % options.name)
         return 0
-    with turn_of(options) as turn:
+    with Turn(options) as turn:
         pid = turn.holder()
         if pid is None:
             tell(options, "%s is not running" % options.name)
@@ -2048,7 +2128,7 @@ def restart(options: argparse.Namespace) -> int:
     """Replace the daemon by a new one; where it has sockets to hand over, without a gap."""
     if not os.path.lexists(options.files.lock):     # it was never started
         return start(options)
-    with turn_of(options) as turn:
+    with Turn(options) as turn:
         pid, record = turn.holder(), turn.record()
         if pid is not None and not record.get("detached"):
             raise Fatal("unable to restart %s: it runs in the foreground of what started it\n"
@@ -2057,7 +2137,7 @@ def restart(options: argparse.Namespace) -> int:
             options = repeat(options, record)
         if pid is None:
             launch(options, turn, make_folders(options))
-        elif not (options.kind == record["kind"] == "app" and succeed(options, turn, pid)):
+        elif options.kind != "app" or record["kind"] != "app" or not succeed(options, turn, pid):
             stop_and_start(options, turn, pid)
     return 0
 
@@ -2068,6 +2148,7 @@ def repeat(options: argparse.Namespace, record: Dict[str, Any]) -> argparse.Name
         reason = "others than root can write beside it" if record else "it is not known"
         raise Fatal("unable to repeat the last start of %s: %s\n"
                     "try: restart with options" % (options.name, reason))
+    # Relative paths in the old options meant the old folder.
     try:
         os.chdir(record["cwd"] or "/")
     except OSError:
@@ -2081,7 +2162,7 @@ def repeat(options: argparse.Namespace, record: Dict[str, Any]) -> argparse.Name
     return again
 
 
-def succeed(options: argparse.Namespace, turn: Turn, pid: int) -> bool:
+def succeed(options: argparse.Namespace, turn: Lock, pid: int) -> bool:
     """Start the new daemon on the old one's sockets, see the old one out; False if it is mute."""
     target = Target(turn, pid)          # now: by the time that it leaves, it shows no lock
     try:
@@ -2093,7 +2174,7 @@ def succeed(options: argparse.Namespace, turn: Turn, pid: int) -> bool:
     options.predecessor = pid
     with contextlib.closing(old):
         try:
-            launch(options, turn, [options.files.control + ".new"], old)
+            launch(options, turn, make_folders(options) + [options.files.control + ".new"], old)
         except Fatal as error:
             text = "%s\ndaemonize: fatal: the old one keeps serving with pid %d" % (error, pid)
             raise Fatal(text, error.status, error.trace)
@@ -2102,14 +2183,15 @@ def succeed(options: argparse.Namespace, turn: Turn, pid: int) -> bool:
     return True
 
 
-def stop_and_start(options: argparse.Namespace, turn: Turn, pid: int) -> None:
+def stop_and_start(options: argparse.Namespace, turn: Lock, pid: int) -> None:
     """Restart what has nothing to hand over; look first whether there is something to start."""
     if options.kind == "program" and shutil.which(options.program) is None:
         raise Fatal("unable to execute %s: no such program" % options.arguments[0])
     if end_daemon(Target(turn, pid), options.timeout):
         warn("pid %d did not end within %g s: killed" % (pid, options.timeout))
     try:
-        launch(options, turn, [options.files.pidfile, options.files.control])
+        new = make_folders(options)
+        launch(options, turn, new + [options.files.pidfile, options.files.control])
     except Fatal as error:
         raise Fatal("%s\ndaemonize: fatal: nothing runs now" % error, error.status, error.trace)
 
@@ -2170,14 +2252,14 @@ def running_facts(options: argparse.Namespace, pid: int) -> Dict[str, Any]:
     if os.path.lexists(options.files.control):
         try:
             with contextlib.closing(Control(options.files, pid)) as control:
-                facts = control.ask("status")
+                said = control.ask("status").get("said")
+            facts = said if isinstance(said, dict) else {}
         except OSError as error:
             facts["note"] = because(error)
-    facts.pop("event", None)
     process = find_process(pid)
     known = {"name": options.name, "state": "running", "pid": pid,
              "uid": process.uid if process else None}
-    return dict(known, **dict(facts, **known))
+    return {**known, **facts, **known}      # the kernel's first, and not to be overruled
 
 
 def one_line(facts: Dict[str, Any]) -> str:
@@ -2204,16 +2286,17 @@ def run(options: argparse.Namespace) -> int:
     if os.getpid() == 1:
         be_init()
     new = make_folders(options)
-    with turn_of(options) as turn:
-        if turn.holder() is not None:
-            raise Fatal("unable to run %s: already running with pid %s"
-                        % (options.name, turn.holder()))
+    with Turn(options) as turn:
+        pid = turn.holder()
+        if pid is not None:
+            raise Fatal("unable to run %s: already running with pid %d" % (options.name, pid))
         try:
             opened, server = prepare(options)
         except BaseException:
             tidy(options, new)
             raise
         turn.note(options, os.getpid() if options.kind != "app" else 0)
+    # After the `with`: when that closed the turn's fd, it would have dropped this lock as well.
     take_instance(opened.lock, None)                # its fd is the only one from here on
     reset_signals()
     options.has_terminal = has_terminal()
@@ -2241,6 +2324,7 @@ def open_notifier() -> Optional[socket.socket]:
         return None
     notifier = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
+        # "@" is for the zero byte of Linux' abstract names: an environment variable holds none.
         notifier.connect("\0" + address[1:] if address.startswith("@") else address)
     except OSError as error:
         raise Fatal("unable to connect to NOTIFY_SOCKET %s: %s" % (address, because(error)))
@@ -2249,16 +2333,18 @@ def open_notifier() -> Optional[socket.socket]:
 
 def be_init() -> None:
     """As pid 1 of a container: pass signals on to the daemon, reap orphans, exit as it does."""
+    # Blocked until the handlers stand: pid 1 without a handler does not even get the signal.
     signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
     child = os.fork()
     if child:
         def pass_on(signum: int, frame: Optional[FrameType]) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signum)
-        for number in HANDLED - {signal.SIGCHLD}:
-            signal.signal(number, pass_on)
+        for signum in HANDLED - {signal.SIGCHLD}:
+            signal.signal(signum, pass_on)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
     while child:
+        # Any child: every orphan of the container is ours, and a zombie until somebody waits.
         pid, result = os.wait()
         if pid == child:
             is_killed = os.WIFSIGNALED(result)
@@ -2285,33 +2371,23 @@ def startstop(stdout: str = "/dev/null", stderr: Optional[str] = None, stdin: st
         action = sys.argv[1] if len(sys.argv) == 2 else ""
         if action not in ("start", "stop", "restart", "reload", "status"):
             raise Fatal("usage: %s start|stop|restart|reload|status" % sys.argv[0], 2)
-        options = library_options(action, absolute(pidfile), absolute(stdout), more)
+        options = library_options(action, pidfile, stdout, more)
         options.stdin, options.stderr = absolute(stdin), absolute(stderr or stdout)
-        if action in ("stop", "restart"):
+        options.startmsg, command = startmsg, os.getpid()
+        if action == "restart":
             stop(options)
-        elif action in ("reload", "status"):
-            sys.exit((reload if action == "reload" else status)(options))
-        if action in ("start", "restart") and start_library(options, startmsg):
-            return
-        sys.exit(0)
+            action = "start"
+        result = COMMANDS[action](options)
+        if os.getpid() == command:      # start returns in the daemon as well, as fork(2) does
+            sys.exit(result)
     except Fatal as error:
         sys.exit(report_fatal(error))
-
-
-def start_library(options: argparse.Namespace, startmsg: str) -> bool:
-    """Start the daemon unless it runs; True in the daemon."""
-    with turn_of(options) as turn:
-        pid = turn.holder()
-        if pid is None and launch(options, turn, make_folders(options)):
-            return True
-        tell(options, startmsg % turn.holder() if pid is None else
-             "%s is already running with pid %d" % (options.name, pid))
-    return False
 
 
 def library_options(action: str, pidfile: str, logfile: str,
                     more: Dict[str, Any]) -> argparse.Namespace:
     """Return the command line's options with what a call gives instead.  Raises TypeError."""
+    open_stdio()
     options = build_parser().parse_args([action])
     for name, value in more.items():
         if name not in ("uid", "gid", "umask", "chroot", "rundir", "timeout", "start_timeout"):
@@ -2348,7 +2424,7 @@ class Parser(argparse.ArgumentParser):
         raise Fatal("unable to understand the command line: %s\ntry: daemonize.py -h" % message, 2)
 
 
-def number(kind: Callable[[str], float], highest: float) -> Callable[[str], float]:
+def bounded(kind: Callable[[str], float], highest: float) -> Callable[[str], float]:
     """Return a converter for numbers from 0 to highest."""
     def convert(text: str) -> float:
         value = kind(text)
@@ -2368,30 +2444,30 @@ def build_parser(application: Optional[ModuleType] = None) -> Parser:
                     description=HELP, epilog=EXAMPLES)
     parser.add_argument("action", metavar="ACTION", choices=list(COMMANDS), help=argparse.SUPPRESS)
     add = parser.add_argument_group("daemon options").add_argument
-    duration: Dict[str, Any] = dict(metavar="SECONDS", type=number(float, 1e6))
-    add("--app", metavar="FILE.py", help="application or script to host (%s)" % APPLICATION)
+    duration: Dict[str, Any] = dict(metavar="SECONDS", type=bounded(float, 1e6))
+    add("--app", metavar="FILE.py",
+        help="application or script to host (%s)" % os.path.basename(APPLICATION))
     add("--name", help="name of the daemon and its files (the application's)")
     add("--pidfile", metavar="FILE", help="(root: /run/NAME.pid, others: ~/.NAME/pid)")
     add("--logfile", metavar="FILE", help="(/var/log/NAME/NAME.log, ~/.NAME/log; run: none)")
     add("--rundir", metavar="DIR", default="/", help="working directory (%(default)s)")
     add("--chroot", metavar="DIR", help="jail (none; needs root)")
-    add("--umask", metavar="OCTAL", type=number(lambda text: int(text, 8), 0o777), default=UMASK,
+    add("--umask", metavar="OCTAL", type=bounded(lambda text: int(text, 8), 0o777), default=UMASK,
         help="of the application (027)")
     add("--uid", metavar="USER", help="become this user after binding (stay; needs root)")
     add("--gid", metavar="GROUP", help="and this group (the user's)")
-    add("--workers", metavar="N", type=number(int, 1024),
+    add("--workers", metavar="N", type=bounded(int, 1024),
         help="processes that serve; 0: the daemon itself (as the application says)")
     add("--timeout", default=TIMEOUT, help="to stop, drain; then SIGKILL (%(default)g)", **duration)
     add("--start-timeout", default=START_TIMEOUT, help="to be ready (%(default)g)", **duration)
-    add("--log-bytes", metavar="N", type=number(int, 1 << 62), default=LOG_BYTES,
+    add("--log-bytes", metavar="N", type=bounded(int, 1 << 62), default=LOG_BYTES,
         help="rotate the log at this size; 0: never (%(default)d)")
-    add("--log-keep", metavar="N", type=number(int, 1000), default=LOG_KEEP,
+    add("--log-keep", metavar="N", type=bounded(int, 1000), default=LOG_KEEP,
         help="rotated logs to keep (%(default)d)")
     add("--quiet", action="store_true", help="say nothing on success, for cron")
     add("--json", action="store_true", help="status for programs")
     add("-h", "--help", action="store_true", help="show this, and the options of the application")
-    if hasattr(application, "add_arguments"):
-        getattr(application, "add_arguments")(parser)
+    getattr(application, "add_arguments", lambda parser: None)(parser)
     return parser
 
 
@@ -2410,6 +2486,22 @@ def expand(argv: List[str]) -> List[str]:
     return result
 
 
+def typed(parser: Parser, words: List[str]) -> Set[str]:
+    """Return which options were typed: by a parse without defaults, for one may type a default."""
+    blank = argparse.Namespace(**dict.fromkeys(vars(parser.parse_known_args(words)[0])))
+    found = vars(parser.parse_known_args(words, blank)[0])
+    return {key for key, value in found.items() if value is not None}
+
+
+def name_of(options: argparse.Namespace, arguments: Optional[List[str]]) -> str:
+    """Return the daemon's name: --name, or else what it hosts, without .py."""
+    hosted = arguments[0] if options.kind == "program" and arguments else options.app_path
+    name = re.sub(r"\.py\Z", "", os.path.basename(hosted)) if options.name is None else options.name
+    if not re.fullmatch(r"\.*[A-Za-z0-9_-][A-Za-z0-9._-]*", name):     # not . and ..
+        raise Fatal("unable to name it %s: letters, digits and ._- only\ntry: --name" % name, 2)
+    return str(name)
+
+
 def parse(argv: List[str]) -> argparse.Namespace:
     """Step 1.  Return the daemon's options; the application's own wait until it is loaded."""
     cut = argv.index("--") if "--" in argv else len(argv)
@@ -2418,33 +2510,26 @@ def parse(argv: List[str]) -> argparse.Namespace:
         words = ["start"] + words
     parser = build_parser()
     options, extra = parser.parse_known_args(words)
-    given = {key for key, value in vars(options).items() if value != parser.get_default(key)}
     named = {"action", "name", "pidfile", "timeout", "quiet"}
-    options.is_bare = not extra and arguments is None and given <= named
-    options.kind, options.app_path = "app", find_application(options.app)
+    options.is_bare = not extra and arguments is None and typed(parser, words) <= named
+    options.kind = "app"
+    options.app_path = APPLICATION if options.app is None else absolute(options.app)
     if arguments is not None and options.app is None:
         options.kind = "program"
         if not arguments:
             parser.error("no COMMAND after --")
-    if options.name is None:
-        hosted = arguments[0] if options.kind == "program" and arguments else options.app_path
-        options.name = re.sub(r"\.py\Z", "", os.path.basename(hosted))
-    if not re.match(r"[A-Za-z0-9._-]+\Z", options.name) or not options.name.strip("."):
-        raise Fatal("unable to name it %s: letters, digits and ._- only\ntry: --name"
-                    % options.name, 2)
-    if options.action in STARTING and not options.help:
-        if options.app and not has_bind(options.app_path):
-            options.kind = "script"
+    options.name = name_of(options, arguments)
+    if options.help:
+        return options
+    if options.action in STARTING:
+        if options.app:
+            options.code = compiled(options.app_path)
+            options.kind = "app" if has_bind(options.code) else "script"
         if options.kind != "app" and extra:
             parser.error("unrecognized arguments: %s" % " ".join(extra))
-    if not options.help:
-        settle(options, argv[1:cut], arguments)
+    # argv as typed, with @FILE unread: so a restart reads the file as it is then.
+    settle(options, argv[1:cut], arguments)
     return options
-
-
-def find_application(path: Optional[str]) -> str:
-    beside = os.path.dirname(os.path.abspath(__file__))
-    return os.path.join(beside, APPLICATION) if path is None else absolute(path)
 
 
 def settle(options: argparse.Namespace, argv: List[str], arguments: Optional[List[str]]) -> None:
@@ -2459,9 +2544,7 @@ def settle(options: argparse.Namespace, argv: List[str], arguments: Optional[Lis
         options.program = absolute(options.program)
     options.files = wanted_files(options)
     options.chroot = absolute(options.chroot) if options.chroot else None
-    options.rundir = absolute(options.rundir)
-    if options.rundir != "/":
-        options.rundir = inside(options.rundir, options.chroot) or "/"
+    options.rundir = inside(absolute(options.rundir), options.chroot) or "/"
     options.identity = None
     if options.action in STARTING:
         options.identity = look_up_identity(options.uid, options.gid)
@@ -2481,14 +2564,13 @@ def report_fatal(error: Fatal) -> int:
 
 def main(argv: List[str]) -> int:
     """Do one command; return its exit status."""
-    fd = os.open(os.devnull, os.O_RDWR)
-    while fd <= 2:                      # stdio was closed: no file of ours may become its stdout
-        fd = os.open(os.devnull, os.O_RDWR)
-    os.close(fd)
+    open_stdio()
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)       # a start tidies up
+        # Before close_inherited(), which would take systemd's sockets for the caller's litter.
         sockets = inherited_sockets()
         close_inherited()
+        # What we make is private until a line gives it a mode; step 5 has the application's umask.
         umask = os.umask(0o077)
         os.environ.setdefault("PATH", PATH)
         options = parse(argv)
