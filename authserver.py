@@ -673,7 +673,9 @@ class SharedTable:
 #
 # An HA1 is worth as much as the password, for this realm: who reads it can log in. "Do
 # not use it because in-memory passwords can be a security hole", says Twisted of its own
-# dictionary; this one is as safe as the permissions of its file.
+# dictionary; this one is as safe as the permissions of its file. A line with `plain` is no
+# worse for this realm. It is for all others in which the same person has the same password:
+# so it is for tests, and for programs that write the file themselves.
 
 # How hashes begin: {SHA} and {SSHA} of htpasswd, the others are libcrypt's business.
 B64 = "[A-Za-z0-9+/]"

@@ -18,7 +18,7 @@ Not tested:
         sockets are played by the tests)
     a power failure between two writes; a file system over a network
     more than one machine behind a balancer
-    browsers (their header fields are replayed)
+    browsers other than Chromium (their header fields are replayed)
 """
 import argparse
 import array
@@ -2515,6 +2515,16 @@ class RealClients(SharedBoxTest):
         url = self.url.replace("//", "//jim:secret@")
         result = run(["git", "ls-remote", url], env=dict(self.box.env, GIT_TERMINAL_PROMPT="0"))
         self.assertNotIn("uthentication", result.err)
+
+    @needs("chromium")
+    def test_a_browser(self) -> None:
+        """Chromium, which is offered Digest and Basic, shows the page."""
+        argv = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--user-data-dir=" + self.box.path("p")]
+        try:
+            said = run(argv + ["--dump-dom", self.url.replace("//", "//jim:secret@")], env=self.box.env)
+        except AssertionError as error:
+            self.skipTest("needs a Chromium that starts: %s" % str(error)[:40])
+        self.assertIn("This is foo, for jim.", said.out)
 
     @needs("ab")
     def test_ab(self) -> None:
