@@ -120,7 +120,7 @@ SLICE = 0.001           # seconds of a turn for requests that wait in buffers: 2
 IN_MEMORY = 1 << 16     # bytes of body, and of answers, that the loop holds for a connection
 MAX_MEMOS = 512         # heads remembered per listening address, about 3 KiB each
 MAX_CONNECTIONS = 20000     # per worker, where the limit of open files allows; about 20 MiB
-MAX_PER_ADDRESS = 1000      # of them from one address: a large office behind one NAT
+MAX_PER_CLIENT = 1000       # of them from one address, or IPv6 /64: a large office behind one NAT
 SPARE_FILES = 64        # descriptors kept back, for logs and for what handlers open
 BACKLOG = 1024          # connections that the kernel queues; http.server's 5 loses SYNs
 BATCH = 16              # connections accepted at a time, before others get their turn
@@ -1356,7 +1356,7 @@ def parse_max_failures(text: str) -> Tuple[int, float]:
     return int(match.group(1) or 0), float(match.group(2) or MAX_FAILURES[1])
 
 
-# -- 5.1 Who is asking
+# -- 5.1 Who is asking --------------------------------------------------------
 
 Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 
@@ -2352,14 +2352,15 @@ class Connection:
     Of thousands nearly all are idle, so an idle one is small.
     """
 
-    __slots__ = ("server", "listener", "socket", "address", "host", "buffer", "output", "stage",
-                 "deadline", "writes", "exchange", "body", "closing", "lingers")
+    __slots__ = ("server", "listener", "socket", "address", "host", "client", "buffer", "output",
+                 "stage", "deadline", "writes", "exchange", "body", "closing", "lingers")
 
     def __init__(self, server: "AuthServer", listener: "Listener", sock: socket.socket,
-                 address: Any, host: str) -> None:
+                 address: Any, host: str, client: str = "") -> None:
         self.server, self.listener, self.socket = server, listener, sock
         self.address = address      # for handlers
         self.host = host            # for rules and logs
+        self.client = client        # whose connections are counted; "": nobody's
         self.buffer = b""           # received, and not understood yet
         self.output = b""           # not sent yet
         self.writes = False         # it waits for the client: nothing is read meanwhile
@@ -2762,7 +2763,7 @@ class AuthServer(http.server.HTTPServer):
         self.connections: Set[Connection] = set()
         # connections with more requests in their buffers; who came first, comes first
         self.later: collections.OrderedDict[Connection, None] = collections.OrderedDict()
-        self.per_address: Dict[str, int] = collections.Counter()
+        self.per_client: Dict[str, int] = collections.Counter()
         self.calls: Deque[Work] = collections.deque()       # for the loop, from other threads
         self.log = Log()
         self.offloaded = self.second = 0         # threads of the pool; when tick() was last at work
@@ -2850,7 +2851,8 @@ class AuthServer(http.server.HTTPServer):
             self.stamp = f"Server: authserver\r\nDate: {date}\r\n"
             self.log.date = log_date(self.second)
             # A list, made first: expire() takes connections out of the set.
-            for connection in [item for item in self.connections if item.deadline < self.clock]:
+            for connection in [item for item in self.connections
+                               if item.deadline < self.clock and item not in self.later]:
                 connection.expire()
         if self.paused_until and self.paused_until < self.clock:
             self.accept_again()
@@ -2904,32 +2906,33 @@ class AuthServer(http.server.HTTPServer):
     def admit(self, listener: Listener, sock: socket.socket, address: Any) -> None:
         """Take a connection, unless its address has too many; make room for the next one."""
         host = host_of(address)
-        if self.is_limited(host):
-            if self.per_address[host] >= MAX_PER_ADDRESS:
+        client = self.count_as(host)
+        if client:
+            if self.per_client[client] >= MAX_PER_CLIENT:
                 sock.close()
                 return
-            self.per_address[host] += 1
+            self.per_client[client] += 1
         if len(self.connections) >= self.limit:
             self.make_room()
         sock.setblocking(False)
-        connection = Connection(self, listener, sock, address or ("unix:", 0), host)
+        connection = Connection(self, listener, sock, address or ("unix:", 0), host, client)
         self.connections.add(connection)
         self.selector.register(sock, selectors.EVENT_READ, connection.ready)
 
-    def is_limited(self, host: str) -> bool:
-        """Return whether an address stands for one client: not ourselves, nor a proxy."""
+    def count_as(self, host: str) -> str:
+        """Return the client whose connections are counted (IPv6: a /64); "" for us and proxies."""
         # The first test saves 5 us for each connection from a proxy or a benchmark on this machine.
-        return host[:4] not in ("", "127.") and self.proxies.find_client(host)[1] is not None
+        return "" if host[:4] in ("", "127.") else self.proxies.find_client(host)[1] or ""
 
     def forget(self, connection: Connection) -> None:
         """Strike a connection off the books."""
         self.connections.remove(connection)
         if connection.stage != "pool":
             self.selector.unregister(connection.socket)
-        if connection.host in self.per_address:
-            self.per_address[connection.host] -= 1
-            if not self.per_address[connection.host]:
-                del self.per_address[connection.host]
+        if connection.client:
+            self.per_client[connection.client] -= 1
+            if not self.per_client[connection.client]:
+                del self.per_client[connection.client]
 
     def make_room(self) -> None:
         """Close connections that have waited longest; if there are none, accept none for a while.
@@ -3041,6 +3044,7 @@ class Guard(http.server.BaseHTTPRequestHandler):
         """Ask for the password when http.server has read a head and before it acts on it."""
         if self.exchange is not None:       # AuthServer has asked already
             return super().parse_request()
+        self.verdict = self.remote_user = None      # of the last request on this connection
         if not super().parse_request():
             return False
         # self.path is no longer what the client sent, and signed: "//x" is "/x" in it.
@@ -3301,7 +3305,7 @@ def read_passwords(path: str, options: argparse.Namespace, schemes: Sequence[str
     passwords = Passwords.read(path, options.realm, options.allow_partial)
     passwords.check_servable(schemes, algorithms, options.allow_partial)
     for warning in passwords.warnings:
-        print(f"authserver: warning: {escape(warning)}", file=sys.stderr)
+        print(f"authserver: warning: {escape(warning)}", file=sys.stderr, flush=True)   # 3.6 waits
     return passwords
 
 
@@ -3317,7 +3321,7 @@ def greet(user: str, password: str, server: AuthServer) -> str:
 
 def bind(options: argparse.Namespace) -> AuthServer:
     """Open sockets and files, with full privileges; return the server that will use them."""
-    chosen = parse_choice(options.schemes, SCHEMES) if options.schemes else ()
+    chosen = () if options.schemes is None else parse_choice(options.schemes, SCHEMES)
     algorithms = parse_choice(options.algorithms, CANONICAL.values())
     qop = parse_choice(options.qop, ("auth", "auth-int"))
     proxies = TrustedProxies(options.trusted_proxy)

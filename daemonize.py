@@ -99,6 +99,7 @@ MAX_MESSAGE = 1 << 16           # bytes of one message
 MAX_SOCKETS = 64                # descriptors handed over at once
 PROC = "/proc"                  # where it is missing (macOS, BSD), ps(1) is asked
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"   # under env -i there is none
+IS_LINUX = sys.platform.startswith("linux")
 # A pidfd is a handle, not a number: it cannot come to mean another process (pidfd_open(2)).
 pidfd_open = getattr(os, "pidfd_open", None)                    # type: Any  # Linux, Python 3.9
 pidfd_send_signal = getattr(signal, "pidfd_send_signal", None)  # type: Any
@@ -211,13 +212,16 @@ def look_up_identity(user: Optional[str], group: Optional[str]) -> Optional[Iden
         entry = pwd.getpwuid(int(name)) if name.isdecimal() else pwd.getpwnam(name)
         if (gid or 0) >= (1 << 32) - 1:
             raise OverflowError("no such number")
-    except (KeyError, OverflowError) as error:
+    except (KeyError, OverflowError, ValueError) as error:      # ValueError: thousands of digits
         # 2^32 - 1 is no id: to setresuid(2) and setresgid(2) it means "leave this one as it is".
-        if user and user.isdecimal() and gid is not None and max(int(user), gid) < (1 << 32) - 1:
+        if user and re.fullmatch("[0-9]{1,10}", user) and gid is not None and max(
+                int(user), gid) < (1 << 32) - 1:
             return Identity(int(user), gid, "", "/", [gid])
         raise Fatal("unable to switch to %s: %s" % (user or group, str(error).strip("'\"")))
     gid = entry.pw_gid if gid is None else gid
     groups = os.getgrouplist(entry.pw_name, gid)
+    if not IS_LINUX:
+        groups = groups[:os.sysconf("SC_NGROUPS_MAX")]      # of more, setgroups(2) takes none
     return Identity(entry.pw_uid, gid, entry.pw_name, entry.pw_dir, groups)
 
 
@@ -354,7 +358,7 @@ def birth_of(pid: Optional[int]) -> str:
                 open("%s/%s/stat" % (PROC, pid), "rb") as stream:
             # Field 2 is the name, which may hold spaces and brackets: count from the last one on.
             # There 0 is the state, 17 num_threads, 19 starttime (fields 3, 20 and 22).
-            facts = stream.read().rpartition(b")")[2].split()   # the LAST: names may hold any
+            facts = stream.read().rpartition(b")")[2].split()
             is_alive = facts[0] not in (b"Z", b"X") or facts[17] != b"1"
             return boot.read().strip() + ":" + facts[19].decode() if is_alive else ""
     except OSError:
@@ -377,7 +381,7 @@ def family(groups: Tuple[int, ...]) -> List[Process]:
 
 def kill_each(members: List[Process], signum: int) -> None:
     for process in members:
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, PermissionError):      # one that became root
             os.kill(process.pid, signum)
 
 
@@ -654,7 +658,6 @@ def read_pidfile(path: str) -> str:
 # process loses ALL its locks on a file when it closes ANY fd of it; so it opens it once.
 
 TURN, INSTANCE = 0, 1
-IS_LINUX = sys.platform.startswith("linux")
 FLOCK = struct.Struct("hhqqi" if IS_LINUX else "qqihhi")    # struct flock: Linux; macOS and BSD
 
 
@@ -699,7 +702,7 @@ class Lock:
 
     def close(self) -> None:
         """Close it, which gives up every lock that this process has on it."""
-        # A library's daemon comes here twice: in launch(), and where the command's `with` ends.
+        # A daemon comes here twice: in launch(), and where the `with` of its command ends.
         if self.fd >= 0:
             os.close(self.fd)
         self.fd = -1
@@ -786,7 +789,7 @@ class Turn(Lock):
 # "began".  Control: "status", "reload" -> "reloaded", "sockets" (fds come along), "leave" ->
 # "leaving".  Workers: "able" of themselves; "drain" -> "draining"; "reopen" -> "reopened".
 
-ENDED, LATE = "", "late"        # what receive() returns for want of a message
+ENDED, LATE = "", "\0late"      # what receive() returns for want of a message; nobody can send it
 
 
 def peer_of(end: socket.socket) -> Tuple[Optional[int], Optional[int]]:
@@ -833,7 +836,7 @@ class Channel:
         with contextlib.suppress(ValueError, RecursionError):
             message = json.loads(line.decode())
             if isinstance(message, dict) and isinstance(message.get("event"), str):
-                return message
+                return message if message["event"] != LATE else {"event": ENDED}
         return {"event": ENDED}
 
     def fail(self, error: BaseException) -> None:
@@ -1003,23 +1006,29 @@ def load(path: str) -> ModuleType:
     return module
 
 
-def compiled(path: str) -> CodeType:
-    """Return a Python file's code.  Read once: what was looked at is what runs, in a jail, too."""
+def parsed(path: str) -> Tuple[Any, CodeType]:
+    """Return a Python file's tree and code.  A script is read once: what was looked at runs."""
+    import ast                  # here: only --app asks
     try:
         with open(path, "rb") as stream:
-            code: CodeType = compile(stream.read(), path, "exec")
-            return code
+            tree = ast.parse(stream.read(), path)
+        return tree, compile(tree, path, "exec")
     except (OSError, SyntaxError, ValueError) as error:
         shown = "".join(traceback.format_exception_only(type(error), error))
         raise Fatal("unable to load %s: %s" % (path, because(error)),
                     trace="" if isinstance(error, OSError) else shown)
 
 
-def has_bind(code: CodeType) -> bool:
-    """Tell an application from a script without running it: does its top level name a `bind`?"""
-    import dis                  # here: only --app asks
-    return any(step.opname == "STORE_NAME" and step.argval == "bind"
-               for step in dis.get_instructions(code))
+def has_bind(tree: Any) -> bool:
+    """Tell an application from a script without running it: does its top level define `bind`?"""
+    names: List[Any] = []
+    for node in tree.body:
+        # What has `names` imports, what has `targets` assigns, what has `name` is def or class.
+        names += [alias.asname or alias.name for alias in getattr(node, "names", ())
+                  if hasattr(alias, "name")]
+        names += [getattr(target, "id", None) for target in getattr(node, "targets", ())]
+        names.append(getattr(node, "name", None))
+    return "bind" in names
 
 
 def adopt(fd: int) -> Optional[socket.socket]:
@@ -1076,18 +1085,19 @@ def host_script(options: argparse.Namespace, opened: Opened) -> None:
     install_handlers(options, lambda signum, frame: reopen_log(path))
     sys.argv = [options.app_path] + (options.arguments or [])
     sys.path.insert(0, os.path.dirname(options.app_path))
-    ours, script = sys.modules["__main__"], ModuleType("__main__")
+    ours, script, daemon = sys.modules["__main__"], ModuleType("__main__"), os.getpid()
     script.__file__ = options.app_path
     sys.modules["__main__"] = script
     try:
         exec(options.code, script.__dict__)
     finally:
         sys.modules["__main__"] = ours
-        if signal.getsignal(signal.SIGTERM) is not on_wake:     # it ends by itself: nobody was told
-            guard()
-            kill_each(family(options.groups()), signal.SIGTERM)
-        end_family(options.groups(), options.timeout)
-        os.ftruncate(opened.pidfile, 0)
+        if os.getpid() == daemon:       # and not a child that the script forked, at its own end
+            if signal.getsignal(signal.SIGTERM) is not on_wake:     # our handler has told nobody
+                guard()
+                kill_each(family(options.groups()), signal.SIGTERM)
+            end_family(options.groups(), options.timeout)
+            os.ftruncate(opened.pidfile, 0)
 
 
 def host_program(options: argparse.Namespace, opened: Opened) -> NoReturn:
@@ -1134,7 +1144,7 @@ def on_wake(signum: int, frame: Optional[FrameType]) -> None:
 def guard() -> None:
     """Take no notice of further endings: we are in the group that we signal (the third article).
 
-    Not by SIG_IGN, which children would inherit, and Python before 3.8.9 trips over (bpo-43406).
+    Not by SIG_IGN, which children would inherit, and Python trips over before 3.8.9 (bpo-43406).
     """
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, on_wake)
@@ -1244,7 +1254,7 @@ class Child:
             self.channel.send(event)
 
     def has_said(self, event: str, deadline: float) -> bool:
-        while True:                         # "able" is a replaced worker's, for nobody
+        while True:                 # "able" is of one that replaced a dead one: nobody waits for it
             said = self.channel.receive(deadline)["event"]
             if said in (event, ENDED, LATE):
                 return bool(said == event)
@@ -1291,7 +1301,8 @@ class Daemon:
         self.workers = self.bring_up(prober)
         if report is not None:
             greeting = str(getattr(self.server, "greeting", None) or "")
-            report.send("ready", greeting=greeting, addresses=self.addresses())
+            with contextlib.suppress(BrokenPipeError):      # begin() will say that it is gone
+                report.send("ready", greeting=greeting, addresses=self.addresses())
             self.begin(report)
         call(self.server, "release")    # whom we replace takes no more requests
         notify(self.options, "READY=1\nSTATUS=%s" % self.addresses())
@@ -1484,6 +1495,8 @@ class Daemon:
                 raise Fatal("unable to start: not ready after %g s" % self.options.start_timeout)
             for child in [child for child in waiting + watched if child.channel.end in ends]:
                 message = child.channel.receive(deadline)
+                if message["event"] == LATE:        # half a line: the next look is the last
+                    continue
                 if message["event"] != "able":
                     child.result = os.waitpid(child.pid, 0)[1]
                     fatal = failure(message, "a process of it %s" % describe(child.result))
@@ -1659,7 +1672,7 @@ class Daemon:
 def host_application(options: argparse.Namespace, opened: Opened, server: Any,
                      report: Optional[Channel]) -> None:
     """Step 7.  Give the main thread to the daemon's loop; without workers, to serve_forever()."""
-    daemon = Daemon(options, opened, server)
+    daemon, pid = Daemon(options, opened, server), os.getpid()
     install_handlers(options, on_wake)
     signal.signal(signal.SIGCHLD, on_wake)
     # From now on C code writes each signal's number to the pair, before any Python handler runs.
@@ -1670,7 +1683,8 @@ def host_application(options: argparse.Namespace, opened: Opened, server: Any,
         else:
             serve_beside(daemon, report)
     finally:
-        daemon.end()
+        if os.getpid() == pid:          # and not a child that serve_forever() forked
+            daemon.end()
 
 
 def serve_beside(daemon: Daemon, report: Optional[Channel]) -> None:
@@ -1863,6 +1877,8 @@ def tell(options: argparse.Namespace, text: str) -> None:
         emit(1, text + "\n")
 
 
+# -- 11.1 start ---------------------------------------------------------------
+
 def start(options: argparse.Namespace) -> int:
     """Start the daemon unless it runs; return when it is ready (and in a library's daemon)."""
     new = make_folders(options)
@@ -1882,13 +1898,14 @@ def make_folders(options: argparse.Namespace) -> List[str]:
     """
     files, identity = options.files, options.identity
     mine = [os.path.dirname(path) for path in (files.pidfile, files.logfile) if path]
-    new = [path for path in [files.pidfile, files.control, files.lock, files.logfile] + mine
+    new = [path for path in (files.pidfile, files.control, files.lock, files.logfile)
            if path and not os.path.lexists(path)]
     is_root = os.geteuid() == 0
     folder = "/var/log/" + options.name if is_root else files.prefix.rstrip("/")
-    if folder in mine and folder in new:
+    if folder in mine and not os.path.lexists(folder):
         os.mkdir(folder, 0o700)
-        # By fd from here: who may write in /var/log could swap the name between two calls.
+        new.append(folder)      # no other: a folder that we did not make is not ours to remove
+        # By fd from here: what was looked at is what changes its owner, whoever swaps the names.
         fd = os.open(folder, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         os.fchmod(fd, 0o750 if is_root else 0o700)
         if identity is not None:
@@ -1975,7 +1992,8 @@ def attend(options: argparse.Namespace, report: Channel, turn: Lock,
         if message["event"] != LATE:
             raise failure(message, "it ended")
     if options.kind == "library":
-        tell(options, options.startmsg % turn.holder())
+        text = options.startmsg
+        tell(options, text % turn.holder() if "%" in text else text)
     else:
         greet(options, facts)
 
@@ -2088,6 +2106,7 @@ def become_daemon(options: argparse.Namespace, opened: Opened, server: Any,
     elif options.kind == "script":
         host_script(options, opened)
     else:
+        signal.signal(signal.SIGHUP, on_wake)       # `reload` must not end who handles no HUP
         atexit.register(forget, os.getpid(), opened.pidfile)
 
 
@@ -2096,6 +2115,8 @@ def forget(pid: int, pidfile: int) -> None:
     if os.getpid() == pid:
         os.ftruncate(pidfile, 0)
 
+
+# -- 11.2 stop and restart ----------------------------------------------------
 
 def stop(options: argparse.Namespace) -> int:
     """End the daemon and its group; return when nothing of it is left."""
@@ -2158,26 +2179,29 @@ def repeat(options: argparse.Namespace, record: Dict[str, Any]) -> argparse.Name
     again = parse(["restart"] + record["argv"] + (["--"] + arguments if arguments else []))
     again.files = again.files._replace(pidfile=options.files.pidfile)
     again.quiet, again.caller_umask = options.quiet, options.caller_umask
-    again.timeout = again.timeout if options.timeout == TIMEOUT else options.timeout
+    again.timeout = options.timeout if "timeout" in options.typed else again.timeout
     return again
 
 
 def succeed(options: argparse.Namespace, turn: Lock, pid: int) -> bool:
     """Start the new daemon on the old one's sockets, see the old one out; False if it is mute."""
-    target = Target(turn, pid)          # now: by the time that it leaves, it shows no lock
+    target, old = Target(turn, pid), None       # now: when it leaves, it will show no lock
     try:
         old = Control(options.files, pid)
         options.sockets = old.take_sockets()
     except OSError as error:
+        if old is not None:
+            old.close()         # in limited time: what it sent, and we left there, may linger
         warn("pid %d hands nothing over (%s): it is stopped first" % (pid, because(error)))
         return False
     options.predecessor = pid
     with contextlib.closing(old):
         try:
             launch(options, turn, make_folders(options) + [options.files.control + ".new"], old)
-        except Fatal as error:
-            text = "%s\ndaemonize: fatal: the old one keeps serving with pid %d" % (error, pid)
-            raise Fatal(text, error.status, error.trace)
+        except Exception as error:
+            text = "%s\ndaemonize: fatal: the old one keeps serving with pid %d"
+            fatal = as_fatal(error)
+            raise Fatal(text % (fatal, pid), fatal.status, fatal.trace)
         if end_daemon(target, options.timeout, is_told=True):
             warn("pid %d did not drain within %g s: killed" % (pid, options.timeout))
     return True
@@ -2187,14 +2211,17 @@ def stop_and_start(options: argparse.Namespace, turn: Lock, pid: int) -> None:
     """Restart what has nothing to hand over; look first whether there is something to start."""
     if options.kind == "program" and shutil.which(options.program) is None:
         raise Fatal("unable to execute %s: no such program" % options.arguments[0])
+    new = make_folders(options)         # may fail, too: before anything is stopped
     if end_daemon(Target(turn, pid), options.timeout):
         warn("pid %d did not end within %g s: killed" % (pid, options.timeout))
     try:
-        new = make_folders(options)
         launch(options, turn, new + [options.files.pidfile, options.files.control])
-    except Fatal as error:
-        raise Fatal("%s\ndaemonize: fatal: nothing runs now" % error, error.status, error.trace)
+    except Exception as error:
+        fatal = as_fatal(error)
+        raise Fatal("%s\ndaemonize: fatal: nothing runs now" % fatal, fatal.status, fatal.trace)
 
+
+# -- 11.3 reload and status ---------------------------------------------------
 
 def reload(options: argparse.Namespace) -> int:
     """Have the daemon read its files again, with its own rights; say why if it refuses."""
@@ -2276,6 +2303,8 @@ def one_line(facts: Dict[str, Any]) -> str:
     line = "%s is %s%s" % (facts["name"], facts["state"], ": " * bool(details) + ", ".join(details))
     return line.replace("\n", "\\n")
 
+
+# -- 11.4 run -----------------------------------------------------------------
 
 def run(options: argparse.Namespace) -> int:
     """Live in the foreground: for systemd, containers, supervisord, debugging.
@@ -2381,7 +2410,7 @@ def startstop(stdout: str = "/dev/null", stderr: Optional[str] = None, stdin: st
         if os.getpid() == command:      # start returns in the daemon as well, as fork(2) does
             sys.exit(result)
     except Fatal as error:
-        sys.exit(report_fatal(error))
+        sys.exit(report_fatal(error, sys.argv[1:2] == ["status"]))
 
 
 def library_options(action: str, pidfile: str, logfile: str,
@@ -2511,7 +2540,8 @@ def parse(argv: List[str]) -> argparse.Namespace:
     parser = build_parser()
     options, extra = parser.parse_known_args(words)
     named = {"action", "name", "pidfile", "timeout", "quiet"}
-    options.is_bare = not extra and arguments is None and typed(parser, words) <= named
+    options.typed = typed(parser, words)
+    options.is_bare = not extra and arguments is None and options.typed <= named
     options.kind = "app"
     options.app_path = APPLICATION if options.app is None else absolute(options.app)
     if arguments is not None and options.app is None:
@@ -2523,8 +2553,8 @@ def parse(argv: List[str]) -> argparse.Namespace:
         return options
     if options.action in STARTING:
         if options.app:
-            options.code = compiled(options.app_path)
-            options.kind = "app" if has_bind(options.code) else "script"
+            tree, options.code = parsed(options.app_path)
+            options.kind = "app" if has_bind(tree) else "script"
         if options.kind != "app" and extra:
             parser.error("unrecognized arguments: %s" % " ".join(extra))
     # argv as typed, with @FILE unread: so a restart reads the file as it is then.
@@ -2556,10 +2586,10 @@ def settle(options: argparse.Namespace, argv: List[str], arguments: Optional[Lis
     options.groups = lambda: ()         # the process groups that this process made
 
 
-def report_fatal(error: Fatal) -> int:
-    """Print why, return the exit status."""
+def report_fatal(error: Fatal, is_status: bool) -> int:
+    """Print why, return the exit status; of `status` 4, for there 1 is an answer: dead."""
     emit(2, "%sdaemonize: fatal: %s\n" % (error.trace, error))
-    return error.status
+    return 4 if is_status and error.status == 1 else error.status
 
 
 def main(argv: List[str]) -> int:
@@ -2583,10 +2613,7 @@ def main(argv: List[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        fatal = as_fatal(error)
-        if argv[:1] == ["status"] and fatal.status == 1:
-            fatal.status = 4            # 1 is an answer: dead
-        return report_fatal(fatal)
+        return report_fatal(as_fatal(error), argv[:1] == ["status"])
 
 
 if __name__ == "__main__":

@@ -26,10 +26,12 @@ import ast
 import atexit
 import base64
 import contextlib
+import errno
 import fcntl
 import glob
 import grp
 import hashlib
+import http.server
 import io
 import json
 import os
@@ -1641,6 +1643,37 @@ class PasswdVerb(AuthTestCase):
         self.assertEqual([True, False], [passwords.check_password("jim", password)
                                          for password in ("four", "one")])
 
+    def test_the_command_adds_changes_and_deletes(self) -> None:
+        """`authserver.py passwd FILE USER`: --stdin, --realm, --delete; a line says what was done."""
+        path = self.write("ann:plain:x\n")
+        argv = [sys.executable, AUTHSERVER, "passwd", path, os.fsdecode("müller".encode())]
+        for options, done in ((["--stdin"], "added"), (["--stdin"], "changed"), (["--delete"], "deleted")):
+            said = run(argv + options + ["--realm", "files"], 0, "pä:ss\n".encode()).out
+            self.assertRegex(said, r"\Auser 'm.+ller' %s in .+ \(realm 'files'\)\n\Z" % done)
+            known = authserver.Passwords.read(path, "files").check_password("müller", "pä:ss")
+            self.assertEqual(known, done != "deleted")
+
+    def test_a_mistake_of_the_command_is_one_line(self) -> None:
+        """A wrong name, a password that is no text or has control characters: exit 2, nothing changed."""
+        path = self.write("# precious\n")
+        for user, option, typed in (("a:b", "--stdin", b"x\n"), ("a\tb", "--stdin", b"x\n"),
+                                    ("jim", "--stdin", b"a\x1bb\n"),
+                                    ("jim", "--stdin", b"x" * 2000), ("jim", "--stdin", b"\n"),
+                                    ("jim", "--delete", b"")):
+            with self.subTest(user, typed=typed[:9]):
+                said = run([sys.executable, AUTHSERVER, "passwd", path, user, option], 2, typed).err
+                self.assertRegex(said, r"\Aauthserver: fatal: unable to [^\n]+\n\Z")
+        self.assertIn("usage", run([sys.executable, AUTHSERVER, "passwd", path], 2).err)
+        self.assertEqual("# precious\n", self.read(path))
+
+    def test_a_password_that_the_locale_cannot_read_is_refused(self) -> None:
+        """In the locale of cron a typed umlaut is not mangled: the command says what to do instead."""
+        path = self.write("")
+        error = UnicodeDecodeError("ascii", b"\xc3", 0, 1, "ordinal not in range(128)")
+        with mock.patch("getpass.getpass", side_effect=error):
+            self.refuses("try: LC_ALL=C.UTF-8, or --stdin", authserver.run_passwd, path, "jim", "files")
+        self.assertEqual("", self.read(path))
+
 
 class Fuzz(AuthTestCase):
     """No sequence of bytes makes the authenticator raise, or let anybody in."""
@@ -1745,18 +1778,20 @@ def request(address: str, *words: str, data: bytes = b"", body: bool = True) -> 
         return exchange(sock, head(*words) + data, body)
 
 
-def digest(address: str, path: str, method: str = "GET", uri: str = "") -> str:
-    """Return fresh Digest credentials of jim."""
+def digest(address: str, path: str, method: str = "GET", uri: str = "", body: Optional[bytes] = None) -> str:
+    """Return fresh Digest credentials of jim; with auth-int when there is a body to sign."""
     challenge = request(address, path, method, "", EMPTY).field("WWW-Authenticate") or ""
     nonce, realm = (re.search(name + '="([^"]*)"', challenge).group(1)  # type: ignore
                     for name in ("nonce", "realm"))
     def md5(text: str) -> str:
         return hashlib.md5(text.encode()).hexdigest()
     uri = uri or path
-    ha1, ha2 = md5("jim:%s:secret" % realm), md5("%s:%s" % (method, uri))
-    response = md5("%s:%s:00000001:c:auth:%s" % (ha1, nonce, ha2))
-    return ('Digest username="jim", realm="%s", nonce="%s", uri="%s", qop=auth, nc=00000001, '
-            'cnonce="c", response="%s", algorithm=MD5' % (realm, nonce, uri, response))
+    qop, ha1, ha2 = "auth", md5("jim:%s:secret" % realm), md5("%s:%s" % (method, uri))
+    if body is not None:
+        qop, ha2 = "auth-int", md5("%s:%s:%s" % (method, uri, hashlib.md5(body).hexdigest()))
+    response = md5("%s:%s:00000001:c:%s:%s" % (ha1, nonce, qop, ha2))
+    return ('Digest username="jim", realm="%s", nonce="%s", uri="%s", qop=%s, nc=00000001, '
+            'cnonce="c", response="%s", algorithm=MD5' % (realm, nonce, uri, qop, response))
 
 
 def statuses(octets: bytes) -> List[int]:
@@ -1922,6 +1957,42 @@ class HttpSyntax(HttpTest):
                     self.assertEqual(sock.recv(1), b"")
                 else:
                     self.assertEqual(exchange(sock, data).status, 200)
+
+    def test_half_a_head_that_can_only_become_worse_is_refused(self) -> None:
+        """431 before the end of an endless head, 400 for a line without CR: nobody waits for the rest."""
+        for status, data in ((431, b"GET / HTTP/1.1\r\nX: " + b"a" * 40000),
+                             (400, b"GET / HTTP/1.1\nHost: a\r\n")):
+            with self.subTest(status), connect(self.at) as sock:
+                sock.sendall(data)
+                self.assertEqual(statuses(self.hear(sock)), [status])
+
+    def test_an_empty_line_between_requests_is_passed_over(self) -> None:
+        """The CRLF that old clients send after a body is no request."""
+        with connect(self.at) as sock:
+            for _ in range(2):
+                self.assertEqual(exchange(sock, head() + b"\r\n").status, 200)
+
+    def test_a_remembered_head_is_no_free_pass(self) -> None:
+        """The same Digest head again, or with another response, is 401, though it was right once."""
+        auth = digest(self.at, "/")
+        forged = auth.replace('response="', 'response="0')[:-len('", algorithm=MD5') - 1] + '", algorithm=MD5'
+        with connect(self.at) as sock:
+            said = [exchange(sock, head("/", "GET", field)).status for field in (auth, auth, forged)]
+        self.assertEqual(said, [200, 401, 401])
+
+    def test_more_heads_than_are_remembered(self) -> None:
+        """600 different heads of one user are all answered, and the first of them again."""
+        heads = [head("/", "GET", JIM, "X: %d" % number) for number in range(600)]
+        self.assertEqual(statuses(self.say(b"".join(heads + heads[:1]))), [200] * 601)
+
+    def test_a_field_that_looks_like_credentials_deceives_nobody(self) -> None:
+        """A proof that was right once is 401 again, whatever nc stands in a field beside Authorization."""
+        auth = "Authorization: " + digest(self.at, "/")
+        said = []
+        for number in (1, 1, 2):
+            decoy = 'X-Authorization: Digest a=b, nc=%08x, response="0"' % number
+            said.append(request(self.at, "/", "GET", "", decoy, auth).status)
+        self.assertEqual(said, [200, 401, 401])
 
 
 class HttpBodies(HttpTest):
@@ -2149,6 +2220,207 @@ class HttpHandlers(HttpTest):
         self.assertRegex(line, r'^127\.0\.0\.1 - jim \[\d\d/\w{3}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4}\] '
                                r'"GET /logged HTTP/1\.1" 200 \d+ "a\\x22b" "me\\xff"$')
 
+    def test_chunks_may_come_byte_by_byte(self) -> None:
+        """However a chunked body is cut into packets, it is the same body."""
+        with connect(self.at) as sock:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.sendall(head("/", "POST", JIM, "Transfer-Encoding: chunked"))
+            for octet in b"3\r\nabc\r\n1;x\r\nd\r\n0\r\n\r":
+                sock.sendall(bytes([octet]))
+            self.assertEqual(exchange(sock, b"\n").body, b"abcd")
+
+    def test_a_body_beyond_the_limits_is_refused(self) -> None:
+        """More than MAX_BODY is 413, by length or in chunks, an endless chunk line 400; to strangers 401."""
+        length, chunked = "Content-Length: %d" % (authserver.MAX_BODY + 1), "Transfer-Encoding: chunked"
+        for status, auth, field, data in ((413, JIM, length, b""), (401, "", length, b""),
+                                          (413, JIM, chunked, b"1\r\na\r\n%x\r\n" % authserver.MAX_BODY),
+                                          (400, JIM, chunked, b"1;" + b"x" * 9000)):
+            with self.subTest(status, field=field):
+                answer = self.say(head("/", "POST", auth, field) + data)
+                self.assertEqual(statuses(answer), [status])
+                self.assertIn(CLOSE.encode(), answer)
+
+    def test_a_request_may_follow_a_body_at_once(self) -> None:
+        """What is sent together with the last chunk, or the last byte, is the next request."""
+        for field, body in (("Transfer-Encoding: chunked", b"3\r\nabc\r\n0\r\n\r\n"),
+                            ("Content-Length: 3", b"abc")):
+            with self.subTest(field):
+                said = self.say(head("/", "POST", JIM, field) + body + head("/next", "GET", JIM, CLOSE))
+                self.assertEqual(statuses(said), [200, 200])
+                self.assertLess(said.index(b"abc"), said.index(b"/next"))
+
+
+class HttpOwnWays(HttpTest):
+    """Handlers that go their own way: a log of their own, arguments, odd answers, auth-int"""
+    script = r'''
+import contextlib, functools
+authserver.MAX_CONNECTIONS = 16
+gate = threading.Event()
+class Own(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def __init__(self, word, *arguments):
+        self.word = word
+        super().__init__(*arguments)
+    def log_message(self, form, *values):
+        print("own log:", form % values, flush=True)
+    def do_GET(self):
+        if self.path == "/shut": gate.clear()
+        if self.path == "/open": gate.set()
+        if self.path == "/slow": gate.wait(10)
+        if self.path == "/early":
+            self.send_response_only(102)
+            self.end_headers()
+        if self.path == "/odd": self.send_response(299)
+        else: self.send_response(200, "Quite Fine")
+        body = repr([self.word, getattr(self, "nothing", None), self.wfile.fileno() > 2]).encode()
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        text = io.TextIOWrapper(self.wfile, "ascii", write_through=True)
+        text.write(body.decode())
+        text.detach()
+    def do_POST(self):
+        body = self.rfile.read()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def do_PUT(self):
+        with contextlib.suppress(OSError):
+            self.rfile.read()
+        gate.set()
+handler = functools.partial(protect(Own, passwords, qop=["auth", "auth-int"]), "hello")
+server = AuthServer(("127.0.0.1", 0), handler)
+'''
+
+    def post(self, body: bytes, signed: bytes, *fields: str) -> Answer:
+        """Send a body with a Digest proof (auth-int) of another, or the same."""
+        auth = digest(self.at, "/", "POST", body=signed)
+        return request(self.at, "/", "POST", auth, *fields, data=body)
+
+    def test_a_handler_with_arguments_and_odd_answers(self) -> None:
+        """functools.partial, unknown or interim status, own reason phrase, a text layer on wfile."""
+        for path, line in (("/", b"HTTP/1.1 200 Quite Fine\r\n"), ("/odd", b"HTTP/1.1 299 \r\n"),
+                           ("/early", b"HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 200 Quite Fine\r\n")):
+            answer = self.say(head(path, "GET", JIM, CLOSE))
+            self.assertEqual(answer[:len(line)], line)
+            self.assertEqual(answer.rpartition(b"\r\n")[2], b"['hello', None, True]")
+        self.assertIn('own log: "GET /odd HTTP/1.1" 299', self.log())
+
+    def test_auth_int_signs_the_body(self) -> None:
+        """A body that was signed arrives, by length or in chunks; another one is 401."""
+        self.assertEqual(self.post(b"hello", b"hello", "Content-Length: 5").body, b"hello")
+        chunks = b"2\r\nhe\r\n3\r\nllo\r\n0\r\n\r\n"
+        auth = digest(self.at, "/", "POST", body=b"hello")
+        chunked = "Transfer-Encoding: chunked"
+        self.assertEqual(request(self.at, "/", "POST", auth, chunked, data=chunks).body, b"hello")
+        self.assertEqual(self.post(b"hellO", b"hello", "Content-Length: 5").status, 401)
+        self.assertEqual(self.post(b"", b"", EMPTY).status, 200)
+
+    def test_a_body_that_cannot_be_looked_at_is_refused(self) -> None:
+        """auth-int with more body than the loop holds is 413, with broken chunks 400."""
+        chunked = "Transfer-Encoding: chunked"
+        self.assertEqual(self.post(b"%x\r\n" % 70000 + b"a" * 70000, b"", chunked).status, 413)
+        self.assertEqual(self.post(b"x\r\n", b"", chunked).status, 400)
+
+    def test_who_waits_for_100_continue_may_sign_the_body(self) -> None:
+        """Expect: 100-continue with auth-int: the body is asked for, looked at, and then served."""
+        auth = digest(self.at, "/", "POST", body=b"hello")
+        with connect(self.at) as sock:
+            sock.sendall(head("/", "POST", auth, "Content-Length: 5", "Expect: 100-continue"))
+            self.assertEqual(sock.recv(4096), b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.assertEqual(exchange(sock, b"hello").body, b"hello")
+
+    def test_a_handler_that_hides_the_end_of_its_client(self) -> None:
+        """A client that leaves in the middle, and a handler that says nothing of it: no answer, no error."""
+        self.assertEqual(request(self.at, "/shut").status, 200)
+        with connect(self.at) as sock:
+            sock.sendall(head("/", "PUT", JIM, "Content-Length: 100") + b"a")
+        self.assertEqual(request(self.at, "/slow").status, 200)
+        self.assertNotIn("Traceback", self.log())
+        self.assertNotIn("sent no answer", self.log())
+
+    @needs_linux
+    def test_with_all_connections_busy_none_is_cut_off(self) -> None:
+        """At MAX_CONNECTIONS, all with a handler at work, nobody is cut off, and a new one is served."""
+        self.assertEqual(request(self.at, "/shut").status, 200)
+        with contextlib.ExitStack() as stack:
+            busy: List[socket.socket] = []
+            for _ in range(16):
+                busy.append(stack.enter_context(connect(self.at)))
+                busy[-1].sendall(head("/slow"))
+                until(lambda: self.threads() == len(busy), "one more handler at work")
+            self.assertEqual(request(self.at, "/open").status, 200)
+            self.assertEqual([exchange(sock, b"").status for sock in busy], [200] * 16)
+            self.assertEqual(request(self.at, "/").status, 200)
+
+
+class HttpInTheLoop(HttpTest):
+    """Handlers that never wait run in the loop: their bodies, large answers and mistakes"""
+    script = r'''
+authserver.MAX_CONNECTIONS = 16
+class Quick(ExampleHandler):
+    def do_GET(self):
+        if self.path == "/big":
+            return self.wfile.write(self.exchange.compose(200, "text/plain", b"a" * 20000000))
+        super().do_GET()
+    def do_POST(self):
+        self.wfile.write(self.exchange.compose(200, "text/plain", self.rfile.read()))
+    def do_PUT(self):
+        raise KeyError("on purpose")
+real = authserver.parse_head
+def parse_head(octets):
+    if b"/mistake" in octets: raise KeyError("our own")
+    return real(octets)
+authserver.parse_head = parse_head
+server = AuthServer(("127.0.0.1", 0), protect(Quick, passwords))
+'''
+
+    def test_a_client_may_wait_for_100_continue(self) -> None:
+        """The loop asks for a small body as a thread would, and not when it is there already."""
+        fields = "Content-Length: 5", "Expect: 100-continue"
+        with connect(self.at) as sock:
+            sock.sendall(head("/", "POST", JIM, *fields))
+            self.assertEqual(sock.recv(4096), b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.assertEqual(exchange(sock, b"hello").body, b"hello")
+            self.assertEqual(exchange(sock, head("/", "POST", JIM, *fields) + b"again").body, b"again")
+
+    def test_a_handler_that_raises_is_answered_500(self) -> None:
+        """500 and its traceback in the log; the same connection goes on."""
+        with connect(self.at) as sock:
+            self.assertEqual(exchange(sock, head("/", "PUT", JIM, EMPTY)).status, 500)
+            self.assertEqual(exchange(sock, head("/")).status, 200)
+        self.assertIn("KeyError: 'on purpose'", self.log())
+
+    def test_a_large_answer_is_sent_at_the_pace_of_its_reader(self) -> None:
+        """20 MB leave the loop piece by piece: others are served meanwhile, the next request waits."""
+        with connect(self.at) as sock:
+            sock.sendall(head("/big") + head("/example/next"))
+            self.assertEqual(request(self.at, "/").status, 200)
+            self.assertEqual(len(exchange(sock, b"").body), 20000000)
+            self.assertIn(b"This is next", exchange(sock, b"").body)
+
+    def test_a_client_that_leaves_a_large_answer_is_no_error(self) -> None:
+        """A reset in the middle of an answer: no traceback, and others are served."""
+        with connect(self.at) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            sock.sendall(head("/big"))
+            sock.recv(1000)
+        self.assertEqual(request(self.at, "/").status, 200)
+        self.assertNotIn("ConnectionResetError", self.log())
+
+    def test_a_mistake_of_ours_costs_a_connection_not_the_server(self) -> None:
+        """An exception where none should be: that connection ends, the log has it, others are served."""
+        self.assertEqual(self.say(head("/mistake")), b"")
+        self.assertEqual(request(self.at, "/").status, 200)
+        self.assertIn("KeyError: 'our own'", self.log())
+
+    def test_at_the_limit_of_connections_the_oldest_idle_one_goes(self) -> None:
+        """With more than MAX_CONNECTIONS that say nothing a new one is served; the first is closed."""
+        with contextlib.ExitStack() as stack:
+            socks = [stack.enter_context(connect(self.at)) for _ in range(40)]
+            self.assertEqual(request(self.at, "/").status, 200)
+            self.assertEqual(socks[0].recv(1), b"")
+
 
 class HttpStock(HttpTest):
     """protect() and protect_wsgi() under other servers"""
@@ -2156,14 +2428,14 @@ class HttpStock(HttpTest):
 
     SERVERS = {
         "SimpleHTTPRequestHandler on AuthServer": '''
-Handler = protect(http.server.SimpleHTTPRequestHandler, passwords)
+Handler = protect(http.server.SimpleHTTPRequestHandler, passwords, **offer)
 server = AuthServer(("127.0.0.1", 0), Handler)''',
         "stock HTTPServer": '''
-Handler = protect(http.server.SimpleHTTPRequestHandler, passwords)
+Handler = protect(http.server.SimpleHTTPRequestHandler, passwords, **offer)
 server = http.server.HTTPServer(("127.0.0.1", 0), Handler)''',
         "stock threads": '''
 class Server(socketserver.ThreadingMixIn, http.server.HTTPServer): daemon_threads = True
-Handler = protect(http.server.SimpleHTTPRequestHandler, passwords)
+Handler = protect(http.server.SimpleHTTPRequestHandler, passwords, **offer)
 Handler.protocol_version = "HTTP/1.1"
 server = Server(("127.0.0.1", 0), Handler)''',
         "wsgiref": '''
@@ -2171,7 +2443,7 @@ import wsgiref.simple_server
 def app(environ, start_response):
     start_response("200 OK", [("Content-Type", "text/plain")])
     return [(environ["REMOTE_USER"] + environ["AUTH_TYPE"] + " file").encode()]
-server = wsgiref.simple_server.make_server("127.0.0.1", 0, protect_wsgi(app, passwords))''',
+server = wsgiref.simple_server.make_server("127.0.0.1", 0, protect_wsgi(app, passwords, **offer))''',
     }
 
     @classmethod
@@ -2179,7 +2451,8 @@ server = wsgiref.simple_server.make_server("127.0.0.1", 0, protect_wsgi(app, pas
         cls.box.write("a file", "the file")
         cls.addresses = {}
         for name, script in cls.SERVERS.items():
-            path = cls.box.write("on" + name.replace(" ", "") + ".py", PRELUDE + script + '''
+            path = cls.box.write("on" + name.replace(" ", "") + ".py", PRELUDE + '''
+offer = {"qop": ["auth", "auth-int"]}''' + script + '''
 print("listening on http://127.0.0.1:%d/" % server.server_address[1], flush=True)''' + LIBRARY_END)
             with open(cls.box.path(name), "wb") as output:
                 cls.box.spawn(sys.executable, path, stdout=output)
@@ -2209,10 +2482,93 @@ print("listening on http://127.0.0.1:%d/" % server.server_address[1], flush=True
                         answer = request(address, "//a%20file", "GET", auth)
                         self.assertEqual(answer.status, status)
 
+    def test_a_refusal_says_nothing_of_the_request_before(self) -> None:
+        """On one connection to a stock server the proof for jim is not repeated to the next one."""
+        class Handler(http.server.BaseHTTPRequestHandler):
+            """Answers, and keeps the connection."""
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                """Say nothing."""
+                self.send_response(200)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, *_: Any) -> None:
+                """Keep quiet."""
+        passwords = authserver.Passwords({"jim": "secret"}, realm="files")
+        server = http.server.HTTPServer(("127.0.0.1", 0), authserver.protect(Handler, passwords))
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            at = "127.0.0.1:%d" % server.server_port
+            with connect(at) as sock:
+                nonce = re.findall('nonce="([^"]*)"', str(exchange(sock, head("/", "GET", "")).fields))[0]
+                proof = authserver.digest_response(
+                    authserver.digest_ha1("jim", "files", "secret"), nonce, "00000001", "c", "auth",
+                    authserver.digest_ha2("GET", "/"))
+                granted = exchange(sock, head("/", "GET", 'Digest username="jim", realm="files", nonce="%s", '
+                                              'uri="/", qop=auth, nc=00000001, cnonce="c", response="%s"' % (
+                                                  nonce, proof)))
+                refused = exchange(sock, head("/", "GET", ""))
+            self.assertEqual((granted.status, refused.status), (200, 401))
+            self.assertIn("rspauth", granted.field("Authentication-Info") or "")
+            self.assertIsNone(refused.field("Authentication-Info"))
+        finally:
+            server.shutdown()
+            thread.join()
+            server.server_close()
+
+    def test_a_network_of_IPv6_is_one_client(self) -> None:
+        """Connections are counted by IPv4 address, by IPv6 /64, and not at all on this machine."""
+        passwords = authserver.Passwords({"jim": "secret"}, realm="files")
+        server = authserver.AuthServer(("127.0.0.1", 0), authserver.protect(
+            authserver.ExampleHandler, passwords))
+        self.addCleanup(server.server_close)
+        names = [server.count_as(host) for host in ("2001:db8::1", "2001:db8::ffff:2", "192.0.2.1", "127.0.0.1", "")]
+        self.assertEqual(names, ["2001:db8::/64", "2001:db8::/64", "192.0.2.1", "", ""])
+
     def test_a_folder_is_listed(self) -> None:
         """SimpleHTTPRequestHandler lists its folder on AuthServer as it does elsewhere."""
         with connect(self.addresses["SimpleHTTPRequestHandler on AuthServer"]) as sock:
             self.assertIn(b'href="a%20file"', exchange(sock, head("/")).body)
+
+    def test_auth_int_signs_the_body(self) -> None:
+        """A GET whose body was signed is served, with another body it is 401, on each server."""
+        for name, address in self.addresses.items():
+            with self.subTest(name):
+                for body, status in ((b"x", 200), (b"y", 401)):
+                    auth = digest(address, "/a%20file", body=b"x")
+                    answer = request(address, "/a%20file", "GET", auth, CLOSE, "Content-Length: 1", data=body)
+                    self.assertEqual(answer.status, status)
+
+    def test_a_refusal_leaves_the_connection_in_order(self) -> None:
+        """A refused HEAD has no body, a refused body is no request, nonsense is not asked for a password."""
+        with connect(self.addresses["stock threads"]) as sock:
+            self.assertEqual(exchange(sock, head("/", "HEAD", ""), body=False).status, 401)
+            self.assertEqual(exchange(sock, head("/a%20file")).status, 200)
+        said = talk(self.addresses["stock threads"], head("/", "POST", "", "Content-Length: 50") + b"x" * 50)
+        self.assertEqual(statuses(said), [401])
+        said = talk(self.addresses["stock threads"], b"GET / HTTP/9.9\r\n\r\n")
+        self.assertIn(b"505", said)
+        self.assertNotIn(b"WWW-Authenticate", said)
+
+    def test_a_server_without_passwords_in_a_thread_of_a_program(self) -> None:
+        """AuthServer serves an unprotected handler to everybody; shutdown() ends it from another thread."""
+        said = run([sys.executable, "-c", PRELUDE + r'''
+import urllib.request
+server = AuthServer(("127.0.0.1", 0), ExampleHandler)
+thread = threading.Thread(target=server.serve_forever)
+thread.start()
+with urllib.request.urlopen("http://127.0.0.1:%d/example/foo" % server.server_port) as answer:
+    print(answer.read())
+print(sorted(server.status()))
+server.shutdown()
+thread.join()
+server.server_close()
+'''], 0).out
+        self.assertIn("This is foo, for everybody", said)
+        self.assertIn("['addresses']", said)
 
 
 class HttpClients(HttpTest):
@@ -2252,9 +2608,9 @@ class HttpHostile(HttpTest):
     script = r'''
 authserver.WAITS.update(first=1, head=1, body=1, write=1, idle=1, linger=1)
 authserver.PACE_SECONDS = 1
-authserver.MAX_PER_ADDRESS = 20
+authserver.MAX_PER_CLIENT = 20
 ''' + HANDLERS + r'''
-server.is_limited = lambda host: host == "127.0.0.2"
+server.count_as = lambda host: host if host == "127.0.0.2" else ""
 '''
 
     def test_a_head_has_one_deadline_as_a_whole(self) -> None:
@@ -2293,7 +2649,7 @@ server.is_limited = lambda host: host == "127.0.0.2"
             until(lambda: "GET /big" in self.log() or not self.threads(), "an end", SOON)
 
     def test_one_address_can_not_have_all_connections(self) -> None:
-        """The connections of one address beyond MAX_PER_ADDRESS are closed at once."""
+        """The connections of one address beyond MAX_PER_CLIENT are closed at once."""
         with contextlib.ExitStack() as stack:
             def come() -> socket.socket:
                 host, port = self.at.split(":")
@@ -2380,7 +2736,7 @@ class HttpCommand(BoxTest):
         passwords = self.box.write("passwords", "jim:plain:secret\n", 0o600)
         taken = self.serve()
         for code, options in ((2, ["--bind", "x"]), (2, ["--bind", "127.0.0.1:99999"]),
-                              (2, ["--nonsense"]), (2, ["--schemes", "tea"]),
+                              (2, ["--nonsense"]), (2, ["--schemes", "tea"]), (2, ["--schemes", ""]),
                               (2, ["--schemes", "digest,tea"]), (2, ["--schemes", "basic,basic"]),
                               (2, ["--realm", 'a"b']),
                               (2, ["--max-failures", "x"]), (2, ["--trusted-proxy", "x"]),
@@ -2423,6 +2779,66 @@ class HttpCommand(BoxTest):
                       and re.findall('- (\\S+) .*" 401 ', read(self.box.path("output"))), "4 lines")
         self.assertEqual(users, ["jim", "a%20b%22", "%C3%BC%E2%80%A8", "-"])
         self.assertIn("refused jim: bad password", read(self.box.path("output")))
+
+    def test_TERM_and_INT_end_it(self) -> None:
+        """SIGTERM, and Ctrl-C, end it with exit status 0 and the last line in the log."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with self.subTest(number):
+                self.assertEqual(request(self.serve(), "/last", "GET", JIM).status, 404)
+                self.box.server.send_signal(number)
+                self.assertEqual(self.box.server.wait(PATIENCE), 0)
+                self.assertIn("GET /last", read(self.box.path("output")))
+                os.unlink(self.box.path("output"))
+
+    def test_what_can_not_be_bound_is_said(self) -> None:
+        """A host that does not resolve: exit 2; a file where the unix socket should be: 1, and it stays."""
+        precious = self.box.write("precious", "precious")
+        argv = [sys.executable, AUTHSERVER, "--passwords",
+                self.box.write("passwords", "jim:plain:secret\n", 0o600), "--bind"]
+        for code, place in ((2, "x" * 64 + ":0"), (1, "unix:" + precious)):
+            self.assertIn("authserver: fatal: unable to bind " + place, run(argv + [place], code).err)
+        self.assertEqual(read(precious), "precious")
+
+    @needs_crypt
+    def test_a_slow_hash_is_verified_beside_the_loop(self) -> None:
+        """A $6$ entry lets in and keeps out; that it has no Digest is a warning with --allow-partial."""
+        text = "jim:%s\nann:plain:other\n" % crypted("secret", "$6$rounds=1000$saltsalt$")
+        at = self.box.serve("--passwords", self.box.write("hashed", text, 0o600), "--allow-partial")
+        wrong = "Basic " + base64.b64encode(b"jim:wrong").decode()
+        said = [request(at, "/", "GET", auth).status for auth in (JIM, wrong, JIM)]
+        self.assertEqual(said, [200, 401, 200])
+        self.box.server.terminate()
+        self.box.server.wait()
+        self.assertRegex(read(self.box.path("output")), "authserver: warning: .*jim")
+
+    def test_passwords_may_come_from_standard_input(self) -> None:
+        """--passwords - reads the dictionary from a pipe."""
+        with open(self.box.write("passwords", "jim:plain:secret\n", 0o600), "rb") as pipe:
+            at = self.box.serve("--passwords", "-", stdin=pipe)
+        self.assertEqual(request(at, "/").status, 200)
+
+    @needs_linux
+    def test_a_log_that_cannot_be_written_stops_nothing(self) -> None:
+        """With the access log on a full disk it serves on, and says how many lines were lost once it can."""
+        passwords = self.box.write("passwords", "jim:plain:secret\n", 0o600)
+        with open("/dev/full", "wb") as full:
+            at = self.box.serve("--passwords", passwords, stdout=full)
+        self.assertEqual([request(at, "/").status for _ in range(3)], [200] * 3)
+        wrong = "Basic " + base64.b64encode(b"jim:wrong").decode()
+        self.assertEqual(request(at, "/", "GET", wrong).status, 401)
+        until(lambda: re.search(r"authserver: warning: \d+ lines of the log lost\n",
+                                read(self.box.path("output"))), "a word on it")
+
+    def test_a_probe_tells_silence_from_a_wrong_answer(self) -> None:
+        """What a start says when the server does not answer its own question, or with another status."""
+        passwords = authserver.Passwords({"jim": "secret"}, realm="files")
+        handler = authserver.protect(authserver.ExampleHandler, passwords)
+        server = authserver.AuthServer(("127.0.0.1", 0), handler)
+        self.addCleanup(server.server_close)
+        with mock.patch.object(authserver, "PROBE_SECONDS", 0.01):
+            self.assertRaisesRegex(authserver.Refusal, "unable to probe the server: timed out", server.probe)
+        server.probed.socket.send(b"HTTP/1.1 500 x\x1b\r\n\r\n")
+        self.assertRaisesRegex(authserver.Refusal, r"it answered HTTP/1.1 500 x\\x1b", server.probe)
 
 
 # -- 2.9 The clients and hosts of other people ---------------------------------
@@ -2842,6 +3258,28 @@ class CommandLine(BoxTest):
             self.assertIn("no-such-name", result.err)
         self.assertEqual(self.box.processes(), [])
 
+    def test_help_alone_and_a_missing_COMMAND(self) -> None:
+        """-h without an action is the help of start; `start --` without a COMMAND is refused."""
+        self.assertIn("authserver.py", self.box.daemonize("-h").out)
+        self.assertIn("no COMMAND after --", self.refused("start", "--pidfile", "d.pid", "--").err)
+
+    def test_a_script_has_no_options_before_the_dashes(self) -> None:
+        """start --app of a script with an option that nobody knows: refused before it runs."""
+        script = self.box.write("script.py", "print('runs')\n")
+        files = ["--pidfile", "d.pid", "--logfile", "l"]
+        said = self.refused("start", *files, "--app", script, "--word", "x").err
+        self.assertIn("unrecognized arguments: --word x", said)
+
+    @needs_root
+    def test_a_number_that_is_no_id_is_refused(self) -> None:
+        """2^32 - 1, which means "leave it" to the kernel, and beyond, are no uid and no gid."""
+        for options in (["--gid", "4294967295"], ["--gid", "4294967296"], ["--uid", "4294967295"],
+                        ["--uid", "4294967295", "--gid", "1"], ["--uid", "9" * 30, "--gid", "1"]):
+            with self.subTest(options):
+                result = self.box.start(*options, app=APP, want=1)
+                self.assertRegex(result.err, r"\Adaemonize: fatal: unable to switch to [^\n]+\n\Z")
+        self.assertEqual(self.box.processes(), [])
+
 
 class Start(SharedBoxTest):
     """A daemon after `start` by a careless parent (signals ignored and blocked, descriptors open)"""
@@ -3049,6 +3487,49 @@ class Starting(BoxTest):
                                     cwd="/", preexec_fn=drop(NOBODY))
         self.assertRegex(result.err, r"(?m)^try: .*--pidfile")
 
+    def test_a_relative_path_from_a_deleted_folder_is_refused(self) -> None:
+        """A caller whose working directory is gone is told that d.pid means nothing."""
+        argv = ["sh", "-c", 'cd "$0" && rmdir "$0" && exec "$@"', self.box.make("gone"), sys.executable,
+                DAEMONIZE, "stop", "--pidfile", "d.pid"]
+        said = run(argv, 1, env=self.box.env).err
+        self.assertEqual(said, "daemonize: fatal: unable to resolve d.pid: the current directory is gone\n")
+
+    def test_the_folder_may_be_a_link_of_ones_own(self) -> None:
+        """Pidfile and log below links, absolute and relative: start, restart with its options, and stop."""
+        self.box.make("real")
+        os.symlink(self.box.path("real"), self.box.path("absolute"))
+        os.symlink("absolute", self.box.path("relative"))
+        self.box.pidfile = self.box.path("relative", "d.pid")
+        self.box.log = self.box.path("relative", "d.log")
+        address = self.box.address(self.box.start("--word", "linked", app=APP))
+        self.box.command("restart")
+        self.assertEqual(self.box.status()["word"], "linked")
+        self.assertEqual(ask(address)["pid"], self.box.pid())
+        self.box.command("stop")
+        self.assertLessEqual(set(os.listdir(self.box.path("real"))), {"d.log", "d.pid.lock"})
+
+    @needs_other_user
+    def test_a_caller_that_may_not_read_its_own_folder(self) -> None:
+        """`su nobody` in root's home: start, status and stop work from there."""
+        self.box.make("sealed", 0o700)
+        self.box.make("theirs", 0o755, NOBODY)
+        pidfile, log = self.box.path("theirs", "d.pid"), self.box.path("theirs", "d.log")
+        app = self.box.write("app.py", APP)
+        for action in (["start", "--logfile", log, "--app", app], ["status"], ["stop"]):
+            self.box.daemonize(*action, "--pidfile", pidfile, cwd=self.box.path("sealed"),
+                               preexec_fn=drop(NOBODY))
+
+    @needs_other_user
+    def test_a_home_that_is_not_ones_own_is_said(self) -> None:
+        """Who may not write in the home directory is told, also when only --logfile is missing."""
+        self.box.make("theirs", 0o755, OTHER)
+        app = self.box.write("app.py", APP)
+        for options in ([], ["--pidfile", self.box.path("theirs", "d.pid")]):
+            result = self.box.daemonize("start", "--app", app, *options, want=1, cwd="/",
+                                        preexec_fn=drop(OTHER))
+            self.assertRegex(result.err, r"^daemonize: fatal: unable to use the home directory of uid %d: "
+                                         r"Permission denied\ntry: --pidfile --logfile" % OTHER)
+
 
 class StartFailure(BoxTest):
     """A start that fails says why, at once, and leaves nothing behind"""
@@ -3173,6 +3654,69 @@ class StartFailure(BoxTest):
         self.assertIn("No space left", said)
         self.assertEqual(set(os.listdir(small)) - {"d.pid.lock"}, {"filler"})
 
+    def test_what_a_file_is_not(self) -> None:
+        """An application whose name does not end in .py, or that is not beside daemonize.py, is named."""
+        said = self.box.start("--app", self.box.write("app.text", APP), want=1).err
+        self.assertIn("app.text: its name does not end in .py", said)
+        shutil.copy(DAEMONIZE, self.box.folder)
+        argv = [sys.executable, self.box.path("daemonize.py"), "start", "--pidfile", self.box.pidfile]
+        said = run(argv + ["--logfile", self.box.log], 1, env=self.box.env).err
+        self.assertRegex(said, r"^daemonize: fatal: unable to load .*authserver\.py: no such file\n\Z")
+
+    def test_a_program_that_the_kernel_refuses_is_named(self) -> None:
+        """A script without, or with a missing, interpreter is no program: its name and the reason."""
+        for text, reason in (("#!/no/such\n", "No such file"), ("text\n", "Exec format error")):
+            with self.subTest(text):
+                said = self.fails("", "--", self.box.write("program", text, 0o755))
+                self.assertRegex(said, "unable to execute .*program: " + reason)
+
+    def test_an_application_can_leave_with_a_reason(self) -> None:
+        """sys.exit("text") in bind: exit status 1, and the text is what start says."""
+        result = self.box.start(app=APP + "def bind(options):\n    sys.exit('no licence')\n", want=1)
+        self.assertIn("daemonize: fatal: no licence\n", result.err)
+        self.assertEqual((self.box.processes(), read(self.box.pidfile)), ([], ""))
+
+    def test_a_stale_pidfile_is_emptied(self) -> None:
+        """A start that fails leaves no pid of an earlier life."""
+        self.box.write("d.pid", "4711\n")
+        self.fails(APP + "bind = 1 / 0\n")
+
+    def waiting(self) -> "subprocess.Popen[bytes]":
+        """Call a start whose application is not ready before the file `ready` exists."""
+        app = APP + ("print('bound', flush=True)\nServer.probe = lambda self: [time.sleep(0.01) for _ in "
+                     "range(2000) if not os.path.exists(%r)]\n" % self.box.path("ready"))
+        child = self.box.spawn(sys.executable, DAEMONIZE, "start", "--pidfile", self.box.pidfile, "--logfile",
+                               self.box.log, "--app", self.box.write("app.py", app))
+        until(lambda: len(self.box.processes()) >= 4, "command, starter, daemon, prober")
+        return child
+
+    def test_a_start_that_is_interrupted_takes_everything_away(self) -> None:
+        """Ctrl-C, or SIGTERM, for a start that waits: exit status 130, no process and no file but the log."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with self.subTest(number):
+                child = self.waiting()
+                child.send_signal(number)
+                self.assertEqual(child.wait(PATIENCE), 130)
+                self.assertEqual(self.box.processes(), [])
+                self.assertLessEqual(set(os.listdir(self.box.folder)),
+                                     {"app.py", "d.log", "output", "__pycache__"})
+
+    def test_a_start_that_is_killed_leaves_no_daemon(self) -> None:
+        """kill -9 of a start, before or after its daemon is ready: nobody takes it over, and it goes."""
+        for is_ready in (False, True):
+            with self.subTest(is_ready=is_ready):
+                child = self.waiting()
+                child.send_signal(signal.SIGSTOP)       # so that it does not hear of it
+                if is_ready:
+                    self.box.write("ready", "")
+                    until(lambda: len(self.box.processes()) == 3, "the end of the prober")
+                child.kill()
+                child.wait()
+                self.box.write("ready", "")
+                until(lambda: not self.box.processes(), "the end of all", SOON)
+                self.assertEqual(read(self.box.pidfile), "")
+                os.unlink(self.box.path("ready"))
+
 
 class Stop(BoxTest):
     """`stop` returns when nothing of the daemon is left"""
@@ -3261,6 +3805,24 @@ class Stop(BoxTest):
         self.assertEqual(ask(address)["pid"], self.box.pid())
         self.assertIn(self.box.command("status", want=None, preexec_fn=drop(NOBODY)).code, (0, 4))
 
+    @needs_linux
+    def test_a_child_that_took_the_lock_ends_too(self) -> None:
+        """A child in a session of its own that locks what it inherited is the daemon then: stop ends it."""
+        script = ("import fcntl, os, signal, time\n"
+                  "lock, = [int(fd) for fd in os.listdir('/proc/self/fd')\n"
+                  "         if os.path.realpath('/proc/self/fd/' + fd).endswith('.lock')]\n"
+                  "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+                  "if os.fork() == 0:\n"
+                  "    os.setsid()\n"
+                  "    fcntl.lockf(lock, fcntl.LOCK_SH, 1, 1)\n"
+                  "    print('child has it', flush=True)\n"
+                  "time.sleep(6000)\n")
+        self.box.start(app=script)
+        until(lambda: "child has it" in read(self.box.log), "the child's lock")
+        self.assertIn("killed", self.box.command("stop", "--timeout", "0.1").out)
+        self.assertEqual(self.box.processes(), [])
+        self.box.command("status", want=3)
+
 
 class Status(BoxTest):
     """`status` has the exit codes of LSB"""
@@ -3305,6 +3867,48 @@ class Status(BoxTest):
         self.box.daemonize("status", "--pidfile", self.box.path("closed", "d.pid"), want=4,
                            preexec_fn=drop(NOBODY))
 
+    def control(self) -> socket.socket:
+        """Return a connection to the daemon's control socket."""
+        here = os.getcwd()
+        os.chdir(self.box.folder)       # its address holds 107 bytes
+        try:
+            return connect("unix:d.pid.sock")
+        finally:
+            os.chdir(here)
+
+    def test_an_application_that_cannot_say_how_it_is(self) -> None:
+        """status() of the application raises: the log has the reason, the daemon lives and can be stopped."""
+        broken = self.box.path("broken")
+        app = APP + "Server.status = lambda self: 1 / 0 if os.path.exists(%r) else {}\n" % broken
+        self.box.start("--bind", "127.0.0.1:%d" % free_port(), app=app)
+        self.box.write("broken", "")
+        with self.control() as control:
+            control.sendall(b'{"event": "status"}\n')
+            until(lambda: "unable to act: ZeroDivisionError" in read(self.box.log), "a word on it")
+        os.unlink(broken)
+        self.assertIn("ZeroDivisionError", self.box.status()["last_error"])
+
+    def test_a_command_that_hangs_up_or_talks_nonsense_is_no_harm(self) -> None:
+        """Half a line, no JSON, an unknown word, a question whose answer nobody reads: status works on."""
+        self.box.start(app=APP)
+        for said in (b"{", b"[]\n", b"\xff\n", b'{"event": 7}\n', b'{"event": "tea"}\n', b"[" * 60000 + b"\n",
+                     b'{"event": "status"}\n' * 50):
+            with self.subTest(said[:20]):
+                with self.control() as control:
+                    control.sendall(said)
+                self.assertEqual(self.box.status()["pid"], self.box.pid())
+        self.assertNotIn("Traceback", read(self.box.log))
+
+    def test_eight_conversations_are_enough(self) -> None:
+        """A ninth caller at the same time is hung up; when they have gone status answers again."""
+        self.box.start(app=APP)
+        with contextlib.ExitStack() as stack:
+            ends = [stack.enter_context(self.control()) for _ in range(9)]
+            self.assertEqual(ends[-1].recv(1), b"")
+            ends[0].sendall(b'{"event": "status"}\n')
+            self.assertIn(b'"said"', ends[0].recv(4096))
+        until(lambda: "word" in self.box.status(), "an answer")
+
 
 class Restart(BoxTest):
     """`restart` with new code, on the old one's sockets"""
@@ -3338,6 +3942,19 @@ class Restart(BoxTest):
                 said = run([sys.executable, "-c", script, "restart", "--pidfile", self.box.pidfile] + options,
                            0, env=self.box.env, cwd=HERE)
                 self.assertEqual(said.out, bare + "\n")
+
+    def test_a_timeout_that_was_typed_counts(self) -> None:
+        """`restart --timeout 10` means ten seconds, also after `start --timeout 3`."""
+        app = self.box.write("app.py", APP)
+        said = run([sys.executable, "-c", """
+import daemonize, sys
+options = daemonize.parse(["restart", "--pidfile", sys.argv[1]] + sys.argv[3:])
+options.caller_umask = 0o22
+record = dict(argv=["--timeout", "3", "--app", sys.argv[2]], arguments=None, cwd="/")
+daemonize.is_trusted = lambda folder: True
+print(daemonize.repeat(options, record).timeout)
+""", self.box.pidfile, app, "--timeout", "10"], 0, env=self.box.env, cwd=HERE)
+        self.assertEqual(said.out, "10.0\n")
 
     def test_restart_finds_the_application_from_another_folder(self) -> None:
         """daemonize.py called by a relative name finds what lies beside it, though start was elsewhere."""
@@ -3450,6 +4067,42 @@ class Restart(BoxTest):
         self.assertIn("def f(:", self.box.command("restart", want=1).err)
         self.assertTrue(is_alive(pid))
 
+    def test_the_folder_of_the_last_start_is_gone(self) -> None:
+        """restart from anywhere works on, and says that relative paths mean / now."""
+        self.box.write("app.py", APP)
+        self.box.daemonize("start", "--pidfile", self.box.pidfile, "--logfile", self.box.log, "--app",
+                           self.box.path("app.py"), "--word", "kept", cwd=self.box.make("sub"))
+        os.rmdir(self.box.path("sub"))
+        said = self.box.command("restart").err
+        self.assertRegex(said, "warning: the folder of the last start is gone: .*sub; relative paths mean /")
+        self.assertEqual(self.box.status()["word"], "kept")
+
+    def test_who_does_not_go_is_killed_after_the_timeout(self) -> None:
+        """An answer that takes too long, a script that ignores SIGTERM: killed, said, and replaced."""
+        stubborn = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + SCRIPT
+        for app, word in ((APP, "drain"), (stubborn, "end")):
+            with self.subTest(word), contextlib.ExitStack() as stack:
+                result, old = self.box.start(app=app), self.box.pid()
+                if app is APP:
+                    stack.enter_context(connect(self.box.address(result))).sendall(b"sleep 600\n")
+                else:
+                    until(lambda: "script __main__" in read(self.box.log), "its handler")
+                said = self.box.command("restart", "--timeout", "0.4").err
+                self.assertIn("pid %d did not %s within 0.4 s: killed" % (old, word), said)
+                self.assertEqual((is_alive(old), is_alive(self.box.pid())), (False, True))
+                self.box.command("stop", "--timeout", "0")
+
+    def test_an_application_that_cannot_drain_is_ended(self) -> None:
+        """Without a drain() the old one ends as by SIGTERM, after the new one is ready; workers, too."""
+        for workers in "01":
+            with self.subTest(workers=workers):
+                result = self.box.start("--workers", workers, app=APP + "del Server.drain\n")
+                old = self.box.processes()
+                self.assertEqual(self.box.command("restart").err, "")
+                self.assertEqual(set(old) & set(self.box.processes()), set())
+                self.assertIn(ask(self.box.address(result))["pid"], self.box.processes())
+                self.box.command("stop")
+
 
 class Reload(BoxTest):
     """`reload` and SIGHUP"""
@@ -3502,6 +4155,17 @@ class Reload(BoxTest):
         pid = self.box.pid()
         self.box.command("reload")
         self.assertEqual(ask(address)["pid"], pid)
+
+    def test_reload_of_a_script_is_SIGHUP(self) -> None:
+        """A script or program knows itself what SIGHUP means: reload sends it, and says so."""
+        script = ("import signal\nsignal.signal(signal.SIGHUP, lambda *_: print('got it', flush=True))\n"
+                  "print('ready', flush=True)\nwhile True:\n    signal.pause()\n")
+        self.box.start(app=script)
+        until(lambda: "ready" in read(self.box.log), "its handler")
+        pid = self.box.pid()
+        self.assertIn("has got SIGHUP", self.box.command("reload").out)
+        until(lambda: "got it" in read(self.box.log), "its word")
+        self.assertEqual(self.box.pid(), pid)
 
 
 class Run(BoxTest):
@@ -3700,6 +4364,35 @@ class Run(BoxTest):
         self.assertEqual(child.wait(PATIENCE), 0)
         self.assertEqual(self.box.processes(), [])
 
+    def test_a_supervisor_that_does_not_listen_is_said(self) -> None:
+        """NOTIFY_SOCKET that leads nowhere: exit status 1, one line, nothing made."""
+        app = self.box.write("app.py", APP)
+        for address in (self.box.path("nobody"), "@" + TOKEN):
+            said = self.box.daemonize("run", "--pidfile", self.box.pidfile, "--app", app, want=1,
+                                      env=dict(self.box.env, NOTIFY_SOCKET=address)).err
+            self.assertRegex(said, r"\Adaemonize: fatal: unable to connect to NOTIFY_SOCKET .+: .+\n\Z")
+        self.assertFalse(os.path.exists(self.box.pidfile))
+
+    def test_descriptors_that_are_no_sockets_are_not_served(self) -> None:
+        """LISTEN_FDS with /dev/null as descriptor 3: closed, and a socket of its own; with none: refused."""
+        app = self.box.write("app.py", APP)
+        script = 'LISTEN_FDS=1 LISTEN_PID=$$ exec "$@" '
+        argv = [sys.executable, DAEMONIZE, "run", "--pidfile", self.box.pidfile, "--app", app]
+        said = run(["sh", "-c", script + "3<&-", "sh"] + argv, 1, env=self.box.env).err
+        self.assertEqual(said, "daemonize: fatal: unable to take over the 1 fds of LISTEN_FDS: "
+                               "Bad file descriptor\n")
+        child = self.box.spawn("sh", "-c", script + "3</dev/null", "sh", *argv)
+        self.addCleanup(child.wait)
+        self.addCleanup(child.kill)
+        files = [path for fd, path in ask(self.address())["fds"].items() if int(fd) > 2]
+        self.assertNotIn("/dev/null", files)
+
+    def test_an_application_may_end_by_itself(self) -> None:
+        """serve_forever() that returns ends run with exit status 0 and an empty pidfile."""
+        child = self.foreground(app=APP + "Server.do_end = lambda self, rest: self.drain() or True\n")
+        ask(self.address(), "end")
+        self.assertEqual((child.wait(PATIENCE), read(self.box.pidfile)), (0, ""))
+
 
 class Pidfile(BoxTest):
     """Every odd pidfile is recovered from or refused; nobody is signalled, nothing behind a link touched"""
@@ -3811,6 +4504,21 @@ class Pidfile(BoxTest):
              self.box.pidfile, "--logfile", self.box.log, "--", "sleep", "600"], 0, env=self.box.env)
         self.box.command("status")
 
+    def test_a_folder_in_place_of_the_socket_is_refused(self) -> None:
+        """PIDFILE.sock that is a folder: a start fails in one line, and what is in it stays."""
+        self.box.make("d.pid.sock")
+        precious = self.box.write(os.path.join("d.pid.sock", "precious"), "precious")
+        said = self.box.start(app=APP, want=1).err
+        self.assertRegex(said, r"(?m)^daemonize: fatal: unable to bind .*d\.pid\.sock: .+\n\Z")
+        self.box.command("stop")
+        self.assertEqual((read(precious), self.box.processes()), ("precious", [self.stranger.pid]))
+
+    def test_a_lock_file_that_others_can_read_is_refused(self) -> None:
+        """A file in place of the lock that is not 0600 is no lock: who can open it could hold it."""
+        self.box.write("d.pid.lock", "{}", 0o644)
+        self.assertIn("d.pid.lock: others can read it", self.box.start(app=APP, want=1).err)
+        self.assertEqual(self.box.processes(), [self.stranger.pid])
+
 
 class Lock(BoxTest):
     """The lock decides who is the daemon"""
@@ -3854,6 +4562,17 @@ class Lock(BoxTest):
         result = self.box.command("stop")
         self.assertIn(str(first.pid), result.out + result.err)
         self.assertEqual((first.wait(PATIENCE), self.box.processes()), (1, []))
+
+    def test_a_turn_that_never_comes_is_given_up(self) -> None:
+        """Another command that is busy longer than --start-timeout and --timeout: exit 1, and its pid."""
+        self.box.start(app=APP)
+        with open(self.box.pidfile + ".lock", "rb+") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX, 1, 0)
+            for action in ("stop", "restart"):
+                said = self.box.command(action, "--timeout", "0.1", "--start-timeout", "0.1", want=1).err
+                self.assertRegex(said, "unable to lock .*: pid %d is still busy with it" % os.getpid())
+            self.box.command("status")
+        self.box.command("stop")
 
 
 @needs_root
@@ -3984,6 +4703,11 @@ class User(BoxTest):
         """A program after -- runs with the user's ids, too."""
         self.box.start("--uid", str(NOBODY), "--gid", str(OTHER), "--", "sh", "-c", "id -u; id -g; sleep 600")
         until(lambda: "%d\n%d\n" % (NOBODY, OTHER) in read(self.box.log), "its ids in the log")
+
+    def test_root_can_be_asked_for(self) -> None:
+        """--uid root changes nothing but the environment and the groups."""
+        facts = ask(self.box.address(self.box.start("--uid", "root", app=APP)))
+        self.assertEqual((facts["uids"], facts["gids"], facts["can_be_root"]), ([0] * 3, [0] * 3, True))
 
 
 @needs_root
@@ -4149,6 +4873,19 @@ class Logfile(BoxTest):
             self.box.command("stop")
         self.assertRegex(read(self.box.log), r"(?s)one\n.*two\n")
 
+    def test_a_rotation_that_fails_is_said_and_tried_no_more(self) -> None:
+        """A folder where the oldest log should go: the log grows on, status has the reason."""
+        address = self.started("--log-bytes", "500", "--log-keep", "1")
+        os.mkdir(self.box.path("logs", "d.log.2"))
+        with open(self.box.path("logs", "d.log.1"), "w", encoding="ascii") as elder:
+            elder.write("elder\n")
+        ask(address, "print " + "x" * 500)
+        until(lambda: self.box.status()["log_rotation"], "the reason in status")
+        self.assertIn("unable to rotate", self.box.status()["last_error"])
+        ask(address, "print after")
+        self.assertIn("after\n", read(self.box.log))
+        self.assertEqual(read(self.box.path("logs", "d.log.1")), "elder\n")
+
 
 QUIET_PRINT = r'''
 def do_print(self, rest):
@@ -4236,6 +4973,43 @@ class HostileDaemon(BoxTest):
             self.assertNotIn("\x1b", results[-1].out + results[-1].err, action)
             self.assertLess(results[-1].seconds, 12, action)
         return results
+
+    def test_a_failed_restart_removes_nothing_behind_a_link(self) -> None:
+        """A log's folder that was moved away and became a link during bind: nothing there is removed."""
+        self.box.pidfile, place = self.box.path("d.pid"), self.box.make("place", 0o755, NOBODY)
+        logs, victim = os.path.join(place, "logs"), self.box.make("victim")
+        for folder in (logs, os.path.join(logs, "app")):
+            os.mkdir(folder)
+            os.chown(folder, NOBODY, NOBODY)
+        app = self.box.write("app.py", APP + """
+bind_well = bind
+def bind(options):
+    if not os.path.exists(%r):
+        os.rename(%r, %r)
+        os.symlink(%r, %r)
+        raise ValueError("on purpose")
+    return bind_well(options)
+""" % (os.path.join(logs, "app"), logs, logs + ".old", victim, logs))
+        self.box.daemonize("start", "--pidfile", self.box.pidfile, "--uid", str(NOBODY), "--app", app,
+                           "--logfile", os.path.join(logs, "app", "d.log"))
+        shutil.rmtree(os.path.join(logs, "app"))
+        os.mkdir(os.path.join(victim, "app"))
+        self.assertIn("on purpose", self.box.command("restart", want=1).err)
+        self.assertTrue(os.path.exists(os.path.join(victim, "app")))
+
+    def test_a_mute_daemon_is_hung_up_in_limited_time(self) -> None:
+        """A conversation that failed is closed by Control.close(), and not by the garbage collector."""
+        said = run([sys.executable, "-c", """
+import argparse, daemonize
+class Mute:
+    closed = False
+    def __init__(self, *_): pass
+    def take_sockets(self): raise TimeoutError(110, "it does not answer")
+    def close(self): Mute.closed = True
+daemonize.Control, daemonize.Target = Mute, lambda *_: None
+print(daemonize.succeed(argparse.Namespace(files=None), None, 1), Mute.closed)
+"""], 0, env=self.box.env, cwd=HERE)
+        self.assertEqual(said.out, "False True\n")
 
     def test_a_pidfile_that_names_roots_process_is_not_believed(self) -> None:
         """The pid in the pidfile is no proof: root's process of that pid is never signalled."""
@@ -4377,6 +5151,93 @@ class HostileDaemon(BoxTest):
         self.assertEqual(self.all_commands("start", "status", "stop")[0].code, 1)
         self.assertEqual(os.listdir(sealed), [])
 
+    def test_a_log_of_a_third_user_is_refused(self) -> None:
+        """In the user's folder a log that is neither root's nor the user's, though all can write it."""
+        self.box.write(os.path.join("theirs", "d.log"), "", 0o666, OTHER)
+        said = self.box.start("--uid", str(NOBODY), app=APP, want=1).err
+        self.assertIn("d.log: it belongs to uid %d" % OTHER, said)
+
+    def taken_over(self) -> str:
+        """Start APP for NOBODY, in such a way that it can do what an attacker in it would; its address."""
+        app = APP + TAKEN_OVER % self.box.path("theirs")
+        return self.box.address(self.box.start("--uid", str(NOBODY), app=app))
+
+    def test_a_turn_held_by_the_daemon_itself_is_ignored(self) -> None:
+        """A taken-over daemon locks what only commands lock, by its own fd: root says so, and goes on."""
+        address = self.taken_over()
+        pid = self.box.pid()
+        self.assertTrue(ask(address, "hold"))
+        self.assertRegex(self.box.command("stop").err, r"warning: pid %d, no command, holds the turn" % pid)
+        self.assertFalse(is_alive(pid))
+
+    def endures(self, speech: str) -> None:
+        """Have the daemon itself speak on its control socket; root's commands end, and so does the daemon."""
+        self.assertTrue(ask(self.taken_over(), "usurp " + speech))
+        pid = self.box.pid()
+        self.all_commands("status")
+        result = self.box.command("restart", "--logfile", self.box.log, "--uid", str(NOBODY), "--app",
+                                  self.box.path("app.py"), "--timeout", "1", want=None)
+        self.assertRegex(result.err, "warning: pid %d (hands nothing over|did not drain)" % pid)
+        self.assertNotIn("Traceback", result.err)
+        self.assertFalse(is_alive(pid))
+        self.all_commands("stop")
+        self.assertEqual(self.box.processes(), [self.stranger.pid])
+
+    def test_a_daemon_that_itself_talks_nonsense_is_contained(self) -> None:
+        """A line without sense, or a reset, from the daemon's own pid: it is replaced all the same."""
+        self.endures("nonsense")
+        self.endures("reset")
+
+    def test_a_daemon_that_itself_talks_without_end_is_contained(self) -> None:
+        """Endless bytes from the daemon's own pid: bounded, and it is replaced."""
+        self.endures("endless")
+
+    def test_a_daemon_that_itself_hands_over_strange_descriptors_is_contained(self) -> None:
+        """More descriptors than allowed, no sockets, from the daemon's own pid: closed; it is replaced."""
+        self.endures("descriptors")
+
+
+TAKEN_OVER = r'''
+import array, fcntl
+
+
+def do_hold(self, rest):
+    lock, = [fd for fd, name in descriptors().items() if name.endswith(".lock")]
+    fcntl.lockf(lock, fcntl.LOCK_SH, 1, 0)
+    return True
+
+
+def talk(peer, speech):
+    with contextlib.suppress(OSError), peer:
+        if speech == "nonsense":
+            peer.recv(4096)
+            peer.sendall(b'{"event": 7, "said": "\x1b[31m"}\n')
+        while speech == "endless":
+            peer.sendall(b"\x1b[2J\x00{]" * 4096)
+        while speech == "descriptors":
+            peer.recv(4096)
+            fds = array.array("i", [peer.fileno()] * 9 + [0] * 191)
+            peer.sendmsg([b'{"event": "sockets"}\n'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
+
+
+def do_usurp(self, rest):
+    os.chdir(%r)
+    path, = [name for name in os.listdir(".") if name.endswith(".sock")]
+    os.unlink(path)
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(path)
+    server.listen(16)
+
+    def serve():
+        while True:
+            threading.Thread(target=talk, args=(server.accept()[0], rest), daemon=True).start()
+    threading.Thread(target=serve, daemon=True).start()
+    return True
+
+
+Server.do_hold, Server.do_usurp = do_hold, do_usurp
+'''
+
 
 class Workers(BoxTest):
     """--workers: processes that the daemon keeps alive"""
@@ -4447,6 +5308,16 @@ class Workers(BoxTest):
                 result = self.box.start("--workers", workers, app=broken, want=1)
                 self.assertIn("never_defined", result.err)
                 self.assertEqual((self.box.processes(), read(self.box.pidfile)), ([], ""))
+
+    def test_a_worker_that_does_not_drain_is_killed(self) -> None:
+        """After a reload the old worker has --timeout seconds for its last answer."""
+        address = self.box.address(self.box.start("--workers", "1", "--timeout", "0.4", app=APP))
+        old = ask(address)["pid"]
+        with connect(address) as sock:
+            sock.sendall(b"sleep 600\n")
+            self.box.command("reload")
+            until(lambda: not is_alive(old), "the end of the old worker", SOON)
+        self.assertNotEqual(ask(address)["pid"], old)
 
 
 RECIPE = r'''
@@ -4534,6 +5405,27 @@ class Library(BoxTest):
         self.assertRegex(read(self.box.path("pid.txt")), r"\A\d+\n\Z")
         self.action("stop")
 
+    def test_a_message_without_the_pid_will_do(self) -> None:
+        """startmsg needs no %s."""
+        self.recipe(arguments="stdout='out.log', startmsg='off we go'")
+        self.assertIn("off we go\n", self.action("start").out)
+        self.action("status")
+
+    def test_reload_does_no_harm_to_who_knows_no_HUP(self) -> None:
+        """A main() without a handler of SIGHUP survives `reload`."""
+        self.recipe(handler=False)
+        self.action("start")
+        self.action("reload")
+        self.action("status")
+
+    @needs_other_user
+    def test_status_that_cannot_know_is_4(self) -> None:
+        """Another user's status of root's daemon is neither 0 nor 1."""
+        self.recipe()
+        self.action("start")
+        run([sys.executable, self.box.path("recipe.py"), "status"], 4, env=self.box.env,
+            cwd=self.box.folder, preexec_fn=drop(NOBODY))
+
     def test_paths_are_relative_to_the_caller(self) -> None:
         """The default pid.txt lies where start was called, and stop finds it there from anywhere."""
         self.recipe(arguments="stdout='out.log'")
@@ -4569,6 +5461,28 @@ class Library(BoxTest):
         self.action("stop")
         self.action("status", want=3)
 
+    def test_a_wrong_keyword_is_a_TypeError(self) -> None:
+        """startstop(nonsense=1) raises TypeError as any function does; its other keywords are known."""
+        self.recipe(arguments="umask=0o22, timeout=5, start_timeout=5, rundir='/', nonsense=1")
+        said = self.action("start", want=1).err
+        self.assertIn("TypeError: startstop() got an unexpected keyword argument 'nonsense'", said)
+        self.recipe(arguments="stdout='out.log', umask=0o22, timeout=5, start_timeout=5, rundir='/'")
+        self.action("start")
+        self.action("stop")
+
+    def test_a_child_that_ends_does_not_end_the_daemon(self) -> None:
+        """A forked child of the script that exits leaves the pidfile as it is; the script's end does not."""
+        self.box.write("recipe.py", "import os, sys, time\nsys.path.insert(0, %r)\n"
+                       "from daemonize import startstop\nstartstop(stdout='out.log')\n"
+                       "if os.fork() == 0:\n    sys.exit(0)\nos.wait()\nprint('child is gone', flush=True)\n"
+                       "while not os.path.exists(%r):\n    time.sleep(0.01)\n" % (HERE, self.box.path("end")))
+        self.action("start")
+        until(lambda: "child is gone" in read(self.box.path("out.log")), "the child's end")
+        self.action("status")
+        self.box.write("end", "")
+        until(lambda: not self.box.processes(), "its end")
+        self.assertEqual(read(self.box.path("pid.txt")), "")
+
 
 class Programs(BoxTest):
     """Scripts (--app FILE.py without bind) and programs (-- COMMAND)"""
@@ -4598,6 +5512,39 @@ child.stdin = None
         self.box.start("--timeout", "60", "--app", script)
         until(lambda: not self.box.processes(), "an end", SOON)
         self.assertIn("told", read(self.box.log))
+
+    def test_the_child_of_a_script_may_exit(self) -> None:
+        """sys.exit() in a process that the script forked is the end of that process, of no other."""
+        script = self.box.write("script.py", "import os, sys, time\n"
+                                "if os.fork() == 0:\n    sys.exit(0)\n"
+                                "os.wait()\nprint('child is gone', flush=True)\ntime.sleep(6000)\n")
+        self.box.start("--app", script)
+        until(lambda: "child is gone" in read(self.box.log), "the child's end")
+        self.assertTrue(is_alive(self.box.pid()))
+        self.box.command("status")
+
+    def test_the_child_of_an_application_may_exit(self) -> None:
+        """The same for an application without workers that forks in serve_forever()."""
+        self.box.start("--workers", "0", app=APP + """
+serve_well = Server.serve_forever
+def serve(self):
+    if os.fork() == 0:
+        sys.exit(0)
+    os.wait()
+    print("child is gone", flush=True)
+    serve_well(self)
+Server.serve_forever = serve
+""")
+        until(lambda: "child is gone" in read(self.box.log), "the child's end")
+        self.box.command("status")
+        self.assertEqual(ask(self.box.address())["pid"], self.box.pid())
+
+    def test_a_script_may_have_a_variable_of_that_name(self) -> None:
+        """`bind` inside of an `if` makes no application of a script."""
+        script = self.box.write("script.py", "import time\nif __name__ == '__main__':\n"
+                                "    bind = 'script runs'\n    print(bind, flush=True)\n    time.sleep(6000)\n")
+        self.box.start("--app", script)
+        until(lambda: "script runs" in read(self.box.log), "a running script")
 
     def test_a_program_gets_its_arguments_untouched(self) -> None:
         """What follows -- is never looked at: options, @names, another --."""
@@ -4770,7 +5717,7 @@ class House(unittest.TestCase):
 
     def test_each_file_keeps_its_budget(self) -> None:
         """A ratchet: neither file may get more code (more reasons it may); no line beyond 100 columns."""
-        for path, budget in ((DAEMONIZE, 1756), (AUTHSERVER, 2060)):
+        for path, budget in ((DAEMONIZE, 1780), (AUTHSERVER, 2065)):
             with self.subTest(os.path.basename(path)):
                 self.tree(path)
                 self.assertLessEqual(self.lines_of_code(path), budget)
@@ -4995,6 +5942,58 @@ class Together(BoxTest):
         self.assertNotIn(base64.b64encode(b"jim:h0ly-secret").decode(), everything)
         self.assertNotIn(md5("jim:authserver:h0ly-secret"), everything)
 
+    def test_a_unix_socket_is_handed_over(self) -> None:
+        """restart keeps a unix socket that is still asked for, and closes one that is not."""
+        first, second = ("unix:" + self.box.path(name) for name in ("one", "two"))
+        passwords = self.box.write("passwords", ha1_line("jim", "secret"), 0o600)
+        options = ["--passwords", passwords, "--workers", "0"]
+        self.box.start("--bind", first, *options)
+        inode = os.stat(first[5:]).st_ino
+        self.box.command("restart")
+        self.assertEqual(os.stat(first[5:]).st_ino, inode)
+        self.box.command("restart", "--logfile", self.box.log, "--bind", second, *options)
+        self.assertEqual(request(second, "/", "GET", "").status, 401)
+        with socket.socket(socket.AF_UNIX) as sock:
+            self.assertEqual(sock.connect_ex(first[5:]), errno.ECONNREFUSED)
+
+    def test_a_socket_of_systemd_is_served_wherever_it_is(self) -> None:
+        """With LISTEN_FDS and no --bind the handed socket is served, and no other one is opened."""
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            sock.listen(8)
+            passwords = self.box.write("passwords", ha1_line("jim", "secret"), 0o600)
+            script = 'LISTEN_FDS=1 LISTEN_PID=$$ exec "$@"'
+            child = self.box.spawn("sh", "-c", script, "sh", sys.executable, DAEMONIZE, "run", "--pidfile",
+                                   self.box.pidfile, "--passwords", passwords, "--workers", "0", pass_fds=[3],
+                                   preexec_fn=lambda: os.dup2(sock.fileno(), 3))
+            self.addCleanup(child.wait)
+            self.addCleanup(child.kill)
+            address = "127.0.0.1:%d" % sock.getsockname()[1]
+        until(lambda: self.box.command("status", want=None).code == 0, "status")
+        self.assertEqual(self.box.status()["addresses"], ["http://%s/" % address])
+        fetch(address, "digest", "jim", "secret")
+
+    def test_reload_without_workers(self) -> None:
+        """--workers 0, and a secret for nonces in a file: reload in the serving process itself."""
+        secret = self.box.path("secret")
+        address = self.box.address(self.started("--workers", "0", "--nonce-secret", secret))
+        self.assertEqual(os.stat(secret).st_mode & 0o777, 0o600)
+        self.box.write("passwords", ha1_line("jim", "other"), 0o600)
+        self.box.command("reload")
+        fetch(address, "digest", "jim", "other")
+
+    def test_a_head_that_is_half_sent_spans_a_restart(self) -> None:
+        """Who is in the middle of a request when restart comes gets the answer, from the old one."""
+        address = self.box.address(self.started("--workers", "0"))
+        old = self.box.pid()
+        with connect(address) as sock:
+            sock.sendall(b"GET / HTTP/1.1\r\nHost:")
+            restart = self.box.spawn(sys.executable, DAEMONIZE, "restart", "--pidfile", self.box.pidfile)
+            until(lambda: self.box.pid() not in (0, old), "a new daemon")
+            self.assertEqual(exchange(sock, b" x\r\n\r\n").status, 401)
+        self.assertEqual(restart.wait(PATIENCE), 0, read(self.box.path("output")))
+        self.assertFalse(is_alive(old))
+
 
 class DefaultFilesTest(BoxTest):
     """A test of daemons with their default files, under names of its own."""
@@ -5064,6 +6063,13 @@ class FirstStart(DefaultFilesTest):
         """restart on a fresh box is start."""
         self.action("restart", "--bind", "127.0.0.1:0")
         self.action("status")
+
+    def test_the_first_start_on_a_unix_socket_says_how_to_call_it(self) -> None:
+        """start --bind unix:PATH prints a curl line with --unix-socket."""
+        path = self.box.path("sock")
+        said = self.action("start", "--bind", "unix:" + path).out
+        self.assertIn("\ntry: curl --digest -u admin --unix-socket %s http://localhost/example/foo\n" % path,
+                      said)
 
 
 @unittest.skipUnless(os.path.exists(README), "needs README")
