@@ -3326,11 +3326,10 @@ def bind(options: argparse.Namespace) -> AuthServer:
     qop = parse_choice(options.qop, ("auth", "auth-int"))
     proxies = TrustedProxies(options.trusted_proxy)
     failures = parse_max_failures(options.max_failures)
-    lifetime, secret = options.nonce_lifetime, b""
+    lifetime = options.nonce_lifetime
     if not 1 <= lifetime <= 1e6:
         raise Refusal(f"unable to use --nonce-lifetime {lifetime}: expected 1 to 1000000 seconds")
-    if options.nonce_secret:
-        secret = read_nonce_secret(os.path.abspath(options.nonce_secret))
+    secret = read_nonce_secret(os.path.abspath(options.nonce_secret)) if options.nonce_secret else b""
     path, first = find_passwords(options)
     try:
         sockets = open_sockets(options)

@@ -2472,7 +2472,13 @@ def build_parser(application: Optional[ModuleType] = None) -> Parser:
                     "       daemonize.py ACTION [options] -- COMMAND [ARG ...]",
                     description=HELP, epilog=EXAMPLES)
     parser.add_argument("action", metavar="ACTION", choices=list(COMMANDS), help=argparse.SUPPRESS)
-    add = parser.add_argument_group("daemon options").add_argument
+    add_options(parser.add_argument_group("daemon options").add_argument)
+    getattr(application, "add_arguments", lambda parser: None)(parser)
+    return parser
+
+
+def add_options(add: Callable[..., Any]) -> None:
+    """Add the daemon's own options; what stands in brackets is the default."""
     duration: Dict[str, Any] = dict(metavar="SECONDS", type=bounded(float, 1e6))
     add("--app", metavar="FILE.py",
         help="application or script to host (%s)" % os.path.basename(APPLICATION))
@@ -2496,8 +2502,6 @@ def build_parser(application: Optional[ModuleType] = None) -> Parser:
     add("--quiet", action="store_true", help="say nothing on success, for cron")
     add("--json", action="store_true", help="status for programs")
     add("-h", "--help", action="store_true", help="show this, and the options of the application")
-    getattr(application, "add_arguments", lambda parser: None)(parser)
-    return parser
 
 
 def expand(argv: List[str]) -> List[str]:

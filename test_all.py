@@ -198,7 +198,11 @@ def connect(address: str, timeout: float = PATIENCE) -> socket.socket:
     if address.startswith("unix:"):
         sock = socket.socket(socket.AF_UNIX)
         sock.settimeout(timeout)
-        sock.connect(address[5:])
+        try:
+            sock.connect(address[5:])
+        except OSError:
+            sock.close()
+            raise
         return sock
     host, _, port = address.replace("http://", "").strip("/").rpartition(":")
     return socket.create_connection((host.strip("[]"), int(port)), timeout)
@@ -246,6 +250,7 @@ class Box:
         self.mark = self.folder.rpartition(" ")[2]  # ASCII: as found under any locale
         self.pidfile, self.log, self.starts = self.path("d.pid"), self.path("d.log"), 0
         self.env = dict(ENVIRONMENT, DAEMONIZE_TEST=self.folder)
+        self.spawned: List["subprocess.Popen[bytes]"] = []
 
     def path(self, *names: str) -> str:
         """Return the path of a name in the folder."""
@@ -306,7 +311,8 @@ class Box:
         with open(self.path("output"), "ab") as output:
             settings = {"env": self.env, "cwd": self.folder, "stdin": subprocess.DEVNULL,
                         "stdout": output, "stderr": output}
-            return subprocess.Popen(list(argv), **dict(settings, **popen))
+            self.spawned.append(subprocess.Popen(list(argv), **dict(settings, **popen)))
+        return self.spawned[-1]
 
     def serve(self, *options: str, **popen: Any) -> str:
         """Run authserver.py in the foreground on a free port and return its address."""
@@ -323,8 +329,10 @@ class Box:
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
             pids = self.processes()
-        if hasattr(self, "server"):
-            self.server.wait()
+        for child in self.spawned:
+            if child.poll() is None:
+                child.kill()
+            child.wait()
 
     def close(self) -> None:
         """End every process of this box and remove its folder."""
@@ -3948,12 +3956,12 @@ class Restart(BoxTest):
         app = self.box.write("app.py", APP)
         said = run([sys.executable, "-c", """
 import daemonize, sys
-options = daemonize.parse(["restart", "--pidfile", sys.argv[1]] + sys.argv[3:])
+options = daemonize.parse(["restart", "--timeout", "10"] + sys.argv[3:5])
 options.caller_umask = 0o22
-record = dict(argv=["--timeout", "3", "--app", sys.argv[2]], arguments=None, cwd="/")
+record = dict(argv=["--timeout", "3", "--app", sys.argv[2]] + sys.argv[3:5], arguments=None, cwd="/")
 daemonize.is_trusted = lambda folder: True
 print(daemonize.repeat(options, record).timeout)
-""", self.box.pidfile, app, "--timeout", "10"], 0, env=self.box.env, cwd=HERE)
+""", "", app, "--pidfile", self.box.pidfile], 0, env=self.box.env, cwd=HERE)
         self.assertEqual(said.out, "10.0\n")
 
     def test_restart_finds_the_application_from_another_folder(self) -> None:
