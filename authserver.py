@@ -1550,6 +1550,7 @@ def first_password(path: str, gid: Optional[int] = None, realm: str = REALM) -> 
 
 def read_nonce_secret(path: str) -> bytes:
     """Return the secret in a file; make the file when there is none."""
+    path = os.path.abspath(path)
     try:
         if not os.path.exists(path):
             with contextlib.suppress(FileExistsError):      # who was faster made our secret too
@@ -3329,7 +3330,7 @@ def bind(options: argparse.Namespace) -> AuthServer:
     lifetime = options.nonce_lifetime
     if not 1 <= lifetime <= 1e6:
         raise Refusal(f"unable to use --nonce-lifetime {lifetime}: expected 1 to 1000000 seconds")
-    secret = read_nonce_secret(os.path.abspath(options.nonce_secret)) if options.nonce_secret else b""
+    secret = read_nonce_secret(options.nonce_secret) if options.nonce_secret else b""
     path, first = find_passwords(options)
     try:
         sockets = open_sockets(options)
