@@ -250,7 +250,7 @@ class Box:
         self.mark = self.folder.rpartition(" ")[2]  # ASCII: as found under any locale
         self.pidfile, self.log, self.starts = self.path("d.pid"), self.path("d.log"), 0
         self.env = dict(ENVIRONMENT, DAEMONIZE_TEST=self.folder)
-        self.spawned: List["subprocess.Popen[bytes]"] = []
+        self.spawned: List[subprocess.Popen[bytes]] = []
 
     def path(self, *names: str) -> str:
         """Return the path of a name in the folder."""
@@ -3437,6 +3437,32 @@ class Starting(BoxTest):
         script = 'text=$("$@" 2>&1 | cat); echo "said: $text"'
         said = run(["sh", "-c", script, "sh"] + argv, 0, env=self.box.env)
         self.assertEqual(ask(self.box.address(said))["pid"], self.box.pid())
+
+    def test_the_order_of_the_steps(self) -> None:
+        """bind is root's, with the terminal; workers and probe are the user's, detached; the pid comes last."""
+        steps, user = self.box.path("steps"), ["--uid", str(NOBODY)] if ROOT else []
+        app = APP + """
+steps = os.open(%r, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+def note(step):
+    with open(%r) if os.path.exists(%r) else open(os.devnull) as pidfile:
+        facts = [step, os.getuid(), os.getcwd(), os.getsid(0), pidfile.read()]
+    os.write(steps, json.dumps(facts).encode() + b"\\n")
+def first(step, function):
+    def noted(*arguments):
+        note(step)
+        return function(*arguments)
+    return noted
+bind = first("bind", bind)
+Server.serve_forever = first("serve", Server.serve_forever)
+Server.probe = first("probe", Server.probe)
+""" % (steps, self.box.pidfile, self.box.pidfile)
+        self.box.start("--workers", "1", *user, app=app)
+        seen = [json.loads(line) for line in read(steps).splitlines()]
+        uid, sid = NOBODY if ROOT else os.getuid(), os.getsid(self.box.pid())
+        self.assertEqual(seen[:1], [["bind", os.getuid(), self.box.folder, os.getsid(0), ""]])
+        self.assertEqual(sorted(seen[1:]), [["probe", uid, "/", sid, ""], ["serve", uid, "/", sid, ""]])
+        self.assertNotEqual(sid, os.getsid(0))
+        self.assertEqual(read(self.box.pidfile), "%d\n" % self.box.pid())
 
     def test_start_from_a_deleted_folder(self) -> None:
         """A caller whose working directory is gone can start and stop."""
