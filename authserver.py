@@ -2767,7 +2767,7 @@ class AuthServer(http.server.HTTPServer):
         self.per_client: Dict[str, int] = collections.Counter()
         self.calls: Deque[Work] = collections.deque()       # for the loop, from other threads
         self.log = Log()
-        self.offloaded = self.second = 0         # threads of the pool; when tick() was last at work
+        self.offloaded = self.second = 0    # threads of the pool; when tick() was last at work
         self.serving = self.draining = self.stopping = False
         self.paused_until = 0.0
         self.gate = mmap.mmap(-1, 1)        # shared with the workers

@@ -1006,19 +1006,6 @@ def load(path: str) -> ModuleType:
     return module
 
 
-def parsed(path: str) -> Tuple[Any, CodeType]:
-    """Return a Python file's tree and code.  A script is read once: what was looked at runs."""
-    import ast                  # here: only --app asks
-    try:
-        with open(path, "rb") as stream:
-            tree = ast.parse(stream.read(), path)
-        return tree, compile(tree, path, "exec")
-    except (OSError, SyntaxError, ValueError) as error:
-        shown = "".join(traceback.format_exception_only(type(error), error))
-        raise Fatal("unable to load %s: %s" % (path, because(error)),
-                    trace="" if isinstance(error, OSError) else shown)
-
-
 def has_bind(tree: Any) -> bool:
     """Tell an application from a script without running it: does its top level define `bind`?"""
     names: List[Any] = []
@@ -1029,6 +1016,19 @@ def has_bind(tree: Any) -> bool:
         names += [getattr(target, "id", None) for target in getattr(node, "targets", ())]
         names.append(getattr(node, "name", None))
     return "bind" in names
+
+
+def script_code(path: str) -> Optional[CodeType]:
+    """Return the code of a script, read once: what was looked at runs; None for an application."""
+    import ast                  # here: only --app asks
+    try:
+        with open(path, "rb") as stream:
+            tree = ast.parse(stream.read(), path)
+        return None if has_bind(tree) else compile(tree, path, "exec")
+    except (OSError, SyntaxError, ValueError) as error:
+        shown = "".join(traceback.format_exception_only(type(error), error))
+        raise Fatal("unable to load %s: %s" % (path, because(error)),
+                    trace="" if isinstance(error, OSError) else shown)
 
 
 def adopt(fd: int) -> Optional[socket.socket]:
@@ -2519,9 +2519,9 @@ def expand(argv: List[str]) -> List[str]:
     return result
 
 
-def typed(parser: Parser, words: List[str]) -> Set[str]:
+def typed(parser: Parser, words: List[str], options: argparse.Namespace) -> Set[str]:
     """Return which options were typed: by a parse without defaults, for one may type a default."""
-    blank = argparse.Namespace(**dict.fromkeys(vars(parser.parse_known_args(words)[0])))
+    blank = argparse.Namespace(**dict.fromkeys(vars(options)))
     found = vars(parser.parse_known_args(words, blank)[0])
     return {key for key, value in found.items() if value is not None}
 
@@ -2544,7 +2544,7 @@ def parse(argv: List[str]) -> argparse.Namespace:
     parser = build_parser()
     options, extra = parser.parse_known_args(words)
     named = {"action", "name", "pidfile", "timeout", "quiet"}
-    options.typed = typed(parser, words)
+    options.typed = typed(parser, words, options)
     options.is_bare = not extra and arguments is None and options.typed <= named
     options.kind = "app"
     options.app_path = APPLICATION if options.app is None else absolute(options.app)
@@ -2557,8 +2557,8 @@ def parse(argv: List[str]) -> argparse.Namespace:
         return options
     if options.action in STARTING:
         if options.app:
-            tree, options.code = parsed(options.app_path)
-            options.kind = "app" if has_bind(tree) else "script"
+            options.code = script_code(options.app_path)
+            options.kind = "app" if options.code is None else "script"
         if options.kind != "app" and extra:
             parser.error("unrecognized arguments: %s" % " ".join(extra))
     # argv as typed, with @FILE unread: so a restart reads the file as it is then.
