@@ -73,6 +73,7 @@ import os
 import re
 import resource
 import selectors
+import shlex
 import signal
 import socket
 import socketserver
@@ -85,8 +86,8 @@ import time
 import traceback
 import unicodedata
 import urllib.parse
-from typing import (Any, Callable, Deque, Dict, Iterable, List, Mapping, NamedTuple, Optional,
-                    Sequence, Set, TextIO, Tuple, Union)
+from typing import (Any, BinaryIO, Callable, Deque, Dict, Iterable, List, Mapping,
+                    NamedTuple, Optional, Sequence, Set, TextIO, Tuple, Union)
 
 # -- 0. Settings and messages -------------------------------------------------
 
@@ -676,6 +677,10 @@ class SharedTable:
 # dictionary; this one is as safe as the permissions of its file. A line with `plain` is no
 # worse for this realm. It is for all others in which the same person has the same password:
 # so it is for tests, and for programs that write the file themselves.
+#
+# Limits have twins: what no client could send, or some clients would spoil, is refused
+# here, where the person who chose it can choose again. So is what one reader of the file
+# would take for something else than another: a blank at an end, a letter nobody sees.
 
 # How hashes begin: {SHA} and {SSHA} of htpasswd, the others are libcrypt's business.
 B64 = "[A-Za-z0-9+/]"
@@ -685,6 +690,11 @@ is_crypted = re.compile(rf"\{{SHA\}}{B64}{{27}}=|\{{SSHA\}}(?:{B64}{{4}}){{7,}}(
                         rf"{B64}{{3}}=)?|\$(?!apr1\$)[0-9a-z]+\$[!-9;-~]+").fullmatch
 # With rounds or cost and without the salt: what decides how long a hash is, and takes.
 match_kind = re.compile(r"\{[^}]*\}|\$[156]\$(?:rounds=\d+\$)?|\$[^$]*\$[^$]*\$").match
+is_ha1 = re.compile("[0-9a-fA-F]{32}(?:[0-9a-fA-F]{32})?").fullmatch
+# Most clients send a backslash bare: before the closing quotation mark it would escape that.
+is_username = re.compile(r'(?!-$|[# ])[^:"]{1,255}(?<![ \\])').fullmatch
+BCRYPT_BYTES = 72           # of a password; libcrypt does not read the rest
+SHA1 = find_hash("sha1")
 
 
 class Entry(NamedTuple):
@@ -702,19 +712,43 @@ class Entry(NamedTuple):
         return match.group() if match else " and ".join(self.ha1) + " HA1"
 
 
+def command(*words: str) -> str:
+    """Return a command line for this file that can be pasted into a shell."""
+    return " ".join(map(shlex.quote, ("python3", os.path.abspath(__file__)) + words))
+
+
+def passwd_command(path: str, usernames: Sequence[str], realm: str) -> str:
+    """Return the command that sets the password of the first of these, "" if none can."""
+    # What is no regular file is a pipe or a folder; a new file has no form yet.
+    if not usernames or path == "-" or os.path.exists(path) and not os.path.isfile(path):
+        return ""
+    return command("passwd", path, usernames[0], *["--realm", realm][:2 * (realm != REALM)])
+
+
 def normal_username(username: str) -> str:
-    """Return the normal form of a name that clients and readers of the file can handle."""
-    if not username or has_control(username) or re.search('^#|[:"]', username):
-        raise Refusal(f"unable to use user name {username!r}: empty, # at its start, "
-                      f'a colon, " or control character in it')
+    r"""Return the normal form of a name that clients, log and readers of the file can handle.
+
+    >>> normal_username("Ju\u0308rgen")
+    'Jürgen'
+    """
+    if not username.isprintable() or not is_username(username):
+        raise Refusal(f"unable to use user name {username!r}: `-`, # or blank at its start, blank "
+                      f"or \\ at its end, a colon, \" or invisible character in it, empty or longer "
+                      f"than 255")
     return unicodedata.normalize("NFC", username)
 
 
-def normal_password(password: str) -> str:
-    """Return the normal form of a password that clients can send."""
-    if not password or has_control(password):
+def normal_password(username: str, password: str) -> str:
+    """Return the normal form of a password that this user can send under both schemes."""
+    password = unicodedata.normalize("NFC", password)
+    # surrogatepass, and surrogates refused: they stand for bytes that were no text.
+    octets = f"{username}:{password}".encode("utf-8", "surrogatepass")
+    if not password or has_control(password) or re.search("[\ud800-\udfff]", password):
         raise Refusal("unable to use this password: empty, or control characters in it")
-    return unicodedata.normalize("NFC", password)
+    if len(octets) > MAX_TEXT:
+        raise Refusal(f"unable to use this password: too long, Basic carries {MAX_TEXT} bytes of "
+                      f"name, colon and password")
+    return password
 
 
 def check_realm(realm: str) -> None:
@@ -730,6 +764,7 @@ def check_realm(realm: str) -> None:
 
 def entry_of_password(username: str, line: int, realm: str, password: str) -> Entry:
     """Return an entry that serves every scheme and algorithm, and forget the password."""
+    password = normal_password(username, password)
     ha1 = {name: digest_ha1(username, realm, password, name) for name in FOUND if name in HASHES}
     return Entry(username, line, ha1, "")
 
@@ -741,7 +776,8 @@ def matches_sha(stored: str, password: str) -> bool:
     True
     """
     octets = base64.b64decode(stored.partition("}")[2])     # the hash, then the salt
-    found = hashlib.sha1(password.encode("utf-8", "surrogatepass") + octets[20:]).digest()
+    phrase = password.encode("utf-8", "surrogatepass")
+    found = (SHA1 or hashlib.sha1)(phrase + octets[20:]).digest()
     return hmac.compare_digest(found, octets[:20])
 
 
@@ -780,99 +816,149 @@ def check_crypted(entry: Entry) -> Entry:
     """
     kind, ending = entry.kind, len(entry.crypted.rpartition("$")[2])
     if not is_crypted(entry.crypted):
-        begin = re.sub(r"^([{$]\w*[}$]?).*", r"\1", entry.crypted)
-        raise Refusal(f"user {entry.username!r}: {begin} is no hash we know "
-                      f"(htpasswd -B makes one)")
+        raise Refusal(f"field 2: {entry.crypted[:5]}... is no hash we know (htpasswd -B makes one)")
+    if kind[0] == "{" and SHA1 is None:
+        raise Refusal(f"field 2: the hashlib of this Python lacks SHA-1, for {kind}")
     if kind[0] == "$" and kind not in ENDINGS:
         function, turns = load_crypt()
         with turns:
             made = (function(b"probe", entry.crypted.encode("ascii")) or b"").decode("latin-1")
         if not made.startswith(kind):
-            raise Refusal(f"user {entry.username!r}: the libcrypt of this machine does not know "
-                          f"{kind}, or something is wrong with the salt")
+            raise Refusal(f"field 2: the libcrypt of this machine does not know {kind}, or "
+                          f"something is wrong with the salt")
         ENDINGS[kind] = len(made.rpartition("$")[2])
     if ENDINGS.get(kind, ending) != ending:
-        raise Refusal(f"user {entry.username!r}: a {kind} hash of the wrong length")
+        raise Refusal(f"field 2: a {kind} hash of the wrong length")
     return entry
 
 
-def parse_entry(text: str, line: int, realm: str) -> Entry:
-    """Return the entry in one line of a password file.
+def split_line(text: str) -> Tuple[str, str, str]:
+    """Return the fields of a line: user, place, value; the place of a htpasswd hash is "".
 
-    >>> parse_entry("jim:files:5e93c589edbe9d5867a3bce43a1066c1", 1, "files").ha1
-    {'MD5': '5e93c589edbe9d5867a3bce43a1066c1'}
+    >>> split_line("jim:plain:se:cret"), split_line("ann:{SHA}0=")
+    (('jim', 'plain', 'se:cret'), ('ann', '', '{SHA}0='))
     """
     username, _, rest = text.partition(":")
-    username = unicodedata.normalize("NFC", username)
-    place, _, value = rest.partition(":")
-    if not username or not rest or has_control(text):
-        raise Refusal("expected user:realm:HA1, user:HASH or user:plain:PASSWORD")
-    if place == "plain" and value:
-        return entry_of_password(username, line, realm, unicodedata.normalize("NFC", value))
-    if rest[0] in "{$":
-        return check_crypted(Entry(username, line, {}, rest))
+    place, colon, value = rest.partition(":")
+    if rest.startswith(("{", "$")):
+        if colon:
+            raise Refusal(f"user {username!r}: field 3: nothing may follow a hash of htpasswd")
+        return normal_username(username), "", rest
+    if not place or not value:
+        raise Refusal("expected user:realm:HA1, user:HASH or user:plain:PASSWORD, "
+                      "but a field is missing")
+    if place != "plain" and not is_ha1(value):
+        raise Refusal(f"user {username!r}: field 3: neither 32 nor 64 hex digits")
+    return normal_username(username), place, value
+
+
+def make_entry(line: int, username: str, realm: str, place: str, value: str) -> Entry:
+    """Return the entry that the fields of a line stand for.
+
+    >>> make_entry(1, "jim", "files", "files", "5e93c589edbe9d5867a3bce43a1066c1").ha1
+    {'MD5': '5e93c589edbe9d5867a3bce43a1066c1'}
+    """
+    if place == "plain":
+        return entry_of_password(username, line, realm, value)
+    if not place:
+        return check_crypted(Entry(username, line, {}, value))
     # The length tells which hash: 64 digits count as SHA-256, though SHA-512-256 has as many.
-    name = {32: "MD5", 64: "SHA-256"}.get(len(value))
-    if name is None or not re.fullmatch("[0-9a-fA-F]+", value):
-        raise Refusal(f"user {username!r}: neither 32 or 64 hex digits nor a known hash")
-    if place != realm:
-        raise Refusal(f"user {username!r}: realm {place!r}, but {realm!r} is served")
+    name = "MD5" if len(value) == 32 else "SHA-256"
+    if name not in HASHES:
+        raise Refusal(f"field 3: the hashlib of this Python lacks {name}")
     return Entry(username, line, {name: value.lower()}, "")
 
 
-def has_empty_password(entry: Entry, realm: str) -> bool:
-    """Return whether anybody can log in with no password at all; slow hashes are not tried."""
-    if entry.crypted:
-        return entry.crypted.startswith("{") and matches_sha(entry.crypted, "")
-    return any(digest_ha1(entry.username, realm, "", name) == entry.ha1[name] for name in entry.ha1)
+def add_entry(entries: Dict[str, Entry], entry: Entry, realm: str) -> None:
+    """Add an entry, unless it lets everybody in, or contradicts an earlier one of its user."""
+    # Without any password; slow hashes are not tried.
+    if (entry.crypted[:1] == "{" and matches_sha(entry.crypted, "")
+            or any(digest_ha1(entry.username, realm, "", name) == entry.ha1[name]
+                   for name in entry.ha1)):
+        raise Refusal("an empty password")
+    first = entries.setdefault(entry.username, entry)
+    # A second line may add the HA1 of another hash, and nothing else.
+    if first is not entry and (first.crypted or entry.crypted or set(first.ha1) & set(entry.ha1)):
+        raise Refusal(f"again, after line {first.line}")
+    first.ha1.update(entry.ha1)
 
 
-def parse_passwords(text: str, realm: str) -> Tuple[Dict[str, Entry], List[str]]:
-    """Return the entries of a password file by user, and its mistakes by line.
+class Found(NamedTuple):
+    """What is in a password file."""
 
-    >>> parse_passwords("# staff\\njim:plain:secret\\njim:plain:other\\n", "files")[1]
-    ["line 3: user 'jim' again, after line 2"]
+    entries: Dict[str, Entry]       # by user
+    mistakes: List[str]             # each with its line
+    curable: List[str]              # users whose mistakes a new password would cure
+    elsewhere: Set[str]             # realms that are not ours
+
+
+def parse_passwords(text: str, realm: str) -> Found:
+    """Return what is in a password file; blanks at a line's ends are cut off, as Apache does.
+
+    >>> parse_passwords("# staff\\njim:plain:secret\\n jim:plain:other \\n", "files").mistakes
+    ["line 3: user 'jim': again, after line 2"]
     """
-    entries: Dict[str, Entry] = {}
-    mistakes: List[str] = []
+    found = Found({}, [], [], set())
     # Not splitlines(): it also divides at a form feed or U+2028, and the numbers would be wrong.
-    for line, content in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
-        if not content.strip() or content.startswith("#"):
+    for line, content in enumerate(text.split("\n"), 1):
+        content = content.strip(" \t\r")
+        if not content or content.startswith("#"):
             continue
+        whose = ""
         try:
-            entry = parse_entry(content, line, realm)
-            first = entries.get(entry.username, Entry("", 0, {}, ""))
-            if has_empty_password(entry, realm):
-                raise Refusal(f"user {entry.username!r} has an empty password")
-            # A second line may add the HA1 of another hash, and nothing else.
-            if first.crypted or first.ha1 and entry.crypted or set(first.ha1) & set(entry.ha1):
-                raise Refusal(f"user {entry.username!r} again, after line {first.line}")
-            entries[entry.username] = entry._replace(ha1=dict(first.ha1, **entry.ha1))
+            username, place, value = split_line(content)
+            if place in ("", "plain", realm):
+                whose = username
+                add_entry(found.entries, make_entry(line, username, realm, place, value), realm)
+            else:
+                found.elsewhere.add(place)
         except Refusal as error:
-            mistakes.append(f"line {line}: {error}")
-    return entries, mistakes
+            found.mistakes.append(f"line {line}: " + f"user {whose!r}: " * bool(whose) + f"{error}")
+            found.curable.extend([whose] * bool(whose))
+    if not found.entries and not found.mistakes:
+        others = ", but of " * bool(found.elsewhere) + ", ".join(sorted(found.elsewhere))
+        found.mistakes.append(f"no user of realm {realm} in it" + others)
+        found.curable.append(FIRST_USER)
+    return found
 
 
-def join_ten(texts: Sequence[str]) -> str:
-    """Put up to ten mistakes on one line.
+def refuse_file(what: str, mistakes: Sequence[str], cure: str) -> Refusal:
+    """Return the Refusal of a file, with up to ten mistakes and the command that cures one.
 
-    >>> join_ten(["a", "b"])
-    'a; b'
+    >>> str(refuse_file("use passwords F", ["a", "b"], "chmod 600 F"))
+    'unable to use passwords F: a; b\\ntry: chmod 600 F'
     """
-    return "; ".join(list(texts[:10]) + [f"and {len(texts) - 10} more"] * (len(texts) > 10))
+    more = [f"and {len(mistakes) - 10} more"] * (len(mistakes) > 10)
+    return Refusal(f"unable to {what}: " + "; ".join(list(mistakes[:10]) + more)
+                   + f"\ntry: {cure}" * bool(cure))
 
 
-def read_text(path: str) -> Tuple[str, int]:
-    """Return text and mode of a password file."""
+def is_exposed(fd: int) -> bool:
+    """Return whether others may read or change an open file of secrets.
+
+    Containers are given theirs as 0444: root's, or on a mount that nobody can write to, and
+    who is in the container may read them anyway.
+    """
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode) or not found.st_mode & (stat.S_IROTH | stat.S_IWOTH):
+        return False
+    is_roots = found.st_uid == 0 != os.geteuid() and not found.st_mode & 0o222
+    return not is_roots and not os.fstatvfs(fd).f_flag & os.ST_RDONLY
+
+
+def read_text(path: str, realm: str) -> Tuple[str, bool]:
+    """Return the text of a password file, and whether others may read or change it."""
     try:
         # closefd: with descriptor 0 closed, the next file opened would be "standard input".
         with open(0 if path == "-" else path, "rb", closefd=path != "-") as stream:
-            mode, octets = os.fstat(stream.fileno()).st_mode, stream.read()
+            exposed, octets = is_exposed(stream.fileno()), stream.read()
         # -sig: some editors put U+FEFF at the start, which would become part of the first name.
-        return octets.decode("utf-8-sig"), mode
+        return octets.decode("utf-8-sig"), exposed
+    except FileNotFoundError as error:
+        raise refuse_file(f"read passwords {path}", [str(error.strerror)],
+                          passwd_command(path, [FIRST_USER], realm))
     except OSError as error:
-        raise Refusal(f"unable to read passwords {path}: {error.strerror}\n"
-                      f"try: authserver.py passwd {path} USER")
+        raise Refusal(f"unable to read passwords {path}: {error.strerror}")
     except UnicodeDecodeError as error:
         # 10 is a line feed: until Python 3.12 no backslash may stand inside an f-string's braces.
         raise Refusal(f"unable to read passwords {path}: "
@@ -890,43 +976,47 @@ class Passwords:
     def __init__(self, users: Optional[Mapping[str, str]] = None, realm: str = REALM,
                  entries: Optional[Mapping[str, Entry]] = None, source: str = "FILE") -> None:
         check_realm(realm)
-        self.realm, self.source, self.warnings = realm, source, []  # type: str, str, List[str]
+        self.realm, self.source = realm, source
         self.entries: Dict[str, Entry] = dict(entries or {})
         for username, password in (users or {}).items():
             name = normal_username(username)
-            self.entries[name] = entry_of_password(name, 0, realm, normal_password(password))
-        kinds = sorted({entry.kind if entry.crypted else "HA1" for entry in self.entries.values()})
-        if len(kinds) > 1:
-            self.warnings.append(f"{' and '.join(kinds)} in one file: the time of an answer "
-                                 f"tells which a user has")
+            self.entries[name] = entry_of_password(name, 0, realm, password)
         # What stands in for unknown users, so that they cost what others cost.
         # False < True: if any hash is slow, the decoy is.
         self._decoy = max(self.entries.values(), key=lambda entry: entry.crypted[:1] == "$",
-                          default=Entry("", 0, {"MD5": ""}, ""))
+                          default=Entry("", 0, {"SHA-256": ""}, ""))
         self._secret = os.urandom(32)
-        self._remembered: Dict[bytes, bool] = {}
-        self._userhashes: Dict[str, Dict[str, Entry]] = {}
-        self._queue = threading.Semaphore(SLOW_HASHES + SLOW_QUEUE)
+        self._remembered: Set[bytes] = set()
 
     @classmethod
-    def read(cls, path: str, realm: str = REALM, allow_partial: bool = False) -> "Passwords":
+    def read(cls, path: str, realm: str = REALM) -> "Passwords":
         """Read the password file at path ("-" = standard input), or name all its mistakes."""
-        text, mode = read_text(path)
-        entries, mistakes = parse_passwords(text, realm)
-        cure = f"authserver.py passwd {path} USER"
-        if stat.S_ISREG(mode) and mode & (stat.S_IROTH | stat.S_IWOTH):
-            mistakes.insert(0, "it is readable or writable by everybody")
-            cure = f"chmod 600 {path}"
-        if not entries and not mistakes:
-            mistakes.append("no user in it")
-        if mistakes and not (allow_partial and entries):
-            raise Refusal(f"unable to use passwords {path}: {join_ten(mistakes)}\ntry: {cure}")
-        passwords = cls(None, realm, entries, path)
-        passwords.warnings += [f"{path}: {mistake}" for mistake in mistakes]
-        return passwords
+        text, exposed = read_text(path, realm)
+        found = parse_passwords(text, realm)
+        if exposed:
+            raise refuse_file(f"use passwords {path}", ["everybody may read or change it"],
+                              f"chmod 600 {shlex.quote(path)}")
+        if found.mistakes:
+            raise refuse_file(f"use passwords {path}", found.mistakes,
+                              passwd_command(path, found.curable, realm))
+        return cls(None, realm, found.entries, path)
 
-    def check_servable(self, schemes: Sequence[str], algorithms: Sequence[str],
-                       allow_partial: bool = False) -> None:
+    @property
+    def warnings(self) -> List[str]:
+        """What a person should know of the hashes in it."""
+        kinds = sorted({entry.kind if entry.crypted else "HA1" for entry in self.entries.values()})
+        mixed = [f"{' and '.join(kinds)} in one file: the time of an answer tells which a user has"]
+        return mixed * (len(kinds) > 1) + [
+            f"{kind} in {self.source}: bcrypt knows {BCRYPT_BYTES} bytes of a password, longer "
+            f"ones are refused" for kind in kinds if kind.startswith("$2")]
+
+    def fingerprint(self) -> bytes:
+        """Return 32 bytes that tell this dictionary from all others."""
+        known = [(entry.username, sorted(entry.ha1.items()), entry.crypted)
+                 for entry in self.entries.values()]
+        return hashlib.sha256(repr((self.realm, sorted(known))).encode("utf-8")).digest()
+
+    def check_servable(self, schemes: Sequence[str], algorithms: Sequence[str]) -> None:
         """Refuse what some user could never answer, however right the password.
 
         This is the trap of the second article, where Digest was offered and the checker
@@ -936,70 +1026,69 @@ class Passwords:
                 for algorithm in algorithms if hash_name(algorithm) not in entry.ha1]
         texts = [f"line {entry.line}: user {entry.username!r} has only {entry.kind}: cannot "
                  f"answer Digest {algorithm}" for entry, algorithm in gaps]
-        if texts and not allow_partial:
-            raise Refusal(f"unable to serve every user of {self.source}: {join_ten(texts)}\n"
-                          f"try: authserver.py passwd {self.source} {gaps[0][0].username}, "
-                          f"or --schemes basic, or --allow-partial")
-        self.warnings += texts
+        if texts:
+            cure = passwd_command(self.source, [gaps[0][0].username], self.realm)
+            raise refuse_file(f"serve every user of {self.source}", texts,
+                              (cure + "   # or: ") * bool(cure) + "--schemes basic")
 
     def find(self, usernames: Iterable[str]) -> Optional[Entry]:
         """Return the entry of the first of these names that has one."""
         return next((self.entries[name] for name in usernames if name in self.entries), None)
 
-    def find_userhash(self, userhash: str, algorithm: str) -> Optional[Entry]:
-        """Return the entry whose name has this hash; all are hashed once, not per request."""
-        name = hash_name(algorithm)
-        if name not in self._userhashes:
-            self._userhashes[name] = {digest_userhash(entry.username, self.realm, name): entry
-                                      for entry in self.entries.values()}
-        return self._userhashes[name].get(userhash.lower())
-
     def check_password(self, username: str, password: str) -> bool:
         """Return whether this is the password of that user; may wait for a slow hash."""
         username, password = (unicodedata.normalize("NFC", text) for text in (username, password))
         # libcrypt would stop reading at a NUL.
-        return not has_control(password) and bool(self.verify(username, password, True))
+        return not has_control(password) and self.verify(username, password)
 
-    def verify(self, username: str, password: str, blocking: bool) -> Optional[bool]:
-        """Do so for normal forms; None = it would take long, and blocking is False.
+    def is_slow(self, username: str) -> bool:
+        """Return whether to verify this user's password takes long; for unknown ones, too."""
+        return self.entries.get(username, self._decoy).crypted.startswith("$")
 
-        Raises Busy when too many wait already.
-        """
+    def is_known(self, username: str, password: str) -> bool:
+        """Return whether this is remembered as right, so that to verify it takes no time."""
+        crypted = self.entries.get(username, self._decoy).crypted
+        return self._key(crypted, password) in self._remembered
+
+    def verify(self, username: str, password: str) -> bool:
+        """Do what check_password() does, for normal forms."""
         entry = self.entries.get(username)
         model = entry or self._decoy
         if model.crypted.startswith("$"):
-            correct = self._verify_slow(model.crypted, password, blocking)
-            return None if correct is None else correct and entry is not None
-        if model.crypted:
-            return matches_sha(model.crypted, password) and entry is not None
-        # The first line: it is the one that Apache's htdigest changes, and no other.
-        name = next(iter(model.ha1))
-        found = digest_ha1(username, self.realm, password, name)
-        return hmac.compare_digest(found, model.ha1[name]) and entry is not None
+            correct = self._verify_slow(model.crypted, password)
+        elif model.crypted:
+            correct = matches_sha(model.crypted, password)
+        else:
+            # The first line: it is the one that Apache's htdigest changes, and no other.
+            name = next(iter(model.ha1))
+            correct = hmac.compare_digest(
+                digest_ha1(username, self.realm, password, name), model.ha1[name])
+        # What fits the decoy is no password of a stranger.
+        return correct and entry is not None
 
-    def _verify_slow(self, crypted: str, password: str, blocking: bool) -> Optional[bool]:
-        """Return a remembered yes, or wait for a turn and find out. A no is never kept."""
-        phrase = password.encode("utf-8", "surrogatepass")
-        key = sign(self._secret, crypted.encode("ascii") + b"\0" + phrase)
-        # A no is not in it, so without leave to block the answer to a wrong password is "not yet".
-        if key in self._remembered or not blocking:
-            return self._remembered.get(key)
-        if not self._queue.acquire(blocking=False):
-            raise Busy()
-        function, turns = load_crypt()
-        try:
-            with turns:
-                # Another request with the same password may have gone before.
-                # crypt(3) returns setting and hash in one, and takes such a whole as setting.
-                correct = key in self._remembered or hmac.compare_digest(
-                    function(phrase, crypted.encode("ascii")) or b"", crypted.encode("ascii"))
-        finally:
-            self._queue.release()
+    def _key(self, crypted: str, password: str) -> bytes:
+        """Return what a verdict is remembered by: no password, and useless elsewhere."""
+        return sign(self._secret, f"{crypted}:{password}".encode("utf-8", "surrogatepass"))
+
+    def _verify_slow(self, crypted: str, password: str) -> bool:
+        """Return a remembered yes, or find out. A no is never kept."""
+        phrase, key = password.encode("utf-8", "surrogatepass"), self._key(crypted, password)
+        if key in self._remembered:
+            return True
+        # All that begin with the same 72 bytes would be right: $2a$, $2b$, $2y$.
+        if crypted.startswith("$2") and len(phrase) > BCRYPT_BYTES:
+            return False
+        setting, (function, turns) = crypted.encode("ascii"), load_crypt()
+        with turns:
+            # Another request with the same password may have gone before.
+            # crypt(3) returns setting and hash in one, and takes such a whole as setting.
+            correct = key in self._remembered or hmac.compare_digest(
+                function(phrase, setting) or b"", setting)
         if correct:
             # All at once: what is forgotten is hashed again at its next use, that is all.
             if len(self._remembered) >= REMEMBERED:
                 self._remembered.clear()
-            self._remembered[key] = True
+            self._remembered.add(key)
         return correct
 
 
@@ -1435,6 +1524,19 @@ def password_lines(username: str, realm: str, password: str) -> List[str]:
             for name in ("MD5", "SHA-256") if name in HASHES]
 
 
+def is_line_of(line: str, username: str, realm: str) -> bool:
+    """Return whether a line of a password file is about this user, in this realm.
+
+    >>> [is_line_of(line, "jim", "a") for line in ("jim:a:0", " jim:{SHA}x", "#jim:a:0", "jim:b:0")]
+    [True, True, False, False]
+    """
+    name, _, rest = line.strip(" \t\r").partition(":")
+    place, colon, _ = rest.partition(":")
+    if unicodedata.normalize("NFC", name) != username:
+        return False
+    return not colon or rest[0] in "{$" or place in (realm, "plain")
+
+
 def edit_passwords(text: str, username: str, realm: str, new_lines: Sequence[str]) -> str:
     r"""Return the text of a password file with new lines for a user, in the old ones' place.
 
@@ -1443,18 +1545,12 @@ def edit_passwords(text: str, username: str, realm: str, new_lines: Sequence[str
     >>> edit_passwords("# x\njim:plain:old\nann:files:00", "jim", "files", ["jim:files:11"])
     '# x\njim:files:11\nann:files:00\n'
     """
-    before, after = [], []      # type: List[str], List[str]
-    kept = before
-    for line in io.StringIO(text):      # not splitlines(): only a line feed divides lines here
-        line = line.rstrip("\n")
-        name, _, rest = line.partition(":")
-        place, colon, _ = rest.partition(":")
-        elsewhere = colon and rest[0] not in "{$" and place not in (realm, "plain")
-        if line.startswith("#") or unicodedata.normalize("NFC", name) != username or elsewhere:
-            kept.append(line)
-        else:
-            kept = after
-    return "".join(line + "\n" for line in before + list(new_lines) + after)
+    # Not splitlines(): only a line feed divides lines here.
+    lines = [line.rstrip("\n") for line in io.StringIO(text)]
+    mine = [number for number, line in enumerate(lines) if is_line_of(line, username, realm)]
+    others = [line for number, line in enumerate(lines) if number not in mine]
+    others[mine[0] if mine else len(others):0] = new_lines
+    return "".join(line + "\n" for line in others)
 
 
 def write_file(path: str, text: str, gid: Optional[int] = None, replace: bool = False) -> None:
@@ -1463,8 +1559,6 @@ def write_file(path: str, text: str, gid: Optional[int] = None, replace: bool = 
     A file that is replaced keeps its owner and group if we may give them, and 0640 if it
     had that: it may have been made for the group of a daemon.
     """
-    # Through links, or the rename would replace a link by a file.
-    path = os.path.realpath(path)
     new = f"{path}.{os.urandom(4).hex()}.new"
     fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
@@ -1488,19 +1582,40 @@ def write_file(path: str, text: str, gid: Optional[int] = None, replace: bool = 
             os.unlink(new)
 
 
+def lock_file(path: str) -> Optional[BinaryIO]:
+    """Return a file that other passwd commands must wait for; None: there is no such file.
+
+    The lock goes with the file when that is replaced: who has waited looks whether the name
+    still stands for what was locked. Of those who make a new file only one succeeds.
+    """
+    while os.path.exists(path):
+        # To write: a file system over a network locks nothing else.
+        stream = open(path, "rb+")
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        if os.path.exists(path) and os.path.samestat(os.fstat(stream.fileno()), os.stat(path)):
+            return stream
+        stream.close()
+    return None
+
+
 def change_password(path: str, username: str, realm: str, password: Optional[str]) -> str:
     """Set the password of a user in a file, or delete the user (None); return what was done."""
     username = normal_username(username)
     check_realm(realm)
-    exists = os.path.exists(path)
-    old = read_text(path)[0] if exists else ""
-    others = edit_passwords(old, username, realm, [])
-    known = others.rstrip("\n") != old.rstrip("\n")
-    if password is None and not known:
-        raise Refusal(f"unable to delete user {username!r}: not in {path}")
-    lines = [] if password is None else password_lines(username, realm, normal_password(password))
+    new_lines = [] if password is None else password_lines(
+        username, realm, normal_password(username, password))
+    # Through links, or the rename would replace a link by a file.
+    target = os.path.realpath(path)
     try:
-        write_file(path, edit_passwords(old, username, realm, lines), replace=exists)
+        with contextlib.ExitStack() as stack:
+            stream = lock_file(target)
+            old = read_text(stack.enter_context(stream).name, realm)[0] if stream else ""
+            known = any(is_line_of(line, username, realm) for line in old.split("\n"))
+            if password is None and not known:
+                raise Refusal(f"unable to delete user {username!r}: not in {path}")
+            write_file(target, edit_passwords(old, username, realm, new_lines), None, bool(stream))
+    except FileExistsError:         # made by another one meanwhile: now there is one to edit
+        return change_password(path, username, realm, password)
     except OSError as error:
         raise Refusal(f"unable to write passwords {path}: {error.strerror}")
     return "deleted" if password is None else "changed" if known else "added"
@@ -1531,7 +1646,7 @@ def run_passwd(path: str, username: str, realm: str = REALM, from_stdin: bool = 
                 raise Refusal("unable to set the password: the two differ")
         except UnicodeError:
             raise Refusal("unable to read the password: not in the encoding of this locale\n"
-                          "try: LC_ALL=C.UTF-8, or --stdin")
+                          "try: export LC_ALL=C.UTF-8")
     done = change_password(path, username, realm, password)
     return f"user {username!r} {done} in {path} (realm {realm!r})"
 
@@ -1540,9 +1655,9 @@ def first_password(path: str, gid: Optional[int] = None, realm: str = REALM) -> 
     """Make a password file with one user and a random password; return the two."""
     # 256 is 8 * 32, so % prefers no letter; 16 letters of 5 bits are 80 bits.
     password = "".join(LETTERS[octet % 32] for octet in os.urandom(16))
-    lines = password_lines(FIRST_USER, realm, password)
     try:
-        write_file(path, "".join(line + "\n" for line in lines), gid)
+        write_file(path, edit_passwords("", FIRST_USER, realm,
+                                        password_lines(FIRST_USER, realm, password)), gid)
     except OSError as error:
         raise Refusal(f"unable to make passwords {path}: {error.strerror}")
     return FIRST_USER, password
@@ -1556,12 +1671,13 @@ def read_nonce_secret(path: str) -> bytes:
             with contextlib.suppress(FileExistsError):      # who was faster made our secret too
                 write_file(path, os.urandom(32).hex() + "\n")
         with open(path, "rb") as stream:
-            secret, mode = stream.read(4096).strip(), os.fstat(stream.fileno()).st_mode
+            secret, exposed = stream.read(4096).strip(), is_exposed(stream.fileno())
     except OSError as error:
         raise Refusal(f"unable to read or make nonce secret {path}: {error.strerror}")
-    if len(secret) < 16 or mode & (stat.S_IROTH | stat.S_IWOTH):
-        raise Refusal(f"unable to use nonce secret {path}: shorter than 16 bytes, or everybody "
-                      f"may read it\ntry: chmod 600 {path}, or remove it, and it is made anew")
+    if exposed or len(secret) < 16:
+        fault, cure = (("everybody may read or change it", "chmod 600") if exposed else
+                       ("shorter than 16 bytes", "rm"))     # then it is made anew
+        raise refuse_file(f"use nonce secret {path}", [fault], f"{cure} {shlex.quote(path)}")
     return secret
 
 
@@ -3156,35 +3272,50 @@ class Place(NamedTuple):
     """Where to listen: a numeric host and a port, or the path of a unix socket."""
 
     family: int
-    where: Any          # as socket.bind wants it
+    where: Any          # as socket.bind wants it; of IPv6 with flow and scope
 
     def fits(self, sock: socket.socket) -> bool:
         """Return whether a socket that was handed over listens where we want to."""
+        theirs, ours = sock.getsockname(), self.where
         if sock.family != self.family or self.family == socket.AF_UNIX:
-            return sock.family == self.family and sock.getsockname() == self.where
-        host, port = sock.getsockname()[:2]
-        return bool(host == self.where[0] and self.where[1] in (0, port))
+            return sock.family == self.family and bool(theirs == ours)
+        # Port 0 is any port.
+        return bool(theirs[:1] + theirs[2:] == ours[:1] + ours[2:] and ours[1] in (0, theirs[1]))
+
+
+def has_ipv6() -> bool:
+    """Return whether the kernel has IPv6: socket.has_ipv6 says only that Python has."""
+    try:
+        socket.socket(socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
 
 
 def parse_bind(text: str) -> Place:
     """Return the address of a --bind option.
 
-    >>> parse_bind("[::1]:80").where, parse_bind("unix:/run/x").where
-    (('::1', 80), '/run/x')
+    >>> parse_bind("127.0.0.1:80").where, parse_bind("unix:/run/x").where
+    (('127.0.0.1', 80), '/run/x')
     """
     if text.startswith("unix:") and text != "unix:":
         return Place(socket.AF_UNIX, os.path.abspath(text[5:]))
-    match = re.fullmatch(r"(?:\[([0-9A-Za-z:.%]+)\]|([0-9A-Za-z._-]*)):([0-9]{1,5})", text)
-    if match is None or int(match.group(3)) > 65535:
+    match = re.fullmatch(r"(?:\[([0-9A-Za-z:.%_-]+)\]|([0-9A-Za-z._-]*)):([0-9]{1,9})", text)
+    if match is None:
         raise Refusal(f"unable to bind {text}: expected HOST:PORT, [V6]:PORT, :PORT or unix:PATH")
-    host = match.group(1) or match.group(2) or ("::" if socket.has_ipv6 else "0.0.0.0")
+    family = 0 if has_ipv6() else socket.AF_INET
+    host = match.group(1) or match.group(2) or ("0.0.0.0" if family else "::")
+    port = int(match.group(3))
+    if port > 65535:
+        raise Refusal(f"unable to bind {text}: ports are 0 to 65535")
     try:
         # As bytes: for text Python would load its IDNA tables first, which takes 5 ms.
         # The first answer only: a name with several addresses needs several --bind.
-        found = socket.getaddrinfo(host.encode(), int(match.group(3)), 0, socket.SOCK_STREAM)[0]
+        found = socket.getaddrinfo(host.encode(), port, family, socket.SOCK_STREAM)[0]
     except OSError as error:
         raise Refusal(f"unable to bind {text}: {error.strerror}")
-    return Place(found[0], found[4][:2])
+    # Whole: the address of a link is one only with its scope, the number of an interface.
+    return Place(found[0], found[4])
 
 
 def open_socket(text: str, place: Place) -> socket.socket:
@@ -3206,8 +3337,19 @@ def open_socket(text: str, place: Place) -> socket.socket:
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
-        raise BindError(f"unable to bind {text}: {error.strerror or error}")
+        raise BindError(f"unable to bind {text}: {error.strerror or error}"
+                        + bind_advice(text, place, error))
     return sock
+
+
+def bind_advice(text: str, place: Place, error: OSError) -> str:
+    """Return the second line of a message about an address that we could not have."""
+    host, _, port = text.rpartition(":")
+    if place.family != socket.AF_UNIX and error.errno == errno.EADDRINUSE:
+        return f"\ntry: ss -ltnp 'sport = :{port}'   # says who has it"
+    if place.family != socket.AF_UNIX and error.errno == errno.EACCES and int(port) < 1024:
+        return f"\ntry: --bind {host}:{8000 + int(port)}   # or as root"
+    return ""
 
 
 def remove_stale_socket(path: str) -> None:
@@ -3223,13 +3365,16 @@ def remove_stale_socket(path: str) -> None:
         pass            # bind() will say it
 
 
-def address_of(sock: socket.socket) -> str:
+def address_of(sock: socket.socket, scheme: str = "http") -> str:
     """Return where a socket listens, as a URL or as --bind has it."""
     where = sock.getsockname()
     if sock.family == socket.AF_UNIX:
         return f"unix:{where}"
-    host = f"[{where[0]}]" if ":" in where[0] else where[0]
-    return f"http://{host}:{where[1]}/"
+    host = where[0].partition("%")[0]       # Python 3.6 puts the zone here as well
+    if sock.family == socket.AF_INET6:
+        # RFC 6874 section 2: IPv6addrz = IPv6address "%25" ZoneID
+        host = f"[{host}%25{socket.if_indextoname(where[3])}]" if where[3] else f"[{host}]"
+    return f"{scheme}://{host}:{where[1]}/"
 
 
 def is_private(sock: socket.socket) -> bool:
