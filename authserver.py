@@ -732,9 +732,9 @@ def normal_username(username: str) -> str:
     'Jürgen'
     """
     if not username.isprintable() or not is_username(username):
-        raise Refusal(f"unable to use user name {username!r}: `-`, # or blank at its start, blank "
-                      f"or \\ at its end, a colon, \" or invisible character in it, empty or longer "
-                      f"than 255")
+        raise Refusal(f"unable to use user name {username!r}: it is -, empty or longer than 255, "
+                      f"or has # or a blank at its start, \\ or a blank at its end, or a colon, \" "
+                      f"or invisible character")
     return unicodedata.normalize("NFC", username)
 
 
@@ -3147,121 +3147,361 @@ class AuthServer(http.server.HTTPServer):
 
 
 # -- 11. protect() and protect_wsgi() -----------------------------------------
+#
+# Here other people's servers read the requests and write the answers, one thread or one
+# process per request. What we must know they tell or we read along; what they would do
+# wrong after a refusal (a body that is left unread becomes the next request, or resets the
+# connection before the client has read why) is done here.
+#
+# The processes of a WSGI server know nothing of one another. They meet in a file that has
+# the dictionary's name, in a folder that only their user can enter: /dev/shm/authserver-UID,
+# or below the temporary folder. Who uses it holds a lock on it; what nobody uses is removed
+# by the next one who comes, for its clock may be that of another boot.
+
+LINGER_SECONDS = 10.0       # for which a refused client may go on sending
+TABLES: Dict[str, SharedTable] = {}     # of this process, by name
+
+
+def logger() -> Any:
+    """Return where a program finds what we have to say."""
+    import logging              # 8 ms, only for programs
+    return logging.getLogger("authserver")
+
+
+def open_folder() -> int:
+    """Return a descriptor of a folder that only our user can enter; in memory, if it can be."""
+    for base in ("/dev/shm", tempfile.gettempdir()):
+        path = os.path.join(base, f"authserver-{os.geteuid()}")
+        with contextlib.suppress(OSError):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(path, 0o700)
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            found = os.fstat(fd)
+            if found.st_uid == os.geteuid() and not found.st_mode & 0o077:
+                return fd
+            os.close(fd)        # somebody else's trap
+    raise PermissionError(errno.EACCES, "neither /dev/shm nor a temporary folder will do")
+
+
+def remove_unused(name: str, folder: int) -> None:
+    """Remove a file that no process has a lock on."""
+    fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW, dir_fd=folder)
+    with open(fd, "rb+"), contextlib.suppress(BlockingIOError):
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.unlink(name, dir_fd=folder)
+
+
+def open_shared_file(name: str, size: int) -> int:
+    """Return a descriptor of a file of that size which all processes of our user share."""
+    folder = open_folder()
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)      # until it is closed
+        # To close a file of our own would end its record locks: see section 3.
+        for other in set(os.listdir(folder)) - set(TABLES):
+            remove_unused(other, folder)
+        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600, dir_fd=folder)
+        fcntl.flock(fd, fcntl.LOCK_SH)          # for as long as we live
+        # Now, for later a full disk would be a page that is not there: SIGBUS.
+        os.posix_fallocate(fd, 0, size)
+        return fd
+    finally:
+        os.close(folder)
+
+
+def shared_table(passwords: Passwords) -> Optional[SharedTable]:
+    """Return the table of all processes that serve this dictionary, or None."""
+    name = (LAYOUT + passwords.fingerprint()).hex()
+    if name not in TABLES:
+        try:
+            TABLES[name] = SharedTable(open_shared_file(name, TABLE_SIZE))
+        except OSError as error:
+            logger().warning("unable to share nonces with other processes: %s", error.strerror)
+    return TABLES.get(name)
+
+
+class UnknownProxies(TrustedProxies):
+    """What we believe where nobody has said whom to trust: a private address may be a proxy's.
+
+    Whether it speaks for one client or for all nobody knows, so it is never locked out: ten
+    wrong passwords by a stranger would keep everybody out.
+    """
+
+    INSIDE = TrustedProxies(["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10",
+                             "fc00::/7", "fe80::/10"])
+    warned = False
+
+    def _find_client(self, peer: str, forwarded: str = "") -> Tuple[str, Optional[str]]:
+        shown, client = super()._find_client(peer, forwarded)
+        if not self.INSIDE.trusts(parse_address(peer) or ipaddress.ip_address("::")):
+            return shown, client
+        if not self.warned:
+            self.warned = True
+            logger().warning("never locked out: %s and other private addresses, for they may be "
+                          "proxies; trusted_proxies=[...] says which are", shown)
+        return shown, None
+
+
+def be_ready(passwords: Passwords, proxies: Optional[Sequence[str]],
+                       offer: Dict[str, Any]) -> Tuple[Authenticator, TrustedProxies]:
+    """Return who asks for the password, and who knows whom he has asked."""
+    if not isinstance(passwords, Passwords):
+        raise TypeError(f"unable to use {passwords!r:.40}: expected Passwords, such as "
+                        f'Passwords({{"jim": "secret"}}, realm="files")')
+    for warning in passwords.warnings:
+        logger().warning(warning)
+    return (Authenticator(passwords, **offer),
+            UnknownProxies() if proxies is None else TrustedProxies(proxies))
 
 
 class Guard(http.server.BaseHTTPRequestHandler):
-    """What protect() puts before a handler; on AuthServer, which has asked already, idle."""
+    """What protect() puts before a handler; on AuthServer, which has asked already, idle.
+
+    For handlers: remote_user and auth_type, the user and the scheme.
+    """
 
     authenticator: Authenticator
-    exchange: Optional[Exchange] = None
-    verdict: Optional[Verdict] = None
+    proxies: TrustedProxies
+    schemes: Optional[Sequence[str]] = None     # those of the authenticator; else as it is safe
     remote_user: Optional[str] = None
+    auth_type = ""
+    info: Fields = ()           # for the handler's answer
+    expects = unread = False    # a client that waits for 100 Continue; a body nobody has read
 
     def parse_request(self) -> bool:
         """Ask for the password when http.server has read a head and before it acts on it."""
-        if self.exchange is not None:       # AuthServer has asked already
-            return super().parse_request()
-        self.verdict = self.remote_user = None      # of the last request on this connection
-        if not super().parse_request():
-            return False
-        # self.path is no longer what the client sent, and signed: "//x" is "/x" in it.
-        # getattr: the type stubs of http.server do not list raw_requestline.
-        target = str(getattr(self, "raw_requestline"), "latin-1").split()[1]
-        host = self.client_address[0] if self.client_address else ""
-        verdict = self.authenticator.authenticate(
-            self.command, target, self.headers.get_all("Authorization") or (),
-            TrustedProxies().find_client(host)[1], time.time(), None, self.read_content)
-        if verdict.status != 200:
-            self.refuse(verdict)
-            return False
-        self.verdict, self.remote_user = verdict, verdict.username
+        self.info, self.expects = (), False         # not those of the last request
+        verdict = getattr(self.request, "verdict", UNASKED)
+        if verdict.status == 200:                   # by AuthServer, which adds its fields itself
+            passes = super().parse_request()
+        else:
+            verdict = self.ask()
+            passes, self.info = verdict.status == 200, verdict.fields
+        self.remote_user, self.auth_type = verdict.username, verdict.scheme
+        return passes and (not self.expects or super().handle_expect_100())
+
+    def handle_expect_100(self) -> bool:
+        """Put 100 Continue off: http.server would say it before the password is asked for."""
+        self.expects = True
         return True
 
-    def read_content(self) -> bytes:
+    def ask(self) -> Verdict:
+        """Return the verdict on the request, and answer if it may not pass."""
+        octets = line = getattr(self, "raw_requestline")    # the type stubs do not list it
+        while line not in (b"\r\n", b"\n", b"") and len(octets) <= MAX_HEAD:
+            line = self.rfile.readline(MAX_HEAD)
+            octets += line
+        stream, self.rfile = self.rfile, io.BytesIO(octets.partition(b"\n")[2])
+        try:
+            if not super().parse_request():         # and has said why
+                return UNASKED
+        finally:
+            self.rfile = stream
+        self.unread = True
+        try:
+            # Once more, strictly: what follows the head depends on it.
+            verdict = self.judge(parse_head(octets))
+        except BadRequest as error:
+            verdict = Verdict(error.status, reason=str(error))
+        if verdict.status != 200:
+            self.refuse(verdict)
+        return verdict
+
+    def judge(self, request: Request) -> Verdict:
+        """Return the authenticator's verdict."""
+        self.unread = request.fields.chunked or request.fields.length > 0
+        peer = self.client_address[0] if self.client_address else ""
+        host, client = self.proxies.find_client(peer, request.fields.forwarded)
+        server: Any = self.server
+        is_safe = hasattr(self.connection, "getpeercert") or is_private(server.socket)
+        verdict = self.authenticator.authenticate(
+            request.method, request.target, request.authorization, client,
+            self.authenticator.clock(), self.schemes or (SCHEMES if is_safe else SCHEMES[:1]),
+            functools.partial(self.read_content, request.fields))
+        if verdict.status != 200 and verdict.reason != "no credentials":
+            self.log_error("%s: refused %s: %s", host, log_name(verdict.log_user), verdict.reason)
+        return verdict
+
+    def read_content(self, fields: FieldBlock) -> bytes:
         """Return the body, for qop=auth-int; the handler reads it again, and is the last."""
-        length = self.headers.get("Content-Length", "0")
-        content = self.rfile.read(min(int(length), IN_MEMORY) if length.isdigit() else 0)
-        self.rfile, self.close_connection = io.BytesIO(content), True
+        if fields.chunked or fields.length > IN_MEMORY:
+            raise BadRequest(411 if fields.chunked else 413, "body too large for auth-int")
+        if self.expects:
+            self.expects = not super().handle_expect_100()
+        content = self.rfile.read(max(0, fields.length))
+        self.rfile, self.close_connection, self.unread = io.BytesIO(content), True, False
         return content
 
     def refuse(self, verdict: Verdict) -> None:
         """Answer a request that may not pass."""
-        if self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers:
-            self.read_content()     # so that its bytes are not taken for the next request
-        line = STATUS_LINES[verdict.status][9:]
+        page = error_page(verdict.status)
+        self.close_connection = self.close_connection or self.unread
         self.send_response(verdict.status)
-        for name, value in verdict.fields:
+        for name, value in (*verdict.fields, HTML, ("Content-Length", str(len(page)))):
             self.send_header(name, value)
-        self.send_header("Content-Type", "text/plain")
-        self.send_header("Content-Length", str(len(line)))
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(line.encode("ascii"))
+        self.wfile.write(page if self.command != "HEAD" else b"")
+        if self.unread:
+            self.linger()
+
+    def linger(self) -> None:
+        """Let a client that is still sending read the answer: to close at once would reset it.
+
+        See: RFC 9112 section 9.6.
+        """
+        end = time.monotonic() + LINGER_SECONDS
+        with contextlib.suppress(OSError):          # the client has left, or the time is over
+            self.connection.shutdown(socket.SHUT_WR)
+            while True:
+                self.connection.settimeout(max(0.01, end - time.monotonic()))
+                if not self.connection.recv(IN_MEMORY):
+                    break
 
     def end_headers(self) -> None:
         """Add Authentication-Info to the handler's answer."""
-        for name, value in self.verdict.fields if self.verdict else ():
+        for name, value in self.info:
             self.send_header(name, value)
         super().end_headers()
 
 
-def protect(handler_class: Any, passwords: Passwords, **offer: Any) -> Any:
+def check_handler(handler: Any) -> None:
+    """Refuse what could not be asked for the password; by name, and before it serves anybody."""
+    if (not isinstance(handler, type) or issubclass(handler, Guard)
+            or not issubclass(handler, http.server.BaseHTTPRequestHandler)):
+        raise TypeError(f"unable to protect {handler!r:.60}: expected a class of handlers, derived "
+                        f"from BaseHTTPRequestHandler, and not protected yet")
+    for name in ("handle", "handle_one_request"):
+        method: Any = getattr(handler, name)
+        method = getattr(method, "__wrapped__", method)
+        calls = getattr(method, "__code__", check_handler.__code__).co_names
+        if not {"handle", "handle_one_request", "parse_request"} & set(calls):
+            raise TypeError(f"unable to protect {handler.__name__}: its {name}() does not call "
+                            f"parse_request(), where the password is asked for")
+
+
+def protect(handler_class: Any, passwords: Passwords,
+            trusted_proxies: Optional[Sequence[str]] = None, **offer: Any) -> Any:
     """Return a handler class that answers only who has a password; any server runs it.
 
-    Further arguments are those of Authenticator. The name is in remote_user.
+    It may be wrapped in a functools.partial. trusted_proxies are as --trusted-proxy;
+    further arguments are those of Authenticator. Where a network reaches the server, and
+    without TLS, Digest alone is offered unless schemes says what is.
     """
-    authenticator = Authenticator(passwords, **offer)
-    return type(handler_class.__name__, (Guard, handler_class), {"authenticator": authenticator})
+    if isinstance(handler_class, functools.partial):
+        return functools.partial(protect(handler_class.func, passwords, trusted_proxies, **offer),
+                                 *handler_class.args, **handler_class.keywords)
+    check_handler(handler_class)
+    authenticator, proxies = be_ready(passwords, trusted_proxies, offer)
+    return type(handler_class.__name__, (Guard, handler_class), {
+        "authenticator": authenticator, "proxies": proxies, "schemes": offer.get("schemes"),
+        "__module__": handler_class.__module__, "__doc__": handler_class.__doc__})
 
 
-def raw_target(environ: Dict[str, Any]) -> str:
-    """Return the request target that a WSGI environment stands for, as sent where it is known.
+def is_same_resource(environ: Dict[str, Any], uri: str, target: str) -> bool:
+    """Return whether the uri of a proof names what a WSGI environment without a target is about.
 
-    >>> raw_target({"SCRIPT_NAME": "/a", "PATH_INFO": "/b c", "QUERY_STRING": "d=e"})
-    '/a/b%20c?d=e'
+    How the path was spelt the server has not told: `%2C` and `,` are one to the application,
+    and so they are to us. http.server makes one slash of several at the start.
+
+    >>> environ = {"PATH_INFO": "/a,b", "QUERY_STRING": "c=%2C"}
+    >>> [is_same_resource(environ, uri, "") for uri in ("//a%2cb?c=%2C", "/a,b?c=,", "/a,b")]
+    [True, False, False]
     """
-    sent = environ.get("RAW_URI") or environ.get("REQUEST_URI")     # gunicorn; waitress, uWSGI
-    if sent:
-        return str(sent)
-    path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
-    query = environ.get("QUERY_STRING", "")
-    quoted = urllib.parse.quote(path.encode("latin-1"), "/:@!$&'()*+,;=")
-    return f"{quoted}?{query}" if query else quoted
+    path, _, query = uri.partition("?")
+    asked = (environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")).encode("latin-1")
+    named = urllib.parse.unquote_to_bytes(path.encode("latin-1"))
+    return query == environ.get("QUERY_STRING", "") and asked in (
+        named, re.sub(b"^/+", b"/", named))
 
 
-def protect_wsgi(application: Any, passwords: Passwords, **offer: Any) -> Any:
-    """Return a WSGI application that answers only who has a password.
+def body_of(environ: Dict[str, Any]) -> Iterator[bytes]:
+    """Yield what the body of a request consists of, if it is known where it ends."""
+    length = environ.get("CONTENT_LENGTH") or "0"
+    if not re.fullmatch("[0-9]{1,15}", length):     # wsgiref tells what the client said
+        raise BadRequest(400, "Content-Length")
+    left = int(length)
+    if not environ.get("CONTENT_LENGTH") and environ.get("wsgi.input_terminated"):
+        left = MAX_BODY
+    while left:
+        piece = environ["wsgi.input"].read(min(left, IN_MEMORY))
+        if not piece:
+            break
+        left -= len(piece)
+        yield piece
 
-    The name is in REMOTE_USER, the scheme in AUTH_TYPE.
+
+def read_signed(environ: Dict[str, Any]) -> bytes:
+    """Return the body, for qop=auth-int; the application reads it again."""
+    content = b""
+    for piece in body_of(environ):
+        content += piece
+        if len(content) > IN_MEMORY:
+            raise BadRequest(413, "body too large for auth-int")
+    environ["wsgi.input"] = io.BytesIO(content)
+    return content
+
+
+def skip_body(environ: Dict[str, Any]) -> None:
+    """Read what a refused client sends, or servers would take it for its next request."""
+    end = time.monotonic() + LINGER_SECONDS
+    for _ in body_of(environ):
+        if time.monotonic() > end:
+            if not environ.get("CONTENT_LENGTH"):   # cheroot does not find the end by itself
+                raise ConnectionAbortedError("a refused client does not stop sending")
+            break
+
+
+def judge_environ(authenticator: Authenticator, proxies: TrustedProxies,
+                  schemes: Optional[Sequence[str]], environ: Dict[str, Any]) -> Verdict:
+    """Return the authenticator's verdict on the request that a WSGI environment describes."""
+    peer, field = environ.get("REMOTE_ADDR", ""), environ.get("HTTP_AUTHORIZATION")
+    host, client = proxies.find_client(peer, environ.get("HTTP_X_FORWARDED_FOR", ""))
+    address = parse_address(peer)       # of a unix socket: None
+    is_safe = address is None or address.is_loopback or environ["wsgi.url_scheme"] == "https"
+    target = environ.get("RAW_URI") or environ.get("REQUEST_URI")       # gunicorn; the others
+    same = is_same_target if target else functools.partial(is_same_resource, environ)
+    try:
+        verdict = authenticator.authenticate(
+            environ["REQUEST_METHOD"], str(target or ""), () if field is None else (field,), client,
+            authenticator.clock(), schemes or (SCHEMES if is_safe else SCHEMES[:1]),
+            functools.partial(read_signed, environ), same)
+        if verdict.status != 200:
+            skip_body(environ)
+    except BadRequest as error:
+        verdict = Verdict(error.status, reason=str(error))
+    if verdict.status != 200 and verdict.reason != "no credentials":
+        logger().warning("%s: refused %s: %s", host, log_name(verdict.log_user), verdict.reason)
+    return verdict
+
+
+def protect_wsgi(application: Any, passwords: Passwords,
+                 trusted_proxies: Optional[Sequence[str]] = None, **offer: Any) -> Any:
+    """Return a WSGI application that answers only who has a password; as protect() does.
+
+    The name is in REMOTE_USER, the scheme in AUTH_TYPE; refusals go to the logger authserver.
     """
-    authenticator = Authenticator(passwords, **offer)
+    if not callable(application):
+        raise TypeError(f"unable to protect {application!r:.60}: expected a WSGI application")
+    if "table" not in offer and isinstance(passwords, Passwords):
+        offer["table"] = shared_table(passwords)
+    authenticator, proxies = be_ready(passwords, trusted_proxies, offer)
+    judge = functools.partial(judge_environ, authenticator, proxies, offer.get("schemes"))
 
     def guarded(environ: Dict[str, Any], start_response: Any) -> Any:
         """Answer a refusal, or else call the application."""
-        def read_content() -> bytes:
-            content = environ["wsgi.input"].read(min(int(environ.get("CONTENT_LENGTH") or 0),
-                                                     IN_MEMORY))
-            environ["wsgi.input"] = io.BytesIO(content)
-            return bytes(content)
+        verdict = judge(environ)
 
         def start(status: str, fields: List[Tuple[str, str]], *exc_info: Any) -> Any:
             return start_response(status, list(fields) + list(verdict.fields), *exc_info)
-
-        field = environ.get("HTTP_AUTHORIZATION")
-        client = TrustedProxies().find_client(environ.get("REMOTE_ADDR", ""))[1]
-        verdict = authenticator.authenticate(
-            environ["REQUEST_METHOD"], raw_target(environ), () if field is None else (field,),
-            client, time.time(), None, read_content)
         if verdict.status == 200:
             # WSGI text is bytes read as Latin-1 (PEP 3333).
             environ["REMOTE_USER"] = str(verdict.username).encode("utf-8").decode("latin-1")
             environ["AUTH_TYPE"] = verdict.scheme
             return application(environ, start)
-        line = STATUS_LINES[verdict.status][9:]
-        start(line.rstrip(), [("Content-Type", "text/plain"), ("Content-Length", str(len(line)))])
-        return [] if environ["REQUEST_METHOD"] == "HEAD" else [line.encode("ascii")]
+        page = error_page(verdict.status)
+        start(STATUS_LINES[verdict.status][9:].rstrip(), [HTML, ("Content-Length", str(len(page)))])
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [page]
     return guarded
 
 
