@@ -1146,6 +1146,7 @@ class Attempt(NamedTuple):
     schemes: Sequence[str]          # offered where it came in
     read_body: Callable[[], Generator[Any, Any, bytes]] = no_body
     same_target: Callable[[str, str], bool] = is_same_target
+    credentials: Optional[DigestCredentials] = None     # where they are parsed already
 
 
 def at_once(asking: Asking) -> Verdict:
@@ -1239,27 +1240,35 @@ class Authenticator:
     def judge(self, attempt: Attempt) -> Asking:
         """Return the Verdict on an attempt; yields what has to be waited for."""
         # Before the lock-out: who brings no password guesses nothing.
-        if not attempt.authorization:
+        if not attempt.authorization and attempt.credentials is None:
             self.table.add("challenges")
             return self._refuse(attempt, "no credentials")
         wait = self._lock_left(attempt.client, attempt.now)
         if wait:
             return Verdict(429, reason="locked out", fields=(("Retry-After", str(wait)),))
         try:
-            if len(attempt.authorization) > 1:
-                raise Malformed("two Authorization fields")
-            scheme, token, params = parse_authorization(attempt.authorization[0])
+            scheme, token, credentials = self._parse(attempt)
             if scheme not in attempt.schemes:
                 return self._refuse(attempt, f"{scheme.capitalize()} is not offered here")
-            if scheme == "basic":
+            if credentials is None:
                 return self.recall(attempt.authorization[0]) or (
-                    yield from self._judge_basic(attempt, token))
-            return (yield from self._judge_digest(attempt, parse_digest(params)))
+                    yield from self._judge_basic(attempt, *decode_basic(token)))
+            body = (yield from attempt.read_body()) if credentials.qop == "auth-int" else None
+            return self._judge_digest(attempt, credentials, body)
         except NoNonce:
             return self._refuse(attempt, "no nonce yet")
         except Malformed as error:
             self.table.add("malformed")
             return Verdict(400, reason=f"malformed: {error}")
+
+    def _parse(self, attempt: Attempt) -> Tuple[str, str, Optional[DigestCredentials]]:
+        """Return scheme, token and Digest credentials of an attempt."""
+        if attempt.credentials:
+            return "digest", "", attempt.credentials
+        if len(attempt.authorization) > 1:
+            raise Malformed("two Authorization fields")
+        scheme, token, params = parse_authorization(attempt.authorization[0])
+        return scheme, token, parse_digest(params) if scheme == "digest" else None
 
     def recall(self, authorization: str) -> Optional[Verdict]:
         """Return the verdict on Basic credentials that this dictionary has found right."""
@@ -1273,9 +1282,8 @@ class Authenticator:
             self._granted, self._granted_by = {}, passwords
         self._granted[sign(self._memo_key, authorization.encode("latin-1"))] = verdict
 
-    def _judge_basic(self, attempt: Attempt, token: str) -> Asking:
+    def _judge_basic(self, attempt: Attempt, username: str, password: str) -> Asking:
         """Look at Basic credentials."""
-        username, password = decode_basic(token)
         passwords = None
         # Again, if a reload came while a slow hash was made: who is no longer in it is out.
         while passwords is not self.passwords:
@@ -1292,7 +1300,8 @@ class Authenticator:
         self._remember(self.passwords, attempt.authorization[0], verdict)
         return verdict
 
-    def _judge_digest(self, attempt: Attempt, credentials: DigestCredentials) -> Asking:
+    def _judge_digest(self, attempt: Attempt, credentials: DigestCredentials,
+                      body: Optional[bytes]) -> Verdict:
         """Look at Digest credentials: whom they concern, the uri, the response, the nonce.
 
         RFC 2617 section 3.2.1 has the response before the nonce: "should only set stale to
@@ -1307,8 +1316,6 @@ class Authenticator:
             return self._refuse(attempt, "algorithm or qop not offered")
         if uri != attempt.target and not attempt.same_target(uri, attempt.target):
             return Verdict(400, reason="uri mismatch")
-        # Only now: to read a body takes time, and what was refused above does not need it.
-        body = (yield from attempt.read_body()) if credentials.qop == "auth-int" else None
         entry = self.passwords.find(credentials.usernames)
         # A stranger's response takes the same way, and fails by an HA1 that nobody has.
         ha1 = (entry.ha1.get(hash_name(algorithm)) if entry else None) or self._nobody
@@ -1655,8 +1662,10 @@ ABSOLUTE = re.compile(r"https?://([^/?@]+)([/?].*)?", re.IGNORECASE)
 # 15 digits at most: a size is never a number that takes long to make.
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t -~\x80-\xff]*)?")
 UNPRINTABLE = re.compile(r"[^ !#-\[\]-~]")
-# The value of one Digest credentials line: without line ends, so a whole field line.
-find_digest = re.compile(rb"\n[Aa]uthorization: (Digest [\t -~\x80-\xff]*)\r").search
+# What differs in a client's Digest credentials from request to request: uri, cnonce, nc and
+# response; nothing in it ends a quotation, a parameter or a line.
+match_filling = re.compile(rb"[!#-\[\]-~]+\n[!#-\[\]-~]{1,256}\n(?!0{8})[0-9a-fA-F]{8}\n"
+                           rb"[0-9a-f]{32}(?:[0-9a-f]{32})?").fullmatch
 
 Values = Dict[str, List[str]]
 
@@ -1690,7 +1699,7 @@ class Request:
     """
 
     __slots__ = ("method", "target", "path", "line", "minor", "fields", "username", "now",
-                 "authorization", "asked", "verdict", "host", "client", "status")
+                 "authorization", "credentials", "asked", "verdict", "host", "client", "status")
 
     def __init__(self, method: str = "GET", target: str = "/", path: str = "/", line: str = "",
                  minor: int = 1, fields: Optional[FieldBlock] = None,
@@ -1699,6 +1708,7 @@ class Request:
         self.method, self.target, self.path, self.line = method, target, path, line
         self.minor, self.fields, self.authorization = minor, fields or NO_FIELDS, authorization
         self.username, self.now = username, now
+        self.credentials: Optional[DigestCredentials] = None    # parsed already
         self.verdict = UNASKED
         self.asked: Optional[Tuple[str, str]] = None    # method and target of a proxy's client
         self.host = ""                          # of the client, for the log
@@ -1724,8 +1734,42 @@ def parse_head(octets: bytes) -> Request:
     method, target, path, minor = parse_request_line(line)
     fields = parse_fields(block, minor)
     check_length(method, minor, fields)
-    return Request(method, target, path, escape(line), minor, fields,
-                   fields.values.get("authorization", ()))
+    # Not for pages, nor to be remembered: there may be a password in it.
+    authorization = fields.values.pop("authorization", ())
+    return Request(method, target, path, escape(line), minor, fields, authorization)
+
+
+class Known(NamedTuple):
+    """What a block of fields meant."""
+
+    fields: FieldBlock
+    start: int              # where in it the value of Authorization lies, but for a Digest's ...
+    end: int
+    credentials: Optional[DigestCredentials]        # ... which are these, with other values in them
+
+
+def cut_holes(block: bytes) -> Tuple[bytes, List[str]]:
+    """Return a block without what varies in Digest credentials, and that: uri, cnonce, nc, response.
+
+    A guess at the syntax: who uses it lets the strict parser look at the first such block,
+    and see whether it finds the same.
+    """
+    start = block.find(b"uthorization: Digest ")
+    if start < 0:
+        return block, []
+    uri, cnonce = block.find(b' uri="', start) + 6, block.find(b' cnonce="', start) + 9
+    nc, response = block.find(b" nc=", start) + 4, block.find(b' response="', start) + 11
+    uri_end, cnonce_end = block.find(b'"', uri), block.find(b'"', cnonce)
+    response_end = block.find(b'"', response)
+    filling = b"\n".join((block[uri:uri_end], block[cnonce:cnonce_end], block[nc:nc + 8],
+                          block[response:response_end]))
+    (a, b), (c, d), (e, f), (g, h) = sorted((
+        (uri, uri_end), (cnonce, cnonce_end), (nc, nc + 8), (response, response_end)))
+    # What was not found "begins" before the credentials.
+    if a < start or not match_filling(filling):
+        return block, []
+    rest = block[:a] + block[b:c] + block[d:e] + block[f:g] + block[h:]
+    return rest, filling.decode("ascii").split("\n")
 
 
 class HeadReader:
@@ -1733,7 +1777,7 @@ class HeadReader:
 
     def __init__(self) -> None:
         self._key = os.urandom(16)
-        self._known: Dict[bytes, Optional[FieldBlock]] = {}     # None: it has come once
+        self._known: Dict[bytes, Optional[Known]] = {}      # None: it has come once
 
     def read(self, octets: bytes) -> Request:
         r"""Return the request whose head octets are.
@@ -1744,30 +1788,43 @@ class HeadReader:
         end = octets.find(b"\r\n")
         if len(octets) > MAX_HEAD:
             return parse_head(octets)           # which refuses it
-        line, block = octets[:end].decode("latin-1"), octets[end:]
-        proof = find_digest(block)
-        if proof:
-            block = block[:proof.start(1)] + block[proof.end(1):]
+        # With the digit before it: the version is part of what the fields mean.
+        block, filling = cut_holes(octets[end - 1:])
+        key = sign(self._key, block)
+        known = self._known.get(key)
+        if known is None:
+            return self._learn(key, block, filling, parse_head(octets))
+        line = octets[:end].decode("latin-1")
         method, target, path, minor = parse_request_line(line)
-        # The version is part of what the fields mean: RFC 9112 section 6.1, 9.3.
-        key = sign(self._key, block + line[-1:].encode("ascii"))
-        fields = self._known.get(key)
-        if fields is None:
-            fields = self._learn(key, octets[end + 2:-2].decode("latin-1"), minor)
-        check_length(method, minor, fields)
-        said: Sequence[str] = fields.values.get("authorization", ())
-        if proof and len(said) == 1:        # two of them are for the authenticator to refuse
-            said = (proof.group(1).decode("latin-1"),)
-        return Request(method, target, path, escape(line), minor, fields, said)
+        check_length(method, minor, known.fields)
+        request = Request(method, target, path, escape(line), minor, known.fields)
+        if known.credentials:
+            uri, cnonce, nc, response = filling
+            names, realm, nonce, _, _, algorithm, qop, _, _ = known.credentials
+            request.credentials = DigestCredentials(names, realm, nonce, uri, response, algorithm,
+                                                    qop, nc, cnonce)
+        elif known.start:
+            request.authorization = (block[known.start:known.end].decode("latin-1"),)
+        return request
 
-    def _learn(self, key: bytes, block: str, minor: int) -> FieldBlock:
-        """Return what a block of fields means; keep it, if it has come before."""
-        fields = parse_fields(block, minor)
-        if len(self._known) >= MAX_MEMOS:
-            self._known.clear()         # then each client's next head is parsed, that is all
-        # A browser's first request, a scanner's thousand: most blocks never come again.
-        self._known[key] = fields if key in self._known else None
-        return fields
+    def _learn(self, key: bytes, block: bytes, filling: List[str], request: Request) -> Request:
+        """Keep what a block of fields meant, if it has come before; return the request."""
+        credentials, start, said = None, 0, request.authorization
+        if filling and len(said) == 1:
+            with contextlib.suppress(Malformed):        # the authenticator will say so
+                found = parse_digest(parse_authorization(said[0])[2])
+                if [found.uri, found.cnonce, found.nc, found.response] == filling:
+                    credentials = found
+        elif len(said) == 1:
+            start = block.find(said[0].encode("latin-1"))
+        # What was not understood, or guessed wrongly, is read by the strict parser each time.
+        if bool(said) == bool(credentials or start):
+            if len(self._known) >= MAX_MEMOS:
+                self._known.clear()     # then each client's next head is parsed, that is all
+            # A browser's first request, a scanner's thousand: most blocks never come again.
+            self._known[key] = Known(request.fields, start, start + len("".join(said)),
+                                     credentials) if key in self._known else None
+        return request
 
 
 def parse_fields(block: str, minor: int) -> FieldBlock:
@@ -2285,7 +2342,7 @@ class Connection:
             self.ask_who(request)
             is_asked = is_forward_auth(server.forward_auth, request.path)
             verdict = request.verdict = is_asked and self.look_behind(request) or self.recall(
-                request) or (yield from self.admit(request, body))
+                request) or (yield from self.judge(request, body))
             request.username = verdict.username
             if verdict.status != 200:
                 answer = self.refusal(request)
@@ -2340,14 +2397,15 @@ class Connection:
             return None
         return authenticator.recall(request.authorization[0])
 
-    def admit(self, request: Request, body: Body) -> Asking:
-        """Return the authenticator's verdict."""
+    def judge(self, request: Request, body: Body) -> Asking:
+        """Have the authenticator judge a request."""
         authenticator = self.server.authenticator
         assert authenticator is not None        # recall() has seen to that
         method, target = request.asked or (request.method, request.target)
-        return (yield from authenticator.judge(Attempt(
+        return authenticator.judge(Attempt(
             method, target, request.authorization, request.client, self.server.now,
-            self.listener.schemes, functools.partial(self.read, request, body))))
+            self.listener.schemes, functools.partial(self.read, request, body), is_same_target,
+            request.credentials))
 
     def read(self, request: Request, body: Body) -> Generator[Any, Any, bytes]:
         """Return the whole of a body; one that the loop cannot hold is refused."""
