@@ -91,7 +91,7 @@ import time
 import traceback
 import unicodedata
 import urllib.parse
-from typing import (Any, Callable, Deque, Dict, Generator, Iterable, Iterator, List, Mapping,
+from typing import (Any, BinaryIO, Callable, Deque, Dict, Generator, Iterable, Iterator, List, Mapping,
                     NamedTuple, Optional, Sequence, Set, TextIO, Tuple, Union)
 
 # -- 0. Settings and messages -------------------------------------------------
@@ -759,6 +759,10 @@ class SharedTable:
 # dictionary; this one is as safe as the permissions of its file. A line with `plain` is no
 # worse for this realm. It is for all others in which the same person has the same password:
 # so it is for tests, and for programs that write the file themselves.
+#
+# Limits have twins: what no client could send, or some clients would spoil, is refused
+# here, where the person who chose it can choose again. So is what one reader of the file
+# would take for something else than another: a blank at an end, a letter nobody sees.
 
 # How hashes begin: {SHA} and {SSHA} of htpasswd, the others are libcrypt's business.
 B64 = "[A-Za-z0-9+/]"
@@ -768,6 +772,11 @@ is_crypted = re.compile(rf"\{{SHA\}}{B64}{{27}}=|\{{SSHA\}}(?:{B64}{{4}}){{7,}}(
                         rf"{B64}{{3}}=)?|\$(?!apr1\$)[0-9a-z]+\$[!-9;-~]+").fullmatch
 # With rounds or cost and without the salt: what decides how long a hash is, and takes.
 match_kind = re.compile(r"\{[^}]*\}|\$[156]\$(?:rounds=\d+\$)?|\$[^$]*\$[^$]*\$").match
+is_ha1 = re.compile("[0-9a-fA-F]{32}(?:[0-9a-fA-F]{32})?").fullmatch
+# Most clients send a backslash bare: before the closing quotation mark it would escape that.
+is_username = re.compile(r'(?!-$|[# ])[^:"]{1,255}(?<![ \\])').fullmatch
+BCRYPT_BYTES = 72           # of a password; libcrypt does not read the rest
+SHA1 = find_hash("sha1")
 
 
 class Entry(NamedTuple):
@@ -785,19 +794,43 @@ class Entry(NamedTuple):
         return match.group() if match else " and ".join(self.ha1) + " HA1"
 
 
+def command(*words: str) -> str:
+    """Return a command line for this file that can be pasted into a shell."""
+    return " ".join(map(shlex.quote, ("python3", os.path.abspath(__file__)) + words))
+
+
+def passwd_command(path: str, usernames: Sequence[str], realm: str) -> str:
+    """Return the command that sets the password of the first of these, "" if none can."""
+    # What is no regular file is a pipe or a folder; a new file has no form yet.
+    if not usernames or path == "-" or os.path.exists(path) and not os.path.isfile(path):
+        return ""
+    return command("passwd", path, usernames[0], *["--realm", realm][:2 * (realm != REALM)])
+
+
 def normal_username(username: str) -> str:
-    """Return the normal form of a name that clients and readers of the file can handle."""
-    if not username or has_control(username) or re.search('^#|[:"]', username):
-        raise Refusal(f"unable to use user name {username!r}: empty, # at its start, "
-                      f'a colon, " or control character in it')
+    r"""Return the normal form of a name that clients, log and readers of the file can handle.
+
+    >>> normal_username("Ju\u0308rgen")
+    'Jürgen'
+    """
+    if not username.isprintable() or not is_username(username):
+        raise Refusal(f"unable to use user name {username!r}: it is -, empty or longer than 255, "
+                      f"or has # or a blank at its start, \\ or a blank at its end, or a colon, \" "
+                      f"or invisible character")
     return unicodedata.normalize("NFC", username)
 
 
-def normal_password(password: str) -> str:
-    """Return the normal form of a password that clients can send."""
-    if not password or has_control(password):
+def normal_password(username: str, password: str) -> str:
+    """Return the normal form of a password that this user can send under both schemes."""
+    password = unicodedata.normalize("NFC", password)
+    # surrogatepass, and surrogates refused: they stand for bytes that were no text.
+    octets = f"{username}:{password}".encode("utf-8", "surrogatepass")
+    if not password or has_control(password) or re.search("[\ud800-\udfff]", password):
         raise Refusal("unable to use this password: empty, or control characters in it")
-    return unicodedata.normalize("NFC", password)
+    if len(octets) > MAX_TEXT:
+        raise Refusal(f"unable to use this password: too long, Basic carries {MAX_TEXT} bytes of "
+                      f"name, colon and password")
+    return password
 
 
 def check_realm(realm: str) -> None:
@@ -813,6 +846,7 @@ def check_realm(realm: str) -> None:
 
 def entry_of_password(username: str, line: int, realm: str, password: str) -> Entry:
     """Return an entry that serves every scheme and algorithm, and forget the password."""
+    password = normal_password(username, password)
     ha1 = {name: digest_ha1(username, realm, password, name) for name in FOUND if name in HASHES}
     return Entry(username, line, ha1, "")
 
@@ -824,7 +858,8 @@ def matches_sha(stored: str, password: str) -> bool:
     True
     """
     octets = base64.b64decode(stored.partition("}")[2])     # the hash, then the salt
-    found = hashlib.sha1(password.encode("utf-8", "surrogatepass") + octets[20:]).digest()
+    phrase = password.encode("utf-8", "surrogatepass")
+    found = (SHA1 or hashlib.sha1)(phrase + octets[20:]).digest()
     return hmac.compare_digest(found, octets[:20])
 
 
@@ -863,99 +898,149 @@ def check_crypted(entry: Entry) -> Entry:
     """
     kind, ending = entry.kind, len(entry.crypted.rpartition("$")[2])
     if not is_crypted(entry.crypted):
-        begin = re.sub(r"^([{$]\w*[}$]?).*", r"\1", entry.crypted)
-        raise Refusal(f"user {entry.username!r}: {begin} is no hash we know "
-                      f"(htpasswd -B makes one)")
+        raise Refusal(f"field 2: {entry.crypted[:5]}... is no hash we know (htpasswd -B makes one)")
+    if kind[0] == "{" and SHA1 is None:
+        raise Refusal(f"field 2: the hashlib of this Python lacks SHA-1, for {kind}")
     if kind[0] == "$" and kind not in ENDINGS:
         function, turns = load_crypt()
         with turns:
             made = (function(b"probe", entry.crypted.encode("ascii")) or b"").decode("latin-1")
         if not made.startswith(kind):
-            raise Refusal(f"user {entry.username!r}: the libcrypt of this machine does not know "
-                          f"{kind}, or something is wrong with the salt")
+            raise Refusal(f"field 2: the libcrypt of this machine does not know {kind}, or "
+                          f"something is wrong with the salt")
         ENDINGS[kind] = len(made.rpartition("$")[2])
     if ENDINGS.get(kind, ending) != ending:
-        raise Refusal(f"user {entry.username!r}: a {kind} hash of the wrong length")
+        raise Refusal(f"field 2: a {kind} hash of the wrong length")
     return entry
 
 
-def parse_entry(text: str, line: int, realm: str) -> Entry:
-    """Return the entry in one line of a password file.
+def split_line(text: str) -> Tuple[str, str, str]:
+    """Return the fields of a line: user, place, value; the place of a htpasswd hash is "".
 
-    >>> parse_entry("jim:files:5e93c589edbe9d5867a3bce43a1066c1", 1, "files").ha1
-    {'MD5': '5e93c589edbe9d5867a3bce43a1066c1'}
+    >>> split_line("jim:plain:se:cret"), split_line("ann:{SHA}0=")
+    (('jim', 'plain', 'se:cret'), ('ann', '', '{SHA}0='))
     """
     username, _, rest = text.partition(":")
-    username = unicodedata.normalize("NFC", username)
-    place, _, value = rest.partition(":")
-    if not username or not rest or has_control(text):
-        raise Refusal("expected user:realm:HA1, user:HASH or user:plain:PASSWORD")
-    if place == "plain" and value:
-        return entry_of_password(username, line, realm, unicodedata.normalize("NFC", value))
-    if rest[0] in "{$":
-        return check_crypted(Entry(username, line, {}, rest))
+    place, colon, value = rest.partition(":")
+    if rest.startswith(("{", "$")):
+        if colon:
+            raise Refusal(f"user {username!r}: field 3: nothing may follow a hash of htpasswd")
+        return normal_username(username), "", rest
+    if not place or not value:
+        raise Refusal("expected user:realm:HA1, user:HASH or user:plain:PASSWORD, "
+                      "but a field is missing")
+    if place != "plain" and not is_ha1(value):
+        raise Refusal(f"user {username!r}: field 3: neither 32 nor 64 hex digits")
+    return normal_username(username), place, value
+
+
+def make_entry(line: int, username: str, realm: str, place: str, value: str) -> Entry:
+    """Return the entry that the fields of a line stand for.
+
+    >>> make_entry(1, "jim", "files", "files", "5e93c589edbe9d5867a3bce43a1066c1").ha1
+    {'MD5': '5e93c589edbe9d5867a3bce43a1066c1'}
+    """
+    if place == "plain":
+        return entry_of_password(username, line, realm, value)
+    if not place:
+        return check_crypted(Entry(username, line, {}, value))
     # The length tells which hash: 64 digits count as SHA-256, though SHA-512-256 has as many.
-    name = {32: "MD5", 64: "SHA-256"}.get(len(value))
-    if name is None or not re.fullmatch("[0-9a-fA-F]+", value):
-        raise Refusal(f"user {username!r}: neither 32 or 64 hex digits nor a known hash")
-    if place != realm:
-        raise Refusal(f"user {username!r}: realm {place!r}, but {realm!r} is served")
+    name = "MD5" if len(value) == 32 else "SHA-256"
+    if name not in HASHES:
+        raise Refusal(f"field 3: the hashlib of this Python lacks {name}")
     return Entry(username, line, {name: value.lower()}, "")
 
 
-def has_empty_password(entry: Entry, realm: str) -> bool:
-    """Return whether anybody can log in with no password at all; slow hashes are not tried."""
-    if entry.crypted:
-        return entry.crypted.startswith("{") and matches_sha(entry.crypted, "")
-    return any(digest_ha1(entry.username, realm, "", name) == entry.ha1[name] for name in entry.ha1)
+def add_entry(entries: Dict[str, Entry], entry: Entry, realm: str) -> None:
+    """Add an entry, unless it lets everybody in, or contradicts an earlier one of its user."""
+    # Without any password; slow hashes are not tried.
+    if (entry.crypted[:1] == "{" and matches_sha(entry.crypted, "")
+            or any(digest_ha1(entry.username, realm, "", name) == entry.ha1[name]
+                   for name in entry.ha1)):
+        raise Refusal("an empty password")
+    first = entries.setdefault(entry.username, entry)
+    # A second line may add the HA1 of another hash, and nothing else.
+    if first is not entry and (first.crypted or entry.crypted or set(first.ha1) & set(entry.ha1)):
+        raise Refusal(f"again, after line {first.line}")
+    first.ha1.update(entry.ha1)
 
 
-def parse_passwords(text: str, realm: str) -> Tuple[Dict[str, Entry], List[str]]:
-    """Return the entries of a password file by user, and its mistakes by line.
+class Found(NamedTuple):
+    """What is in a password file."""
 
-    >>> parse_passwords("# staff\\njim:plain:secret\\njim:plain:other\\n", "files")[1]
-    ["line 3: user 'jim' again, after line 2"]
+    entries: Dict[str, Entry]       # by user
+    mistakes: List[str]             # each with its line
+    curable: List[str]              # users whose mistakes a new password would cure
+    elsewhere: Set[str]             # realms that are not ours
+
+
+def parse_passwords(text: str, realm: str) -> Found:
+    """Return what is in a password file; blanks at a line's ends are cut off, as Apache does.
+
+    >>> parse_passwords("# staff\\njim:plain:secret\\n jim:plain:other \\n", "files").mistakes
+    ["line 3: user 'jim': again, after line 2"]
     """
-    entries: Dict[str, Entry] = {}
-    mistakes: List[str] = []
+    found = Found({}, [], [], set())
     # Not splitlines(): it also divides at a form feed or U+2028, and the numbers would be wrong.
-    for line, content in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
-        if not content.strip() or content.startswith("#"):
+    for line, content in enumerate(text.split("\n"), 1):
+        content = content.strip(" \t\r")
+        if not content or content.startswith("#"):
             continue
+        whose = ""
         try:
-            entry = parse_entry(content, line, realm)
-            first = entries.get(entry.username, Entry("", 0, {}, ""))
-            if has_empty_password(entry, realm):
-                raise Refusal(f"user {entry.username!r} has an empty password")
-            # A second line may add the HA1 of another hash, and nothing else.
-            if first.crypted or first.ha1 and entry.crypted or set(first.ha1) & set(entry.ha1):
-                raise Refusal(f"user {entry.username!r} again, after line {first.line}")
-            entries[entry.username] = entry._replace(ha1=dict(first.ha1, **entry.ha1))
+            username, place, value = split_line(content)
+            if place in ("", "plain", realm):
+                whose = username
+                add_entry(found.entries, make_entry(line, username, realm, place, value), realm)
+            else:
+                found.elsewhere.add(place)
         except Refusal as error:
-            mistakes.append(f"line {line}: {error}")
-    return entries, mistakes
+            found.mistakes.append(f"line {line}: " + f"user {whose!r}: " * bool(whose) + f"{error}")
+            found.curable.extend([whose] * bool(whose))
+    if not found.entries and not found.mistakes:
+        others = ", but of " * bool(found.elsewhere) + ", ".join(sorted(found.elsewhere))
+        found.mistakes.append(f"no user of realm {realm} in it" + others)
+        found.curable.append(FIRST_USER)
+    return found
 
 
-def join_ten(texts: Sequence[str]) -> str:
-    """Put up to ten mistakes on one line.
+def refuse_file(what: str, mistakes: Sequence[str], cure: str) -> Refusal:
+    """Return the Refusal of a file, with up to ten mistakes and the command that cures one.
 
-    >>> join_ten(["a", "b"])
-    'a; b'
+    >>> str(refuse_file("use passwords F", ["a", "b"], "chmod 600 F"))
+    'unable to use passwords F: a; b\\ntry: chmod 600 F'
     """
-    return "; ".join(list(texts[:10]) + [f"and {len(texts) - 10} more"] * (len(texts) > 10))
+    more = [f"and {len(mistakes) - 10} more"] * (len(mistakes) > 10)
+    return Refusal(f"unable to {what}: " + "; ".join(list(mistakes[:10]) + more)
+                   + f"\ntry: {cure}" * bool(cure))
 
 
-def read_text(path: str) -> Tuple[str, int]:
-    """Return text and mode of a password file."""
+def is_exposed(fd: int) -> bool:
+    """Return whether others may read or change an open file of secrets.
+
+    Containers are given theirs as 0444: root's, or on a mount that nobody can write to, and
+    who is in the container may read them anyway.
+    """
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode) or not found.st_mode & (stat.S_IROTH | stat.S_IWOTH):
+        return False
+    is_roots = found.st_uid == 0 != os.geteuid() and not found.st_mode & 0o222
+    return not is_roots and not os.fstatvfs(fd).f_flag & os.ST_RDONLY
+
+
+def read_text(path: str, realm: str) -> Tuple[str, bool]:
+    """Return the text of a password file, and whether others may read or change it."""
     try:
         # closefd: with descriptor 0 closed, the next file opened would be "standard input".
         with open(0 if path == "-" else path, "rb", closefd=path != "-") as stream:
-            mode, octets = os.fstat(stream.fileno()).st_mode, stream.read()
+            exposed, octets = is_exposed(stream.fileno()), stream.read()
         # -sig: some editors put U+FEFF at the start, which would become part of the first name.
-        return octets.decode("utf-8-sig"), mode
+        return octets.decode("utf-8-sig"), exposed
+    except FileNotFoundError as error:
+        raise refuse_file(f"read passwords {path}", [str(error.strerror)],
+                          passwd_command(path, [FIRST_USER], realm))
     except OSError as error:
-        raise Refusal(f"unable to read passwords {path}: {error.strerror}\n"
-                      f"try: authserver.py passwd {path} USER")
+        raise Refusal(f"unable to read passwords {path}: {error.strerror}")
     except UnicodeDecodeError as error:
         # 10 is a line feed: until Python 3.12 no backslash may stand inside an f-string's braces.
         raise Refusal(f"unable to read passwords {path}: "
@@ -973,41 +1058,47 @@ class Passwords:
     def __init__(self, users: Optional[Mapping[str, str]] = None, realm: str = REALM,
                  entries: Optional[Mapping[str, Entry]] = None, source: str = "FILE") -> None:
         check_realm(realm)
-        self.realm, self.source, self.warnings = realm, source, []  # type: str, str, List[str]
+        self.realm, self.source = realm, source
         self.entries: Dict[str, Entry] = dict(entries or {})
         for username, password in (users or {}).items():
             name = normal_username(username)
-            self.entries[name] = entry_of_password(name, 0, realm, normal_password(password))
-        kinds = sorted({entry.kind if entry.crypted else "HA1" for entry in self.entries.values()})
-        if len(kinds) > 1:
-            self.warnings.append(f"{' and '.join(kinds)} in one file: the time of an answer "
-                                 f"tells which a user has")
+            self.entries[name] = entry_of_password(name, 0, realm, password)
         # What stands in for unknown users, so that they cost what others cost.
         # False < True: if any hash is slow, the decoy is.
         self._decoy = max(self.entries.values(), key=lambda entry: entry.crypted[:1] == "$",
-                          default=Entry("", 0, {"MD5": ""}, ""))
+                          default=Entry("", 0, {"SHA-256": ""}, ""))
         self._secret = os.urandom(32)
-        self._remembered: Dict[bytes, bool] = {}
+        self._remembered: Set[bytes] = set()
 
     @classmethod
-    def read(cls, path: str, realm: str = REALM, allow_partial: bool = False) -> "Passwords":
+    def read(cls, path: str, realm: str = REALM) -> "Passwords":
         """Read the password file at path ("-" = standard input), or name all its mistakes."""
-        text, mode = read_text(path)
-        entries, mistakes = parse_passwords(text, realm)
-        cure = f"authserver.py passwd {path} USER"
-        if stat.S_ISREG(mode) and mode & (stat.S_IROTH | stat.S_IWOTH):
-            mistakes.insert(0, "it is readable or writable by everybody")
-            cure = f"chmod 600 {path}"
-        if not entries and not mistakes:
-            mistakes.append("no user in it")
-        if mistakes and not (allow_partial and entries):
-            raise Refusal(f"unable to use passwords {path}: {join_ten(mistakes)}\ntry: {cure}")
-        passwords = cls(None, realm, entries, path)
-        passwords.warnings += [f"{path}: {mistake}" for mistake in mistakes]
-        return passwords
+        text, exposed = read_text(path, realm)
+        found = parse_passwords(text, realm)
+        if exposed:
+            raise refuse_file(f"use passwords {path}", ["everybody may read or change it"],
+                              f"chmod 600 {shlex.quote(path)}")
+        if found.mistakes:
+            raise refuse_file(f"use passwords {path}", found.mistakes,
+                              passwd_command(path, found.curable, realm))
+        return cls(None, realm, found.entries, path)
 
-    def check_servable(self, schemes: Sequence[str], algorithms: Sequence[str],
-                       allow_partial: bool = False) -> None:
+    @property
+    def warnings(self) -> List[str]:
+        """What a person should know of the hashes in it."""
+        kinds = sorted({entry.kind if entry.crypted else "HA1" for entry in self.entries.values()})
+        mixed = [f"{' and '.join(kinds)} in one file: the time of an answer tells which a user has"]
+        return mixed * (len(kinds) > 1) + [
+            f"{kind} in {self.source}: bcrypt knows {BCRYPT_BYTES} bytes of a password, longer "
+            f"ones are refused" for kind in kinds if kind.startswith("$2")]
+
+    def fingerprint(self) -> bytes:
+        """Return 32 bytes that tell this dictionary from all others."""
+        known = [(entry.username, sorted(entry.ha1.items()), entry.crypted)
+                 for entry in self.entries.values()]
+        return hashlib.sha256(repr((self.realm, sorted(known))).encode("utf-8")).digest()
+
+    def check_servable(self, schemes: Sequence[str], algorithms: Sequence[str]) -> None:
         """Refuse what some user could never answer, however right the password.
 
         This is the trap of the second article, where Digest was offered and the checker
@@ -1017,23 +1108,14 @@ class Passwords:
                 for algorithm in algorithms if hash_name(algorithm) not in entry.ha1]
         texts = [f"line {entry.line}: user {entry.username!r} has only {entry.kind}: cannot "
                  f"answer Digest {algorithm}" for entry, algorithm in gaps]
-        if texts and not allow_partial:
-            raise Refusal(f"unable to serve every user of {self.source}: {join_ten(texts)}\n"
-                          f"try: authserver.py passwd {self.source} {gaps[0][0].username}, "
-                          f"or --schemes basic, or --allow-partial")
-        self.warnings += texts
+        if texts:
+            cure = passwd_command(self.source, [gaps[0][0].username], self.realm)
+            raise refuse_file(f"serve every user of {self.source}", texts,
+                              (cure + "   # or: ") * bool(cure) + "--schemes basic")
 
     def find(self, usernames: Iterable[str]) -> Optional[Entry]:
         """Return the entry of the first of these names that has one."""
         return next((self.entries[name] for name in usernames if name in self.entries), None)
-
-    def find_userhash(self, userhash: str, algorithm: str) -> Optional[Entry]:
-        """Return the entry whose name has this hash; all are hashed once, not per request."""
-        name = hash_name(algorithm)
-        if name not in self._userhashes:
-            self._userhashes[name] = {digest_userhash(entry.username, self.realm, name): entry
-                                      for entry in self.entries.values()}
-        return self._userhashes[name].get(userhash.lower())
 
     def check_password(self, username: str, password: str) -> bool:
         """Return whether this is the password of that user; may wait for a slow hash."""
@@ -1042,43 +1124,52 @@ class Passwords:
         return not has_control(password) and self.verify(username, password)
 
     def is_slow(self, username: str) -> bool:
-        """Return whether to verify this user's password takes long."""
-        return (self.entries.get(username) or self._decoy).crypted.startswith("$")
+        """Return whether to verify this user's password takes long; for unknown ones, too."""
+        return self.entries.get(username, self._decoy).crypted.startswith("$")
 
     def is_known(self, username: str, password: str) -> bool:
-        """Return whether a slow hash of this password has been found right before."""
-        model = self.entries.get(username)
-        return model is not None and model.crypted.startswith("$") and self._key(
-            model.crypted, password) in self._remembered
-
-    def _key(self, crypted: str, password: str) -> bytes:
-        return sign(self._secret, crypted.encode("ascii") + b"\0"
-                    + password.encode("utf-8", "surrogatepass"))
+        """Return whether this is remembered as right, so that to verify it takes no time."""
+        crypted = self.entries.get(username, self._decoy).crypted
+        return self._key(crypted, password) in self._remembered
 
     def verify(self, username: str, password: str) -> bool:
-        """Do so for normal forms."""
+        """Do what check_password() does, for normal forms."""
         entry = self.entries.get(username)
         model = entry or self._decoy
         if model.crypted.startswith("$"):
-            return self._verify_slow(model.crypted, password) and entry is not None
-        if model.crypted:
-            return matches_sha(model.crypted, password) and entry is not None
-        # The first line: it is the one that Apache's htdigest changes, and no other.
-        name = next(iter(model.ha1))
-        found = digest_ha1(username, self.realm, password, name)
-        return hmac.compare_digest(found, model.ha1[name]) and entry is not None
+            correct = self._verify_slow(model.crypted, password)
+        elif model.crypted:
+            correct = matches_sha(model.crypted, password)
+        else:
+            # The first line: it is the one that Apache's htdigest changes, and no other.
+            name = next(iter(model.ha1))
+            correct = hmac.compare_digest(
+                digest_ha1(username, self.realm, password, name), model.ha1[name])
+        # What fits the decoy is no password of a stranger.
+        return correct and entry is not None
+
+    def _key(self, crypted: str, password: str) -> bytes:
+        """Return what a verdict is remembered by: no password, and useless elsewhere."""
+        return sign(self._secret, f"{crypted}:{password}".encode("utf-8", "surrogatepass"))
 
     def _verify_slow(self, crypted: str, password: str) -> bool:
-        """Return a remembered yes, or wait for a turn and find out. A no is never kept."""
+        """Return a remembered yes, or find out. A no is never kept."""
         phrase, key = password.encode("utf-8", "surrogatepass"), self._key(crypted, password)
-        function, turns = load_crypt()
+        if key in self._remembered:
+            return True
+        # All that begin with the same 72 bytes would be right: $2a$, $2b$, $2y$.
+        if crypted.startswith("$2") and len(phrase) > BCRYPT_BYTES:
+            return False
+        setting, (function, turns) = crypted.encode("ascii"), load_crypt()
         with turns:
+            # Another request with the same password may have gone before.
+            # crypt(3) returns setting and hash in one, and takes such a whole as setting.
             correct = key in self._remembered or hmac.compare_digest(
-                function(phrase, crypted.encode("ascii")) or b"", crypted.encode("ascii"))
+                function(phrase, setting) or b"", setting)
         if correct:
             if len(self._remembered) >= REMEMBERED:
                 self._remembered.clear()
-            self._remembered[key] = True
+            self._remembered.add(key)
         return correct
 
 
@@ -1461,10 +1552,8 @@ class TrustedProxies:
 
         A trusted peer's X-Forwarded-For is read from the right, past trusted hops: what
         stands left of them was written by the client. On loopback, and behind a proxy that
-        says nothing, all clients have one address: a lock-out would hit them all. So would
-        that of a private address which speaks for others and is not trusted: it is a proxy
-        that nobody has told us of. An IPv6 client can choose among the 2**64 addresses of
-        its network, so that is what counts.
+        says nothing, all clients have one address: a lock-out would hit them all. An IPv6
+        client can choose among the 2**64 addresses of its network, so that is what counts.
 
         >>> proxies = TrustedProxies(["10.0.0.0/8"])
         >>> proxies.find_client("10.0.0.1", "127.0.0.1, 192.0.2.7,10.9.9.9")
@@ -1473,17 +1562,14 @@ class TrustedProxies:
         ('9.9.9.9', '9.9.9.9')
         """
         address = parse_address(peer)
-        if not self.trusts(address):
-            is_proxy = bool(forwarded) and address is not None and address.is_private
-        else:
-            is_proxy, hops = False, forwarded.split(",")
-            while self.trusts(address) and hops:
-                hop = parse_address(hops.pop())
-                if hop is None:
-                    break
-                address = hop
+        hops = forwarded.split(",")
+        while self.trusts(address) and hops:
+            hop = parse_address(hops.pop())
+            if hop is None:
+                break
+            address = hop
         shown = peer if address is None else str(address)
-        if address is None or address.is_loopback or is_proxy or self.trusts(address):
+        if address is None or address.is_loopback or self.trusts(address):
             return shown, None
         if address.version == 6:
             return shown, str(ipaddress.IPv6Address(int(address) >> 64 << 64)) + "/64"
@@ -1502,6 +1588,19 @@ def password_lines(username: str, realm: str, password: str) -> List[str]:
             for name in ("MD5", "SHA-256") if name in HASHES]
 
 
+def is_line_of(line: str, username: str, realm: str) -> bool:
+    """Return whether a line of a password file is about this user, in this realm.
+
+    >>> [is_line_of(line, "jim", "a") for line in ("jim:a:0", " jim:{SHA}x", "#jim:a:0", "jim:b:0")]
+    [True, True, False, False]
+    """
+    name, _, rest = line.strip(" \t\r").partition(":")
+    place, colon, _ = rest.partition(":")
+    if unicodedata.normalize("NFC", name) != username:
+        return False
+    return not colon or rest[0] in "{$" or place in (realm, "plain")
+
+
 def edit_passwords(text: str, username: str, realm: str, new_lines: Sequence[str]) -> str:
     r"""Return the text of a password file with new lines for a user, in the old ones' place.
 
@@ -1510,18 +1609,12 @@ def edit_passwords(text: str, username: str, realm: str, new_lines: Sequence[str
     >>> edit_passwords("# x\njim:plain:old\nann:files:00", "jim", "files", ["jim:files:11"])
     '# x\njim:files:11\nann:files:00\n'
     """
-    before, after = [], []      # type: List[str], List[str]
-    kept = before
-    for line in io.StringIO(text):      # not splitlines(): only a line feed divides lines here
-        line = line.rstrip("\n")
-        name, _, rest = line.partition(":")
-        place, colon, _ = rest.partition(":")
-        elsewhere = colon and rest[0] not in "{$" and place not in (realm, "plain")
-        if line.startswith("#") or unicodedata.normalize("NFC", name) != username or elsewhere:
-            kept.append(line)
-        else:
-            kept = after
-    return "".join(line + "\n" for line in before + list(new_lines) + after)
+    # Not splitlines(): only a line feed divides lines here.
+    lines = [line.rstrip("\n") for line in io.StringIO(text)]
+    mine = [number for number, line in enumerate(lines) if is_line_of(line, username, realm)]
+    others = [line for number, line in enumerate(lines) if number not in mine]
+    others[mine[0] if mine else len(others):0] = new_lines
+    return "".join(line + "\n" for line in others)
 
 
 def write_file(path: str, text: str, gid: Optional[int] = None, replace: bool = False) -> None:
@@ -1530,8 +1623,6 @@ def write_file(path: str, text: str, gid: Optional[int] = None, replace: bool = 
     A file that is replaced keeps its owner and group if we may give them, and 0640 if it
     had that: it may have been made for the group of a daemon.
     """
-    # Through links, or the rename would replace a link by a file.
-    path = os.path.realpath(path)
     new = f"{path}.{os.urandom(4).hex()}.new"
     fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
@@ -1555,19 +1646,40 @@ def write_file(path: str, text: str, gid: Optional[int] = None, replace: bool = 
             os.unlink(new)
 
 
+def lock_file(path: str) -> Optional[BinaryIO]:
+    """Return a file that other passwd commands must wait for; None: there is no such file.
+
+    The lock goes with the file when that is replaced: who has waited looks whether the name
+    still stands for what was locked. Of those who make a new file only one succeeds.
+    """
+    while os.path.exists(path):
+        # To write: a file system over a network locks nothing else.
+        stream = open(path, "rb+")
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        if os.path.exists(path) and os.path.samestat(os.fstat(stream.fileno()), os.stat(path)):
+            return stream
+        stream.close()
+    return None
+
+
 def change_password(path: str, username: str, realm: str, password: Optional[str]) -> str:
     """Set the password of a user in a file, or delete the user (None); return what was done."""
     username = normal_username(username)
     check_realm(realm)
-    exists = os.path.exists(path)
-    old = read_text(path)[0] if exists else ""
-    others = edit_passwords(old, username, realm, [])
-    known = others.rstrip("\n") != old.rstrip("\n")
-    if password is None and not known:
-        raise Refusal(f"unable to delete user {username!r}: not in {path}")
-    lines = [] if password is None else password_lines(username, realm, normal_password(password))
+    new_lines = [] if password is None else password_lines(
+        username, realm, normal_password(username, password))
+    # Through links, or the rename would replace a link by a file.
+    target = os.path.realpath(path)
     try:
-        write_file(path, edit_passwords(old, username, realm, lines), replace=exists)
+        with contextlib.ExitStack() as stack:
+            stream = lock_file(target)
+            old = read_text(stack.enter_context(stream).name, realm)[0] if stream else ""
+            known = any(is_line_of(line, username, realm) for line in old.split("\n"))
+            if password is None and not known:
+                raise Refusal(f"unable to delete user {username!r}: not in {path}")
+            write_file(target, edit_passwords(old, username, realm, new_lines), None, bool(stream))
+    except FileExistsError:         # made by another one meanwhile: now there is one to edit
+        return change_password(path, username, realm, password)
     except OSError as error:
         raise Refusal(f"unable to write passwords {path}: {error.strerror}")
     return "deleted" if password is None else "changed" if known else "added"
@@ -1598,7 +1710,7 @@ def run_passwd(path: str, username: str, realm: str = REALM, from_stdin: bool = 
                 raise Refusal("unable to set the password: the two differ")
         except UnicodeError:
             raise Refusal("unable to read the password: not in the encoding of this locale\n"
-                          "try: LC_ALL=C.UTF-8, or --stdin")
+                          "try: export LC_ALL=C.UTF-8")
     done = change_password(path, username, realm, password)
     return f"user {username!r} {done} in {path} (realm {realm!r})"
 
@@ -1607,9 +1719,9 @@ def first_password(path: str, gid: Optional[int] = None, realm: str = REALM) -> 
     """Make a password file with one user and a random password; return the two."""
     # 256 is 8 * 32, so % prefers no letter; 16 letters of 5 bits are 80 bits.
     password = "".join(LETTERS[octet % 32] for octet in os.urandom(16))
-    lines = password_lines(FIRST_USER, realm, password)
     try:
-        write_file(path, "".join(line + "\n" for line in lines), gid)
+        write_file(path, edit_passwords("", FIRST_USER, realm,
+                                        password_lines(FIRST_USER, realm, password)), gid)
     except OSError as error:
         raise Refusal(f"unable to make passwords {path}: {error.strerror}")
     return FIRST_USER, password
@@ -1623,12 +1735,13 @@ def read_nonce_secret(path: str) -> bytes:
             with contextlib.suppress(FileExistsError):      # who was faster made our secret too
                 write_file(path, os.urandom(32).hex() + "\n")
         with open(path, "rb") as stream:
-            secret, mode = stream.read(4096).strip(), os.fstat(stream.fileno()).st_mode
+            secret, exposed = stream.read(4096).strip(), is_exposed(stream.fileno())
     except OSError as error:
         raise Refusal(f"unable to read or make nonce secret {path}: {error.strerror}")
-    if len(secret) < 16 or mode & (stat.S_IROTH | stat.S_IWOTH):
-        raise Refusal(f"unable to use nonce secret {path}: shorter than 16 bytes, or everybody "
-                      f"may read it\ntry: chmod 600 {path}, or remove it, and it is made anew")
+    if exposed or len(secret) < 16:
+        fault, cure = (("everybody may read or change it", "chmod 600") if exposed else
+                       ("shorter than 16 bytes", "rm"))     # then it is made anew
+        raise refuse_file(f"use nonce secret {path}", [fault], f"{cure} {shlex.quote(path)}")
     return secret
 
 
@@ -2022,13 +2135,16 @@ class Answer(NamedTuple):
 Page = Callable[[Request], Answer]
 
 STYLE = (
-    ":root{color-scheme:light dark;font:100%/1.5 system-ui,sans-serif}body{max-width:48rem;"
-    "margin:3rem auto;padding:0 1rem}h1{font-size:1.3rem;overflow-wrap:anywhere}a{color:inherit;"
-    "text-underline-offset:.2em}table{width:100%;border-spacing:0}th,td{padding:.4rem .2rem;"
-    "border-bottom:1px solid #8883;text-align:left}td:first-child{width:100%;overflow-wrap:anywhere}"
-    "th,td+td{font-size:.85rem;font-weight:400;color:#777;white-space:nowrap}td+td,th+th{"
-    "padding-left:1.5rem}th+th,td+td{text-align:right}td a{display:block;text-decoration:none}"
-    "a:hover{text-decoration:underline}@media(max-width:32rem){body{margin:1rem auto}i{display:none}}")
+    ":root{color-scheme:light dark;font:100%/1.5 system-ui,sans-serif}"
+    "body{max-width:48rem;margin:3rem auto;padding:0 1rem}h1{font-size:1.3rem}"
+    "a{color:inherit;text-underline-offset:.2em}a:hover{text-decoration:underline}"
+    "table,td:first-child{width:100%}table{border-spacing:0}"
+    "th,td{padding:.4rem 0;border-bottom:1px solid #8883;text-align:left}"
+    "th,td+td{font:.85rem system-ui,sans-serif;color:#777;white-space:nowrap}"
+    "th+th,td+td{padding-left:1.5rem;text-align:right;font-variant-numeric:tabular-nums}"
+    "td a{display:block;text-decoration:none}td a[href$='/']{font-weight:600}i{font-style:normal}"
+    "h1,td:first-child{overflow-wrap:anywhere}"
+    "@media(max-width:32rem){body{margin:1rem auto}th+th,td+td{padding-left:1rem}i{display:none}}")
 EXPLANATIONS = {
     401: "This is for who has a password. To try again, reload the page.",
     403: "The server itself may not read this.",
@@ -2344,6 +2460,7 @@ class Connection:
             verdict = request.verdict = is_asked and self.look_behind(request) or self.recall(
                 request) or (yield from self.judge(request, body))
             request.username = verdict.username
+            answer: Optional[Answer]
             if verdict.status != 200:
                 answer = self.refusal(request)
             elif is_asked:
@@ -2358,7 +2475,8 @@ class Connection:
             self.refuse(error, request)
         except Busy as error:           # nobody is there to whom it could be lent
             assert request is not None
-            self.server.authenticator and self.server.authenticator.table.add("busy")
+            if server.authenticator:
+                server.authenticator.table.add("busy")
             request.verdict = Verdict(503, reason=str(error), fields=(("Retry-After", "1"),))
             self.finish(request, self.refusal(request), body)
         # A small body that nobody wanted is read and dropped, and the connection goes on.
@@ -2862,8 +2980,8 @@ class AuthServer(http.server.HTTPServer):
                                 f"has a loop and threads of its own")
         is_handler = isinstance(answers, (type, functools.partial))
         self.page: Optional[Page] = None if is_handler else answers
-        self.authenticator = authenticator or find_authenticator(answers)
-        self.public, self.proxies = public, TrustedProxies()
+        self.authenticator = authenticator or find_attribute(answers, "authenticator")
+        self.public, self.proxies = public, find_attribute(answers, "proxies") or TrustedProxies()
         if listeners:
             socketserver.BaseServer.__init__(self, server_address, answers)
             self.socket = listeners[0].socket
@@ -3225,8 +3343,8 @@ STATUS_OF = dict.fromkeys((
     errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG,
     errno.EINVAL, errno.EILSEQ,         # no link after all; names that this file system cannot have
     errno.ENXIO, errno.ENODEV), 404)    # sockets; devices without a driver
-STATUS_OF.update({errno.EACCES: 403, errno.EPERM: 403,
-                  errno.EMFILE: 503, errno.ENFILE: 503, errno.ESTALE: 503})
+STATUS_OF.update({errno.EACCES: 403, errno.EPERM: 403, errno.EMFILE: 503, errno.ENFILE: 503,
+                  errno.ESTALE: 503, errno.EAGAIN: 503})    # another's lease: see fcntl(2)
 
 # The same on every box, whatever its /etc/mime.types says.
 TYPES = """
@@ -3436,7 +3554,7 @@ def answer_file(fd: int, name: bytes, found: os.stat_result, request: Request) -
 
 # -- 11. Listings -------------------------------------------------------------
 
-# In href: RFC 3986 section 2.3, unreserved. All else is encoded, so nothing in a name ends the
+# RFC 3986 section 2.3: unreserved. All else is encoded in href: so nothing in a name can end the
 # attribute, and "a:b" has no scheme.
 RESERVED = re.compile("[^A-Za-z0-9._~-]+")
 quote_run = functools.lru_cache(maxsize=1024)(lambda run: urllib.parse.quote(os.fsencode(run), ""))
@@ -3451,7 +3569,7 @@ def natural(name: str) -> str:
     >>> sorted(["b", "a10", "a9", "B1"], key=natural)
     ['a9', 'a10', 'b', 'B1']
     """
-    return DIGITS.sub(lambda match: match.group().zfill(20), name.lower())
+    return DIGITS.sub(lambda match: match[0].zfill(20), name.lower())
 
 
 def showable(name: str) -> str:
@@ -3493,8 +3611,10 @@ def table_row(is_file: bool, name: str, size: int, mtime: int) -> str:
     >>> table_row(True, "<a:b", 5, 0)
     '<tr><td><a href="%3Ca%3Ab">&lt;a:b</a><td>5 B<td>1970-01-01<i> 00:00</i>'
     """
-    href = RESERVED.sub(lambda match: quote_run(match.group()), name)
-    label, date = html.escape(showable(name)), human_date(mtime // 60)
+    href, label, date = name, name, human_date(mtime // 60)
+    if RESERVED.search(name):
+        href = RESERVED.sub(lambda match: quote_run(match[0]), name)
+        label = html.escape(showable(name))
     if is_file:
         return f'<tr><td><a href="{href}">{label}</a><td>{human_size(size)}<td>{date}'
     return f'<tr><td><a href="{href}/">{label}/</a><td><td>{date}'
@@ -3533,7 +3653,7 @@ class Files:
         self.exposed = [path for path in secrets if is_below(path, real)]
         # Those are found by their place: each may be replaced, or made, while we serve.
         self.inside = [os.path.relpath(os.path.realpath(path), real) for path in self.exposed]
-        self.known: Dict[Tuple[int, int], str] = {}
+        self.known: Dict[Tuple[int, int], Tuple[str, int]] = {}
         self.open()             # to complain while a person reads it
         self.note_secrets([os.path.realpath(path) for path in secrets])
         self.close()
@@ -3557,21 +3677,22 @@ class Files:
             os.close(fd)
 
     def note_secrets(self, paths: Sequence[str]) -> None:
-        """Note device and inode of secrets."""
+        """Note device and inode of secrets, and when they were written."""
         for path in paths:
             with contextlib.suppress(OSError):      # not made yet, or out of our sight
                 found = os.stat(path, dir_fd=self.fd)
-                self.known[found.st_dev, found.st_ino] = path
+                self.known[found.st_dev, found.st_ino] = path, found.st_mtime_ns
 
     def is_secret(self, found: os.stat_result) -> bool:
         """Return whether a file is one of the secrets."""
         if (found.st_dev, found.st_ino) not in self.known:
             return False
+        path, written = self.known[found.st_dev, found.st_ino]
         try:
-            # It may have been replaced since, and its inode be another file's now.
-            path = self.known[found.st_dev, found.st_ino]
-            return os.path.samestat(found, os.stat(path, dir_fd=self.fd))
-        except OSError:         # outside the jail, or not for us to see: as it was at the start
+            # Or else it was replaced since, removed, and its inode has become another file's.
+            return (found.st_mtime_ns == written
+                    or os.path.samestat(found, os.stat(path, dir_fd=self.fd)))
+        except OSError:         # outside the jail, or not for us to see
             return True
 
     def __call__(self, request: Request) -> Answer:
@@ -3623,9 +3744,10 @@ class Files:
             entries = sorted(self.entries(found[:MAX_LISTED], fd, names[:-1]))
         finally:
             os.close(fd)
-        rows = ['<tr><td><a href="../">../</a><td><td>'] if names[1:] else []
-        rows += [table_row(is_file, *rest) for is_file, _, *rest in entries]
-        page = "<table><tr><th>Name<th>Size<th>Modified (UTC)\n%s\n</table>" % "\n".join(rows)
+        rows = ["<table><tr><th>Name<th>Size<th>Modified<i> (UTC)</i>"]
+        rows += ['<tr><td><a href="../">../</a><td><td>'] * (len(names) > 1)
+        rows += [table_row(is_file, name, size, mtime) for is_file, _, name, size, mtime in entries]
+        page = "\n".join([*rows, "</table>"])
         if len(found) > MAX_LISTED:
             page += f"<p>These are {MAX_LISTED} of {len(found)} names."
         title = "/" + "/".join([showable(os.fsdecode(name)) for name in names])
@@ -3644,11 +3766,11 @@ class Files:
             except OSError:         # removed meanwhile; a link that leads nowhere, or outside
                 continue
             mode, is_file = found.st_mode, stat.S_ISREG(found.st_mode)
-            if not is_file and not stat.S_ISDIR(mode) or self.is_secret(found):
+            if not is_file and not stat.S_ISDIR(mode) or self.known and self.is_secret(found):
                 continue
-            # Where the bits let everybody in, the system call is saved.
-            access = os.R_OK if is_file else os.R_OK | os.X_OK
-            if mode & 0o111 * access == 0o111 * access or os.access(name, access, dir_fd=fd):
+            # What everybody may read (and a folder, search) needs no system call more.
+            needed = 0o444 if is_file else 0o555
+            if mode & needed == needed or os.access(name, needed & 7, dir_fd=fd):
                 yield is_file, natural(name), name, found.st_size, int(found.st_mtime)
 
     def walk(self, names: List[bytes]) -> Tuple[int, os.stat_result]:
@@ -3685,7 +3807,7 @@ class Files:
         text = os.readlink(name, dir_fd=opened[-1])
         for prefix in self.prefixes:
             if (text + b"/").startswith(prefix):
-                text = b"../" * (len(opened) - 1) + text[len(prefix):]
+                text = b"../" * (len(opened) - 1) + b"./" + text[len(prefix):]
         if text.startswith(b"/"):
             raise FileNotFoundError(errno.ENOENT, "outside")
         return [part for part in text.split(b"/")[::-1] if part not in (b"", b".")]
@@ -4092,131 +4214,369 @@ class HandlerSocket:
                     or self.bypassed or self.upgraded)
 
 
-def find_authenticator(answers: Any) -> Optional[Authenticator]:
-    """Return the authenticator that protect() has put before a handler, or None."""
+def find_attribute(answers: Any, name: str) -> Any:
+    """Return what protect() has put before a handler, also inside a functools.partial; or None."""
     while isinstance(answers, functools.partial):
         answers = answers.func
-    found: Optional[Authenticator] = getattr(answers, "authenticator", None)
-    return found
+    return getattr(answers, name, None)
 
 
 # -- 11. protect() and protect_wsgi() -----------------------------------------
+#
+# Here other people's servers read the requests and write the answers, one thread or one
+# process per request. What we must know they tell or we read along; what they would do
+# wrong after a refusal (a body that is left unread becomes the next request, or resets the
+# connection before the client has read why) is done here.
+#
+# The processes of a WSGI server know nothing of one another. They meet in a file that has
+# the dictionary's name, in a folder that only their user can enter: /dev/shm/authserver-UID,
+# or below the temporary folder. Who uses it holds a lock on it; what nobody uses is removed
+# by the next one who comes, for its clock may be that of another boot.
+
+LINGER_SECONDS = 10.0       # for which a refused client may go on sending
+TABLES: Dict[str, SharedTable] = {}     # of this process, by name
+
+
+def logger() -> Any:
+    """Return where a program finds what we have to say."""
+    import logging              # 8 ms, only for programs
+    return logging.getLogger("authserver")
+
+
+def open_folder() -> int:
+    """Return a descriptor of a folder that only our user can enter; in memory, if it can be."""
+    for base in ("/dev/shm", tempfile.gettempdir()):
+        path = os.path.join(base, f"authserver-{os.geteuid()}")
+        with contextlib.suppress(OSError):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(path, 0o700)
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            found = os.fstat(fd)
+            if found.st_uid == os.geteuid() and not found.st_mode & 0o077:
+                return fd
+            os.close(fd)        # somebody else's trap
+    raise PermissionError(errno.EACCES, "neither /dev/shm nor a temporary folder will do")
+
+
+def remove_unused(name: str, folder: int) -> None:
+    """Remove a file that no process has a lock on."""
+    fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW, dir_fd=folder)
+    with open(fd, "rb+"), contextlib.suppress(BlockingIOError):
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.unlink(name, dir_fd=folder)
+
+
+def open_shared_file(name: str, size: int) -> int:
+    """Return a descriptor of a file of that size which all processes of our user share."""
+    folder = open_folder()
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)      # until it is closed
+        # To close a file of our own would end its record locks: see section 3.
+        for other in set(os.listdir(folder)) - set(TABLES):
+            remove_unused(other, folder)
+        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600, dir_fd=folder)
+        fcntl.flock(fd, fcntl.LOCK_SH)          # for as long as we live
+        # Now, for later a full disk would be a page that is not there: SIGBUS.
+        os.posix_fallocate(fd, 0, size)
+        return fd
+    finally:
+        os.close(folder)
+
+
+def shared_table(passwords: Passwords) -> Optional[SharedTable]:
+    """Return the table of all processes that serve this dictionary, or None."""
+    name = (LAYOUT + passwords.fingerprint()).hex()
+    if name not in TABLES:
+        try:
+            TABLES[name] = SharedTable(open_shared_file(name, TABLE_SIZE))
+        except OSError as error:
+            logger().warning("unable to share nonces with other processes: %s", error.strerror)
+    return TABLES.get(name)
+
+
+class UnknownProxies(TrustedProxies):
+    """What we believe where nobody has said whom to trust: a private address may be a proxy's.
+
+    Whether it speaks for one client or for all nobody knows, so it is never locked out: ten
+    wrong passwords by a stranger would keep everybody out.
+    """
+
+    INSIDE = TrustedProxies(["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10",
+                             "fc00::/7", "fe80::/10"])
+    warned = False
+
+    def _find_client(self, peer: str, forwarded: str = "") -> Tuple[str, Optional[str]]:
+        shown, client = super()._find_client(peer, forwarded)
+        if not self.INSIDE.trusts(parse_address(peer) or ipaddress.ip_address("::")):
+            return shown, client
+        if not self.warned:
+            self.warned = True
+            logger().warning("never locked out: %s and other private addresses, for they may be "
+                          "proxies; trusted_proxies=[...] says which are", shown)
+        return shown, None
+
+
+def be_ready(passwords: Passwords, proxies: Optional[Sequence[str]],
+                       offer: Dict[str, Any]) -> Tuple[Authenticator, TrustedProxies]:
+    """Return who asks for the password, and who knows whom he has asked."""
+    if not isinstance(passwords, Passwords):
+        raise TypeError(f"unable to use {passwords!r:.40}: expected Passwords, such as "
+                        f'Passwords({{"jim": "secret"}}, realm="files")')
+    for warning in passwords.warnings:
+        logger().warning(warning)
+    return (Authenticator(passwords, **offer),
+            UnknownProxies() if proxies is None else TrustedProxies(proxies))
 
 
 class Guard(http.server.BaseHTTPRequestHandler):
-    """What protect() puts before a handler; on AuthServer, which has asked already, idle."""
+    """What protect() puts before a handler; on AuthServer, which has asked already, idle.
+
+    For handlers: remote_user and auth_type, the user and the scheme.
+    """
 
     authenticator: Authenticator
-    verdict: Optional[Verdict] = None
+    proxies: TrustedProxies
+    schemes: Optional[Sequence[str]] = None     # those of the authenticator; else as it is safe
     remote_user: Optional[str] = None
+    auth_type = ""
+    info: Fields = ()           # for the handler's answer
+    expects = unread = False    # a client that waits for 100 Continue; a body nobody has read
 
     def parse_request(self) -> bool:
         """Ask for the password when http.server has read a head and before it acts on it."""
-        asked = getattr(self.request, "verdict", None)
-        if asked is not None:       # AuthServer has asked already
-            self.remote_user = asked.username
-            return super().parse_request()
-        self.verdict = self.remote_user = None      # of the last request on this connection
-        if not super().parse_request():
-            return False
-        # self.path is no longer what the client sent, and signed: "//x" is "/x" in it.
-        # getattr: the type stubs of http.server do not list raw_requestline.
-        target = str(getattr(self, "raw_requestline"), "latin-1").split()[1]
-        host = self.client_address[0] if self.client_address else ""
-        verdict = self.authenticator.authenticate(
-            self.command, target, self.headers.get_all("Authorization") or (),
-            TrustedProxies().find_client(host)[1], time.time(), None, self.read_content)
-        if verdict.status != 200:
-            self.refuse(verdict)
-            return False
-        self.verdict, self.remote_user = verdict, verdict.username
+        self.info, self.expects = (), False         # not those of the last request
+        verdict = getattr(self.request, "verdict", UNASKED)
+        if verdict.status == 200:                   # by AuthServer, which adds its fields itself
+            passes = super().parse_request()
+        else:
+            verdict = self.ask()
+            passes, self.info = verdict.status == 200, verdict.fields
+        self.remote_user, self.auth_type = verdict.username, verdict.scheme
+        return passes and (not self.expects or super().handle_expect_100())
+
+    def handle_expect_100(self) -> bool:
+        """Put 100 Continue off: http.server would say it before the password is asked for."""
+        self.expects = True
         return True
 
-    def read_content(self) -> bytes:
+    def ask(self) -> Verdict:
+        """Return the verdict on the request, and answer if it may not pass."""
+        octets = line = getattr(self, "raw_requestline")    # the type stubs do not list it
+        while line not in (b"\r\n", b"\n", b"") and len(octets) <= MAX_HEAD:
+            line = self.rfile.readline(MAX_HEAD)
+            octets += line
+        stream, self.rfile = self.rfile, io.BytesIO(octets.partition(b"\n")[2])
+        try:
+            if not super().parse_request():         # and has said why
+                return UNASKED
+        finally:
+            self.rfile = stream
+        self.unread = True
+        try:
+            # Once more, strictly: what follows the head depends on it.
+            verdict = self.judge(parse_head(octets))
+        except BadRequest as error:
+            verdict = Verdict(error.status, reason=str(error))
+        if verdict.status != 200:
+            self.refuse(verdict)
+        return verdict
+
+    def judge(self, request: Request) -> Verdict:
+        """Return the authenticator's verdict."""
+        self.unread = request.fields.chunked or request.fields.length > 0
+        peer = self.client_address[0] if self.client_address else ""
+        host, client = self.proxies.find_client(peer, request.fields.forwarded)
+        server: Any = self.server
+        is_safe = hasattr(self.connection, "getpeercert") or is_private(server.socket)
+        verdict = self.authenticator.authenticate(
+            request.method, request.target, request.authorization, client,
+            self.authenticator.clock(), self.schemes or (SCHEMES if is_safe else SCHEMES[:1]),
+            functools.partial(self.read_content, request.fields))
+        if verdict.status != 200 and verdict.reason != "no credentials":
+            self.log_error("%s: refused %s: %s", host, log_name(verdict.log_user), verdict.reason)
+        return verdict
+
+    def read_content(self, fields: FieldBlock) -> bytes:
         """Return the body, for qop=auth-int; the handler reads it again, and is the last."""
-        length = self.headers.get("Content-Length", "0")
-        content = self.rfile.read(min(int(length), IN_MEMORY) if length.isdigit() else 0)
-        self.rfile, self.close_connection = io.BytesIO(content), True
+        if fields.chunked or fields.length > IN_MEMORY:
+            raise BadRequest(411 if fields.chunked else 413, "body too large for auth-int")
+        if self.expects:
+            self.expects = not super().handle_expect_100()
+        content = self.rfile.read(max(0, fields.length))
+        self.rfile, self.close_connection, self.unread = io.BytesIO(content), True, False
         return content
 
     def refuse(self, verdict: Verdict) -> None:
         """Answer a request that may not pass."""
-        if self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers:
-            self.read_content()     # so that its bytes are not taken for the next request
-        line = STATUS_LINES[verdict.status][9:]
+        page = error_page(verdict.status)
+        self.close_connection = self.close_connection or self.unread
         self.send_response(verdict.status)
-        for name, value in verdict.fields:
+        for name, value in (*verdict.fields, HTML, ("Content-Length", str(len(page)))):
             self.send_header(name, value)
-        self.send_header("Content-Type", "text/plain")
-        self.send_header("Content-Length", str(len(line)))
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(line.encode("ascii"))
+        self.wfile.write(page if self.command != "HEAD" else b"")
+        if self.unread:
+            self.linger()
+
+    def linger(self) -> None:
+        """Let a client that is still sending read the answer: to close at once would reset it.
+
+        See: RFC 9112 section 9.6.
+        """
+        end = time.monotonic() + LINGER_SECONDS
+        with contextlib.suppress(OSError):          # the client has left, or the time is over
+            self.connection.shutdown(socket.SHUT_WR)
+            while True:
+                self.connection.settimeout(max(0.01, end - time.monotonic()))
+                if not self.connection.recv(IN_MEMORY):
+                    break
 
     def end_headers(self) -> None:
         """Add Authentication-Info to the handler's answer."""
-        for name, value in self.verdict.fields if self.verdict else ():
+        for name, value in self.info:
             self.send_header(name, value)
         super().end_headers()
 
 
-def protect(handler_class: Any, passwords: Passwords, **offer: Any) -> Any:
+def check_handler(handler: Any) -> None:
+    """Refuse what could not be asked for the password; by name, and before it serves anybody."""
+    if (not isinstance(handler, type) or issubclass(handler, Guard)
+            or not issubclass(handler, http.server.BaseHTTPRequestHandler)):
+        raise TypeError(f"unable to protect {handler!r:.60}: expected a class of handlers, derived "
+                        f"from BaseHTTPRequestHandler, and not protected yet")
+    for name in ("handle", "handle_one_request"):
+        method: Any = getattr(handler, name)
+        method = getattr(method, "__wrapped__", method)
+        calls = getattr(method, "__code__", check_handler.__code__).co_names
+        if not {"handle", "handle_one_request", "parse_request"} & set(calls):
+            raise TypeError(f"unable to protect {handler.__name__}: its {name}() does not call "
+                            f"parse_request(), where the password is asked for")
+
+
+def protect(handler_class: Any, passwords: Passwords,
+            trusted_proxies: Optional[Sequence[str]] = None, **offer: Any) -> Any:
     """Return a handler class that answers only who has a password; any server runs it.
 
-    Further arguments are those of Authenticator. The name is in remote_user.
+    It may be wrapped in a functools.partial. trusted_proxies are as --trusted-proxy;
+    further arguments are those of Authenticator. Where a network reaches the server, and
+    without TLS, Digest alone is offered unless schemes says what is.
     """
-    authenticator = Authenticator(passwords, **offer)
-    return type(handler_class.__name__, (Guard, handler_class), {"authenticator": authenticator})
+    if isinstance(handler_class, functools.partial):
+        return functools.partial(protect(handler_class.func, passwords, trusted_proxies, **offer),
+                                 *handler_class.args, **handler_class.keywords)
+    check_handler(handler_class)
+    authenticator, proxies = be_ready(passwords, trusted_proxies, offer)
+    return type(handler_class.__name__, (Guard, handler_class), {
+        "authenticator": authenticator, "proxies": proxies, "schemes": offer.get("schemes"),
+        "__module__": handler_class.__module__, "__doc__": handler_class.__doc__})
 
 
-def raw_target(environ: Dict[str, Any]) -> str:
-    """Return the request target that a WSGI environment stands for, as sent where it is known.
+def is_same_resource(environ: Dict[str, Any], uri: str, target: str) -> bool:
+    """Return whether the uri of a proof names what a WSGI environment without a target is about.
 
-    >>> raw_target({"SCRIPT_NAME": "/a", "PATH_INFO": "/b c", "QUERY_STRING": "d=e"})
-    '/a/b%20c?d=e'
+    How the path was spelt the server has not told: `%2C` and `,` are one to the application,
+    and so they are to us. http.server makes one slash of several at the start.
+
+    >>> environ = {"PATH_INFO": "/a,b", "QUERY_STRING": "c=%2C"}
+    >>> [is_same_resource(environ, uri, "") for uri in ("//a%2cb?c=%2C", "/a,b?c=,", "/a,b")]
+    [True, False, False]
     """
-    sent = environ.get("RAW_URI") or environ.get("REQUEST_URI")     # gunicorn; waitress, uWSGI
-    if sent:
-        return str(sent)
-    path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
-    query = environ.get("QUERY_STRING", "")
-    quoted = urllib.parse.quote(path.encode("latin-1"), "/:@!$&'()*+,;=")
-    return f"{quoted}?{query}" if query else quoted
+    path, _, query = uri.partition("?")
+    asked = (environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")).encode("latin-1")
+    named = urllib.parse.unquote_to_bytes(path.encode("latin-1"))
+    return query == environ.get("QUERY_STRING", "") and asked in (
+        named, re.sub(b"^/+", b"/", named))
 
 
-def protect_wsgi(application: Any, passwords: Passwords, **offer: Any) -> Any:
-    """Return a WSGI application that answers only who has a password.
+def body_of(environ: Dict[str, Any]) -> Iterator[bytes]:
+    """Yield what the body of a request consists of, if it is known where it ends."""
+    length = environ.get("CONTENT_LENGTH") or "0"
+    if not re.fullmatch("[0-9]{1,15}", length):     # wsgiref tells what the client said
+        raise BadRequest(400, "Content-Length")
+    left = int(length)
+    if not environ.get("CONTENT_LENGTH") and environ.get("wsgi.input_terminated"):
+        left = MAX_BODY
+    while left:
+        piece = environ["wsgi.input"].read(min(left, IN_MEMORY))
+        if not piece:
+            break
+        left -= len(piece)
+        yield piece
 
-    The name is in REMOTE_USER, the scheme in AUTH_TYPE.
+
+def read_signed(environ: Dict[str, Any]) -> bytes:
+    """Return the body, for qop=auth-int; the application reads it again."""
+    content = b""
+    for piece in body_of(environ):
+        content += piece
+        if len(content) > IN_MEMORY:
+            raise BadRequest(413, "body too large for auth-int")
+    environ["wsgi.input"] = io.BytesIO(content)
+    return content
+
+
+def skip_body(environ: Dict[str, Any]) -> None:
+    """Read what a refused client sends, or servers would take it for its next request."""
+    end = time.monotonic() + LINGER_SECONDS
+    for _ in body_of(environ):
+        if time.monotonic() > end:
+            if not environ.get("CONTENT_LENGTH"):   # cheroot does not find the end by itself
+                raise ConnectionAbortedError("a refused client does not stop sending")
+            break
+
+
+def judge_environ(authenticator: Authenticator, proxies: TrustedProxies,
+                  schemes: Optional[Sequence[str]], environ: Dict[str, Any]) -> Verdict:
+    """Return the authenticator's verdict on the request that a WSGI environment describes."""
+    peer, field = environ.get("REMOTE_ADDR", ""), environ.get("HTTP_AUTHORIZATION")
+    host, client = proxies.find_client(peer, environ.get("HTTP_X_FORWARDED_FOR", ""))
+    address = parse_address(peer)       # of a unix socket: None
+    is_safe = address is None or address.is_loopback or environ["wsgi.url_scheme"] == "https"
+    target = environ.get("RAW_URI") or environ.get("REQUEST_URI")       # gunicorn; the others
+    same = is_same_target if target else functools.partial(is_same_resource, environ)
+    try:
+        verdict = authenticator.authenticate(
+            environ["REQUEST_METHOD"], str(target or ""), () if field is None else (field,), client,
+            authenticator.clock(), schemes or (SCHEMES if is_safe else SCHEMES[:1]),
+            functools.partial(read_signed, environ), same)
+        if verdict.status != 200:
+            skip_body(environ)
+    except BadRequest as error:
+        verdict = Verdict(error.status, reason=str(error))
+    if verdict.status != 200 and verdict.reason != "no credentials":
+        logger().warning("%s: refused %s: %s", host, log_name(verdict.log_user), verdict.reason)
+    return verdict
+
+
+def protect_wsgi(application: Any, passwords: Passwords,
+                 trusted_proxies: Optional[Sequence[str]] = None, **offer: Any) -> Any:
+    """Return a WSGI application that answers only who has a password; as protect() does.
+
+    The name is in REMOTE_USER, the scheme in AUTH_TYPE; refusals go to the logger authserver.
     """
-    authenticator = Authenticator(passwords, **offer)
+    if not callable(application):
+        raise TypeError(f"unable to protect {application!r:.60}: expected a WSGI application")
+    if "table" not in offer and isinstance(passwords, Passwords):
+        offer["table"] = shared_table(passwords)
+    authenticator, proxies = be_ready(passwords, trusted_proxies, offer)
+    judge = functools.partial(judge_environ, authenticator, proxies, offer.get("schemes"))
 
     def guarded(environ: Dict[str, Any], start_response: Any) -> Any:
         """Answer a refusal, or else call the application."""
-        def read_content() -> bytes:
-            content = environ["wsgi.input"].read(min(int(environ.get("CONTENT_LENGTH") or 0),
-                                                     IN_MEMORY))
-            environ["wsgi.input"] = io.BytesIO(content)
-            return bytes(content)
+        verdict = judge(environ)
 
         def start(status: str, fields: List[Tuple[str, str]], *exc_info: Any) -> Any:
             return start_response(status, list(fields) + list(verdict.fields), *exc_info)
-
-        field = environ.get("HTTP_AUTHORIZATION")
-        client = TrustedProxies().find_client(environ.get("REMOTE_ADDR", ""))[1]
-        verdict = authenticator.authenticate(
-            environ["REQUEST_METHOD"], raw_target(environ), () if field is None else (field,),
-            client, time.time(), None, read_content)
         if verdict.status == 200:
             # WSGI text is bytes read as Latin-1 (PEP 3333).
             environ["REMOTE_USER"] = str(verdict.username).encode("utf-8").decode("latin-1")
             environ["AUTH_TYPE"] = verdict.scheme
             return application(environ, start)
-        line = STATUS_LINES[verdict.status][9:]
-        start(line.rstrip(), [("Content-Type", "text/plain"), ("Content-Length", str(len(line)))])
-        return [] if environ["REQUEST_METHOD"] == "HEAD" else [line.encode("ascii")]
+        page = error_page(verdict.status)
+        start(STATUS_LINES[verdict.status][9:].rstrip(), [HTML, ("Content-Length", str(len(page)))])
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [page]
     return guarded
 
 
@@ -4275,35 +4635,50 @@ class Place(NamedTuple):
     """Where to listen: a numeric host and a port, or the path of a unix socket."""
 
     family: int
-    where: Any          # as socket.bind wants it
+    where: Any          # as socket.bind wants it; of IPv6 with flow and scope
 
     def fits(self, sock: socket.socket) -> bool:
         """Return whether a socket that was handed over listens where we want to."""
+        theirs, ours = sock.getsockname(), self.where
         if sock.family != self.family or self.family == socket.AF_UNIX:
-            return sock.family == self.family and sock.getsockname() == self.where
-        host, port = sock.getsockname()[:2]
-        return bool(host == self.where[0] and self.where[1] in (0, port))
+            return sock.family == self.family and bool(theirs == ours)
+        # Port 0 is any port.
+        return bool(theirs[:1] + theirs[2:] == ours[:1] + ours[2:] and ours[1] in (0, theirs[1]))
+
+
+def has_ipv6() -> bool:
+    """Return whether the kernel has IPv6: socket.has_ipv6 says only that Python has."""
+    try:
+        socket.socket(socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
 
 
 def parse_bind(text: str) -> Place:
     """Return the address of a --bind option.
 
-    >>> parse_bind("[::1]:80").where, parse_bind("unix:/run/x").where
-    (('::1', 80), '/run/x')
+    >>> parse_bind("127.0.0.1:80").where, parse_bind("unix:/run/x").where
+    (('127.0.0.1', 80), '/run/x')
     """
     if text.startswith("unix:") and text != "unix:":
         return Place(socket.AF_UNIX, os.path.abspath(text[5:]))
-    match = re.fullmatch(r"(?:\[([0-9A-Za-z:.%]+)\]|([0-9A-Za-z._-]*)):([0-9]{1,5})", text)
-    if match is None or int(match.group(3)) > 65535:
+    match = re.fullmatch(r"(?:\[([0-9A-Za-z:.%_-]+)\]|([0-9A-Za-z._-]*)):([0-9]{1,9})", text)
+    if match is None:
         raise Refusal(f"unable to bind {text}: expected HOST:PORT, [V6]:PORT, :PORT or unix:PATH")
-    host = match.group(1) or match.group(2) or ("::" if socket.has_ipv6 else "0.0.0.0")
+    family = 0 if has_ipv6() else socket.AF_INET
+    host = match.group(1) or match.group(2) or ("0.0.0.0" if family else "::")
+    port = int(match.group(3))
+    if port > 65535:
+        raise Refusal(f"unable to bind {text}: ports are 0 to 65535")
     try:
         # As bytes: for text Python would load its IDNA tables first, which takes 5 ms.
         # The first answer only: a name with several addresses needs several --bind.
-        found = socket.getaddrinfo(host.encode(), int(match.group(3)), 0, socket.SOCK_STREAM)[0]
+        found = socket.getaddrinfo(host.encode(), port, family, socket.SOCK_STREAM)[0]
     except OSError as error:
         raise Refusal(f"unable to bind {text}: {error.strerror}")
-    return Place(found[0], found[4][:2])
+    # Whole: the address of a link is one only with its scope, the number of an interface.
+    return Place(found[0], found[4])
 
 
 def open_socket(text: str, place: Place) -> socket.socket:
@@ -4325,8 +4700,19 @@ def open_socket(text: str, place: Place) -> socket.socket:
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
-        raise BindError(f"unable to bind {text}: {error.strerror or error}")
+        raise BindError(f"unable to bind {text}: {error.strerror or error}"
+                        + bind_advice(text, place, error))
     return sock
+
+
+def bind_advice(text: str, place: Place, error: OSError) -> str:
+    """Return the second line of a message about an address that we could not have."""
+    host, _, port = text.rpartition(":")
+    if place.family != socket.AF_UNIX and error.errno == errno.EADDRINUSE:
+        return f"\ntry: ss -ltnp 'sport = :{port}'   # says who has it"
+    if place.family != socket.AF_UNIX and error.errno == errno.EACCES and int(port) < 1024:
+        return f"\ntry: --bind {host}:{8000 + int(port)}   # or as root"
+    return ""
 
 
 def remove_stale_socket(path: str) -> None:
@@ -4347,7 +4733,10 @@ def address_of(sock: socket.socket, scheme: str = "http") -> str:
     where = sock.getsockname()
     if sock.family == socket.AF_UNIX:
         return f"unix:{where}"
-    host = f"[{where[0]}]" if ":" in where[0] else where[0]
+    host = where[0].partition("%")[0]       # Python 3.6 puts the zone here as well
+    if sock.family == socket.AF_INET6:
+        # RFC 6874 section 2: IPv6addrz = IPv6address "%25" ZoneID
+        host = f"[{host}%25{socket.if_indextoname(where[3])}]" if where[3] else f"[{host}]"
     return f"{scheme}://{host}:{where[1]}/"
 
 
@@ -4550,11 +4939,6 @@ def inherited_table(fd: Optional[int]) -> Optional[SharedTable]:
     if fd is None or os.fstat(fd).st_size != TABLE_SIZE or os.pread(fd, 8, 0) != LAYOUT:
         return None
     return SharedTable(fd)
-
-
-def command(*words: str) -> str:
-    """Return a line that can be pasted: this file with these words."""
-    return " ".join(map(shlex.quote, ("python3", os.path.abspath(__file__)) + words))
 
 
 def warn(text: str) -> None:
