@@ -930,8 +930,6 @@ def split_line(text: str) -> Tuple[str, str, str]:
     if not place or not value:
         raise Refusal("expected user:realm:HA1, user:HASH or user:plain:PASSWORD, "
                       "but a field is missing")
-    if place != "plain" and not is_ha1(value):
-        raise Refusal(f"user {username!r}: field 3: neither 32 nor 64 hex digits")
     return normal_username(username), place, value
 
 
@@ -945,6 +943,8 @@ def make_entry(line: int, username: str, realm: str, place: str, value: str) -> 
         return entry_of_password(username, line, realm, value)
     if not place:
         return check_crypted(Entry(username, line, {}, value))
+    if not is_ha1(value):
+        raise Refusal("field 3: neither 32 nor 64 hex digits")
     # The length tells which hash: 64 digits count as SHA-256, though SHA-512-256 has as many.
     name = "MD5" if len(value) == 32 else "SHA-256"
     if name not in HASHES:
@@ -989,15 +989,14 @@ def parse_passwords(text: str, realm: str) -> Found:
             continue
         whose = ""
         try:
-            username, place, value = split_line(content)
-            if place in ("", "plain", realm):
-                whose = username
-                add_entry(found.entries, make_entry(line, username, realm, place, value), realm)
+            whose, place, value = split_line(content)
+            if place in ("", "plain", realm) or not is_ha1(value):
+                add_entry(found.entries, make_entry(line, whose, realm, place, value), realm)
             else:
                 found.elsewhere.add(place)
         except Refusal as error:
             found.mistakes.append(f"line {line}: " + f"user {whose!r}: " * bool(whose) + f"{error}")
-            found.curable.extend([whose] * bool(whose))
+            found.curable.extend([whose] * (whose != "" and is_line_of(content, whose, realm)))
     if not found.entries and not found.mistakes:
         others = ", but of " * bool(found.elsewhere) + ", ".join(sorted(found.elsewhere))
         found.mistakes.append(f"no user of realm {realm} in it" + others)
