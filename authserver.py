@@ -1290,14 +1290,16 @@ class Authenticator:
     """Say who sends a request; the conductor of everything above.
 
     Methods for the server: judge (or authenticate, which waits), is_locked, challenge, clock.
-    Instance variables: passwords, which a reload sets; table.
+    Instance variables: passwords, which a reload sets; table; schemes, and is_explicit: somebody
+    has said which.
     """
 
-    def __init__(self, passwords: Passwords, schemes: Sequence[str] = SCHEMES,
+    def __init__(self, passwords: Passwords, schemes: Optional[Sequence[str]] = None,
                  algorithms: Sequence[str] = ALGORITHMS, qop: Sequence[str] = QOP,
                  nonce_lifetime: float = NONCE_LIFETIME, nonce_secret: bytes = b"",
                  table: Optional[SharedTable] = None,
                  max_failures: Tuple[int, float] = MAX_FAILURES) -> None:
+        self.is_explicit, schemes = schemes is not None, SCHEMES if schemes is None else schemes
         check_offer(passwords.realm, schemes, algorithms, qop)
         passwords.check_servable(schemes, algorithms)
         self.passwords, self.max_failures = passwords, max_failures
@@ -1568,7 +1570,7 @@ class TrustedProxies:
             if hop is None:
                 break
             address = hop
-        shown = peer if address is None else str(address)
+        shown = peer or "-" if address is None else str(address)
         if address is None or address.is_loopback or self.trusts(address):
             return shown, None
         if address.version == 6:
@@ -2403,7 +2405,7 @@ class Connection:
         """Send what waits, or else read what came; then work."""
         if self.writes:
             self.flush()
-        elif len(self.buffer) <= MAX_HEAD or self.story is not None:
+        elif self not in self.server.later:     # else it has sent enough for now
             octets = self.receive()
             if not octets:
                 if octets is not None:
@@ -2552,6 +2554,7 @@ class Connection:
         if sock.is_silent() and not sock.gone and not sock.is_shut:
             if sock.nonsense:
                 raise sock.nonsense
+            self.closing = True
             return Answer(500, (HTML,), error_page(500))
         self.closing = self.closing or self.server.draining or sock.ends_connection()
         self.lingers = self.closing and not body.done
@@ -2575,7 +2578,10 @@ class Connection:
         if request.method == "OPTIONS":
             return Answer(204, (("Allow", ", ".join(PAGE_METHODS)),))
         try:
-            return page(request)
+            answer = page(request)
+            if isinstance(answer, Answer):
+                return answer
+            raise TypeError(f"expected an Answer, not {answer!r:.40}")
         except Exception:
             self.server.log.error(f"error: {request.line}: {traceback.format_exc()}")
             return Answer(500, (HTML,), error_page(500))
@@ -2606,7 +2612,7 @@ class Connection:
         proof = "".join([f"{name}: {value}\r\n" for name, value in request.verdict.fields])
         head = (f"{STATUS_LINES[answer.status]}{server.stamp}{fields}{proof}{length}{connection}"
                 f"\r\n").encode("latin-1", "replace")
-        if request.method == "HEAD" or not length:
+        if request.method == "HEAD" or not length or not size:
             close_part(content)
             size, content = 0, b""
         if isinstance(content, FilePart):
@@ -2842,7 +2848,7 @@ class Log:
         """
         user = request.verdict.log_user
         self.waiting[1].append(
-            f'{request.host or "-"} - {"-" if user is None else log_name(user)} [{self.date}] '
+            f'{request.host} - {"-" if user is None else log_name(user)} [{self.date}] '
             f'"{request.line}" {request.status or "-"} {size} {request.fields.log_tail}\n')
 
     def error(self, text: str) -> None:
@@ -2935,7 +2941,7 @@ def host_of(address: Any) -> str:
     >>> host_of("/run/client")
     ''
     """
-    host = str(address[0]) if isinstance(address, tuple) else ""
+    host = str(address[0]) if isinstance(address, tuple) and address[0] != "unix:" else ""
     # IPv4 on a socket of both families. By parse_address it would take 5 us.
     return host[7:] if host.startswith("::ffff:") and "." in host else host
 
@@ -2956,7 +2962,7 @@ UNUSED_HOOKS = ("get_request", "process_request", "process_request_thread", "shu
 class AuthServer(http.server.HTTPServer):
     """An HTTPServer that keeps every connection in one loop; see the head of this section.
 
-    answers is a page, or the class of a handler, which may have been through protect().
+    handler_class may have been through protect(); or it is no class at all, but a page.
 
     Methods for the caller: serve_forever, handle_request, shutdown, server_close.
     Methods that may be overridden, as on any HTTPServer: verify_request, finish_request,
@@ -2970,7 +2976,7 @@ class AuthServer(http.server.HTTPServer):
     workers = 1                 # a program's own; the command line says one per CPU
     draining = stopping = serving = False
 
-    def __init__(self, server_address: Any, answers: Any, bind_and_activate: bool = True,
+    def __init__(self, server_address: Any, handler_class: Any, bind_and_activate: bool = True,
                  authenticator: Optional[Authenticator] = None,
                  listeners: Sequence[Listener] = (), public: Sequence[str] = (),
                  stream_threads: int = STREAM_THREADS) -> None:
@@ -2978,16 +2984,16 @@ class AuthServer(http.server.HTTPServer):
             if getattr(type(self), name, None) is not getattr(http.server.HTTPServer, name, None):
                 raise TypeError(f"{type(self).__name__}.{name}() would never be called: AuthServer "
                                 f"has a loop and threads of its own")
-        is_handler = isinstance(answers, (type, functools.partial))
-        self.page: Optional[Page] = None if is_handler else answers
-        self.authenticator = authenticator or find_attribute(answers, "authenticator")
-        self.public, self.proxies = public, find_attribute(answers, "proxies") or TrustedProxies()
+        is_handler = isinstance(handler_class, (type, functools.partial))
+        self.page: Optional[Page] = None if is_handler else handler_class
+        self.authenticator = authenticator or find_attribute(handler_class, "authenticator")
+        self.proxies = find_attribute(handler_class, "proxies") or TrustedProxies()
+        self.public, self.listeners = public, list(listeners)
         if listeners:
-            socketserver.BaseServer.__init__(self, server_address, answers)
+            socketserver.BaseServer.__init__(self, server_address, handler_class)
             self.socket = listeners[0].socket
-        else:
-            super().__init__(server_address, answers, bind_and_activate)
-        self.listeners = list(listeners)        # of a program: made when it begins to serve
+        else:       # its listener is made when it begins to serve
+            super().__init__(server_address, handler_class, bind_and_activate)
         self.heads, self.log = HeadReader(), Log()
         self.connections: Set[Connection] = set()
         # connections with more requests in their buffers; who came first, comes first
@@ -3074,9 +3080,9 @@ class AuthServer(http.server.HTTPServer):
         if not self.listeners or self.socket not in self.sockets:
             context = getattr(self.socket, "context", None)
             schemes = self.authenticator.schemes if self.authenticator else ()
-            if not (context or is_private(self.socket) or getattr(
-                    self.authenticator, "is_explicit", True)):
-                schemes = tuple(name for name in schemes if name != "basic")
+            if self.authenticator and not (self.authenticator.is_explicit or context
+                                           or is_private(self.socket)):
+                schemes = SCHEMES[:1]
             self.listeners = [Listener(self.socket, schemes, context)]
             if context:
                 load_ssl()
@@ -3903,7 +3909,7 @@ class TLSConnection(Connection):
     def give_up(self, reason: str) -> None:
         """End a handshake that failed: with words, where plain HTTP has come."""
         plain = reason == "HTTP_REQUEST"
-        self.server.log.error(f"{self.host or '-'}: refused -: " + (
+        self.server.log.error(f"{self.host}: refused -: " + (
             "plain HTTP, where HTTPS is spoken" if plain else f"TLS: {reason}"))
         if plain:
             page = html_page("HTTPS only", "<h1>HTTPS only</h1><p>Ask again with https://</p>")
@@ -4084,6 +4090,8 @@ class HandlerSocket:
         self.gone = not octets
         if self.gone or self.nonsense:      # nothing more can be read
             self.body.done, self.body.rest = True, bytearray()
+            if self.nonsense:               # ... and what came before it must not pass for all
+                raise ConnectionAbortedError(errno.ECONNABORTED, str(self.nonsense))
             return b""
         connection.buffer = self.body.take_rest() if self.body.done else b""
         return octets[:len(octets) - len(connection.buffer)]
@@ -4196,7 +4204,7 @@ class HandlerSocket:
             server.finish_request(self, connection.address)     # type: ignore[arg-type]
         except BaseException:           # SystemExit, too: the loop goes on without this thread
             self.closes = True
-            if not self.gone:
+            if not self.gone and not self.nonsense:
                 server.handle_error(self, connection.address)   # type: ignore[arg-type]
         if self.head:                   # what looked like the beginning of an answer
             with contextlib.suppress(OSError):
@@ -4214,11 +4222,11 @@ class HandlerSocket:
                     or self.bypassed or self.upgraded)
 
 
-def find_attribute(answers: Any, name: str) -> Any:
+def find_attribute(handler_class: Any, name: str) -> Any:
     """Return what protect() has put before a handler, also inside a functools.partial; or None."""
-    while isinstance(answers, functools.partial):
-        answers = answers.func
-    return getattr(answers, name, None)
+    while isinstance(handler_class, functools.partial):
+        handler_class = handler_class.func
+    return getattr(handler_class, name, None)
 
 
 # -- 11. protect() and protect_wsgi() -----------------------------------------
