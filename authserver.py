@@ -2042,14 +2042,12 @@ def framing(values: Values, minor: int) -> Tuple[int, bool]:
 
 
 def check_length(method: str, minor: int, fields: FieldBlock) -> None:
-    """Refuse a body whose end HTTP/1.0 cannot tell, and one that nobody could want.
+    """Refuse a body whose end HTTP/1.0 cannot tell.
 
     See: RFC 9112 section 6.3.
     """
     if not minor and fields.length < 0 and method in ("POST", "PUT", "PATCH"):
         raise BadRequest(411, "no Content-Length")
-    if fields.length > MAX_BODY:
-        raise BadRequest(413, "body too large")
 
 
 def split_list(fields: Sequence[str]) -> List[str]:
@@ -2274,6 +2272,7 @@ WAITS = {                   # seconds that a connection may spend
     "linger": 10.0,         # sending, though it has been refused
     "thread": float("inf"),     # with a handler: its reads and writes have their own deadlines
 }
+NO_LINGER = struct.pack("ii", 1, 0)     # close(2) resets, and forgets what was not sent
 Story = Generator[Any, Any, None]
 
 
@@ -2465,6 +2464,8 @@ class Connection:
             answer: Optional[Answer]
             if verdict.status != 200:
                 answer = self.refusal(request)
+            elif request.fields.length > MAX_BODY:
+                raise BadRequest(413, "body too large")
             elif is_asked:
                 answer = grant(request)
             elif server.page is not None:
@@ -2782,6 +2783,9 @@ class Connection:
                 self.go_on(None, slow)
             self.advance()
         else:
+            if self.writes:     # what the kernel still holds for it would be held for ever
+                with contextlib.suppress(OSError):
+                    self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
             self.close()
 
     def close(self) -> None:
@@ -3002,13 +3006,12 @@ class AuthServer(http.server.HTTPServer):
         self.handlers, self.hashers = Pool(stream_threads), Pool(SLOW_HASHES, SLOW_QUEUE)
         self.answered = self.counted = 0        # requests; those in the statistics already
         self.paused_until = self.offset = 0.0
-        self.second = 0                         # when tick() was last at work
+        self.second, self.rested = 0, 0.0       # the time in words; when rest() last was
         self.held = False
         self.reread: Callable[[], None] = lambda: None
         self.abandon: Callable[[], None] = lambda: None
         self.stopped = threading.Event()
         self.look_at_clock()
-        self.tick()
 
     @property
     def sockets(self) -> List[socket.socket]:
@@ -3100,27 +3103,36 @@ class AuthServer(http.server.HTTPServer):
             authenticator.table.add("workers")
 
     def turn(self, patience: float) -> None:
-        """Wait for something to do; do it."""
-        # Without connections no deadline runs: sleep until something happens.
-        busy = self.connections or self.paused_until
-        wait = 0.0 if self.later else PAUSE_SECONDS if self.paused_until else patience
+        """Do what there is to do; where there is nothing, wait for something."""
         events = self.selector.select(0)
-        if not events and wait:
-            self.rest()
-            events = self.selector.select(wait if busy or patience < 1 else None)
         self.look_at_clock()
+        if not events and not self.later:
+            self.rest()
+            # Without connections no deadline runs: sleep until something happens.
+            busy = self.connections or patience < 1
+            events = self.selector.select(PAUSE_SECONDS if self.paused_until else
+                                          patience if busy else None)
+            self.look_at_clock()
         for key, mask in events:
             self.call(key.data, mask)
         # As many as wait now; each gets one request answered, and may queue again.
         for connection in list(self.later):
             del self.later[connection]
             self.call(connection.advance)
-        # After the events: who was frozen answers what is in its sockets before it judges anybody.
-        self.tick()
+        if self.clock - self.rested > 1:
+            self.rest()
         self.service_actions()
 
     def rest(self) -> None:
-        """Do what can wait until there is nothing else to do: write the log, count."""
+        """Do what can wait until there is nothing else to do, or for a second.
+
+        Who is overdue is judged here, after all that had come was done: a process that was
+        frozen answers what is in its sockets first.
+        """
+        self.rested = self.clock
+        for connection in [item for item in self.connections
+                           if item.deadline < self.clock and item not in self.later]:
+            self.call(connection.expire)
         self.log.flush()
         if self.answered > self.counted and self.authenticator:
             self.authenticator.table.add("requests", self.answered - self.counted)
@@ -3136,30 +3148,20 @@ class AuthServer(http.server.HTTPServer):
                 function.__self__.close()       # type: ignore[attr-defined]
 
     def look_at_clock(self) -> None:
-        """Look at the clocks, once a turn."""
+        """Look at the clocks, once a turn; once a second, put the time into words."""
         self.wall, self.clock = time.time(), time.monotonic()
+        if int(self.wall) != self.second:
+            self.second = int(self.wall)
+            date = email.utils.formatdate(self.second, usegmt=True)
+            self.stamp = f"Server: authserver\r\nDate: {date}\r\n"
+            self.log.date = log_date(self.second)
+            if self.authenticator:
+                if self.authenticator.shares_nonces:
+                    self.authenticator.table.set_clock(self.wall)
+                self.offset = self.authenticator.table.offset
         self.now = self.clock + self.offset     # what the authenticator goes by
         if self.paused_until and self.paused_until < self.clock:
             self.accept_again()
-
-    def tick(self) -> None:
-        """Once a second, format the dates, write the log, close what is overdue."""
-        if int(self.wall) == self.second:
-            return
-        self.second = int(self.wall)
-        date = email.utils.formatdate(self.second, usegmt=True)
-        self.stamp = f"Server: authserver\r\nDate: {date}\r\n"
-        self.log.date = log_date(self.second)
-        self.rest()
-        if self.authenticator:
-            if self.authenticator.shares_nonces:
-                self.authenticator.table.set_clock(self.wall)
-            self.offset = self.authenticator.table.offset
-            self.now = self.clock + self.offset
-        # A list, made first: expire() takes connections out of the set.
-        for connection in [item for item in self.connections
-                           if item.deadline < self.clock and item not in self.later]:
-            self.call(connection.expire)
 
     def call_soon(self, call: Callable[[], None]) -> None:
         """Have call made by the loop; from any thread."""
@@ -4139,7 +4141,8 @@ class HandlerSocket:
                 return
             status = int(found.group(2))
             if status < 200 and status != 101:      # 100 Continue and its like: another follows
-                self.put(head)
+                # Who has sent its body, for auth-int, has been told so.
+                self.put(head if status != 100 or not self.body.taken else b"")
                 continue
             rest, self.head, self.status = self.head, b"", status
             self.put(self.complete(head, found.group(1) == b"1"))
@@ -4190,7 +4193,9 @@ class HandlerSocket:
                 self.set_timeout(PACE_SECONDS)      # of a whole sendall, since Python 3.5
                 self.connection.socket.sendall(view[start:start + IN_MEMORY])
         except OSError:
-            self.gone = True
+            self.gone = True            # or as good as gone: it does not read
+            with contextlib.suppress(OSError):
+                self.connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
             raise
 
     # -- its whole life, in a thread
@@ -4440,6 +4445,12 @@ class Guard(http.server.BaseHTTPRequestHandler):
                 self.connection.settimeout(max(0.01, end - time.monotonic()))
                 if not self.connection.recv(IN_MEMORY):
                     break
+
+    def log_request(self, code: Union[int, str] = "-", size: Union[int, str] = "-") -> None:
+        """Leave it to AuthServer's access log, unless the handler has a log of its own."""
+        if not hasattr(self.request, "verdict") or (
+                type(self).log_message is not http.server.BaseHTTPRequestHandler.log_message):
+            super().log_request(code, size)
 
     def end_headers(self) -> None:
         """Add Authentication-Info to the handler's answer."""
