@@ -53,7 +53,6 @@ See: RFC 7616 (Digest), RFC 7617 (Basic), RFC 9110 (HTTP), RFC 9112 (its message
 """
 import argparse
 import base64
-import binascii
 import calendar
 import collections
 import contextlib
@@ -459,7 +458,7 @@ def digest_response(ha1: str, nonce: str, nc: str, cnonce: str, qop: str, ha2: s
 # user can reach, the processes of a WSGI server, which know nothing of one another (12).
 
 # 27 bytes are 36 characters of base64 and no padding: a nonce has one spelling.
-is_nonce = re.compile(r"[A-Za-z0-9+/]{36}").fullmatch
+is_nonce = re.compile(r"[A-Za-z0-9_-]{36}").fullmatch
 
 
 def find_mac() -> Callable[[bytes, bytes], bytes]:
@@ -479,14 +478,14 @@ def make_nonce(key: bytes, now: float, salt: bytes) -> str:
     """Return a nonce: time, salt (6 random bytes and 4 that name the issuer), signature.
 
     >>> make_nonce(b"key", 1.0, b"random" + b"boot")
-    'AAAAAGRyYW5kb21ib290W8okM+1KMPfcdDSm'
+    'AAAAAGRyYW5kb21ib290W8okM-1KMPfcdDSm'
 
     See: RFC 7616 section 3.3, also why the client's address is not in it: "requests from
     a single user often go through different proxies".
     """
     # Hundredths of a second in 40 bits last until the year 2318.
     body = int(now * 100).to_bytes(5, "big") + salt
-    return binascii.b2a_base64(body + sign(key, body), newline=False).decode("ascii")
+    return base64.urlsafe_b64encode(body + sign(key, body)).decode("ascii")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -497,7 +496,7 @@ def nonce_body(nonce: str, key: bytes) -> bytes:
     here, since a nonce is looked at only after a right response.
     """
     # What has not the form of a nonce takes the same way: no signature equals b"".
-    signed = binascii.a2b_base64(nonce) if is_nonce(nonce) else b""
+    signed = base64.urlsafe_b64decode(nonce) if is_nonce(nonce) else b""
     return signed[:15] if hmac.compare_digest(sign(key, signed[:15]), signed[15:]) else b""
 
 
@@ -2270,7 +2269,6 @@ WAITS = {                   # seconds that a connection may spend
     "write": PACE_SECONDS,  # writing, and as long again for every 64 KiB that went
     "idle": 75.0,           # between two requests; browsers wait for 60 to 120 s
     "linger": 10.0,         # sending, though it has been refused
-    "thread": float("inf"),     # with a handler: its reads and writes have their own deadlines
 }
 NO_LINGER = struct.pack("ii", 1, 0)     # close(2) resets, and forgets what was not sent
 Story = Generator[Any, Any, None]
@@ -2663,7 +2661,8 @@ class Connection:
             self.go_on(None, Busy("every thread is busy"))
             return
         server.selector.unregister(self.socket)
-        self.wait("thread")
+        # The reads and writes of a handler have deadlines of their own.
+        self.stage, self.deadline = "thread", float("inf")
 
     def do(self, work: Callable[[], Any]) -> None:
         """Do work, come what may; in a thread."""
@@ -3992,7 +3991,7 @@ class HandlerSocket:
     def __init__(self, connection: Connection, octets: bytes, request: Request, body: Body) -> None:
         self.connection, self.request, self.body = connection, request, body
         self.verdict = request.verdict
-        self.pending = octets + body.taken      # for the handler to read
+        self.pending = octets                   # for the handler to read
         self.head = b""                         # of the answer, until it is whole
         self.left: Optional[int] = None         # bytes of the answer still to come; None: all
         self.chunks: Optional[Body] = None      # of an answer that comes in chunks
@@ -4059,8 +4058,14 @@ class HandlerSocket:
     # -- reading
 
     def recv(self, size: int, flags: int = 0) -> bytes:
-        """Return some of what the client sent, for this request; b"" is its end."""
-        if not self.pending and (self.upgraded or not self.body.done):
+        """Return some of what the client sent, for this request; b"" is its end.
+
+        That comes with the answer's, if not before: http.server would read on, and take a body
+        that the handler did not want for the next request.
+        """
+        if not self.pending and self.body.taken and not self.is_answered():
+            self.pending, self.body.taken = self.body.taken, b""
+        elif not self.pending and (self.upgraded or not self.body.done and not self.is_answered()):
             self.pending = self.receive()
         piece, rest = self.pending[:size], self.pending[size:]
         if not flags & socket.MSG_PEEK:
@@ -4216,6 +4221,10 @@ class HandlerSocket:
                 self.hand_out()
         if not self.gone and (self.left or self.chunks is not None and not self.chunks.done):
             self.fault = self.fault or "the handler sent less than it announced"
+
+    def is_answered(self) -> bool:
+        """Return whether the answer is complete, as far as it said when it would be."""
+        return bool(self.status) and (self.left == 0 or self.chunks is not None and self.chunks.done)
 
     def is_silent(self) -> bool:
         """Return whether certainly nothing has been answered."""
@@ -4448,9 +4457,10 @@ class Guard(http.server.BaseHTTPRequestHandler):
 
     def log_request(self, code: Union[int, str] = "-", size: Union[int, str] = "-") -> None:
         """Leave it to AuthServer's access log, unless the handler has a log of its own."""
-        if not hasattr(self.request, "verdict") or (
-                type(self).log_message is not http.server.BaseHTTPRequestHandler.log_message):
-            super().log_request(code, size)
+        base, own = http.server.BaseHTTPRequestHandler, super().log_request
+        if not hasattr(self.request, "verdict") or base.log_message is not type(
+                self).log_message or base.log_request is not getattr(own, "__func__", own):
+            own(code, size)
 
     def end_headers(self) -> None:
         """Add Authentication-Info to the handler's answer."""
