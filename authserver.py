@@ -90,8 +90,9 @@ import time
 import traceback
 import unicodedata
 import urllib.parse
-from typing import (Any, BinaryIO, Callable, Deque, Dict, Generator, Iterable, Iterator, List, Mapping,
-                    NamedTuple, Optional, Sequence, Set, TextIO, Tuple, Union)
+import weakref
+from typing import (Any, BinaryIO, Callable, Deque, Dict, Generator, Iterable, Iterator, List,
+                    Mapping, NamedTuple, Optional, Sequence, Set, TextIO, Tuple, Union)
 
 # -- 0. Settings and messages -------------------------------------------------
 
@@ -928,8 +929,6 @@ def split_line(text: str) -> Tuple[str, str, str]:
     if not place or not value:
         raise Refusal("expected user:realm:HA1, user:HASH or user:plain:PASSWORD, "
                       "but a field is missing")
-    if place != "plain" and not is_ha1(value):
-        raise Refusal(f"user {username!r}: field 3: neither 32 nor 64 hex digits")
     return normal_username(username), place, value
 
 
@@ -943,6 +942,8 @@ def make_entry(line: int, username: str, realm: str, place: str, value: str) -> 
         return entry_of_password(username, line, realm, value)
     if not place:
         return check_crypted(Entry(username, line, {}, value))
+    if not is_ha1(value):
+        raise Refusal("field 3: neither 32 nor 64 hex digits")
     # The length tells which hash: 64 digits count as SHA-256, though SHA-512-256 has as many.
     name = "MD5" if len(value) == 32 else "SHA-256"
     if name not in HASHES:
@@ -987,15 +988,14 @@ def parse_passwords(text: str, realm: str) -> Found:
             continue
         whose = ""
         try:
-            username, place, value = split_line(content)
-            if place in ("", "plain", realm):
-                whose = username
-                add_entry(found.entries, make_entry(line, username, realm, place, value), realm)
+            whose, place, value = split_line(content)
+            if place in ("", "plain", realm) or not is_ha1(value):
+                add_entry(found.entries, make_entry(line, whose, realm, place, value), realm)
             else:
                 found.elsewhere.add(place)
         except Refusal as error:
             found.mistakes.append(f"line {line}: " + f"user {whose!r}: " * bool(whose) + f"{error}")
-            found.curable.extend([whose] * bool(whose))
+            found.curable.extend([whose] * (whose != "" and is_line_of(content, whose, realm)))
     if not found.entries and not found.mistakes:
         others = ", but of " * bool(found.elsewhere) + ", ".join(sorted(found.elsewhere))
         found.mistakes.append(f"no user of realm {realm} in it" + others)
@@ -4245,10 +4245,11 @@ def find_attribute(handler_class: Any, name: str) -> Any:
 
 # -- 11. protect() and protect_wsgi() -----------------------------------------
 #
-# Here other people's servers read the requests and write the answers, one thread or one
-# process per request. What we must know they tell or we read along; what they would do
-# wrong after a refusal (a body that is left unread becomes the next request, or resets the
-# connection before the client has read why) is done here.
+# Here other people's servers read the requests and write the answers, in a thread or a
+# process for each. Where they do less than we need, it is done here: the head is read once
+# more, strictly; and what a refused client still sends is read to its end, or the server
+# would take it for the next request, or close on it: then the client's system throws the
+# answer away before it has been read (RFC 9112 section 9.6).
 #
 # The processes of a WSGI server know nothing of one another. They meet in a file that has
 # the dictionary's name, in a folder that only their user can enter: /dev/shm/authserver-UID,
@@ -4256,98 +4257,102 @@ def find_attribute(handler_class: Any, name: str) -> Any:
 # by the next one who comes, for its clock may be that of another boot.
 
 LINGER_SECONDS = 10.0       # for which a refused client may go on sending
-TABLES: Dict[str, SharedTable] = {}     # of this process, by name
-
-
-def logger() -> Any:
-    """Return where a program finds what we have to say."""
-    import logging              # 8 ms, only for programs
-    return logging.getLogger("authserver")
-
-
-def open_folder() -> int:
-    """Return a descriptor of a folder that only our user can enter; in memory, if it can be."""
-    for base in ("/dev/shm", tempfile.gettempdir()):
-        path = os.path.join(base, f"authserver-{os.geteuid()}")
-        with contextlib.suppress(OSError):
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(path, 0o700)
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            found = os.fstat(fd)
-            if found.st_uid == os.geteuid() and not found.st_mode & 0o077:
-                return fd
-            os.close(fd)        # somebody else's trap
-    raise PermissionError(errno.EACCES, "neither /dev/shm nor a temporary folder will do")
-
-
-def remove_unused(name: str, folder: int) -> None:
-    """Remove a file that no process has a lock on."""
-    fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW, dir_fd=folder)
-    with open(fd, "rb+"), contextlib.suppress(BlockingIOError):
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.unlink(name, dir_fd=folder)
+TABLES: "weakref.WeakValueDictionary[str, SharedTable]" = weakref.WeakValueDictionary()
 
 
 def open_shared_file(name: str, size: int) -> int:
     """Return a descriptor of a file of that size which all processes of our user share."""
-    folder = open_folder()
+    base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
+    path = os.path.join(base, f"authserver-{os.geteuid()}")
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o700)
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
+        found = os.fstat(folder)
+        # Where everybody may make a folder, somebody else may have been first.
+        if found.st_uid != os.geteuid() or found.st_mode & 0o077:
+            raise PermissionError(errno.EACCES, f"others have access to {path}")
         fcntl.flock(folder, fcntl.LOCK_EX)      # until it is closed
-        # To close a file of our own would end its record locks: see section 3.
+        # Not those that we use: to close a file would end all our record locks on it.
         for other in set(os.listdir(folder)) - set(TABLES):
-            remove_unused(other, folder)
+            with open(os.open(other, os.O_RDWR | os.O_NOFOLLOW, dir_fd=folder), "rb+") as stream:
+                with contextlib.suppress(BlockingIOError):      # in use
+                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(other, dir_fd=folder)
         fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600, dir_fd=folder)
-        fcntl.flock(fd, fcntl.LOCK_SH)          # for as long as we live
-        # Now, for later a full disk would be a page that is not there: SIGBUS.
+        fcntl.flock(fd, fcntl.LOCK_SH)          # for as long as any of us lives
+        # Now: later a full disk would be a page that is not there (SIGBUS).
         os.posix_fallocate(fd, 0, size)
         return fd
     finally:
         os.close(folder)
 
 
-def shared_table(passwords: Passwords) -> Optional[SharedTable]:
-    """Return the table of all processes that serve this dictionary, or None."""
+def shared_table(passwords: Passwords) -> SharedTable:
+    """Return the table of all processes that serve this dictionary."""
     name = (LAYOUT + passwords.fingerprint()).hex()
-    if name not in TABLES:
-        try:
-            TABLES[name] = SharedTable(open_shared_file(name, TABLE_SIZE))
-        except OSError as error:
-            logger().warning("unable to share nonces with other processes: %s", error.strerror)
-    return TABLES.get(name)
+    table = TABLES.get(name)
+    if table is None:
+        table = TABLES[name] = SharedTable(open_shared_file(name, TABLE_SIZE))
+    return table
 
 
 class UnknownProxies(TrustedProxies):
     """What we believe where nobody has said whom to trust: a private address may be a proxy's.
 
-    Whether it speaks for one client or for all nobody knows, so it is never locked out: ten
-    wrong passwords by a stranger would keep everybody out.
+    Whether it speaks for one client or for everybody we cannot know, so it is never locked
+    out: ten wrong passwords by a stranger would keep all others out.
     """
 
     INSIDE = TrustedProxies(["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10",
                              "fc00::/7", "fe80::/10"])
-    warned = False
 
     def _find_client(self, peer: str, forwarded: str = "") -> Tuple[str, Optional[str]]:
         shown, client = super()._find_client(peer, forwarded)
-        if not self.INSIDE.trusts(parse_address(peer) or ipaddress.ip_address("::")):
-            return shown, client
-        if not self.warned:
-            self.warned = True
-            logger().warning("never locked out: %s and other private addresses, for they may be "
-                          "proxies; trusted_proxies=[...] says which are", shown)
-        return shown, None
+        is_inside = client and self.INSIDE.trusts(parse_address(peer))
+        return shown, None if is_inside else client
 
 
-def be_ready(passwords: Passwords, proxies: Optional[Sequence[str]],
-                       offer: Dict[str, Any]) -> Tuple[Authenticator, TrustedProxies]:
-    """Return who asks for the password, and who knows whom he has asked."""
-    if not isinstance(passwords, Passwords):
-        raise TypeError(f"unable to use {passwords!r:.40}: expected Passwords, such as "
-                        f'Passwords({{"jim": "secret"}}, realm="files")')
-    for warning in passwords.warnings:
-        logger().warning(warning)
-    return (Authenticator(passwords, **offer),
-            UnknownProxies() if proxies is None else TrustedProxies(proxies))
+class Gate:
+    """The authenticator before other people's code, with what it needs to know of the host."""
+
+    def __init__(self, passwords: Passwords, trusted_proxies: Optional[Sequence[str]],
+                 offer: Dict[str, Any], share: bool = False) -> None:
+        if not isinstance(passwords, Passwords):
+            raise TypeError(f"unable to use {passwords!r:.40} as passwords: expected "
+                            f'Passwords({{"jim": "secret"}}, realm="files")')
+        import logging          # 8 ms, only for programs
+        self.log = logging.getLogger("authserver")
+        if share and "table" not in offer:
+            try:
+                offer["table"] = shared_table(passwords)
+            except OSError as error:
+                self.log.warning("unable to share nonces with other processes: %s", error)
+        self.authenticator = Authenticator(passwords, **offer)
+        self.schemes: Optional[Sequence[str]] = offer.get("schemes")
+        self.proxies = (UnknownProxies() if trusted_proxies is None else
+                        TrustedProxies(trusted_proxies))
+        if trusted_proxies is None:
+            self.log.info("never locked out: clients on loopback and with private addresses, which "
+                          "may be proxies; trusted_proxies=[...] says which are")
+        for warning in passwords.warnings:
+            self.log.warning(warning)
+
+    def judge(self, method: str, target: str, authorization: Sequence[str], peer: str,
+              forwarded: str, is_safe: bool, read_body: Callable[[], bytes],
+              same_target: Callable[[str, str], bool] = is_same_target) -> Verdict:
+        """Return the verdict on a request; is_safe: nobody can listen on its way."""
+        host, client = self.proxies.find_client(peer, forwarded)
+        schemes = self.schemes or (SCHEMES if is_safe else SCHEMES[:1])
+        try:
+            verdict = self.authenticator.authenticate(
+                method, target, authorization, client, self.authenticator.clock(), schemes,
+                read_body, same_target)
+        except BadRequest as error:         # from read_body
+            verdict = Verdict(error.status, reason=str(error))
+        if verdict.status != 200 and verdict.reason != "no credentials":
+            self.log.warning("%s: refused %s: %s", host, log_name(verdict.log_user), verdict.reason)
+        return verdict
 
 
 class Guard(http.server.BaseHTTPRequestHandler):
@@ -4356,9 +4361,7 @@ class Guard(http.server.BaseHTTPRequestHandler):
     For handlers: remote_user and auth_type, the user and the scheme.
     """
 
-    authenticator: Authenticator
-    proxies: TrustedProxies
-    schemes: Optional[Sequence[str]] = None     # those of the authenticator; else as it is safe
+    gate: Gate
     remote_user: Optional[str] = None
     auth_type = ""
     info: Fields = ()           # for the handler's answer
@@ -4393,30 +4396,24 @@ class Guard(http.server.BaseHTTPRequestHandler):
                 return UNASKED
         finally:
             self.rfile = stream
-        self.unread = True
+        self.unread = True                          # of a head that we cannot read, anything
         try:
-            # Once more, strictly: what follows the head depends on it.
             verdict = self.judge(parse_head(octets))
         except BadRequest as error:
-            verdict = Verdict(error.status, reason=str(error))
+            verdict = Verdict(error.status)
         if verdict.status != 200:
             self.refuse(verdict)
         return verdict
 
     def judge(self, request: Request) -> Verdict:
-        """Return the authenticator's verdict."""
-        self.unread = request.fields.chunked or request.fields.length > 0
-        peer = self.client_address[0] if self.client_address else ""
-        host, client = self.proxies.find_client(peer, request.fields.forwarded)
+        """Return the verdict on a request that http.server and parse_head understand."""
         server: Any = self.server
-        is_safe = hasattr(self.connection, "getpeercert") or is_private(server.socket)
-        verdict = self.authenticator.authenticate(
-            request.method, request.target, request.authorization, client,
-            self.authenticator.clock(), self.schemes or (SCHEMES if is_safe else SCHEMES[:1]),
+        self.unread = request.fields.chunked or request.fields.length > 0
+        return self.gate.judge(
+            request.method, request.target, request.authorization,
+            self.client_address[0] if self.client_address else "", request.fields.forwarded,
+            hasattr(self.connection, "getpeercert") or is_private(server.socket),
             functools.partial(self.read_content, request.fields))
-        if verdict.status != 200 and verdict.reason != "no credentials":
-            self.log_error("%s: refused %s: %s", host, log_name(verdict.log_user), verdict.reason)
-        return verdict
 
     def read_content(self, fields: FieldBlock) -> bytes:
         """Return the body, for qop=auth-int; the handler reads it again, and is the last."""
@@ -4443,17 +4440,14 @@ class Guard(http.server.BaseHTTPRequestHandler):
             self.linger()
 
     def linger(self) -> None:
-        """Let a client that is still sending read the answer: to close at once would reset it.
-
-        See: RFC 9112 section 9.6.
-        """
+        """Let a client that is still sending read the answer, then leave."""
         end = time.monotonic() + LINGER_SECONDS
-        with contextlib.suppress(OSError):          # the client has left, or the time is over
+        with contextlib.suppress(OSError):          # it has left, or its time is over
             self.connection.shutdown(socket.SHUT_WR)
-            while True:
+            more = True
+            while more:
                 self.connection.settimeout(max(0.01, end - time.monotonic()))
-                if not self.connection.recv(IN_MEMORY):
-                    break
+                more = bool(self.connection.recv(IN_MEMORY)) and time.monotonic() < end
 
     def log_request(self, code: Union[int, str] = "-", size: Union[int, str] = "-") -> None:
         """Leave it to AuthServer's access log, unless the handler has a log of its own."""
@@ -4470,16 +4464,15 @@ class Guard(http.server.BaseHTTPRequestHandler):
 
 
 def check_handler(handler: Any) -> None:
-    """Refuse what could not be asked for the password; by name, and before it serves anybody."""
+    """Refuse what would never ask for the password; by name, and before it serves anybody."""
     if (not isinstance(handler, type) or issubclass(handler, Guard)
             or not issubclass(handler, http.server.BaseHTTPRequestHandler)):
         raise TypeError(f"unable to protect {handler!r:.60}: expected a class of handlers, derived "
                         f"from BaseHTTPRequestHandler, and not protected yet")
     for name in ("handle", "handle_one_request"):
         method: Any = getattr(handler, name)
-        method = getattr(method, "__wrapped__", method)
-        calls = getattr(method, "__code__", check_handler.__code__).co_names
-        if not {"handle", "handle_one_request", "parse_request"} & set(calls):
+        code = getattr(getattr(method, "__wrapped__", method), "__code__", None)
+        if not {"handle", "handle_one_request", "parse_request"} & set(code.co_names if code else ()):
             raise TypeError(f"unable to protect {handler.__name__}: its {name}() does not call "
                             f"parse_request(), where the password is asked for")
 
@@ -4496,10 +4489,10 @@ def protect(handler_class: Any, passwords: Passwords,
         return functools.partial(protect(handler_class.func, passwords, trusted_proxies, **offer),
                                  *handler_class.args, **handler_class.keywords)
     check_handler(handler_class)
-    authenticator, proxies = be_ready(passwords, trusted_proxies, offer)
+    gate = Gate(passwords, trusted_proxies, offer)
     return type(handler_class.__name__, (Guard, handler_class), {
-        "authenticator": authenticator, "proxies": proxies, "schemes": offer.get("schemes"),
-        "__module__": handler_class.__module__, "__doc__": handler_class.__doc__})
+        "__module__": handler_class.__module__, "gate": gate,
+        "authenticator": gate.authenticator, "proxies": gate.proxies})      # for AuthServer
 
 
 def is_same_resource(environ: Dict[str, Any], uri: str, target: str) -> bool:
@@ -4521,17 +4514,13 @@ def is_same_resource(environ: Dict[str, Any], uri: str, target: str) -> bool:
 
 def body_of(environ: Dict[str, Any]) -> Iterator[bytes]:
     """Yield what the body of a request consists of, if it is known where it ends."""
-    length = environ.get("CONTENT_LENGTH") or "0"
-    if not re.fullmatch("[0-9]{1,15}", length):     # wsgiref tells what the client said
-        raise BadRequest(400, "Content-Length")
-    left = int(length)
-    if not environ.get("CONTENT_LENGTH") and environ.get("wsgi.input_terminated"):
-        left = MAX_BODY
+    length = environ.get("CONTENT_LENGTH")          # wsgiref tells what the client said
+    left = MAX_BODY if environ.get("wsgi.input_terminated") else 0
+    if length:
+        left, _ = framing({"content-length": [length]}, 1)
     while left:
         piece = environ["wsgi.input"].read(min(left, IN_MEMORY))
-        if not piece:
-            break
-        left -= len(piece)
+        left -= len(piece) or left
         yield piece
 
 
@@ -4547,35 +4536,30 @@ def read_signed(environ: Dict[str, Any]) -> bytes:
 
 
 def skip_body(environ: Dict[str, Any]) -> None:
-    """Read what a refused client sends, or servers would take it for its next request."""
+    """Read what a refused client sends."""
     end = time.monotonic() + LINGER_SECONDS
     for _ in body_of(environ):
         if time.monotonic() > end:
-            if not environ.get("CONTENT_LENGTH"):   # cheroot does not find the end by itself
+            # Of chunks cheroot does not find the end by itself: this ends the connection.
+            if not environ.get("CONTENT_LENGTH"):
                 raise ConnectionAbortedError("a refused client does not stop sending")
             break
 
 
-def judge_environ(authenticator: Authenticator, proxies: TrustedProxies,
-                  schemes: Optional[Sequence[str]], environ: Dict[str, Any]) -> Verdict:
-    """Return the authenticator's verdict on the request that a WSGI environment describes."""
+def judge_environ(gate: Gate, environ: Dict[str, Any]) -> Verdict:
+    """Return the verdict on the request that a WSGI environment describes."""
     peer, field = environ.get("REMOTE_ADDR", ""), environ.get("HTTP_AUTHORIZATION")
-    host, client = proxies.find_client(peer, environ.get("HTTP_X_FORWARDED_FOR", ""))
-    address = parse_address(peer)       # of a unix socket: None
-    is_safe = address is None or address.is_loopback or environ["wsgi.url_scheme"] == "https"
+    address = parse_address(peer)       # no peer: a unix socket
     target = environ.get("RAW_URI") or environ.get("REQUEST_URI")       # gunicorn; the others
-    same = is_same_target if target else functools.partial(is_same_resource, environ)
-    try:
-        verdict = authenticator.authenticate(
-            environ["REQUEST_METHOD"], str(target or ""), () if field is None else (field,), client,
-            authenticator.clock(), schemes or (SCHEMES if is_safe else SCHEMES[:1]),
-            functools.partial(read_signed, environ), same)
-        if verdict.status != 200:
+    verdict = gate.judge(
+        environ["REQUEST_METHOD"], str(target or ""), () if field is None else (field,), peer,
+        environ.get("HTTP_X_FORWARDED_FOR", ""),
+        not peer or environ["wsgi.url_scheme"] == "https" or bool(address and address.is_loopback),
+        functools.partial(read_signed, environ),
+        is_same_target if target else functools.partial(is_same_resource, environ))
+    if verdict.status != 200:
+        with contextlib.suppress(BadRequest):       # a length that is none
             skip_body(environ)
-    except BadRequest as error:
-        verdict = Verdict(error.status, reason=str(error))
-    if verdict.status != 200 and verdict.reason != "no credentials":
-        logger().warning("%s: refused %s: %s", host, log_name(verdict.log_user), verdict.reason)
     return verdict
 
 
@@ -4587,14 +4571,11 @@ def protect_wsgi(application: Any, passwords: Passwords,
     """
     if not callable(application):
         raise TypeError(f"unable to protect {application!r:.60}: expected a WSGI application")
-    if "table" not in offer and isinstance(passwords, Passwords):
-        offer["table"] = shared_table(passwords)
-    authenticator, proxies = be_ready(passwords, trusted_proxies, offer)
-    judge = functools.partial(judge_environ, authenticator, proxies, offer.get("schemes"))
+    gate = Gate(passwords, trusted_proxies, offer, True)
 
     def guarded(environ: Dict[str, Any], start_response: Any) -> Any:
         """Answer a refusal, or else call the application."""
-        verdict = judge(environ)
+        verdict = judge_environ(gate, environ)
 
         def start(status: str, fields: List[Tuple[str, str]], *exc_info: Any) -> Any:
             return start_response(status, list(fields) + list(verdict.fields), *exc_info)
@@ -4604,7 +4585,10 @@ def protect_wsgi(application: Any, passwords: Passwords,
             environ["AUTH_TYPE"] = verdict.scheme
             return application(environ, start)
         page = error_page(verdict.status)
-        start(STATUS_LINES[verdict.status][9:].rstrip(), [HTML, ("Content-Length", str(len(page)))])
+        # uWSGI closes without a word: who asks again at once, as under Digest, would be reset.
+        closes = [("Connection", "close")] * ("uwsgi.version" in environ)
+        start(STATUS_LINES[verdict.status][9:].rstrip(),
+              [HTML, ("Content-Length", str(len(page)))] + closes)
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [page]
     return guarded
 
