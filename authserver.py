@@ -2372,7 +2372,8 @@ class Connection:
         self.server, self.listener, self.socket = server, listener, sock
         self.address = address      # for handlers
         # For the log, and for a lock-out; another one's, when a proxy speaks for others.
-        self.host, self.client = server.proxies.find_client(host_of(address))
+        self.host, self.client = server.proxies.find_client(     # type: str, Optional[str]
+            host_of(address))
         self.buffer = b""           # received, and not understood yet
         self.output = b""           # not sent yet
         self.part: Optional[FilePart] = None        # ... and after it this
@@ -3338,7 +3339,8 @@ class AuthServer(http.server.HTTPServer):
 
 # O_PATH: to walk through a folder takes only the right to search it. Linux alone has it.
 FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW
-# A FIFO must not block, a terminal not become ours. (os.open adds O_CLOEXEC: PEP 446.)
+# A FIFO must not block (though who waits to write sees a reader come and go), a terminal not
+# become ours. os.open adds O_CLOEXEC: PEP 446.
 LAST = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
 # What a symlink then is (ENOTDIR: with O_DIRECTORY; EMLINK: on FreeBSD), or may be.
 IS_LINK = (errno.ELOOP, errno.ENOTDIR, errno.EMLINK)
@@ -3433,9 +3435,9 @@ def read_date(values: Sequence[str]) -> float:
     See: RFC 9110 section 5.6.7; 13.1.3: a recipient "MUST ignore" what is no date.
     """
     try:
-        # Without its tenth part, the zone: that is GMT, also where none is written.
-        return float(calendar.timegm((email.utils.parsedate_tz(values[0]) or ())[:9]))
-    # By version of Python, these are what it makes of rubbish.
+        # Its zone is GMT, also where none is written.
+        return float(calendar.timegm(email.utils.parsedate(values[0]) or ()))
+    # By version of Python, that is what it makes of rubbish.
     except (IndexError, OverflowError, TypeError, ValueError):
         return math.nan
 
@@ -3670,7 +3672,8 @@ class Files:
             self.path = os.path.join("/", os.path.relpath(real, os.path.realpath(chroot)))
 
     def open(self) -> None:
-        """Open the folder: at the first request, as who serves it and in its jail."""
+        """Open the folder (again): as who serves it, in its jail, at the first request or before."""
+        self.close()
         try:
             # The dot: in a folder that may be read but not searched, no file can be opened.
             self.fd = os.open(os.path.join(self.path, "."), os.O_RDONLY | os.O_DIRECTORY)
@@ -3679,9 +3682,9 @@ class Files:
 
     def close(self) -> None:
         """Close the folder; the next request opens it again."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd = -1
 
     def note_secrets(self, paths: Sequence[str]) -> None:
         """Note device and inode of secrets, and when they were written."""
@@ -4211,11 +4214,11 @@ class HandlerSocket:
         try:
             output, connection.output = connection.output, b""
             self.put(output)            # what earlier requests are still owed
-            server.finish_request(self, connection.address)     # type: ignore[arg-type]
+            server.finish_request(self, connection.address)     # type: ignore
         except BaseException:           # SystemExit, too: the loop goes on without this thread
             self.closes = True
             if not self.gone and not self.nonsense:
-                server.handle_error(self, connection.address)   # type: ignore[arg-type]
+                server.handle_error(self, connection.address)
         if self.head:                   # what looked like the beginning of an answer
             with contextlib.suppress(OSError):
                 self.hand_out()
