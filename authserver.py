@@ -2975,115 +2975,34 @@ def count_cpus() -> int:
     return os.cpu_count() or 1      # macOS
 
 
-# Hooks of socketserver that assume one request at a time and a connection for each. Nobody
-# calls them here, and what is never called must not look as if it were.
-UNUSED_HOOKS = ("get_request", "process_request", "process_request_thread", "shutdown_request",
-                "close_request")
+class Loop:
+    """All connections, in one thread; the half of a server that waits.
 
-
-class AuthServer(http.server.HTTPServer):
-    """An HTTPServer that keeps every connection in one loop; see the head of this section.
-
-    handler_class may have been through protect(); or it is no class at all, but a page.
-
-    Methods for the caller: serve_forever, handle_request, shutdown, server_close.
-    Methods that may be overridden, as on any HTTPServer: verify_request, finish_request,
-    handle_error, handle_timeout, service_actions, server_bind, server_activate.
-    Methods for daemonize.py: hold, release, drain, probe, reload, status, abandon.
-    Instance variables: sockets, workers, greeting, legacy; authenticator, public, proxies.
+    Methods for the server: open, turn, close, call_soon.  For connections: forget, and what
+    they read: clock, now, wall, stamp; later.
     """
 
-    request_queue_size = BACKLOG
-    greeting = forward_auth = ""
-    workers = 1                 # a program's own; the command line says one per CPU
-    draining = stopping = serving = False
+    authenticator: Optional[Authenticator]
+    listeners: List[Listener]
+    draining = held = False     # it accepts nobody any more; nobody yet
 
-    def __init__(self, server_address: Any, handler_class: Any, bind_and_activate: bool = True,
-                 authenticator: Optional[Authenticator] = None,
-                 listeners: Sequence[Listener] = (), public: Sequence[str] = (),
-                 stream_threads: int = STREAM_THREADS) -> None:
-        for name in UNUSED_HOOKS:
-            if getattr(type(self), name, None) is not getattr(http.server.HTTPServer, name, None):
-                raise TypeError(f"{type(self).__name__}.{name}() would never be called: AuthServer "
-                                f"has a loop and threads of its own")
-        is_handler = isinstance(handler_class, (type, functools.partial))
-        self.page: Optional[Page] = None if is_handler else handler_class
-        self.authenticator = authenticator or find_attribute(handler_class, "authenticator")
-        self.proxies = find_attribute(handler_class, "proxies") or TrustedProxies()
-        self.public, self.listeners = public, list(listeners)
-        if listeners:
-            socketserver.BaseServer.__init__(self, server_address, handler_class)
-            self.socket = listeners[0].socket
-        else:       # its listener is made when it begins to serve
-            super().__init__(server_address, handler_class, bind_and_activate)
-        self.heads, self.log = HeadReader(), Log()
+    def __init__(self) -> None:
+        self.log, self.heads = Log(), HeadReader()
         self.connections: Set[Connection] = set()
         # connections with more requests in their buffers; who came first, comes first
         self.later: Dict[Any, None] = {}
         self.calls: Deque[Callable[[], None]] = collections.deque()     # from other threads
-        self.handlers, self.hashers = Pool(stream_threads), Pool(SLOW_HASHES, SLOW_QUEUE)
         self.answered = self.counted = 0        # requests; those in the statistics already
         self.paused_until = self.offset = 0.0
         self.second, self.rested = 0, 0.0       # the time in words; when rest() last was
-        self.held = False
-        self.reread: Callable[[], None] = lambda: None
-        self.abandon: Callable[[], None] = lambda: None
-        self.stopped = threading.Event()
         self.look_at_clock()
-
-    @property
-    def sockets(self) -> List[socket.socket]:
-        """What to hand over at a restart."""
-        return [listener.socket for listener in self.listeners] or [self.socket]
-
-    @property
-    def legacy(self) -> Optional[int]:
-        """The memory that an heir shares with us: with it no client notices a restart."""
-        return self.authenticator.table.fd if self.authenticator else None
-
-    def server_bind(self) -> None:
-        """Bind without asking the DNS for our own name, which HTTPServer does."""
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
-
-    # -- the loop
-
-    def serve_forever(self, poll_interval: float = 1.0) -> None:
-        """Serve until shutdown() or drain(), or until a signal handler raises."""
-        self.open()
-        try:
-            self.announce()
-            while not self.stopping and not (self.draining and not self.connections):
-                self.turn(poll_interval)
-        finally:
-            self.close()
-
-    def handle_request(self) -> None:
-        """Serve one request, or wait for `timeout` seconds in vain."""
-        self.open()
-        try:
-            end = float("inf") if self.timeout is None else self.clock + self.timeout
-            before = self.answered
-            while self.answered == before and self.clock < end:
-                self.turn(min(1.0, max(0.0, end - self.clock)))
-            if self.answered == before:
-                self.handle_timeout()
-            self.drain()        # whoever waits for the rest of an answer gets it
-            while self.connections:
-                self.turn(1.0)
-        finally:
-            self.draining = False
-            self.close()
 
     def open(self) -> None:
         """Begin to wait for whatever may happen."""
-        self.find_listeners()
         self.limit = max(BATCH, min(MAX_CONNECTIONS, raise_file_limit() - SPARE_FILES))
-        self.stopped.clear()
         self.wake, self.waker = socket.socketpair()
         self.selector = selectors.DefaultSelector()     # an epoll must not be shared by a fork
         self.selector.register(self.wake, selectors.EVENT_READ, self.make_calls)
-        self.serving = True
         self.accept_again()
 
     def close(self) -> None:
@@ -3093,32 +3012,13 @@ class AuthServer(http.server.HTTPServer):
             connection.close()
         for closable in (self.selector, self.wake, self.waker):
             closable.close()
-        self.serving = self.stopping = False
-        self.stopped.set()
 
-    def find_listeners(self) -> None:
-        """Make the listener of a program's own socket, which it may have wrapped for TLS."""
-        if not self.listeners or self.socket not in self.sockets:
-            context = getattr(self.socket, "context", None)
-            schemes = self.authenticator.schemes if self.authenticator else ()
-            if self.authenticator and not (self.authenticator.is_explicit or context
-                                           or is_private(self.socket)):
-                schemes = SCHEMES[:1]
-            self.listeners = [Listener(self.socket, schemes, context)]
-            if context:
-                load_ssl()
+    def service_actions(self) -> None:
+        """Do what a program wants done once in a while."""
 
-    def announce(self) -> None:
-        """Log the addresses; the first worker does it for all."""
-        authenticator = self.authenticator
-        if authenticator is None or not authenticator.table.statistics()["workers"]:
-            for address, listener in zip(self.addresses(), self.listeners):
-                self.log.error(f"listening on {address} ({', '.join(listener.schemes)})")
-            if authenticator and authenticator.max_failures[0]:
-                self.log.error("never locked out, for they may be many: clients on loopback, on "
-                               "unix sockets, and of proxies without X-Forwarded-For")
-        if authenticator:
-            authenticator.table.add("workers")
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Return whether to talk to a client at all."""
+        return True
 
     def turn(self, patience: float) -> None:
         """Do what there is to do; where there is nothing, wait for something."""
@@ -3194,8 +3094,6 @@ class AuthServer(http.server.HTTPServer):
         while self.calls:
             self.call(self.calls.popleft())
 
-    # -- connections
-
     def accept_again(self) -> None:
         """Begin to accept connections, or go on after a pause; unless hold() is in force."""
         self.paused_until = 0.0
@@ -3207,8 +3105,9 @@ class AuthServer(http.server.HTTPServer):
             if listener.socket.family != socket.AF_UNIX:
                 # Accepted sockets inherit it: one call here instead of one per connection.
                 listener.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self.selector.register(listener.socket, selectors.EVENT_READ,
-                                   functools.partial(self.accept, listener))
+            with contextlib.suppress(KeyError):         # it is there already
+                self.selector.register(listener.socket, selectors.EVENT_READ,
+                                       functools.partial(self.accept, listener))
 
     def stop_accepting(self) -> None:
         """Leave new connections to the kernel's queue, or to another process."""
@@ -3239,7 +3138,7 @@ class AuthServer(http.server.HTTPServer):
             self.make_room()
         sock.setblocking(False)
         kind = TLSConnection if listener.context else Connection
-        connection = kind(self, listener, sock, address)
+        connection = kind(self, listener, sock, address)    # type: ignore[arg-type]
         self.connections.add(connection)
         self.selector.register(connection.socket, selectors.EVENT_READ, connection.ready)
 
@@ -3265,6 +3164,131 @@ class AuthServer(http.server.HTTPServer):
         if not idle and not self.paused_until:
             self.stop_accepting()
             self.paused_until = self.clock + PAUSE_SECONDS
+
+    def begin_drain(self) -> None:
+        """Do the loop's part of drain()."""
+        self.stop_accepting()
+        for connection in self.connections:
+            if connection.stage in ("first", "idle", "handshake"):
+                connection.deadline = min(connection.deadline, self.clock + DRAIN_SECONDS)
+
+
+# Hooks of socketserver that assume one request at a time and a connection for each. Nobody
+# calls them here, and what is never called must not look as if it were.
+UNUSED_HOOKS = ("get_request", "process_request", "process_request_thread", "shutdown_request",
+                "close_request")
+
+
+class AuthServer(Loop, http.server.HTTPServer):
+    """An HTTPServer that keeps every connection in one loop.
+
+    handler_class may have been through protect(); or it is no class at all, but a page.
+
+    Methods for the caller: serve_forever, handle_request, shutdown, server_close.
+    Methods that may be overridden, as on any HTTPServer: verify_request, finish_request,
+    handle_error, handle_timeout, service_actions, server_bind, server_activate.
+    Methods for daemonize.py: hold, release, drain, probe, reload, status, abandon.
+    Instance variables: sockets, workers, greeting, legacy; authenticator, public, proxies.
+    """
+
+    request_queue_size = BACKLOG
+    greeting = forward_auth = ""
+    workers = 1                 # a program's own; the command line says one per CPU
+    stopping = False
+
+    def __init__(self, server_address: Any, handler_class: Any, bind_and_activate: bool = True,
+                 authenticator: Optional[Authenticator] = None,
+                 listeners: Sequence[Listener] = (), public: Sequence[str] = (),
+                 stream_threads: int = STREAM_THREADS) -> None:
+        for name in UNUSED_HOOKS:
+            if getattr(type(self), name, None) is not getattr(http.server.HTTPServer, name, None):
+                raise TypeError(f"{type(self).__name__}.{name}() would never be called: AuthServer "
+                                f"has a loop and threads of its own")
+        is_handler = isinstance(handler_class, (type, functools.partial))
+        self.page: Optional[Page] = None if is_handler else handler_class
+        self.authenticator = authenticator or find_attribute(handler_class, "authenticator")
+        self.proxies = find_attribute(handler_class, "proxies") or TrustedProxies()
+        self.public, self.listeners = public, list(listeners)
+        if listeners:
+            socketserver.BaseServer.__init__(self, server_address, handler_class)
+            self.socket = listeners[0].socket
+        else:       # its listener is made when it begins to serve
+            http.server.HTTPServer.__init__(self, server_address, handler_class, bind_and_activate)
+        self.handlers, self.hashers = Pool(stream_threads), Pool(SLOW_HASHES, SLOW_QUEUE)
+        self.reread: Callable[[], None] = lambda: None
+        self.abandon: Callable[[], None] = lambda: None
+        self.stopped = threading.Event()
+        Loop.__init__(self)
+
+    @property
+    def sockets(self) -> List[socket.socket]:
+        """What to hand over at a restart."""
+        return [listener.socket for listener in self.listeners] or [self.socket]
+
+    @property
+    def legacy(self) -> Optional[int]:
+        """The memory that an heir shares with us: with it no client notices a restart."""
+        return self.authenticator.table.fd if self.authenticator else None
+
+    def server_bind(self) -> None:
+        """Bind without asking the DNS for our own name, which HTTPServer does."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+
+    def serve_forever(self, poll_interval: float = 1.0) -> None:
+        """Serve until shutdown() or drain(), or until a signal handler raises."""
+        self.begin()
+        try:
+            self.announce()
+            while not self.stopping and not (self.draining and not self.connections):
+                self.turn(poll_interval)
+        finally:
+            self.close()
+            self.stopping = False
+            self.stopped.set()
+
+    def handle_request(self) -> None:
+        """Serve one request, or wait for `timeout` seconds in vain."""
+        self.begin()
+        try:
+            end = float("inf") if self.timeout is None else self.clock + self.timeout
+            before = self.answered
+            while self.answered == before and self.clock < end:
+                self.turn(min(1.0, max(0.0, end - self.clock)))
+            if self.answered == before:
+                self.handle_timeout()
+            self.drain()        # whoever waits for the rest of an answer gets it
+            while self.connections:
+                self.turn(1.0)
+        finally:
+            self.draining = False
+            self.close()
+
+    def begin(self) -> None:
+        """Open the loop; for a program's own socket, which it may have wrapped for TLS."""
+        self.stopped.clear()
+        if not self.listeners or self.socket not in self.sockets:
+            context = getattr(self.socket, "context", None)
+            schemes = self.authenticator.schemes if self.authenticator else ()
+            if self.authenticator and not (self.authenticator.is_explicit or context
+                                           or is_private(self.socket)):
+                schemes = SCHEMES[:1]
+            self.listeners = [Listener(self.socket, schemes, context)]
+            if context:
+                load_ssl()
+        self.open()
+
+    def announce(self) -> None:
+        """Log the addresses; the first worker does it for all."""
+        authenticator = self.authenticator
+        if authenticator is None or not authenticator.table.statistics()["workers"]:
+            for address, listener in zip(self.addresses(), self.listeners):
+                self.log.error(f"listening on {address} ({', '.join(listener.schemes)})")
+            if authenticator and authenticator.max_failures[0]:
+                self.log.error("never locked out, for they may be many: clients on loopback, on "
+                               "unix sockets, and of proxies without X-Forwarded-For")
+        if authenticator:
+            authenticator.table.add("workers")
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what a handler raised."""
@@ -3294,13 +3318,6 @@ class AuthServer(http.server.HTTPServer):
         """Accept nobody, end connections after their next answer, then end serve_forever()."""
         self.draining = True
         self.call_soon(self.begin_drain)
-
-    def begin_drain(self) -> None:
-        """Do the loop's part of drain()."""
-        self.stop_accepting()
-        for connection in self.connections:
-            if connection.stage in ("first", "idle", "handshake"):
-                connection.deadline = min(connection.deadline, self.clock + DRAIN_SECONDS)
 
     def probe(self) -> None:
         """Ask for a page as a client would, in memory; raise Refusal if the answer is not right."""
