@@ -4556,16 +4556,17 @@ def body_of(environ: Dict[str, Any]) -> Iterator[bytes]:
     left = MAX_BODY if environ.get("wsgi.input_terminated") else 0
     if length:
         left, _ = framing({"content-length": [length]}, 1)
+    stream = environ["wsgi.input"]
     while left:
-        piece = environ["wsgi.input"].read(min(left, IN_MEMORY))
+        piece = stream.read(min(left, IN_MEMORY))
         left -= len(piece) or left
         yield piece
 
 
-def read_signed(environ: Dict[str, Any]) -> bytes:
+def read_signed(environ: Dict[str, Any], body: Iterator[bytes]) -> bytes:
     """Return the body, for qop=auth-int; the application reads it again."""
     content = b""
-    for piece in body_of(environ):
+    for piece in body:
         content += piece
         if len(content) > IN_MEMORY:
             raise BadRequest(413, "body too large for auth-int")
@@ -4573,31 +4574,32 @@ def read_signed(environ: Dict[str, Any]) -> bytes:
     return content
 
 
-def skip_body(environ: Dict[str, Any]) -> None:
+def skip(body: Iterator[bytes], in_chunks: bool) -> None:
     """Read what a refused client sends."""
     end = time.monotonic() + LINGER_SECONDS
-    for _ in body_of(environ):
-        if time.monotonic() > end:
-            # Of chunks cheroot does not find the end by itself: this ends the connection.
-            if not environ.get("CONTENT_LENGTH"):
+    with contextlib.suppress(BadRequest):           # a length that is none
+        for _ in body:
+            if in_chunks and time.monotonic() > end:
+                # Of chunks cheroot does not find the end by itself: this ends the connection.
                 raise ConnectionAbortedError("a refused client does not stop sending")
-            break
+            if time.monotonic() > end:
+                break
 
 
 def judge_environ(gate: Gate, environ: Dict[str, Any]) -> Verdict:
     """Return the verdict on the request that a WSGI environment describes."""
     peer, field = environ.get("REMOTE_ADDR", ""), environ.get("HTTP_AUTHORIZATION")
-    address = parse_address(peer)       # no peer: a unix socket
+    address, body = parse_address(peer), body_of(environ)
     target = environ.get("RAW_URI") or environ.get("REQUEST_URI")       # gunicorn; the others
     verdict = gate.judge(
         environ["REQUEST_METHOD"], str(target or ""), () if field is None else (field,), peer,
         environ.get("HTTP_X_FORWARDED_FOR", ""),
+        # No peer is a unix socket.
         not peer or environ["wsgi.url_scheme"] == "https" or bool(address and address.is_loopback),
-        functools.partial(read_signed, environ),
+        functools.partial(read_signed, environ, body),
         is_same_target if target else functools.partial(is_same_resource, environ))
     if verdict.status != 200:
-        with contextlib.suppress(BadRequest):       # a length that is none
-            skip_body(environ)
+        skip(body, not environ.get("CONTENT_LENGTH"))
     return verdict
 
 
