@@ -53,6 +53,7 @@ See: RFC 7616 (Digest), RFC 7617 (Basic), RFC 9110 (HTTP), RFC 9112 (its message
 """
 import argparse
 import base64
+import calendar
 import collections
 import contextlib
 import email.utils
@@ -65,14 +66,18 @@ import hmac
 import html
 import http.client
 import http.server
+import importlib
 import io
 import ipaddress
 import math
+import mimetypes
 import mmap
 import os
+import queue
 import re
 import resource
 import selectors
+import shlex
 import signal
 import socket
 import socketserver
@@ -85,8 +90,9 @@ import time
 import traceback
 import unicodedata
 import urllib.parse
-from typing import (Any, Callable, Deque, Dict, Iterable, List, Mapping, NamedTuple, Optional,
-                    Sequence, Set, TextIO, Tuple, Union)
+import weakref
+from typing import (Any, BinaryIO, Callable, Deque, Dict, Generator, Iterable, Iterator, List,
+                    Mapping, NamedTuple, Optional, Sequence, Set, TextIO, Tuple, Union)
 
 # -- 0. Settings and messages -------------------------------------------------
 
@@ -98,16 +104,17 @@ QOP = ("auth",)             # "auth-int" beside it makes wget fall back to RFC 2
 NONCE_LIFETIME = 300.0      # seconds; with 5 nobody could log in from Safari
 NEXT_NONCE = 0.9            # of that life; then answers bring the next nonce along
 CLOCK_SKEW = 30.0           # seconds that machines with one nonce secret may differ
-NC_WINDOW = 128             # uses of a nonce that may overtake one another: two 64-bit words
-NONCE_SLOTS = 1 << 16       # nonces in use whose counts are kept, 32 bytes each
-CLIENT_SLOTS = 1 << 13      # clients whose failures are counted, 24 bytes each
+NC_WINDOW = 64              # uses of a nonce that may overtake one another: a 64-bit word
+NONCE_SLOTS = 1 << 16       # nonces in use whose counts are kept, 24 bytes each
+CLIENT_BUCKETS = 1 << 13    # of clients whose failures are counted, 16 bytes each
+MAX_ROWS = 64               # processes that count for themselves
 MAX_FAILURES = (10, 60.0)   # wrong passwords in so many seconds: more than a person mistypes
 MAX_CREDENTIALS = 16384     # characters of an Authorization field: a uri of 8 KiB fits
 MAX_TEXT = 1024             # bytes of a name or user:password; to normalize 16 KiB takes 100 ms
 MAX_CHALLENGE = 255         # characters; wget (1.21 to 1.24) aborts on more, before another
 SLOW_HASHES = 2             # verified at a time, so that guessing cannot take every CPU
 SLOW_QUEUE = 32             # more that may wait for their turn; the next is told 503
-REMEMBERED = 8192           # slow hashes found right, by a keyed hash; 150 bytes each
+REMEMBERED = 8192           # passwords found right, by a keyed hash; 150 bytes each
 COUNTERS = ("requests", "challenges", "failures", "stale", "replays", "lockouts", "malformed",
             "busy", "workers")
 MAX_LINE = 8192         # bytes of request line (RFC 9112 section 3 asks for 8000); beyond: 414
@@ -115,29 +122,18 @@ MAX_HEAD = 32768        # bytes of a request head; browsers stop at about 16 KiB
 MAX_FIELDS = 100        # field lines, as many as http.client reads; beyond: 431
 MAX_BODY = 1 << 30      # bytes of request body, for handlers that take uploads; beyond: 413
 READ_SIZE = 1 << 14     # bytes per recv(2) in the loop: nearly every head comes in one
-PIPELINED = 4           # requests of one connection answered before others get their turn
-SLICE = 0.001           # seconds of a turn for requests that wait in buffers: 200 clients had 16 ms
 IN_MEMORY = 1 << 16     # bytes of body, and of answers, that the loop holds for a connection
-MAX_MEMOS = 512         # heads remembered per listening address, about 3 KiB each
+SENDFILE_SIZE = 1 << 20     # bytes of a file per sendfile(2): then others get their turn
+MAX_MEMOS = 512         # blocks of fields whose meaning is remembered, 1 to 3 KiB each
 MAX_CONNECTIONS = 20000     # per worker, where the limit of open files allows; about 20 MiB
-MAX_PER_CLIENT = 1000       # of them from one address, or IPv6 /64: a large office behind one NAT
 SPARE_FILES = 64        # descriptors kept back, for logs and for what handlers open
 BACKLOG = 1024          # connections that the kernel queues; http.server's 5 loses SYNs
 BATCH = 16              # connections accepted at a time, before others get their turn
-POOL_THREADS = 40       # handlers that may wait at a time, in a thread each; beyond: 503
+STREAM_THREADS = 200    # handlers that may wait at a time, in a thread each; beyond: 503
 PACE_SECONDS = 30.0     # for each 64 KiB of body or answer: who is slower than 2 KiB/s goes
-WAITS = {               # seconds that a connection may spend
-    "first": 20.0,      # from accept to the first byte
-    "head": 20.0,       # from the first byte of a head to its last: not per byte
-    "body": PACE_SECONDS,       # reading a body in the loop, of at most 64 KiB
-    "write": PACE_SECONDS,      # writing, and as long again for every 64 KiB that went
-    "idle": 75.0,       # between two requests; browsers wait for 60 to 120 s
-    "linger": 10.0,     # sending, though it has been refused
-    "pool": float("inf"),       # with a handler: the streams have their own deadlines
-}
 PAUSE_SECONDS = 0.02    # between looks whether we may accept connections (again)
 DRAIN_SECONDS = 1       # for which a draining server waits for a connection's next request
-PROBE_SECONDS = 5       # for the answer to probe()
+F_ADD_SEALS, F_SEAL_SHRINK = 1033, 2     # of fcntl(2), which Python names since 3.8
 
 
 class Refusal(ValueError):
@@ -156,8 +152,12 @@ class Malformed(ValueError):
     """Credentials that break the grammar: 400, whoever sent them."""
 
 
+class NoNonce(Malformed):
+    """Digest credentials from a client that has seen no challenge yet (LWP): 401, with one."""
+
+
 class Busy(Exception):
-    """Too many slow hashes wait for their turn: 503."""
+    """Every thread that could do what takes long has work: 503."""
 
 
 # -- 1. Reading the header ----------------------------------------------------
@@ -174,8 +174,8 @@ TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 QDTEXT = r'[^"\\\x00-\x08\x0a-\x1f\x7f]*'
 QUOTED_STRING = rf'"({QDTEXT}(?:\\[\t\x20-\x7e\x80-\xff]{QDTEXT})*)"'
 # RFC 9110 section 11.2: auth-param = token BWS "=" BWS ( token / quoted-string )
-match_param = re.compile(
-    rf'[ \t,]*({TOKEN})[ \t]*=[ \t]*(?:({TOKEN})|{QUOTED_STRING})[ \t]*(?:,|\Z)').match
+split_params = re.compile(
+    rf'[ \t,]*({TOKEN})[ \t]*=[ \t]*(?:({TOKEN})|{QUOTED_STRING})[ \t]*(?:,|\Z)').split
 is_token = re.compile(TOKEN).fullmatch
 # RFC 9110 section 11.2: token68 = 1*( ALPHA / DIGIT / "-" / "." / "_" / "~" / "+" / "/" ) *"="
 is_token68 = re.compile(r"[A-Za-z0-9\-._~+/]+=*").fullmatch
@@ -192,7 +192,6 @@ class DigestCredentials(NamedTuple):
     """What a Digest Authorization field claims; nothing in it is believed yet."""
 
     usernames: Tuple[str, ...]      # the readings of the name, likeliest first
-    userhash: bool                  # the name is H(user:realm)
     realm: str
     nonce: str
     uri: str
@@ -223,13 +222,14 @@ def parse_authorization(value: str) -> Tuple[str, str, Dict[str, str]]:
         return scheme.lower(), rest, {}
     params: Dict[str, str] = {}
     # Commas at the end are empty elements, and those are no error: RFC 9110 section 5.6.1.2.
-    position, end = 0, len(rest.rstrip(" \t,"))
-    while position < end:
-        match = match_param(rest, position)
-        if match is None or match.group(1).lower() in params:
-            raise Malformed("parameter syntax" if match is None else "a parameter twice")
-        params[match.group(1).lower()] = match.group(2) or match.group(3) or ""
-        position = match.end()
+    # What lies between the matches must be nothing: split() gives it, and each match's three groups.
+    parts = split_params(rest.rstrip(" \t,"))
+    if "".join(parts[::4]):
+        raise Malformed("parameter syntax")
+    params = dict(zip(map(str.lower, parts[1::4]),
+                      [token or quoted or "" for token, quoted in zip(parts[2::4], parts[3::4])]))
+    if len(params) < len(parts) // 4:
+        raise Malformed("a parameter twice")
     return scheme.lower(), "", params
 
 
@@ -316,19 +316,20 @@ def parse_digest(params: Mapping[str, str]) -> DigestCredentials:
 
     See: RFC 7616 section 3.4.
     """
-    realm, nonce, uri, response, algorithm, qop, nc, cnonce = (params.get(name, "") for name in (
-        "realm", "nonce", "uri", "response", "algorithm", "qop", "nc", "cnonce"))
-    userhash = params.get("userhash", "").lower() == "true"
-    if not realm or not nonce or not uri or not is_response(response):
-        raise Malformed("realm, nonce, uri or response")
-    # No qop is the form of RFC 2069: well-formed, so no 400; _check_digest refuses it with 401.
-    if qop and not (is_nc(nc) and cnonce) or len(realm + nonce + cnonce) > MAX_TEXT:
-        raise Malformed("nc or cnonce, or something is too long")
-    if userhash and "username*" in params:
-        raise Malformed("userhash with username*")
+    realm, nonce, uri, response, algorithm, qop, nc, cnonce = [params.get(name, "") for name in (
+        "realm", "nonce", "uri", "response", "algorithm", "qop", "nc", "cnonce")]
+    if not nonce:
+        raise NoNonce("nonce")
+    if not realm or not uri or not is_response(response):
+        raise Malformed("realm, uri or response")
+    # No qop is the form of RFC 2069: well-formed, so no 400; the authenticator refuses it with 401.
+    if qop and not is_nc(nc):
+        raise Malformed("nc")
+    if qop and not cnonce or len(realm) + len(nonce) + len(cnonce) > MAX_TEXT:
+        raise Malformed("cnonce, or something is too long")
     # uri stays as it came: curl sends a backslash in it bare, as in its request line.
     return DigestCredentials(
-        read_usernames(params), userhash, unescape(realm), unescape(nonce), uri, response.lower(),
+        read_usernames(params), unescape(realm), unescape(nonce), uri, response.lower(),
         # No algorithm means MD5; an unknown one becomes "", which is never offered: 401, not 400.
         CANONICAL.get(algorithm.lower() or "md5", ""), qop, nc, unescape(cnonce))
 
@@ -430,15 +431,6 @@ def digest_response(ha1: str, nonce: str, nc: str, cnonce: str, qop: str, ha2: s
     return to_hex(algorithm, f"{ha1}:{nonce}:{nc}:{cnonce}:{qop}:{ha2}".encode("latin-1"))
 
 
-def digest_userhash(username: str, realm: str, algorithm: str = "MD5") -> str:
-    """Return what a client sends as its name when it hides the name.
-
-    See: RFC 7616 section 3.4.4.
-    """
-    # username = H( unq(username) ":" unq(realm) )
-    return to_hex(algorithm, f"{username}:{realm}".encode())
-
-
 # -- 3. Nonces, and what the workers share ------------------------------------
 #
 # A nonce says when it was made and carries our signature: a 401 costs no memory, nor do
@@ -446,26 +438,41 @@ def digest_userhash(username: str, realm: str, algorithm: str = "MD5") -> str:
 # table then knows which counts (nc) are used up. Without it, whoever records a request
 # could send it again for as long as the nonce lives.
 #
-# The table is memory that was mapped before the workers were forked. Memory alone has
-# no atomic test-and-set: of 20,000 races forced between two processes both won 19,985.
-# So a slot is read and written under fcntl.lockf on a byte of its own (3 us), which the
-# kernel gives back when a worker dies, and under a thread lock, because POSIX record
-# locks do not keep the threads of one process apart. They vanish when the process closes
-# ANY descriptor of the file; so one object holds the only one. The locked file stays
-# empty: if it were mapped, a full disk would turn the first touch of a page into SIGBUS.
+# The table is memory that several processes map. Memory alone has no atomic
+# test-and-set: of 20,000 races forced between two processes both won 19,985. So a slot
+# is read and written under fcntl.lockf on a byte of its own (3 us), which the kernel
+# gives back when a worker dies, and under a thread lock, because POSIX record locks do
+# not keep the threads of one process apart. They vanish when the process closes ANY
+# descriptor of the file; so one object holds the only one.
 #
 # Nothing here grows. A newer nonce takes over the slot of an older one, and no slot ever
 # accepts an older nonce than the newest it has held: what was forgotten is never good
 # again. Its owner is told `stale` and comes back with a new nonce, in another slot.
+#
+# That rule needs a clock that never goes back, so time here is the monotonic clock plus an
+# offset, both the same for whoever maps the table. Where machines share a nonce secret they
+# must agree on the time of day as well: there a clock that was set begins a new ERA, with
+# all slots empty, and a new issuer, so that no nonce of the era before is good in it.
+#
+# Who maps a table: the workers of a daemon, forked after it was made; its heir (a restart
+# hands the descriptor over, so that no client notices); and, by a name that only its
+# user can reach, the processes of a WSGI server, which know nothing of one another (12).
 
 # 27 bytes are 36 characters of base64 and no padding: a nonce has one spelling.
 is_nonce = re.compile(r"[A-Za-z0-9_-]{36}").fullmatch
 
 
-def sign(key: bytes, data: bytes) -> bytes:
-    """Return 12 bytes that only a holder of the key can make."""
+def find_mac() -> Callable[[bytes, bytes], bytes]:
+    """Return sign(key, data): 12 bytes that only a holder of the key can make."""
+    try:
+        hashlib.blake2s(b"", key=b"key", digest_size=12)
+    except ValueError:      # FIPS mode knows no BLAKE2
+        return lambda key, data: hmac.new(key, data, "sha256").digest()[:12]
     # BLAKE2 takes a key, so this is a MAC by itself: a third of the time of HMAC with SHA-256.
-    return hashlib.blake2s(data, key=key, digest_size=12).digest()
+    return lambda key, data: hashlib.blake2s(data, key=key, digest_size=12).digest()
+
+
+sign = find_mac()
 
 
 def make_nonce(key: bytes, now: float, salt: bytes) -> str:
@@ -482,31 +489,34 @@ def make_nonce(key: bytes, now: float, salt: bytes) -> str:
     return base64.urlsafe_b64encode(body + sign(key, body)).decode("ascii")
 
 
+@functools.lru_cache(maxsize=4096)
+def nonce_body(nonce: str, key: bytes) -> bytes:
+    """Return the first 15 bytes of a nonce that we signed, else b"".
+
+    Remembered, for a client uses one nonce many times; who has no password fills nothing
+    here, since a nonce is looked at only after a right response.
+    """
+    # What has not the form of a nonce takes the same way: no signature equals b"".
+    signed = base64.urlsafe_b64decode(nonce) if is_nonce(nonce) else b""
+    return signed[:15] if hmac.compare_digest(sign(key, signed[:15]), signed[15:]) else b""
+
+
 def nonce_time(body: bytes) -> float:
     """Return when a nonce was made, in seconds since the epoch."""
     return int.from_bytes(body[:5], "big") / 100
 
 
-def check_nonce(nonce: str, key: bytes, now: float, lifetime: float = NONCE_LIFETIME,
-                issuer: bytes = b"", start: float = 0.0) -> Optional[bytes]:
+def check_nonce(nonce: str, key: bytes, now: float,
+                lifetime: float = NONCE_LIFETIME) -> Optional[bytes]:
     r"""Return the first 15 bytes of a nonce of ours that is still good, else None.
-
-    Another issuer with the same key counts as us from start on, when we began to watch:
-    before that it may have seen this nonce used.
 
     >>> check_nonce(make_nonce(b"key", 1.0, b"random" + b"boot"), b"key", now=300.9)
     b'\x00\x00\x00\x00drandomboot'
     >>> check_nonce(make_nonce(b"key", 1.0, b"random" + b"boot"), b"key", now=301.0)
     """
-    # What has not the form of a nonce takes the same way: no signature equals b"".
-    signed = base64.urlsafe_b64decode(nonce) if is_nonce(nonce) else b""
-    body, issued = signed[:15], nonce_time(signed)
-    if not hmac.compare_digest(sign(key, body), signed[15:]):
-        return None
-    if not issued - CLOCK_SKEW <= now < issued + lifetime:
-        return None
-    # Nonces of ours were watched from the start; those of another machine since our own start.
-    return body if body[-4:] == issuer or issued >= start else None
+    body = nonce_body(nonce, key)
+    issued = nonce_time(body)
+    return body if body and issued - CLOCK_SKEW <= now < issued + lifetime else None
 
 
 def advance_window(highest: int, seen: int, nonce_count: int) -> Optional[Tuple[int, int]]:
@@ -534,133 +544,206 @@ def advance_window(highest: int, seen: int, nonce_count: int) -> Optional[Tuple[
     return highest, seen | 1 << -ahead
 
 
-# A slot: whose it is, a count, and two words. A nonce: time and random bytes, highest nc,
-# its window. A client: fingerprint, failures, since when. All others: one value.
-SLOT = struct.Struct("<11sxIQQ")
-Slot = Tuple[bytes, int, int, int]
-COUNTER_SLOT = NONCE_SLOTS + CLIENT_SLOTS       # the first of them
+# The table, from its first byte: what it is, its secrets, its clock; a row of counters for each
+# worker; a slot for each nonce in use (time and random bytes, highest nc, its window); a
+# bucket for some of the clients (failures, since when).
+HEADER = struct.Struct("<8s32s16s32sdd")    # layout, nonce key, salt, issuers, offset, started
+LAYOUT = b"authsv02"
+ISSUERS = 56                                # where they begin in it
+ROW = struct.Struct("<%dQ" % len(COUNTERS))
+SLOT = struct.Struct("<11sxIQ")
+BUCKET = struct.Struct("<QQ")
+ROWS = 128
+SLOTS = ROWS + MAX_ROWS * ROW.size
+BUCKETS = SLOTS + NONCE_SLOTS * SLOT.size
+TABLE_SIZE = BUCKETS + CLIENT_BUCKETS * BUCKET.size
 
 
-def use_up(body: bytes, nonce_count: int, slot: Slot) -> Union[Slot, str]:
-    """Return the slot with this use of a nonce in it, or why the use is refused."""
-    identity, highest, low_word, high_word = slot
-    if identity != body[:11]:
-        # <=, not <: two nonces of one hundredth of a second could take the slot from each other in
-        # turn, and with it their counts: the same nc would pass again and again.
-        if body[:5] <= identity[:5]:
-            return "stale"
-        highest = low_word = high_word = 0
-    # The 128 bits of the window lie in two words, for struct has no longer one.
-    window = advance_window(highest, high_word << 64 | low_word, nonce_count)
-    if window is None:
-        return "replay"
-    return body[:11], window[0], window[1] & (1 << 64) - 1, window[1] >> 64
+def open_memory(size: int) -> int:
+    """Return a descriptor of that much memory, which nobody can make smaller.
 
-
-def add_failure(client: bytes, now: int, limit: int, ticks: int, slot: Slot) -> Union[Slot, str]:
-    """Return the slot with one more failure of client; the last one starts the lock-out.
-
-    A newcomer takes over the slot of another client, unless that one is locked out. Times
-    are in hundredths of a second.
+    An heir maps it: a page that is cut off under a process kills it (SIGBUS).
+    See: memfd_create(2), F_SEAL_SHRINK.
     """
-    owner, failures, since, _ = slot
-    recent = since <= now < since + ticks
-    if owner != client and recent and failures >= limit:
-        return "taken"
-    if owner != client or not recent:
-        failures, since = 0, now
-    failures += 1
-    return client, failures, now if failures >= limit else since, 0
-
-
-def open_nameless_file() -> int:
-    """Return a descriptor of an empty file without a name; first in memory, if there is room."""
-    # /dev/shm is memory. None is the usual place, /tmp; there the file stays as empty.
-    for folder in ("/dev/shm", None):
-        try:
-            fd, path = tempfile.mkstemp(prefix="authserver-", dir=folder)
-            os.unlink(path)
-            return fd
-        except OSError as error:
-            reason = error.strerror
-    raise Refusal(f"unable to make a temporary file: {reason}")
+    try:
+        fd = os.memfd_create("authserver", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except (AttributeError, OSError):       # macOS; Python before 3.8; a kernel without it
+        with tempfile.TemporaryFile(prefix="authserver-") as stream:
+            fd = os.dup(stream.fileno())
+        os.write(fd, bytes(size))           # written, so that a full disk is found now
+        return fd
+    os.ftruncate(fd, size)
+    fcntl.fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK)
+    return fd
 
 
 class SharedTable:
-    """What all workers must agree on, in memory they share; made before they are forked.
+    """What all workers must agree on: the nonce key, uses of nonces, failures, the clock.
 
-    Methods for the authenticator: accept, count_failure, lock_left.
-    Methods for the server: add, statistics.
+    Methods for the authenticator: accept, count_failure, lock_left, now, set_clock.
+    Methods for the server: add, statistics; fd is what an heir is given.
     """
 
-    _fd = -1
+    fd = -1
 
-    def __init__(self) -> None:
-        # -1: no file. mmap shares by default, so what a forked worker writes all others see.
-        self._memory = mmap.mmap(-1, SLOT.size * (COUNTER_SLOT + len(COUNTERS)))
-        self._fd = open_nameless_file()
-        self._mutex = threading.Lock()
-        self._key = os.urandom(16)          # nobody can choose names of clients that collide
-        self.alone = False                  # True: no other process has this table
+    def __init__(self, fd: int = -1) -> None:
+        self.fd = open_memory(TABLE_SIZE) if fd < 0 else fd
+        self._memory = mmap.mmap(self.fd, TABLE_SIZE)
+        self._mutex = threading.RLock()
+        self._row, self._owner = -1, 0          # of our counters; the pid that claimed it
+        self.alone = False                      # True: no other process has this table
+        with self._exclusively(0):
+            if self._memory[:8] != LAYOUT:
+                offset = time.time() - time.monotonic()
+                HEADER.pack_into(self._memory, 0, LAYOUT, os.urandom(32), os.urandom(16),
+                                 os.urandom(4), offset, offset + time.monotonic())
+        _, self.key, self._salt, *_ = HEADER.unpack_from(self._memory)
+        self._buckets_of = functools.lru_cache(maxsize=1024)(self._find_buckets)
 
     def __del__(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
+        if self.fd >= 0:
+            os.close(self.fd)
 
-    def _read(self, slot: int) -> Slot:
-        found: Slot = SLOT.unpack_from(self._memory, SLOT.size * slot)
-        # No lock: a torn read may show a wrong number once; it never passes a nonce (accept does).
-        return found
-
-    def _change(self, slot: int, change: Callable[[Slot], Union[Slot, str]]) -> str:
-        """Put what change makes of a slot in its place, or return why it would not."""
+    @contextlib.contextmanager
+    def _exclusively(self, offset: int) -> Iterator[None]:
+        """Keep everybody else from what lies at offset."""
         with self._mutex:
+            fcntl.lockf(self.fd, fcntl.LOCK_EX, 1, offset)
             try:
-                if not self.alone:
-                    fcntl.lockf(self._fd, fcntl.LOCK_EX, 1, slot)
-                new = change(SLOT.unpack_from(self._memory, SLOT.size * slot))
-                if isinstance(new, str):
-                    return new
-                SLOT.pack_into(self._memory, SLOT.size * slot, *new)
-                return ""
+                yield
             finally:
-                if not self.alone:
-                    fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, slot)
+                fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, offset)
+
+    # -- the clock
+
+    @property
+    def offset(self) -> float:
+        """What to add to the monotonic clock."""
+        return float(HEADER.unpack_from(self._memory)[4])
+
+    def now(self) -> float:
+        """Return the time: seconds since the epoch, which never go back within an era."""
+        return time.monotonic() + self.offset
+
+    @property
+    def issuers(self) -> bytes:
+        """Who we are, and were in the seven eras before: 4 bytes each."""
+        return self._memory[ISSUERS:ISSUERS + 32]
+
+    @property
+    def started(self) -> float:
+        """Since when this table watches."""
+        return float(HEADER.unpack_from(self._memory)[5])
+
+    def set_clock(self, wall: float) -> None:
+        """Begin a new era if the time of day has jumped: only machines that share need this."""
+        with self._exclusively(0):
+            layout, key, salt, issuers, offset, started = HEADER.unpack_from(self._memory)
+            if abs(wall - time.monotonic() - offset) > CLOCK_SKEW:
+                HEADER.pack_into(self._memory, 0, layout, key, salt, os.urandom(4) + issuers[:28],
+                                 wall - time.monotonic(), wall)
+                self._memory[SLOTS:BUCKETS] = bytes(BUCKETS - SLOTS)
+
+    # -- nonces
 
     def accept(self, body: bytes, nonce_count: int) -> str:
         """Use up this count of a nonce and return "", or return why not."""
+        if body[11:] != self._memory[ISSUERS:ISSUERS + 4] and self._is_foreign(body):
+            return "stale"
         # The last two of the six random bytes: they are random, so no hash has to spread them.
-        slot = int.from_bytes(body[9:11], "big") % NONCE_SLOTS
-        return self._change(slot, functools.partial(use_up, body, nonce_count))
+        offset = SLOTS + SLOT.size * (int.from_bytes(body[9:11], "big") % NONCE_SLOTS)
+        if self.alone:
+            with self._mutex:
+                return self._use_up(offset, body, nonce_count)
+        with self._mutex:
+            fcntl.lockf(self.fd, fcntl.LOCK_EX, 1, offset)
+            try:
+                return self._use_up(offset, body, nonce_count)
+            finally:
+                fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, offset)
 
-    def _client_slot(self, client: str) -> Tuple[int, bytes]:
-        signature = sign(self._key, client.encode("utf-8", "replace"))
-        return NONCE_SLOTS + int.from_bytes(signature[8:], "big") % CLIENT_SLOTS, signature[:11]
+    def _is_foreign(self, body: bytes) -> bool:
+        """Return whether nobody here can know that this nonce has not been used.
+
+        Another issuer with our key is ourselves in a former era, or another machine, whose
+        nonces count from when we began to watch.
+        """
+        issuers = self.issuers
+        former = [issuers[i:i + 4] for i in range(4, 32, 4)]
+        return body[11:] in former or nonce_time(body) < self.started
+
+    def _use_up(self, offset: int, body: bytes, nonce_count: int) -> str:
+        identity, highest, seen = SLOT.unpack_from(self._memory, offset)
+        if identity != body[:11]:
+            # <=, not <: two nonces of one hundredth of a second could take the slot from each other
+            # in turn, and with it their counts: the same nc would pass again and again.
+            if body[:5] <= identity[:5]:
+                return "stale"
+            highest = seen = 0
+        window = advance_window(highest, seen, nonce_count)
+        if window is None:
+            return "replay"
+        SLOT.pack_into(self._memory, offset, body[:11], *window)
+        return ""
+
+    # -- clients who guess: each counts in two buckets, and is locked out when both are full. Two
+    # attackers of one bucket cannot reset each other, and an innocent would have to share both.
+
+    def _find_buckets(self, client: str) -> Tuple[int, int]:
+        signature = sign(self._salt, client.encode("utf-8", "replace"))
+        first, second = (int.from_bytes(signature[i:i + 4], "big") for i in (0, 4))
+        # The second lies among the others: one client never has the same bucket twice.
+        second = first + 1 + second % (CLIENT_BUCKETS - 1)
+        return (BUCKETS + BUCKET.size * (first % CLIENT_BUCKETS),
+                BUCKETS + BUCKET.size * (second % CLIENT_BUCKETS))
 
     def count_failure(self, client: str, now: float, limit: int, seconds: float) -> bool:
         """Count a wrong password of client; return whether that locks it out."""
-        slot, name = self._client_slot(client)
-        self._change(slot, functools.partial(add_failure, name, int(now * 100), limit,
-                                             int(seconds * 100)))
+        with self._exclusively(BUCKETS):
+            for offset in self._buckets_of(client):
+                failures, since = BUCKET.unpack_from(self._memory, offset)
+                if not since / 100 <= now < since / 100 + seconds:
+                    failures, since = 0, int(now * 100)
+                # The last one starts the lock-out; those that come later do not prolong it.
+                since = int(now * 100) if failures + 1 == limit else since
+                BUCKET.pack_into(self._memory, offset, failures + 1, since)
         return self.lock_left(client, now, limit, seconds) > 0
 
     def lock_left(self, client: str, now: float, limit: int, seconds: float) -> float:
         """Return the seconds for which client is still locked out, or 0."""
-        slot, name = self._client_slot(client)
-        owner, failures, since, _ = self._read(slot)
-        if owner != name or failures < limit or since > now * 100:
-            return 0.0
-        return max(0.0, since / 100 + seconds - now)
+        left = seconds
+        for offset in self._buckets_of(client):
+            failures, since = BUCKET.unpack_from(self._memory, offset)
+            if failures < limit or since > now * 100:
+                return 0.0
+            left = min(left, since / 100 + seconds - now)
+        return max(0.0, left)
+
+    # -- counters: a row for each worker, written by nobody else
+
+    def _own_row(self) -> int:
+        """Return the offset of our row; it is ours for as long as we hold the lock on it."""
+        if self._owner != os.getpid():
+            self._owner = os.getpid()
+            for number in range(MAX_ROWS):
+                self._row = ROWS + ROW.size * number
+                with contextlib.suppress(OSError):      # another process has it
+                    fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, self._row)
+                    break
+        return self._row
 
     def add(self, counter: str, amount: int = 1) -> None:
         """Add to one of COUNTERS."""
-        self._change(COUNTER_SLOT + COUNTERS.index(counter),
-                     # struct pads b"" with NULs; slot[2] is the one value.
-                     lambda slot: (b"", 0, slot[2] + amount, 0))
+        with self._mutex:
+            row = self._own_row()
+            values = list(ROW.unpack_from(self._memory, row))
+            values[COUNTERS.index(counter)] += amount
+            ROW.pack_into(self._memory, row, *values)
 
     def statistics(self) -> Dict[str, int]:
-        """Return all COUNTERS with their values."""
-        return {name: self._read(COUNTER_SLOT + index)[2] for index, name in enumerate(COUNTERS)}
+        """Return all COUNTERS with their values, of all who ever counted."""
+        rows = ROW.iter_unpack(self._memory[ROWS:SLOTS])
+        return dict(zip(COUNTERS, map(sum, zip(*rows))))
 
 
 # -- 4. Passwords: one dictionary for both schemes ----------------------------
@@ -676,6 +759,10 @@ class SharedTable:
 # dictionary; this one is as safe as the permissions of its file. A line with `plain` is no
 # worse for this realm. It is for all others in which the same person has the same password:
 # so it is for tests, and for programs that write the file themselves.
+#
+# Limits have twins: what no client could send, or some clients would spoil, is refused
+# here, where the person who chose it can choose again. So is what one reader of the file
+# would take for something else than another: a blank at an end, a letter nobody sees.
 
 # How hashes begin: {SHA} and {SSHA} of htpasswd, the others are libcrypt's business.
 B64 = "[A-Za-z0-9+/]"
@@ -685,6 +772,11 @@ is_crypted = re.compile(rf"\{{SHA\}}{B64}{{27}}=|\{{SSHA\}}(?:{B64}{{4}}){{7,}}(
                         rf"{B64}{{3}}=)?|\$(?!apr1\$)[0-9a-z]+\$[!-9;-~]+").fullmatch
 # With rounds or cost and without the salt: what decides how long a hash is, and takes.
 match_kind = re.compile(r"\{[^}]*\}|\$[156]\$(?:rounds=\d+\$)?|\$[^$]*\$[^$]*\$").match
+is_ha1 = re.compile("[0-9a-fA-F]{32}(?:[0-9a-fA-F]{32})?").fullmatch
+# Most clients send a backslash bare: before the closing quotation mark it would escape that.
+is_username = re.compile(r'(?!-$|[# ])[^:"]{1,255}(?<![ \\])').fullmatch
+BCRYPT_BYTES = 72           # of a password; libcrypt does not read the rest
+SHA1 = find_hash("sha1")
 
 
 class Entry(NamedTuple):
@@ -702,19 +794,43 @@ class Entry(NamedTuple):
         return match.group() if match else " and ".join(self.ha1) + " HA1"
 
 
+def command(*words: str) -> str:
+    """Return a command line for this file that can be pasted into a shell."""
+    return " ".join(map(shlex.quote, ("python3", os.path.abspath(__file__)) + words))
+
+
+def passwd_command(path: str, usernames: Sequence[str], realm: str) -> str:
+    """Return the command that sets the password of the first of these, "" if none can."""
+    # What is no regular file is a pipe or a folder; a new file has no form yet.
+    if not usernames or path == "-" or os.path.exists(path) and not os.path.isfile(path):
+        return ""
+    return command("passwd", path, usernames[0], *["--realm", realm][:2 * (realm != REALM)])
+
+
 def normal_username(username: str) -> str:
-    """Return the normal form of a name that clients and readers of the file can handle."""
-    if not username or has_control(username) or re.search('^#|[:"]', username):
-        raise Refusal(f"unable to use user name {username!r}: empty, # at its start, "
-                      f'a colon, " or control character in it')
+    r"""Return the normal form of a name that clients, log and readers of the file can handle.
+
+    >>> normal_username("Ju\u0308rgen")
+    'Jürgen'
+    """
+    if not username.isprintable() or not is_username(username):
+        raise Refusal(f"unable to use user name {username!r}: it is -, empty or longer than 255, "
+                      f"or has # or a blank at its start, \\ or a blank at its end, or a colon, \" "
+                      f"or invisible character")
     return unicodedata.normalize("NFC", username)
 
 
-def normal_password(password: str) -> str:
-    """Return the normal form of a password that clients can send."""
-    if not password or has_control(password):
+def normal_password(username: str, password: str) -> str:
+    """Return the normal form of a password that this user can send under both schemes."""
+    password = unicodedata.normalize("NFC", password)
+    # surrogatepass, and surrogates refused: they stand for bytes that were no text.
+    octets = f"{username}:{password}".encode("utf-8", "surrogatepass")
+    if not password or has_control(password) or re.search("[\ud800-\udfff]", password):
         raise Refusal("unable to use this password: empty, or control characters in it")
-    return unicodedata.normalize("NFC", password)
+    if len(octets) > MAX_TEXT:
+        raise Refusal(f"unable to use this password: too long, Basic carries {MAX_TEXT} bytes of "
+                      f"name, colon and password")
+    return password
 
 
 def check_realm(realm: str) -> None:
@@ -730,6 +846,7 @@ def check_realm(realm: str) -> None:
 
 def entry_of_password(username: str, line: int, realm: str, password: str) -> Entry:
     """Return an entry that serves every scheme and algorithm, and forget the password."""
+    password = normal_password(username, password)
     ha1 = {name: digest_ha1(username, realm, password, name) for name in FOUND if name in HASHES}
     return Entry(username, line, ha1, "")
 
@@ -741,7 +858,8 @@ def matches_sha(stored: str, password: str) -> bool:
     True
     """
     octets = base64.b64decode(stored.partition("}")[2])     # the hash, then the salt
-    found = hashlib.sha1(password.encode("utf-8", "surrogatepass") + octets[20:]).digest()
+    phrase = password.encode("utf-8", "surrogatepass")
+    found = (SHA1 or hashlib.sha1)(phrase + octets[20:]).digest()
     return hmac.compare_digest(found, octets[:20])
 
 
@@ -780,99 +898,148 @@ def check_crypted(entry: Entry) -> Entry:
     """
     kind, ending = entry.kind, len(entry.crypted.rpartition("$")[2])
     if not is_crypted(entry.crypted):
-        begin = re.sub(r"^([{$]\w*[}$]?).*", r"\1", entry.crypted)
-        raise Refusal(f"user {entry.username!r}: {begin} is no hash we know "
-                      f"(htpasswd -B makes one)")
+        raise Refusal(f"field 2: {entry.crypted[:5]}... is no hash we know (htpasswd -B makes one)")
+    if kind[0] == "{" and SHA1 is None:
+        raise Refusal(f"field 2: the hashlib of this Python lacks SHA-1, for {kind}")
     if kind[0] == "$" and kind not in ENDINGS:
         function, turns = load_crypt()
         with turns:
             made = (function(b"probe", entry.crypted.encode("ascii")) or b"").decode("latin-1")
         if not made.startswith(kind):
-            raise Refusal(f"user {entry.username!r}: the libcrypt of this machine does not know "
-                          f"{kind}, or something is wrong with the salt")
+            raise Refusal(f"field 2: the libcrypt of this machine does not know {kind}, or "
+                          f"something is wrong with the salt")
         ENDINGS[kind] = len(made.rpartition("$")[2])
     if ENDINGS.get(kind, ending) != ending:
-        raise Refusal(f"user {entry.username!r}: a {kind} hash of the wrong length")
+        raise Refusal(f"field 2: a {kind} hash of the wrong length")
     return entry
 
 
-def parse_entry(text: str, line: int, realm: str) -> Entry:
-    """Return the entry in one line of a password file.
+def split_line(text: str) -> Tuple[str, str, str]:
+    """Return the fields of a line: user, place, value; the place of a htpasswd hash is "".
 
-    >>> parse_entry("jim:files:5e93c589edbe9d5867a3bce43a1066c1", 1, "files").ha1
-    {'MD5': '5e93c589edbe9d5867a3bce43a1066c1'}
+    >>> split_line("jim:plain:se:cret"), split_line("ann:{SHA}0=")
+    (('jim', 'plain', 'se:cret'), ('ann', '', '{SHA}0='))
     """
     username, _, rest = text.partition(":")
-    username = unicodedata.normalize("NFC", username)
-    place, _, value = rest.partition(":")
-    if not username or not rest or has_control(text):
-        raise Refusal("expected user:realm:HA1, user:HASH or user:plain:PASSWORD")
-    if place == "plain" and value:
-        return entry_of_password(username, line, realm, unicodedata.normalize("NFC", value))
-    if rest[0] in "{$":
-        return check_crypted(Entry(username, line, {}, rest))
+    place, colon, value = rest.partition(":")
+    if rest.startswith(("{", "$")):
+        if colon:
+            raise Refusal(f"user {username!r}: field 3: nothing may follow a hash of htpasswd")
+        return normal_username(username), "", rest
+    if not place or not value:
+        raise Refusal("expected user:realm:HA1, user:HASH or user:plain:PASSWORD, "
+                      "but a field is missing")
+    return normal_username(username), place, value
+
+
+def make_entry(line: int, username: str, realm: str, place: str, value: str) -> Entry:
+    """Return the entry that the fields of a line stand for.
+
+    >>> make_entry(1, "jim", "files", "files", "5e93c589edbe9d5867a3bce43a1066c1").ha1
+    {'MD5': '5e93c589edbe9d5867a3bce43a1066c1'}
+    """
+    if place == "plain":
+        return entry_of_password(username, line, realm, value)
+    if not place:
+        return check_crypted(Entry(username, line, {}, value))
+    if not is_ha1(value):
+        raise Refusal("field 3: neither 32 nor 64 hex digits")
     # The length tells which hash: 64 digits count as SHA-256, though SHA-512-256 has as many.
-    name = {32: "MD5", 64: "SHA-256"}.get(len(value))
-    if name is None or not re.fullmatch("[0-9a-fA-F]+", value):
-        raise Refusal(f"user {username!r}: neither 32 or 64 hex digits nor a known hash")
-    if place != realm:
-        raise Refusal(f"user {username!r}: realm {place!r}, but {realm!r} is served")
+    name = "MD5" if len(value) == 32 else "SHA-256"
+    if name not in HASHES:
+        raise Refusal(f"field 3: the hashlib of this Python lacks {name}")
     return Entry(username, line, {name: value.lower()}, "")
 
 
-def has_empty_password(entry: Entry, realm: str) -> bool:
-    """Return whether anybody can log in with no password at all; slow hashes are not tried."""
-    if entry.crypted:
-        return entry.crypted.startswith("{") and matches_sha(entry.crypted, "")
-    return any(digest_ha1(entry.username, realm, "", name) == entry.ha1[name] for name in entry.ha1)
+def add_entry(entries: Dict[str, Entry], entry: Entry, realm: str) -> None:
+    """Add an entry, unless it lets everybody in, or contradicts an earlier one of its user."""
+    # Without any password; slow hashes are not tried.
+    if (entry.crypted[:1] == "{" and matches_sha(entry.crypted, "")
+            or any(digest_ha1(entry.username, realm, "", name) == entry.ha1[name]
+                   for name in entry.ha1)):
+        raise Refusal("an empty password")
+    first = entries.setdefault(entry.username, entry)
+    # A second line may add the HA1 of another hash, and nothing else.
+    if first is not entry and (first.crypted or entry.crypted or set(first.ha1) & set(entry.ha1)):
+        raise Refusal(f"again, after line {first.line}")
+    first.ha1.update(entry.ha1)
 
 
-def parse_passwords(text: str, realm: str) -> Tuple[Dict[str, Entry], List[str]]:
-    """Return the entries of a password file by user, and its mistakes by line.
+class Found(NamedTuple):
+    """What is in a password file."""
 
-    >>> parse_passwords("# staff\\njim:plain:secret\\njim:plain:other\\n", "files")[1]
-    ["line 3: user 'jim' again, after line 2"]
+    entries: Dict[str, Entry]       # by user
+    mistakes: List[str]             # each with its line
+    curable: List[str]              # users whose mistakes a new password would cure
+    elsewhere: Set[str]             # realms that are not ours
+
+
+def parse_passwords(text: str, realm: str) -> Found:
+    """Return what is in a password file; blanks at a line's ends are cut off, as Apache does.
+
+    >>> parse_passwords("# staff\\njim:plain:secret\\n jim:plain:other \\n", "files").mistakes
+    ["line 3: user 'jim': again, after line 2"]
     """
-    entries: Dict[str, Entry] = {}
-    mistakes: List[str] = []
+    found = Found({}, [], [], set())
     # Not splitlines(): it also divides at a form feed or U+2028, and the numbers would be wrong.
-    for line, content in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
-        if not content.strip() or content.startswith("#"):
+    for line, content in enumerate(text.split("\n"), 1):
+        content = content.strip(" \t\r")
+        if not content or content.startswith("#"):
             continue
+        whose = ""
         try:
-            entry = parse_entry(content, line, realm)
-            first = entries.get(entry.username, Entry("", 0, {}, ""))
-            if has_empty_password(entry, realm):
-                raise Refusal(f"user {entry.username!r} has an empty password")
-            # A second line may add the HA1 of another hash, and nothing else.
-            if first.crypted or first.ha1 and entry.crypted or set(first.ha1) & set(entry.ha1):
-                raise Refusal(f"user {entry.username!r} again, after line {first.line}")
-            entries[entry.username] = entry._replace(ha1=dict(first.ha1, **entry.ha1))
+            whose, place, value = split_line(content)
+            if place in ("", "plain", realm) or not is_ha1(value):
+                add_entry(found.entries, make_entry(line, whose, realm, place, value), realm)
+            else:
+                found.elsewhere.add(place)
         except Refusal as error:
-            mistakes.append(f"line {line}: {error}")
-    return entries, mistakes
+            found.mistakes.append(f"line {line}: " + f"user {whose!r}: " * bool(whose) + f"{error}")
+            found.curable.extend([whose] * (whose != "" and is_line_of(content, whose, realm)))
+    if not found.entries and not found.mistakes:
+        others = ", but of " * bool(found.elsewhere) + ", ".join(sorted(found.elsewhere))
+        found.mistakes.append(f"no user of realm {realm} in it" + others)
+        found.curable.append(FIRST_USER)
+    return found
 
 
-def join_ten(texts: Sequence[str]) -> str:
-    """Put up to ten mistakes on one line.
+def refuse_file(what: str, mistakes: Sequence[str], cure: str) -> Refusal:
+    """Return the Refusal of a file, with up to ten mistakes and the command that cures one.
 
-    >>> join_ten(["a", "b"])
-    'a; b'
+    >>> str(refuse_file("use passwords F", ["a", "b"], "chmod 600 F"))
+    'unable to use passwords F: a; b\\ntry: chmod 600 F'
     """
-    return "; ".join(list(texts[:10]) + [f"and {len(texts) - 10} more"] * (len(texts) > 10))
+    more = [f"and {len(mistakes) - 10} more"] * (len(mistakes) > 10)
+    return Refusal(f"unable to {what}: " + "; ".join(list(mistakes[:10]) + more)
+                   + f"\ntry: {cure}" * bool(cure))
 
 
-def read_text(path: str) -> Tuple[str, int]:
-    """Return text and mode of a password file."""
+def is_exposed(fd: int) -> bool:
+    """Return whether others may read or change an open file of secrets.
+
+    Containers are given theirs as 0444: root's, or on a mount that nobody can write to, and
+    who is in the container may read them anyway.
+    """
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode) or not found.st_mode & (stat.S_IROTH | stat.S_IWOTH):
+        return False
+    is_roots = found.st_uid == 0 != os.geteuid() and not found.st_mode & 0o222
+    return not is_roots and not os.fstatvfs(fd).f_flag & os.ST_RDONLY
+
+
+def read_text(path: str, realm: str) -> Tuple[str, bool]:
+    """Return the text of a password file, and whether others may read or change it."""
     try:
         # closefd: with descriptor 0 closed, the next file opened would be "standard input".
         with open(0 if path == "-" else path, "rb", closefd=path != "-") as stream:
-            mode, octets = os.fstat(stream.fileno()).st_mode, stream.read()
+            exposed, octets = is_exposed(stream.fileno()), stream.read()
         # -sig: some editors put U+FEFF at the start, which would become part of the first name.
-        return octets.decode("utf-8-sig"), mode
+        return octets.decode("utf-8-sig"), exposed
+    except FileNotFoundError as error:
+        raise refuse_file(f"read passwords {path}", [str(error.strerror)],
+                          passwd_command(path, [FIRST_USER], realm))
     except OSError as error:
-        raise Refusal(f"unable to read passwords {path}: {error.strerror}\n"
-                      f"try: authserver.py passwd {path} USER")
+        raise Refusal(f"unable to read passwords {path}: {error.strerror}")
     except UnicodeDecodeError as error:
         # 10 is a line feed: until Python 3.12 no backslash may stand inside an f-string's braces.
         raise Refusal(f"unable to read passwords {path}: "
@@ -890,43 +1057,47 @@ class Passwords:
     def __init__(self, users: Optional[Mapping[str, str]] = None, realm: str = REALM,
                  entries: Optional[Mapping[str, Entry]] = None, source: str = "FILE") -> None:
         check_realm(realm)
-        self.realm, self.source, self.warnings = realm, source, []  # type: str, str, List[str]
+        self.realm, self.source = realm, source
         self.entries: Dict[str, Entry] = dict(entries or {})
         for username, password in (users or {}).items():
             name = normal_username(username)
-            self.entries[name] = entry_of_password(name, 0, realm, normal_password(password))
-        kinds = sorted({entry.kind if entry.crypted else "HA1" for entry in self.entries.values()})
-        if len(kinds) > 1:
-            self.warnings.append(f"{' and '.join(kinds)} in one file: the time of an answer "
-                                 f"tells which a user has")
+            self.entries[name] = entry_of_password(name, 0, realm, password)
         # What stands in for unknown users, so that they cost what others cost.
         # False < True: if any hash is slow, the decoy is.
         self._decoy = max(self.entries.values(), key=lambda entry: entry.crypted[:1] == "$",
-                          default=Entry("", 0, {"MD5": ""}, ""))
+                          default=Entry("", 0, {"SHA-256": ""}, ""))
         self._secret = os.urandom(32)
-        self._remembered: Dict[bytes, bool] = {}
-        self._userhashes: Dict[str, Dict[str, Entry]] = {}
-        self._queue = threading.Semaphore(SLOW_HASHES + SLOW_QUEUE)
+        self._remembered: Set[bytes] = set()
 
     @classmethod
-    def read(cls, path: str, realm: str = REALM, allow_partial: bool = False) -> "Passwords":
+    def read(cls, path: str, realm: str = REALM) -> "Passwords":
         """Read the password file at path ("-" = standard input), or name all its mistakes."""
-        text, mode = read_text(path)
-        entries, mistakes = parse_passwords(text, realm)
-        cure = f"authserver.py passwd {path} USER"
-        if stat.S_ISREG(mode) and mode & (stat.S_IROTH | stat.S_IWOTH):
-            mistakes.insert(0, "it is readable or writable by everybody")
-            cure = f"chmod 600 {path}"
-        if not entries and not mistakes:
-            mistakes.append("no user in it")
-        if mistakes and not (allow_partial and entries):
-            raise Refusal(f"unable to use passwords {path}: {join_ten(mistakes)}\ntry: {cure}")
-        passwords = cls(None, realm, entries, path)
-        passwords.warnings += [f"{path}: {mistake}" for mistake in mistakes]
-        return passwords
+        text, exposed = read_text(path, realm)
+        found = parse_passwords(text, realm)
+        if exposed:
+            raise refuse_file(f"use passwords {path}", ["everybody may read or change it"],
+                              f"chmod 600 {shlex.quote(path)}")
+        if found.mistakes:
+            raise refuse_file(f"use passwords {path}", found.mistakes,
+                              passwd_command(path, found.curable, realm))
+        return cls(None, realm, found.entries, path)
 
-    def check_servable(self, schemes: Sequence[str], algorithms: Sequence[str],
-                       allow_partial: bool = False) -> None:
+    @property
+    def warnings(self) -> List[str]:
+        """What a person should know of the hashes in it."""
+        kinds = sorted({entry.kind if entry.crypted else "HA1" for entry in self.entries.values()})
+        mixed = [f"{' and '.join(kinds)} in one file: the time of an answer tells which a user has"]
+        return mixed * (len(kinds) > 1) + [
+            f"{kind} in {self.source}: bcrypt knows {BCRYPT_BYTES} bytes of a password, longer "
+            f"ones are refused" for kind in kinds if kind.startswith("$2")]
+
+    def fingerprint(self) -> bytes:
+        """Return 32 bytes that tell this dictionary from all others."""
+        known = [(entry.username, sorted(entry.ha1.items()), entry.crypted)
+                 for entry in self.entries.values()]
+        return hashlib.sha256(repr((self.realm, sorted(known))).encode("utf-8")).digest()
+
+    def check_servable(self, schemes: Sequence[str], algorithms: Sequence[str]) -> None:
         """Refuse what some user could never answer, however right the password.
 
         This is the trap of the second article, where Digest was offered and the checker
@@ -936,70 +1107,68 @@ class Passwords:
                 for algorithm in algorithms if hash_name(algorithm) not in entry.ha1]
         texts = [f"line {entry.line}: user {entry.username!r} has only {entry.kind}: cannot "
                  f"answer Digest {algorithm}" for entry, algorithm in gaps]
-        if texts and not allow_partial:
-            raise Refusal(f"unable to serve every user of {self.source}: {join_ten(texts)}\n"
-                          f"try: authserver.py passwd {self.source} {gaps[0][0].username}, "
-                          f"or --schemes basic, or --allow-partial")
-        self.warnings += texts
+        if texts:
+            cure = passwd_command(self.source, [gaps[0][0].username], self.realm)
+            raise refuse_file(f"serve every user of {self.source}", texts,
+                              (cure + "   # or: ") * bool(cure) + "--schemes basic")
 
     def find(self, usernames: Iterable[str]) -> Optional[Entry]:
         """Return the entry of the first of these names that has one."""
         return next((self.entries[name] for name in usernames if name in self.entries), None)
 
-    def find_userhash(self, userhash: str, algorithm: str) -> Optional[Entry]:
-        """Return the entry whose name has this hash; all are hashed once, not per request."""
-        name = hash_name(algorithm)
-        if name not in self._userhashes:
-            self._userhashes[name] = {digest_userhash(entry.username, self.realm, name): entry
-                                      for entry in self.entries.values()}
-        return self._userhashes[name].get(userhash.lower())
-
     def check_password(self, username: str, password: str) -> bool:
         """Return whether this is the password of that user; may wait for a slow hash."""
         username, password = (unicodedata.normalize("NFC", text) for text in (username, password))
         # libcrypt would stop reading at a NUL.
-        return not has_control(password) and bool(self.verify(username, password, True))
+        return not has_control(password) and self.verify(username, password)
 
-    def verify(self, username: str, password: str, blocking: bool) -> Optional[bool]:
-        """Do so for normal forms; None = it would take long, and blocking is False.
+    def is_slow(self, username: str) -> bool:
+        """Return whether to verify this user's password takes long; for unknown ones, too."""
+        return self.entries.get(username, self._decoy).crypted.startswith("$")
 
-        Raises Busy when too many wait already.
-        """
+    def is_known(self, username: str, password: str) -> bool:
+        """Return whether this is remembered as right, so that to verify it takes no time."""
+        crypted = self.entries.get(username, self._decoy).crypted
+        return self._key(crypted, password) in self._remembered
+
+    def verify(self, username: str, password: str) -> bool:
+        """Do what check_password() does, for normal forms."""
         entry = self.entries.get(username)
         model = entry or self._decoy
         if model.crypted.startswith("$"):
-            correct = self._verify_slow(model.crypted, password, blocking)
-            return None if correct is None else correct and entry is not None
-        if model.crypted:
-            return matches_sha(model.crypted, password) and entry is not None
-        # The first line: it is the one that Apache's htdigest changes, and no other.
-        name = next(iter(model.ha1))
-        found = digest_ha1(username, self.realm, password, name)
-        return hmac.compare_digest(found, model.ha1[name]) and entry is not None
+            correct = self._verify_slow(model.crypted, password)
+        elif model.crypted:
+            correct = matches_sha(model.crypted, password)
+        else:
+            # The first line: it is the one that Apache's htdigest changes, and no other.
+            name = next(iter(model.ha1))
+            correct = hmac.compare_digest(
+                digest_ha1(username, self.realm, password, name), model.ha1[name])
+        # What fits the decoy is no password of a stranger.
+        return correct and entry is not None
 
-    def _verify_slow(self, crypted: str, password: str, blocking: bool) -> Optional[bool]:
-        """Return a remembered yes, or wait for a turn and find out. A no is never kept."""
-        phrase = password.encode("utf-8", "surrogatepass")
-        key = sign(self._secret, crypted.encode("ascii") + b"\0" + phrase)
-        # A no is not in it, so without leave to block the answer to a wrong password is "not yet".
-        if key in self._remembered or not blocking:
-            return self._remembered.get(key)
-        if not self._queue.acquire(blocking=False):
-            raise Busy()
-        function, turns = load_crypt()
-        try:
-            with turns:
-                # Another request with the same password may have gone before.
-                # crypt(3) returns setting and hash in one, and takes such a whole as setting.
-                correct = key in self._remembered or hmac.compare_digest(
-                    function(phrase, crypted.encode("ascii")) or b"", crypted.encode("ascii"))
-        finally:
-            self._queue.release()
+    def _key(self, crypted: str, password: str) -> bytes:
+        """Return what a verdict is remembered by: no password, and useless elsewhere."""
+        return sign(self._secret, f"{crypted}:{password}".encode("utf-8", "surrogatepass"))
+
+    def _verify_slow(self, crypted: str, password: str) -> bool:
+        """Return a remembered yes, or find out. A no is never kept."""
+        phrase, key = password.encode("utf-8", "surrogatepass"), self._key(crypted, password)
+        if key in self._remembered:
+            return True
+        # All that begin with the same 72 bytes would be right: $2a$, $2b$, $2y$.
+        if crypted.startswith("$2") and len(phrase) > BCRYPT_BYTES:
+            return False
+        setting, (function, turns) = crypted.encode("ascii"), load_crypt()
+        with turns:
+            # Another request with the same password may have gone before.
+            # crypt(3) returns setting and hash in one, and takes such a whole as setting.
+            correct = key in self._remembered or hmac.compare_digest(
+                function(phrase, setting) or b"", setting)
         if correct:
-            # All at once: what is forgotten is hashed again at its next use, that is all.
             if len(self._remembered) >= REMEMBERED:
                 self._remembered.clear()
-            self._remembered[key] = True
+            self._remembered.add(key)
         return correct
 
 
@@ -1012,137 +1181,28 @@ class Passwords:
 # HA1, or for a stranger with one that nobody has. Only for a right response the nonce and
 # its count: who has no password can use up nothing, and learns nothing.
 #
-# A memo is the result of all that for one exact head; again() looks at what can differ
-# between two requests with that head. There are none of refusals, so nobody without a
-# password makes the server remember anything.
+# The checks are a generator, for two of them may have to wait: it yields a function where a
+# slow hash has to be made (and wants its result sent back), and passes on what reading a body
+# yields (qop=auth-int). Who drives it decides how to wait: the loop lends the function to a
+# thread (9), a server with a thread per connection just calls it: at_once().
+#
+# Basic brings the same token with every request. That it was right is remembered, by a
+# keyed hash of the token: no password stays in memory. A wrong one is never remembered, so
+# nobody without a password makes the server remember anything.
 
-
-Fields = Tuple[Tuple[str, str], ...]
+Fields = Sequence[Tuple[str, str]]
+Asking = Generator[Any, Any, "Verdict"]
 
 
 class Verdict(NamedTuple):
     """What the authenticator says about a request."""
 
-    status: int                     # 200, 400, 401, 429 or 503; 0: ask again, it takes time
+    status: int                     # 200, 400, 401, 403, 429 or 503
     username: Optional[str] = None                  # who it is; with 200 only
-    log_user: str = "-"                             # that, or who it wrongly claimed to be
+    log_user: Optional[str] = None                  # that, or who it wrongly claimed to be
     reason: str = ""                                # for the error log
     fields: Fields = ()                             # header fields of the answer
     scheme: str = ""                                # "Basic", "Digest" or ""
-    memo: Optional["Memo"] = None                   # with 200
-
-
-class Memo:
-    """How to check again a head that has been checked in full.
-
-    Whoever keeps it keeps it for one client at one listening address, and asks is_locked
-    first: else a right guess under another's head would show in spite of the lock-out.
-    """
-
-    def __init__(self, authenticator: "Authenticator", username: str, nc: str = "",
-                 response: str = "") -> None:
-        self.authenticator, self.passwords = authenticator, authenticator.passwords
-        self.username, self.nc, self.response = username, nc, response
-        self.verdict = Verdict(200, username, username, "", (), "Basic", self)
-
-    def is_for(self, nc: str, response: str) -> bool:
-        """Return whether the keeper, with a simpler pattern, found the same nc and response."""
-        return nc == self.nc and response == self.response
-
-    def again(self, now: float, nc: str, response: str) -> Optional[Fields]:
-        """Return the fields to send if verdict holds again, or None: take the full path.
-
-        The same Basic head brings the same password: right, as long as the dictionary is
-        the same.
-        """
-        return () if self.passwords is self.authenticator.passwords else None
-
-
-class DigestMemo(Memo):
-    """All of a Digest proof but nc and response, hashed as far as it goes.
-
-    It serves the full path too: make one, see whether it proves the response, use it.
-    """
-
-    def __init__(self, authenticator: "Authenticator", credentials: DigestCredentials,
-                 username: str, ha1: str, ha2: str) -> None:
-        super().__init__(authenticator, username, credentials.nc, credentials.response)
-        nonce, cnonce, algorithm = credentials.nonce, credentials.cnonce, credentials.algorithm
-        if algorithm.endswith("-sess"):
-            ha1 = digest_ha1_session(ha1, nonce, cnonce, algorithm)
-        # RFC 7616 section 3.5: a server SHOULD answer with the client's qop. But our own
-        # proof under auth-int would need the body of an answer that is not made yet.
-        # An answer has no method: A2 = ":" request-uri (RFC 7616 section 3.5).
-        mutual = digest_ha2("", credentials.uri, algorithm)
-        self._start = HASHES[algorithm](f"{ha1}:{nonce}:".encode("latin-1"))
-        self._tail = f":{cnonce}:{credentials.qop}:{ha2}"
-        self._mutual_tail = f":{cnonce}:auth:{mutual}"
-        self._cnonce = re.sub(r'(["\\])', r"\\\1", cnonce)
-        self.body = b""                     # of the nonce, once it has been checked
-        self.born = self.fresh_until = 0.0
-
-    def _hash(self, nc_and_tail: str) -> str:
-        """Return the hash of a proof; what never changes of it has been hashed already."""
-        state = self._start.copy()
-        state.update(nc_and_tail.encode("latin-1"))
-        digits: str = state.hexdigest()
-        return digits
-
-    def proves(self, nc: str, response: str) -> bool:
-        """Return whether whoever made this response knows HA1."""
-        # As bytes: compare_digest() refuses text beyond ASCII, and again() passes on anything.
-        return hmac.compare_digest(self._hash(nc + self._tail).encode("ascii"),
-                                   response.encode("latin-1"))
-
-    def info(self, nc: str) -> Fields:
-        """Return Authentication-Info: we know HA1 too. See: RFC 7616 section 3.5."""
-        proof = self._hash(nc + self._mutual_tail)
-        info = f'rspauth="{proof}", qop=auth, nc={nc}, cnonce="{self._cnonce}"'
-        return (("Authentication-Info", info),)
-
-    def again(self, now: float, nc: str, response: str) -> Optional[Fields]:
-        """See Memo. What differs under Digest: nc and response, and the nonce grows old."""
-        known = self.passwords is self.authenticator.passwords
-        if not known or not is_nc(nc) or not self.proves(nc, response):
-            return None
-        # A clock set back makes the nonce one of the future: the full path knows about that.
-        if not self.born - CLOCK_SKEW <= now < self.fresh_until:
-            return None
-        # Last: what has not proved its response must not use up a count.
-        if self.authenticator.table.accept(self.body, int(nc, 16)):
-            return None
-        return self.info(nc)
-
-
-class Attempt(NamedTuple):
-    """What the authenticator may know of a request."""
-
-    method: str
-    target: str                     # as sent, before any clean-up
-    client: Optional[str]           # whom a lock-out would hit, or None
-    now: float
-    schemes: Sequence[str]
-    read_body: Callable[[], bytes]
-    blocking: bool
-
-
-def challenges(realm: str, nonce: str, schemes: Sequence[str] = SCHEMES,
-               algorithms: Sequence[str] = ALGORITHMS, qop: Sequence[str] = QOP,
-               stale: bool = False, userhash: bool = False) -> List[str]:
-    """Return the values of the WWW-Authenticate fields, one per scheme and algorithm.
-
-    >>> for challenge in challenges("files", "abc", stale=True): print(challenge)
-    Digest realm="files", nonce="abc", qop="auth", algorithm=MD5, charset=UTF-8, stale=true
-    Basic realm="files", charset="UTF-8"
-
-    See: RFC 7616 section 3.3 (what is quoted and what is not), section 3.7 (several).
-    """
-    # text * True is the text, text * False is "".
-    extras = ", userhash=true" * userhash + ", stale=true" * stale
-    lines = {"basic": [f'Basic realm="{realm}", charset="UTF-8"'],
-             "digest": [f'Digest realm="{realm}", nonce="{nonce}", qop="{",".join(qop)}", '
-                        f'algorithm={name}, charset=UTF-8{extras}' for name in algorithms]}
-    return [line for scheme in schemes for line in lines[scheme]]
 
 
 def is_same_target(uri: str, target: str) -> bool:
@@ -1159,8 +1219,58 @@ def is_same_target(uri: str, target: str) -> bool:
     return uri == target or uri[:1] == "/" and uri == re.sub("(?i)^https?://[^/?#]*", "", target)
 
 
+def no_body() -> Generator[Any, Any, bytes]:
+    """Return the body of a request that has none."""
+    return b""
+    yield       # which makes this a generator, as whoever reads a body is
+
+
+class Attempt(NamedTuple):
+    """What the authenticator may know of a request."""
+
+    method: str
+    target: str                     # as sent, before any clean-up
+    authorization: Sequence[str]    # the values of all Authorization fields
+    client: Optional[str]           # whom a lock-out would hit, or None
+    now: float                      # by the table's clock
+    schemes: Sequence[str]          # offered where it came in
+    read_body: Callable[[], Generator[Any, Any, bytes]] = no_body
+    same_target: Callable[[str, str], bool] = is_same_target
+    credentials: Optional[DigestCredentials] = None     # where they are parsed already
+
+
+def at_once(asking: Asking) -> Verdict:
+    """Return what a generator of checks comes to; here and now, however long it takes."""
+    result = None
+    while True:
+        try:
+            work = asking.send(result)
+        except StopIteration as stop:
+            verdict: Verdict = stop.value
+            return verdict
+        result = work()
+
+
+def challenges(realm: str, nonce: str, schemes: Sequence[str] = SCHEMES,
+               algorithms: Sequence[str] = ALGORITHMS, qop: Sequence[str] = QOP,
+               stale: bool = False) -> List[str]:
+    """Return the values of the WWW-Authenticate fields, one per scheme and algorithm.
+
+    >>> for challenge in challenges("files", "abc", stale=True): print(challenge)
+    Digest realm="files", nonce="abc", qop="auth", algorithm=MD5, charset=UTF-8, stale=true
+    Basic realm="files", charset="UTF-8"
+
+    See: RFC 7616 section 3.3 (what is quoted and what is not), section 3.7 (several).
+    """
+    end = ", stale=true" if stale else ""
+    lines = {"basic": [f'Basic realm="{realm}", charset="UTF-8"'],
+             "digest": [f'Digest realm="{realm}", nonce="{nonce}", qop="{",".join(qop)}", '
+                        f'algorithm={name}, charset=UTF-8{end}' for name in algorithms]}
+    return [line for scheme in schemes for line in lines[scheme]]
+
+
 def check_offer(realm: str, schemes: Sequence[str], algorithms: Sequence[str],
-                qop: Sequence[str], userhash: bool = False) -> None:
+                qop: Sequence[str]) -> None:
     """Refuse to offer what we, this Python or the clients cannot do."""
     for what, given, known in (("scheme", schemes, SCHEMES), ("qop", qop, ("auth", "auth-int")),
                                ("algorithm", algorithms, tuple(CANONICAL.values()))):
@@ -1169,7 +1279,7 @@ def check_offer(realm: str, schemes: Sequence[str], algorithms: Sequence[str],
                           f"one or more of {', '.join(known)}, each once")
     for name in set(algorithms) - set(HASHES):
         raise Refusal(f"unable to offer algorithm {name}: the hashlib of this Python lacks it")
-    longest = max(map(len, challenges(realm, "n" * 36, schemes, algorithms, qop, True, userhash)))
+    longest = max(map(len, challenges(realm, "n" * 36, schemes, algorithms, qop, True)))
     if longest > MAX_CHALLENGE:
         raise Refusal(f"unable to use realm {realm!r}: {longest - MAX_CHALLENGE} characters too "
                       f"long, wget crashes on challenges of more than {MAX_CHALLENGE}")
@@ -1178,72 +1288,112 @@ def check_offer(realm: str, schemes: Sequence[str], algorithms: Sequence[str],
 class Authenticator:
     """Say who sends a request; the conductor of everything above.
 
-    Methods for the server: authenticate, is_locked, challenge.
-    Instance variable that a reload sets: passwords.
+    Methods for the server: judge (or authenticate, which waits), is_locked, challenge, clock.
+    Instance variables: passwords, which a reload sets; table; schemes, and is_explicit: somebody
+    has said which.
     """
 
-    def __init__(self, passwords: Passwords, schemes: Sequence[str] = SCHEMES,
+    def __init__(self, passwords: Passwords, schemes: Optional[Sequence[str]] = None,
                  algorithms: Sequence[str] = ALGORITHMS, qop: Sequence[str] = QOP,
                  nonce_lifetime: float = NONCE_LIFETIME, nonce_secret: bytes = b"",
-                 table: Optional[SharedTable] = None, now: Optional[float] = None,
-                 max_failures: Tuple[int, float] = MAX_FAILURES, userhash: bool = False) -> None:
-        check_offer(passwords.realm, schemes, algorithms, qop, userhash)
-        self.passwords, self.max_failures, self.userhash = passwords, max_failures, userhash
+                 table: Optional[SharedTable] = None,
+                 max_failures: Tuple[int, float] = MAX_FAILURES) -> None:
+        self.is_explicit, schemes = schemes is not None, SCHEMES if schemes is None else schemes
+        check_offer(passwords.realm, schemes, algorithms, qop)
+        passwords.check_servable(schemes, algorithms)
+        self.passwords, self.max_failures = passwords, max_failures
         self.schemes, self.algorithms, self.qop = tuple(schemes), tuple(algorithms), tuple(qop)
         self.nonce_lifetime, self.table = nonce_lifetime, table or SharedTable()
-        # With a shared secret, the issuer tells our nonces from those of other machines
-        # and of our own predecessor, who knew of uses that we do not know of.
-        self._started = time.time() if now is None else now
-        self._issuer, self._decoy_key = os.urandom(4), os.urandom(32)
-        secret = nonce_secret or os.urandom(32)
+        self.shares_nonces = bool(nonce_secret)
         # The key of BLAKE2 is at most 32 bytes, a secret file may be longer. With the realm in
         # it a nonce of one realm is unknown in another, though both share the secret.
-        self._key = hmac.new(secret, passwords.realm.encode("ascii"), "sha256").digest()
+        self._key = hmac.new(nonce_secret or self.table.key, passwords.realm.encode("ascii"),
+                             "sha256").digest()
+        self._nobody = os.urandom(16).hex()         # the HA1 of strangers, which nobody has
+        self._memo_key = os.urandom(16)
+        self._granted: Dict[bytes, Verdict] = {}    # by Basic's token; of self._granted_by
+        self._granted_by = passwords
+
+    def clock(self) -> float:
+        """Return the time that nonces and lock-outs go by."""
+        return self.table.now()
 
     def authenticate(self, method: str, target: str, authorization: Sequence[str],
                      client: Optional[str], now: float, schemes: Optional[Sequence[str]] = None,
                      read_body: Callable[[], bytes] = bytes,
-                     blocking: bool = True) -> Verdict:
-        """Return the Verdict; its status is 0 when it needs a slow hash and may not block.
+                     same_target: Callable[[str, str], bool] = is_same_target) -> Verdict:
+        """Return the Verdict on a request, however long it takes."""
+        def read() -> Generator[Any, Any, bytes]:
+            content: bytes = yield read_body
+            return content
+        return at_once(self.judge(Attempt(method, target, authorization, client, now,
+                                          schemes or self.schemes, read, same_target)))
 
-        authorization holds the values of all Authorization fields.
-        """
-        attempt = Attempt(method, target, client, now, schemes or self.schemes, read_body, blocking)
+    def judge(self, attempt: Attempt) -> Asking:
+        """Return the Verdict on an attempt; yields what has to be waited for."""
         # Before the lock-out: who brings no password guesses nothing.
-        if not authorization:
+        if not attempt.authorization and attempt.credentials is None:
             self.table.add("challenges")
             return self._refuse(attempt, "no credentials")
-        wait = self._lock_left(client, now)
+        wait = self._lock_left(attempt.client, attempt.now)
         if wait:
             return Verdict(429, reason="locked out", fields=(("Retry-After", str(wait)),))
         try:
-            return self._check(attempt, authorization)
+            scheme, token, credentials = self._parse(attempt)
+            if scheme not in attempt.schemes:
+                return self._refuse(attempt, f"{scheme.capitalize()} is not offered here")
+            if credentials is None:
+                return self.recall(attempt.authorization[0]) or (
+                    yield from self._judge_basic(attempt, *decode_basic(token)))
+            body = (yield from attempt.read_body()) if credentials.qop == "auth-int" else None
+            return self._judge_digest(attempt, credentials, body)
+        except NoNonce:
+            return self._refuse(attempt, "no nonce yet")
         except Malformed as error:
             self.table.add("malformed")
             return Verdict(400, reason=f"malformed: {error}")
-        except Busy:
-            self.table.add("busy")
-            return Verdict(503, reason="busy", fields=(("Retry-After", "1"),))
 
-    def _check(self, attempt: Attempt, authorization: Sequence[str]) -> Verdict:
-        """Look at credentials of either scheme."""
-        if len(authorization) > 1:
+    def _parse(self, attempt: Attempt) -> Tuple[str, str, Optional[DigestCredentials]]:
+        """Return scheme, token and Digest credentials of an attempt."""
+        if attempt.credentials:
+            return "digest", "", attempt.credentials
+        if len(attempt.authorization) > 1:
             raise Malformed("two Authorization fields")
-        scheme, token, params = parse_authorization(authorization[0])
-        if scheme not in attempt.schemes:
-            return self._refuse(attempt, "scheme not offered")
-        if scheme == "digest":
-            return self._check_digest(attempt, parse_digest(params))
-        username, password = decode_basic(token)
-        correct = self.passwords.verify(username, password, attempt.blocking)
-        if correct is None:
-            return Verdict(0)
+        scheme, token, params = parse_authorization(attempt.authorization[0])
+        return scheme, token, parse_digest(params) if scheme == "digest" else None
+
+    def recall(self, authorization: str) -> Optional[Verdict]:
+        """Return the verdict on Basic credentials that this dictionary has found right."""
+        if authorization[:1] not in "Bb" or self._granted_by is not self.passwords:
+            return None
+        return self._granted.get(sign(self._memo_key, authorization.encode("latin-1")))
+
+    def _remember(self, passwords: Passwords, authorization: str, verdict: Verdict) -> None:
+        """Keep a verdict by the name of the dictionary that it was checked against."""
+        if self._granted_by is not passwords or len(self._granted) >= REMEMBERED:
+            self._granted, self._granted_by = {}, passwords
+        self._granted[sign(self._memo_key, authorization.encode("latin-1"))] = verdict
+
+    def _judge_basic(self, attempt: Attempt, username: str, password: str) -> Asking:
+        """Look at Basic credentials."""
+        passwords = None
+        # Again, if a reload came while a slow hash was made: who is no longer in it is out.
+        while passwords is not self.passwords:
+            passwords = self.passwords
+            correct = passwords.is_known(username, password)
+            if not correct and passwords.is_slow(username):
+                correct = yield functools.partial(passwords.verify, username, password)
+            elif not correct:
+                correct = passwords.verify(username, password)
         if not correct:
             known = username in self.passwords.entries
             return self._fail(attempt, username, "bad password" if known else "unknown user")
-        return Memo(self, username).verdict
+        verdict = Verdict(200, username, username, "", (), "Basic")
+        self._remember(self.passwords, attempt.authorization[0], verdict)
+        return verdict
 
-    def _check_digest(self, attempt: Attempt, credentials: DigestCredentials) -> Verdict:
+    def _judge_digest(self, attempt: Attempt, credentials: DigestCredentials,
+                      body: Optional[bytes]) -> Verdict:
         """Look at Digest credentials: whom they concern, the uri, the response, the nonce.
 
         RFC 2617 section 3.2.1 has the response before the nonce: "should only set stale to
@@ -1251,63 +1401,66 @@ class Authenticator:
         for that nonce". Without qop (RFC 2069) there is no nc, and a response could be
         replayed at will.
         """
-        algorithm, names = credentials.algorithm, credentials.usernames
+        algorithm, uri = credentials.algorithm, credentials.uri
         if credentials.realm != self.passwords.realm:
             return self._refuse(attempt, "another realm")
         if algorithm not in self.algorithms or credentials.qop not in self.qop:
             return self._refuse(attempt, "algorithm or qop not offered")
-        if not is_same_target(credentials.uri, attempt.target):
+        if uri != attempt.target and not attempt.same_target(uri, attempt.target):
             return Verdict(400, reason="uri mismatch")
-        # A hash has neither backslash nor percent sign: its first reading is the only one.
-        entry = (self.passwords.find_userhash(names[0], algorithm) if credentials.userhash
-                 else self.passwords.find(names))
-        # A stranger's HA1 is one that nobody has. It is made for known users as well, or the
-        # time would tell who is known.
-        nobody = to_hex(algorithm, self._decoy_key + names[0].encode("utf-8"))
-        ha1 = entry.ha1.get(hash_name(algorithm), "") if entry else ""
-        # Only now: to read a body takes time, and what was refused above does not need it.
-        body = attempt.read_body() if credentials.qop == "auth-int" else None
-        ha2 = digest_ha2(attempt.method, credentials.uri, algorithm, body)
-        memo = DigestMemo(self, credentials, entry.username if entry else "", ha1 or nobody, ha2)
-        if memo.proves(credentials.nc, credentials.response):
-            return self._spend_nonce(attempt, credentials, memo)
-        if entry is None:
-            return self._fail(attempt, names[0], "unknown user")
-        return self._fail(attempt, entry.username, "bad response" if ha1 else "scheme not servable")
+        entry = self.passwords.find(credentials.usernames)
+        # A stranger's response takes the same way, and fails by an HA1 that nobody has.
+        ha1 = (entry.ha1.get(hash_name(algorithm)) if entry else None) or self._nobody
+        if algorithm.endswith("-sess"):
+            ha1 = digest_ha1_session(ha1, credentials.nonce, credentials.cnonce, algorithm)
+        response = digest_response(
+            ha1, credentials.nonce, credentials.nc, credentials.cnonce, credentials.qop,
+            digest_ha2(attempt.method, uri, algorithm, body), algorithm)
+        if not hmac.compare_digest(response, credentials.response) or entry is None:
+            known = "bad response" if entry else "unknown user"
+            return self._fail(attempt, entry.username if entry else credentials.usernames[0], known)
+        return self._spend_nonce(attempt, credentials, entry.username, ha1)
 
-    def _spend_nonce(self, attempt: Attempt, credentials: DigestCredentials,
-                     memo: DigestMemo) -> Verdict:
+    def _spend_nonce(self, attempt: Attempt, credentials: DigestCredentials, username: str,
+                     ha1: str) -> Verdict:
         """Grant a right response once, while its nonce lives; else ask for a new one."""
-        body = check_nonce(credentials.nonce, self._key, attempt.now, self.nonce_lifetime,
-                           self._issuer, self._started)
+        body = check_nonce(credentials.nonce, self._key, attempt.now, self.nonce_lifetime)
         fault = self.table.accept(body, int(credentials.nc, 16)) if body else "stale"
         if body is None or fault:
             self.table.add("replays" if fault == "replay" else "stale")
             return self._refuse(attempt, fault, stale=True)
-        memo.body, memo.born = body, nonce_time(body)
-        # The memo ends where answers begin to carry a nextnonce, which differs each time.
-        memo.fresh_until = memo.born + self.nonce_lifetime * NEXT_NONCE
-        (name, info), = memo.info(credentials.nc)
-        fresh = attempt.now < memo.fresh_until
-        if not fresh:
+        info = self._prove(credentials, ha1)
+        if attempt.now >= nonce_time(body) + self.nonce_lifetime * NEXT_NONCE:
             info += f', nextnonce="{self._make_nonce(attempt.now)}"'
-        # The body that auth-int proves is not in the head: no memo can stand for it.
-        keep = memo if fresh and credentials.qop == "auth" else None
-        memo.verdict = Verdict(200, memo.username, memo.username, "", ((name, info),), "Digest",
-                               keep)
-        return memo.verdict
+        return Verdict(200, username, username, "", (("Authentication-Info", info),), "Digest")
+
+    def _prove(self, credentials: DigestCredentials, ha1: str) -> str:
+        """Return Authentication-Info: we know HA1 too.
+
+        Its qop is auth in each case: our own proof under auth-int would need the body of an
+        answer that is not made yet ("SHOULD be the same as the one sent by the client").
+
+        See: RFC 7616 section 3.5.
+        """
+        nc, cnonce, algorithm = credentials.nc, credentials.cnonce, credentials.algorithm
+        # An answer has no method: A2 = ":" request-uri
+        proof = digest_response(ha1, credentials.nonce, nc, cnonce, "auth",
+                                digest_ha2("", credentials.uri, algorithm), algorithm)
+        if '"' in cnonce or "\\" in cnonce:
+            cnonce = re.sub(r'(["\\])', r"\\\1", cnonce)
+        return f'rspauth="{proof}", qop=auth, nc={nc}, cnonce="{cnonce}"'
 
     def _make_nonce(self, now: float) -> str:
-        return make_nonce(self._key, now, os.urandom(6) + self._issuer)
+        return make_nonce(self._key, now, os.urandom(6) + self.table.issuers[:4])
 
     def challenge(self, now: float, schemes: Optional[Sequence[str]] = None,
                   stale: bool = False) -> Fields:
         """Return the WWW-Authenticate fields of a 401."""
         lines = challenges(self.passwords.realm, self._make_nonce(now), schemes or self.schemes,
-                           self.algorithms, self.qop, stale, self.userhash)
+                           self.algorithms, self.qop, stale)
         return tuple(("WWW-Authenticate", line) for line in lines)
 
-    def _refuse(self, attempt: Attempt, reason: str, log_user: str = "-",
+    def _refuse(self, attempt: Attempt, reason: str, log_user: Optional[str] = None,
                 stale: bool = False) -> Verdict:
         """Say 401: to the client the same for every reason but stale."""
         fields = self.challenge(attempt.now, attempt.schemes, stale)
@@ -1388,12 +1541,14 @@ class TrustedProxies:
                 self._networks.append(ipaddress.ip_network(option, strict=False))
             except ValueError:
                 raise Refusal(f"unable to trust proxy {option}: expected a network or unix:")
+        # A client's address is classified once per connection, and mostly it has come before.
+        self.find_client = functools.lru_cache(maxsize=1024)(self._find_client)
 
     def trusts(self, address: Optional[Address]) -> bool:
         """Return whether to believe what a peer says; a unix socket's has no address."""
         return self._unix if address is None else any(address in net for net in self._networks)
 
-    def find_client(self, peer: str, forwarded: Sequence[str] = ()) -> Tuple[str, Optional[str]]:
+    def _find_client(self, peer: str, forwarded: str = "") -> Tuple[str, Optional[str]]:
         """Return the address for the log, and whom a lock-out may hit, or None.
 
         A trusted peer's X-Forwarded-For is read from the right, past trusted hops: what
@@ -1402,24 +1557,23 @@ class TrustedProxies:
         client can choose among the 2**64 addresses of its network, so that is what counts.
 
         >>> proxies = TrustedProxies(["10.0.0.0/8"])
-        >>> proxies.find_client("10.0.0.1", ["127.0.0.1, 192.0.2.7", "10.9.9.9"])
+        >>> proxies.find_client("10.0.0.1", "127.0.0.1, 192.0.2.7,10.9.9.9")
         ('192.0.2.7', '192.0.2.7')
-        >>> proxies.find_client("192.0.2.9", ["1.2.3.4"])
-        ('192.0.2.9', '192.0.2.9')
+        >>> proxies.find_client("9.9.9.9", "1.2.3.4")
+        ('9.9.9.9', '9.9.9.9')
         """
         address = parse_address(peer)
-        # Several fields are one list, in their order: RFC 9110 section 5.3.
-        hops = ",".join(forwarded).split(",")
+        hops = forwarded.split(",")
         while self.trusts(address) and hops:
             hop = parse_address(hops.pop())
             if hop is None:
                 break
             address = hop
-        shown = peer if address is None else str(address)
+        shown = peer or "-" if address is None else str(address)
         if address is None or address.is_loopback or self.trusts(address):
             return shown, None
         if address.version == 6:
-            return shown, str(ipaddress.ip_network(f"{address}/64", strict=False))
+            return shown, str(ipaddress.IPv6Address(int(address) >> 64 << 64)) + "/64"
         return shown, shown
 
 
@@ -1435,6 +1589,19 @@ def password_lines(username: str, realm: str, password: str) -> List[str]:
             for name in ("MD5", "SHA-256") if name in HASHES]
 
 
+def is_line_of(line: str, username: str, realm: str) -> bool:
+    """Return whether a line of a password file is about this user, in this realm.
+
+    >>> [is_line_of(line, "jim", "a") for line in ("jim:a:0", " jim:{SHA}x", "#jim:a:0", "jim:b:0")]
+    [True, True, False, False]
+    """
+    name, _, rest = line.strip(" \t\r").partition(":")
+    place, colon, _ = rest.partition(":")
+    if unicodedata.normalize("NFC", name) != username:
+        return False
+    return not colon or rest[0] in "{$" or place in (realm, "plain")
+
+
 def edit_passwords(text: str, username: str, realm: str, new_lines: Sequence[str]) -> str:
     r"""Return the text of a password file with new lines for a user, in the old ones' place.
 
@@ -1443,18 +1610,12 @@ def edit_passwords(text: str, username: str, realm: str, new_lines: Sequence[str
     >>> edit_passwords("# x\njim:plain:old\nann:files:00", "jim", "files", ["jim:files:11"])
     '# x\njim:files:11\nann:files:00\n'
     """
-    before, after = [], []      # type: List[str], List[str]
-    kept = before
-    for line in io.StringIO(text):      # not splitlines(): only a line feed divides lines here
-        line = line.rstrip("\n")
-        name, _, rest = line.partition(":")
-        place, colon, _ = rest.partition(":")
-        elsewhere = colon and rest[0] not in "{$" and place not in (realm, "plain")
-        if line.startswith("#") or unicodedata.normalize("NFC", name) != username or elsewhere:
-            kept.append(line)
-        else:
-            kept = after
-    return "".join(line + "\n" for line in before + list(new_lines) + after)
+    # Not splitlines(): only a line feed divides lines here.
+    lines = [line.rstrip("\n") for line in io.StringIO(text)]
+    mine = [number for number, line in enumerate(lines) if is_line_of(line, username, realm)]
+    others = [line for number, line in enumerate(lines) if number not in mine]
+    others[mine[0] if mine else len(others):0] = new_lines
+    return "".join(line + "\n" for line in others)
 
 
 def write_file(path: str, text: str, gid: Optional[int] = None, replace: bool = False) -> None:
@@ -1463,8 +1624,6 @@ def write_file(path: str, text: str, gid: Optional[int] = None, replace: bool = 
     A file that is replaced keeps its owner and group if we may give them, and 0640 if it
     had that: it may have been made for the group of a daemon.
     """
-    # Through links, or the rename would replace a link by a file.
-    path = os.path.realpath(path)
     new = f"{path}.{os.urandom(4).hex()}.new"
     fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
@@ -1488,19 +1647,40 @@ def write_file(path: str, text: str, gid: Optional[int] = None, replace: bool = 
             os.unlink(new)
 
 
+def lock_file(path: str) -> Optional[BinaryIO]:
+    """Return a file that other passwd commands must wait for; None: there is no such file.
+
+    The lock goes with the file when that is replaced: who has waited looks whether the name
+    still stands for what was locked. Of those who make a new file only one succeeds.
+    """
+    while os.path.exists(path):
+        # To write: a file system over a network locks nothing else.
+        stream = open(path, "rb+")
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        if os.path.exists(path) and os.path.samestat(os.fstat(stream.fileno()), os.stat(path)):
+            return stream
+        stream.close()
+    return None
+
+
 def change_password(path: str, username: str, realm: str, password: Optional[str]) -> str:
     """Set the password of a user in a file, or delete the user (None); return what was done."""
     username = normal_username(username)
     check_realm(realm)
-    exists = os.path.exists(path)
-    old = read_text(path)[0] if exists else ""
-    others = edit_passwords(old, username, realm, [])
-    known = others.rstrip("\n") != old.rstrip("\n")
-    if password is None and not known:
-        raise Refusal(f"unable to delete user {username!r}: not in {path}")
-    lines = [] if password is None else password_lines(username, realm, normal_password(password))
+    new_lines = [] if password is None else password_lines(
+        username, realm, normal_password(username, password))
+    # Through links, or the rename would replace a link by a file.
+    target = os.path.realpath(path)
     try:
-        write_file(path, edit_passwords(old, username, realm, lines), replace=exists)
+        with contextlib.ExitStack() as stack:
+            stream = lock_file(target)
+            old = read_text(stack.enter_context(stream).name, realm)[0] if stream else ""
+            known = any(is_line_of(line, username, realm) for line in old.split("\n"))
+            if password is None and not known:
+                raise Refusal(f"unable to delete user {username!r}: not in {path}")
+            write_file(target, edit_passwords(old, username, realm, new_lines), None, bool(stream))
+    except FileExistsError:         # made by another one meanwhile: now there is one to edit
+        return change_password(path, username, realm, password)
     except OSError as error:
         raise Refusal(f"unable to write passwords {path}: {error.strerror}")
     return "deleted" if password is None else "changed" if known else "added"
@@ -1531,7 +1711,7 @@ def run_passwd(path: str, username: str, realm: str = REALM, from_stdin: bool = 
                 raise Refusal("unable to set the password: the two differ")
         except UnicodeError:
             raise Refusal("unable to read the password: not in the encoding of this locale\n"
-                          "try: LC_ALL=C.UTF-8, or --stdin")
+                          "try: export LC_ALL=C.UTF-8")
     done = change_password(path, username, realm, password)
     return f"user {username!r} {done} in {path} (realm {realm!r})"
 
@@ -1540,9 +1720,9 @@ def first_password(path: str, gid: Optional[int] = None, realm: str = REALM) -> 
     """Make a password file with one user and a random password; return the two."""
     # 256 is 8 * 32, so % prefers no letter; 16 letters of 5 bits are 80 bits.
     password = "".join(LETTERS[octet % 32] for octet in os.urandom(16))
-    lines = password_lines(FIRST_USER, realm, password)
     try:
-        write_file(path, "".join(line + "\n" for line in lines), gid)
+        write_file(path, edit_passwords("", FIRST_USER, realm,
+                                        password_lines(FIRST_USER, realm, password)), gid)
     except OSError as error:
         raise Refusal(f"unable to make passwords {path}: {error.strerror}")
     return FIRST_USER, password
@@ -1556,12 +1736,13 @@ def read_nonce_secret(path: str) -> bytes:
             with contextlib.suppress(FileExistsError):      # who was faster made our secret too
                 write_file(path, os.urandom(32).hex() + "\n")
         with open(path, "rb") as stream:
-            secret, mode = stream.read(4096).strip(), os.fstat(stream.fileno()).st_mode
+            secret, exposed = stream.read(4096).strip(), is_exposed(stream.fileno())
     except OSError as error:
         raise Refusal(f"unable to read or make nonce secret {path}: {error.strerror}")
-    if len(secret) < 16 or mode & (stat.S_IROTH | stat.S_IWOTH):
-        raise Refusal(f"unable to use nonce secret {path}: shorter than 16 bytes, or everybody "
-                      f"may read it\ntry: chmod 600 {path}, or remove it, and it is made anew")
+    if exposed or len(secret) < 16:
+        fault, cure = (("everybody may read or change it", "chmod 600") if exposed else
+                       ("shorter than 16 bytes", "rm"))     # then it is made anew
+        raise refuse_file(f"use nonce secret {path}", [fault], f"{cure} {shlex.quote(path)}")
     return secret
 
 
@@ -1574,10 +1755,15 @@ def read_nonce_secret(path: str) -> bytes:
 # of two Content-Lengths and takes an unread body for the next request. Here
 # nothing is repaired: one spelling is right, all else is 400, and the
 # connection closes, for nobody knows where the next request would begin.
+#
+# Who goes from page to page sends the same fields with each request but for
+# the request line, and a Digest's Authorization. So what a block of fields
+# means is remembered, by a keyed hash of its bytes (there may be a password
+# in it), from the second time it comes; the rest is read each time.
 
 # RFC 9112 section 3: request-line = method SP request-target SP HTTP-version
 # A target is visible ASCII without "#". RFC 3986 allows less, but curl sends \ | ^ bare.
-REQUEST_LINE = re.compile(rf'({TOKEN}) ([!"$-~]+) HTTP/([0-9])\.([0-9])')
+match_request_line = re.compile(rf'({TOKEN}) ([!"$-~]+) HTTP/([0-9])\.([0-9])').fullmatch
 # RFC 9112 section 5: field-line = field-name ":" OWS field-value OWS
 # OWS is stripped later: inside the pattern it would make matching quadratic.
 FIELD_LINE = re.compile(rf"^({TOKEN}):([\t -~\x80-\xff]*)\r\n", re.MULTILINE)
@@ -1590,6 +1776,10 @@ ABSOLUTE = re.compile(r"https?://([^/?@]+)([/?].*)?", re.IGNORECASE)
 # 15 digits at most: a size is never a number that takes long to make.
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t -~\x80-\xff]*)?")
 UNPRINTABLE = re.compile(r"[^ !#-\[\]-~]")
+# What differs in a client's Digest credentials from request to request: uri, cnonce, nc and
+# response; nothing in it ends a quotation, a parameter or a line.
+match_filling = re.compile(rb"[!#-\[\]-~]+\n[!#-\[\]-~]{1,256}\n(?!0{8})[0-9a-fA-F]{8}\n"
+                           rb"[0-9a-f]{32}(?:[0-9a-f]{32})?").fullmatch
 
 Values = Dict[str, List[str]]
 
@@ -1602,38 +1792,161 @@ class BadRequest(Exception):
         self.status = status
 
 
-class Head(NamedTuple):
-    """A request head, read strictly."""
+class FieldBlock(NamedTuple):
+    """What the fields of a head say, read strictly."""
 
-    line: str               # the request line, as the log shows it
-    method: str
-    target: str             # the request target, as sent
-    path: str               # what handlers get: no scheme, no host, one slash at the start
-    minor: int              # of HTTP/1.x
     values: Values          # field name in lower case -> values
-    length: int             # of the body, as far as it was said
-    chunked: bool           # it was not
+    length: int             # of the body, as far as it was said; -1: nothing was said
+    chunked: bool           # it was not, for it comes in chunks
     keep_alive: bool        # the client may send another request
     expects: bool           # ... and waits for 100 Continue before the body
+    forwarded: str          # X-Forwarded-For
     log_tail: str           # Referer and User-Agent, as the log shows them
 
 
-def parse_head(octets: bytes) -> Head:
-    r"""Return the head that octets, up to and with the empty line, stand for.
+class Request:
+    """One request, as its page and the log see it.
 
-    >>> head = parse_head(b"GET //a?b HTTP/1.1\r\nHost: x\r\n\r\n")
-    >>> head.target, head.path, head.keep_alive
+    For pages: method, target (as sent), path (what it asks for: no scheme, no host, one slash
+    at the start, and the query), values (field name in lower case -> values), username
+    (None where no password is asked for), now (seconds since the epoch).
+    """
+
+    __slots__ = ("method", "target", "path", "line", "minor", "fields", "username", "now",
+                 "authorization", "credentials", "asked", "verdict", "host", "client", "status")
+
+    def __init__(self, method: str = "GET", target: str = "/", path: str = "/", line: str = "",
+                 minor: int = 1, fields: Optional[FieldBlock] = None,
+                 authorization: Sequence[str] = (), username: Optional[str] = None,
+                 now: float = 0.0) -> None:
+        self.method, self.target, self.path, self.line = method, target, path, line
+        self.minor, self.fields, self.authorization = minor, fields or NO_FIELDS, authorization
+        self.username, self.now = username, now
+        self.credentials: Optional[DigestCredentials] = None    # parsed already
+        self.verdict = UNASKED
+        self.asked: Optional[Tuple[str, str]] = None    # method and target of a proxy's client
+        self.host = ""                          # of the client, for the log
+        self.client: Optional[str] = None       # ... for a lock-out; None: it can hit nobody
+        self.status = 0                         # of the answer
+
+    @property
+    def values(self) -> Values:
+        """The fields."""
+        return self.fields.values
+
+
+def parse_head(octets: bytes) -> Request:
+    r"""Return the request whose head octets are, up to and with the empty line.
+
+    >>> request = parse_head(b"GET //a?b HTTP/1.1\r\nHost: x\r\n\r\n")
+    >>> request.target, request.path, request.fields.keep_alive
     ('//a?b', '/a?b', True)
     """
-    # Without the empty line: now each field line, the last one too, ends with its own CRLF.
     line, _, block = octets[:-2].decode("latin-1").partition("\r\n")
-    unread = block.count("\n")
-    if len(line) > MAX_LINE:
-        raise BadRequest(414, "request line too long")
-    if len(octets) > MAX_HEAD or unread > MAX_FIELDS:
-        raise BadRequest(431, "head too large")
-    method, target, minor = parse_request_line(line)
+    if len(octets) > MAX_HEAD:
+        raise BadRequest(414 if len(line) > MAX_LINE else 431, "head too large")
+    method, target, path, minor = parse_request_line(line)
+    fields = parse_fields(block, minor)
+    check_length(method, minor, fields)
+    # Not for pages, nor to be remembered: there may be a password in it.
+    authorization = fields.values.pop("authorization", ())
+    return Request(method, target, path, escape(line), minor, fields, authorization)
+
+
+class Known(NamedTuple):
+    """What a block of fields meant."""
+
+    fields: FieldBlock
+    start: int              # where in it the value of Authorization lies, but for a Digest's ...
+    end: int
+    credentials: Optional[DigestCredentials]        # ... which are these, with other values in them
+
+
+def cut_holes(block: bytes) -> Tuple[bytes, List[str]]:
+    """Return a block without what varies in Digest credentials, and that: uri, cnonce, nc, response.
+
+    A guess at the syntax: who uses it lets the strict parser look at the first such block,
+    and see whether it finds the same.
+    """
+    start = block.find(b"uthorization: Digest ")
+    if start < 0:
+        return block, []
+    uri, cnonce = block.find(b' uri="', start) + 6, block.find(b' cnonce="', start) + 9
+    nc, response = block.find(b" nc=", start) + 4, block.find(b' response="', start) + 11
+    uri_end, cnonce_end = block.find(b'"', uri), block.find(b'"', cnonce)
+    response_end = block.find(b'"', response)
+    filling = b"\n".join((block[uri:uri_end], block[cnonce:cnonce_end], block[nc:nc + 8],
+                          block[response:response_end]))
+    (a, b), (c, d), (e, f), (g, h) = sorted((
+        (uri, uri_end), (cnonce, cnonce_end), (nc, nc + 8), (response, response_end)))
+    # What was not found "begins" before the credentials.
+    if a < start or not match_filling(filling):
+        return block, []
+    rest = block[:a] + block[b:c] + block[d:e] + block[f:g] + block[h:]
+    return rest, filling.decode("ascii").split("\n")
+
+
+class HeadReader:
+    """Read heads as parse_head does; what a block of fields meant is remembered."""
+
+    def __init__(self) -> None:
+        self._key = os.urandom(16)
+        self._known: Dict[bytes, Optional[Known]] = {}      # None: it has come once
+
+    def read(self, octets: bytes) -> Request:
+        r"""Return the request whose head octets are.
+
+        >>> HeadReader().read(b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n").path
+        '/a'
+        """
+        end = octets.find(b"\r\n")
+        if len(octets) > MAX_HEAD:
+            return parse_head(octets)           # which refuses it
+        # With the digit before it: the version is part of what the fields mean.
+        block, filling = cut_holes(octets[end - 1:])
+        key = sign(self._key, block)
+        known = self._known.get(key)
+        if known is None:
+            return self._learn(key, block, filling, parse_head(octets))
+        line = octets[:end].decode("latin-1")
+        method, target, path, minor = parse_request_line(line)
+        check_length(method, minor, known.fields)
+        request = Request(method, target, path, escape(line), minor, known.fields)
+        if known.credentials:
+            uri, cnonce, nc, response = filling
+            names, realm, nonce, _, _, algorithm, qop, _, _ = known.credentials
+            request.credentials = DigestCredentials(names, realm, nonce, uri, response, algorithm,
+                                                    qop, nc, cnonce)
+        elif known.start:
+            request.authorization = (block[known.start:known.end].decode("latin-1"),)
+        return request
+
+    def _learn(self, key: bytes, block: bytes, filling: List[str], request: Request) -> Request:
+        """Keep what a block of fields meant, if it has come before; return the request."""
+        credentials, start, said = None, 0, request.authorization
+        if filling and len(said) == 1:
+            with contextlib.suppress(Malformed):        # the authenticator will say so
+                found = parse_digest(parse_authorization(said[0])[2])
+                if [found.uri, found.cnonce, found.nc, found.response] == filling:
+                    credentials = found
+        elif len(said) == 1:
+            start = block.find(said[0].encode("latin-1"))
+        # What was not understood, or guessed wrongly, is read by the strict parser each time.
+        if bool(said) == bool(credentials or start):
+            if len(self._known) >= MAX_MEMOS:
+                self._known.clear()     # then each client's next head is parsed, that is all
+            # A browser's first request, a scanner's thousand: most blocks never come again.
+            self._known[key] = Known(request.fields, start, start + len("".join(said)),
+                                     credentials) if key in self._known else None
+        return request
+
+
+def parse_fields(block: str, minor: int) -> FieldBlock:
+    """Return what the field lines of a head mean."""
     values: Values = {}
+    unread = block.count("\n")
+    if unread > MAX_FIELDS:
+        raise BadRequest(431, "too many fields")
     # findall() passes over what does not match, in silence: each line it took is counted off.
     for name, value in FIELD_LINE.findall(block):
         values.setdefault(name.lower(), []).append(value.strip(" \t"))
@@ -1641,26 +1954,30 @@ def parse_head(octets: bytes) -> Head:
     if unread:
         raise BadRequest(400, "field line")
     check_host(values, minor)
-    length, chunked = framing(method, values, minor)
+    length, chunked = framing(values, minor)
     referer, agent = (escape(values.get(name, ["-"])[0]) for name in ("referer", "user-agent"))
-    return Head(escape(line), method, target, origin_path(method, target), minor, values, length,
-                chunked, keeps_alive(values, minor), expects_continue(values, minor),
-                f'"{referer}" "{agent}"')
+    # Several fields are one list, in their order: RFC 9110 section 5.3.
+    return FieldBlock(values, length, chunked, keeps_alive(values, minor),
+                      expects_continue(values, minor), ",".join(values.get("x-forwarded-for", ())),
+                      f'"{referer}" "{agent}"')
 
 
-def parse_request_line(line: str) -> Tuple[str, str, int]:
-    """Return method, request target and minor version.
+def parse_request_line(line: str) -> Tuple[str, str, str, int]:
+    """Return method, request target, what path and query it asks for, and minor version.
 
     >>> parse_request_line("GET /example/foo HTTP/1.1")
-    ('GET', '/example/foo', 1)
+    ('GET', '/example/foo', '/example/foo', 1)
     """
-    match = REQUEST_LINE.fullmatch(line)
+    if len(line) > MAX_LINE:
+        raise BadRequest(414, "request line too long")
+    match = match_request_line(line)
     if match is None:
         raise BadRequest(400, "request line")
-    if match.group(3) != "1":
+    method, target, major, minor = match.groups()
+    if major != "1":
         raise BadRequest(505, "HTTP version")
     # A higher minor version is served as the highest we know: RFC 9110 section 2.5.
-    return match.group(1), match.group(2), min(int(match.group(4)), 1)
+    return method, target, origin_path(method, target), 0 if minor == "0" else 1
 
 
 def origin_path(method: str, target: str) -> str:
@@ -1695,13 +2012,13 @@ def check_host(values: Values, minor: int) -> None:
         raise BadRequest(400, "Host")
 
 
-def framing(method: str, values: Values, minor: int) -> Tuple[int, bool]:
-    """Return the length of the body, and whether it is chunked instead.
+def framing(values: Values, minor: int) -> Tuple[int, bool]:
+    """Return the length of the body (-1: not said), and whether it is chunked instead.
 
-    >>> framing("POST", {"content-length": ["5"]}, 1)
-    (5, False)
-    >>> framing("POST", {"transfer-encoding": ["Chunked"]}, 1)
-    (0, True)
+    >>> framing({"content-length": ["5"]}, 1), framing({}, 1)
+    ((5, False), (-1, False))
+    >>> framing({"transfer-encoding": ["Chunked"]}, 1)
+    (-1, True)
 
     See: RFC 9112 section 6.
     """
@@ -1714,15 +2031,22 @@ def framing(method: str, values: Values, minor: int) -> Tuple[int, bool]:
             raise BadRequest(400, "Transfer-Encoding")
         if len(codings) > 1:
             raise BadRequest(501, "transfer coding")
-        return 0, True
-    if not lengths and not minor and method in ("POST", "PUT", "PATCH"):
-        raise BadRequest(411, "no Content-Length")      # RFC 9112 section 6.3
+        return -1, True
     # Not int() alone, which also takes "+5", " 5" and "1_0".
     if len(lengths) > 1 or lengths and re.fullmatch("[0-9]+", lengths[0]) is None:
         raise BadRequest(400, "Content-Length")
     if lengths and len(lengths[0]) > 15:    # int() of a very long one would take seconds
         raise BadRequest(413, "body too large")
-    return int(lengths[0]) if lengths else 0, False
+    return int(lengths[0]) if lengths else -1, False
+
+
+def check_length(method: str, minor: int, fields: FieldBlock) -> None:
+    """Refuse a body whose end HTTP/1.0 cannot tell.
+
+    See: RFC 9112 section 6.3.
+    """
+    if not minor and fields.length < 0 and method in ("POST", "PUT", "PATCH"):
+        raise BadRequest(411, "no Content-Length")
 
 
 def split_list(fields: Sequence[str]) -> List[str]:
@@ -1774,6 +2098,182 @@ def escape(text: str) -> str:
     return UNPRINTABLE.sub(lambda match: f"\\x{ord(match.group()):02x}", text)
 
 
+UNASKED = Verdict(0)        # of a request that the authenticator has not been asked about
+PUBLIC = Verdict(200)       # of one for which it need not be asked
+NO_FIELDS = FieldBlock({}, -1, False, False, False, "", '"-" "-"')
+
+
+# -- 8. Pages: what answers in the loop ---------------------------------------
+#
+# A page is a function: a Request in, an Answer out. It runs in the loop that serves
+# everybody, so it must not wait for anything; a file it need not even read, it names the
+# part of it that is to be sent. The example, folders of files (11), refusals are pages.
+
+STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n"
+                for status in http.HTTPStatus}
+PAGE_METHODS = ("GET", "HEAD", "OPTIONS")
+METHODS = ("CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE")
+
+
+class FilePart(NamedTuple):
+    """A body that lies in a file: the server sends that part of it, then closes it."""
+
+    file: Any               # has fileno() and close()
+    offset: int
+    length: int
+
+
+class Answer(NamedTuple):
+    """What a page returns."""
+
+    status: int
+    fields: Fields          # without Content-Length, Date, Server, Connection
+    body: Union[bytes, FilePart] = b""
+
+
+Page = Callable[[Request], Answer]
+
+STYLE = (
+    ":root{color-scheme:light dark;font:100%/1.5 system-ui,sans-serif}"
+    "body{max-width:48rem;margin:3rem auto;padding:0 1rem}h1{font-size:1.3rem}"
+    "a{color:inherit;text-underline-offset:.2em}a:hover{text-decoration:underline}"
+    "table,td:first-child{width:100%}table{border-spacing:0}"
+    "th,td{padding:.4rem 0;border-bottom:1px solid #8883;text-align:left}"
+    "th,td+td{font:.85rem system-ui,sans-serif;color:#777;white-space:nowrap}"
+    "th+th,td+td{padding-left:1.5rem;text-align:right;font-variant-numeric:tabular-nums}"
+    "td a{display:block;text-decoration:none}td a[href$='/']{font-weight:600}i{font-style:normal}"
+    "h1,td:first-child{overflow-wrap:anywhere}"
+    "@media(max-width:32rem){body{margin:1rem auto}th+th,td+td{padding-left:1rem}i{display:none}}")
+EXPLANATIONS = {
+    401: "This is for who has a password. To try again, reload the page.",
+    403: "The server itself may not read this.",
+    404: "There is nothing here.",
+    429: "Too many wrong passwords came from your address. Wait a minute, then reload the page.",
+    500: "Something went wrong here; the log of the server says what.",
+    503: "The server cannot answer just now. Reload the page in a moment.",
+}
+HTML = ("Content-Type", "text/html; charset=utf-8")
+# Browsers shall not guess that a text is a program: https://fetch.spec.whatwg.org/#nosniff
+NOSNIFF = ("X-Content-Type-Options", "nosniff")
+# What was given for a password is nobody else's: RFC 9111 section 3.5 and 5.2.2.7.
+PRIVATE = (("Cache-Control", "private"), ("Vary", "Authorization"))
+
+
+def html_page(title: str, body: str) -> bytes:
+    r"""Return a page; title is text, body is HTML.
+
+    >>> html_page("a<b", "<p>c")[-50:]
+    b'</style><title>a&lt;b</title><h1>a&lt;b</h1>\n<p>c\n'
+    """
+    title = html.escape(title)
+    # The empty icon keeps browsers from asking for /favicon.ico.
+    return (f'<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8">'
+            f'<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
+            f'<style>{STYLE}</style><title>{title}</title><h1>{title}</h1>\n{body}\n'
+            ).encode("utf-8", "replace")
+
+
+@functools.lru_cache(maxsize=None)
+def error_page(status: int) -> bytes:
+    """Return the page of a refusal; the same bytes each time, a 401 is sent often."""
+    home = '\n<p><a href="/">Home</a>' if status in (403, 404) else ""
+    return html_page(f"{status} {http.HTTPStatus(status).phrase}",
+                     f"<p>{EXPLANATIONS.get(status, '')}{home}")
+
+
+@functools.lru_cache(maxsize=256)
+def example_answer(path: str, user: str) -> Answer:
+    r"""Return the answer of the example resource.
+
+    >>> b"<p>This is foo, for jim." in example_answer("/example/foo?a=b", "jim").body
+    True
+    """
+    folder, _, name = path.partition("?")[0].rpartition("/")
+    if folder + name == "":
+        return Answer(200, (HTML,), html_page(
+            "It works", '<p><a href="/example/foo">/example/foo</a>'))
+    if not name or not (folder + "/").startswith("/example/"):
+        return Answer(404, (HTML,), error_page(404))
+    name = urllib.parse.unquote(name)
+    return Answer(200, (HTML,), html_page(
+        name, f"<p>This is {html.escape(name)}, for {html.escape(user)}."))
+
+
+def example(request: Request) -> Answer:
+    """Answer /example/foo with a page about foo and the user; / leads to it."""
+    return example_answer(request.path, request.username or "everybody")
+
+
+@functools.lru_cache(maxsize=256)
+def log_name(username: Optional[str]) -> str:
+    """Return a user's name as one word of the log; nobody is -, and no name is mistaken for it.
+
+    >>> log_name("jim"), log_name("a b"), log_name("-"), log_name(""), log_name(None)
+    ('jim', 'a%20b', '%2D', '""', '-')
+    """
+    if not username or username == "-":
+        return "-" if username is None else '""' if not username else "%2D"
+    return urllib.parse.quote(username, "!$&'()*+,/:;=?@", errors="replace")
+
+
+def is_public(prefixes: Sequence[str], path: str) -> bool:
+    """Return whether a path lies below one of these prefixes, whoever reads it.
+
+    Decoded once, as a page does. A path of which two readers could think differently (a dot
+    segment, an empty one, an encoded slash, a backslash) is below none of them.
+
+    >>> [is_public(["/pub"], path) for path in ("/pub/a?b", "/pub", "/public", "/pub/%2e%2e/a")]
+    [True, True, False, False]
+    """
+    if not prefixes:
+        return False
+    names = path.partition("?")[0].split("/")
+    decoded = [urllib.parse.unquote(name, "latin-1") for name in names]
+    if not {"", ".", ".."}.isdisjoint(decoded[1:-1]) or decoded[-1] in (".", ".."):
+        return False
+    plain = "/".join(decoded)
+    if plain.count("/") != len(names) - 1 or "\\" in plain or "\0" in plain:
+        return False
+    return any(plain == prefix.rstrip("/") or plain.startswith(prefix.rstrip("/") + "/")
+               for prefix in prefixes)
+
+
+# -- 9. One connection --------------------------------------------------------
+#
+# A request is a generator, Connection.answer(): its whole story, from the head to the line in
+# the log, read from top to bottom. It yields where it must wait: MORE for bytes that have not
+# come yet, or a function that takes long and is lent to a thread. go_on() drives it: it
+# sends in what was waited for. A connection without a request has no generator; of 10,000
+# connections nearly all have none.
+#
+#     Connection.ready()     bytes have come, or can go
+#       advance()            a head is whole: begin its story, or go on with it
+#         go_on()            until it is told, or waits
+#           answer()         read -> admit -> the page, or the handler -> finish -> skip
+#       flush()              one write for the answer; a file's part by sendfile(2)
+#
+# It reads one request at a time: the next one waits in the buffer, and its connection in
+# server.later, until other clients had their turn.
+#
+# To be fair is to have a deadline for everything. WAITS has them, by what a connection waits
+# for; none is moved by a single byte, or a client could make one last for ever.
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+MORE, REST = "body", "rest"     # what a story yields when it waits for bytes; that is its stage
+WAITS = {                   # seconds that a connection may spend
+    "first": 20.0,          # from accept to the first byte
+    "head": 20.0,           # from the first byte of a head to its last: not per byte
+    "handshake": 20.0,      # of TLS
+    "body": PACE_SECONDS,   # reading a body in the loop, of at most 64 KiB
+    "rest": PACE_SECONDS,   # ... of a request that has been answered
+    "write": PACE_SECONDS,  # writing, and as long again for every 64 KiB that went
+    "idle": 75.0,           # between two requests; browsers wait for 60 to 120 s
+    "linger": 10.0,         # sending, though it has been refused
+}
+NO_LINGER = struct.pack("ii", 1, 0)     # close(2) resets, and forgets what was not sent
+Story = Generator[Any, Any, None]
+
+
 class Body:
     r"""Find the end of a body, and its meaning, in bytes that arrive in pieces.
 
@@ -1787,12 +2287,13 @@ class Body:
     """
 
     def __init__(self, length: int, chunked: bool) -> None:
-        self.left = length      # bytes of the body, or of this chunk, still to come
+        self.left = max(0, length)      # bytes of the body, or of this chunk, still to come
         self.next_line = "size" if chunked else ""      # what follows: take_line() calls take_...
         # Bytes left for chunks; after the last of them, for the trailer.
         self.room = MAX_BODY if chunked else length
-        self.done = not length and not chunked
+        self.done = not self.left and not chunked
         self.rest = bytearray()
+        self.taken = b""        # what was read ahead of a handler, as it came (qop=auth-int)
 
     def feed(self, octets: bytes) -> bytes:
         """Take octets as they came, return what they mean."""
@@ -1852,521 +2353,32 @@ class Body:
         return rest
 
 
-# -- 8. Handlers --------------------------------------------------------------
-#
-# The API is the one everybody knows: a BaseHTTPRequestHandler with do_GET,
-# headers, rfile, wfile, send_response. AuthServer runs any such class, in a
-# thread and on the real socket; to make it serve one exchange and no more,
-# AuthHandler is put behind it, where it finds BaseHTTPRequestHandler's methods
-# replaced but all of its own in force:
-#
-#     class Hosted(SimpleHTTPRequestHandler, AuthHandler)     # what hosted() makes
-#
-# A handler that never waits for anything says nonblocking = True and is run in
-# the loop, in memory, and its whole answer leaves in one write.
-
-STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n"
-                for status in http.HTTPStatus}
-
-Work = Callable[[], None]
-
-
-class BodyStream(io.RawIOBase):
-    """rfile: the body, decoded, and then its end; the next request is out of reach."""
-
-    def __init__(self, exchange: "Exchange") -> None:
-        super().__init__()
-        self.exchange, self.pending = exchange, b""
-
-    def readable(self) -> bool:
-        """Return True: io.BufferedReader asks."""
-        return True
-
-    def readinto(self, into: Any) -> int:
-        """Fill into as far as one piece goes; 0 is the end."""
-        # A loop: bytes may have come that mean nothing yet, such as the size of a chunk.
-        while not self.pending and not self.exchange.body.done:
-            self.pending = self.exchange.receive()
-        size = min(len(into), len(self.pending))
-        into[:size], self.pending = self.pending[:size], self.pending[size:]
-        return size
-
-
-class AnswerStream(io.BufferedIOBase):
-    """wfile: every write goes out at once, at the client's pace, if that is not too slow."""
-
-    def __init__(self, exchange: "Exchange") -> None:
-        super().__init__()
-        self.exchange, self.sent = exchange, 0
-
-    def writable(self) -> bool:
-        """Return True: io asks."""
-        return True
-
-    def fileno(self) -> int:
-        """Return the socket's descriptor."""
-        return self.exchange.connection.socket.fileno()
-
-    def write(self, data: Any) -> int:
-        """Send data."""
-        octets, sock = memoryview(data).cast("B"), self.exchange.connection.socket
-        self.exchange.lost = True       # until proven otherwise
-        for start in range(0, len(octets), IN_MEMORY):
-            sock.settimeout(PACE_SECONDS)       # of a whole sendall, since Python 3.5
-            piece = octets[start:start + IN_MEMORY]
-            sock.sendall(piece)
-            self.sent += len(piece)
-        self.exchange.lost = False
-        return len(octets)
-
-
-class AuthHandler(http.server.BaseHTTPRequestHandler):
-    """A request handler for one exchange: AuthServer passes it where the socket usually is.
-
-    For derived classes: do_GET and friends; remote_user, the authenticated user;
-    nonblocking, the promise never to wait for anything.
-    """
-
-    nonblocking = False
-    protocol_version = "HTTP/1.1"
-    remote_user: Optional[str] = None
-
-    def setup(self) -> None:
-        """Take over the exchange and its streams."""
-        exchange = self.exchange = self.request
-        self.request = self.connection = exchange.connection.socket
-        self.rfile, self.wfile = exchange.rfile, exchange.wfile
-        self.remote_user = exchange.verdict.username
-        self.auth_type = exchange.verdict.scheme
-        self.lines: List[str] = []
-        self.has_end = self.exchange.head.method == "HEAD"
-
-    def handle_one_request(self) -> None:
-        """Call do_METHOD, which AuthServer has made sure of; the next request is not ours."""
-        if self.parse_request():
-            getattr(self, "do_" + self.command)()
-        self.exchange.closes, self.close_connection = self.close_connection, True
-
-    def finish(self) -> None:
-        """Leave the streams to the loop."""
-
-    def parse_request(self) -> bool:
-        """Take over what parse_head has found."""
-        head = self.exchange.head
-        self.command, self.path = head.method, head.path
-        self.request_version = "HTTP/1.1" if head.minor else "HTTP/1.0"
-        self.close_connection = self.exchange.closes or self.protocol_version < "HTTP/1.1"
-        return True
-
-    def __getattr__(self, name: str) -> Any:
-        """Make what most handlers never ask for: headers, requestline, raw_requestline."""
-        exchange = self.__dict__.get("exchange")
-        text = exchange.octets.decode("latin-1") if exchange else ""
-        if exchange and name == "headers":
-            self.headers = http.client.HTTPMessage()
-            for field, value in FIELD_LINE.findall(text):
-                self.headers[field] = value.strip(" \t")
-        elif exchange and name in ("requestline", "raw_requestline"):
-            self.requestline = text.partition("\r\n")[0]
-            self.raw_requestline = self.requestline.encode("latin-1") + b"\r\n"
-        else:
-            raise AttributeError(name)
-        return self.__dict__[name]
-
-    def log_request(self, code: Union[int, str] = "-", size: Union[int, str] = "-") -> None:
-        """Leave it to the access log, unless the handler has a log of its own."""
-        if type(self).log_message is not http.server.BaseHTTPRequestHandler.log_message:
-            super().log_request(code, size)
-
-    def send_response(self, code: int, message: Optional[str] = None) -> None:
-        """Begin an answer: status line, Server and Date."""
-        self.log_request(code)
-        self.send_response_only(code, message)
-        self.lines.append(self.exchange.connection.server.stamp)
-
-    def send_response_only(self, code: int, message: Optional[str] = None) -> None:
-        """Begin an answer: status line."""
-        line = STATUS_LINES.get(code, "")
-        if message is not None or not line:
-            line = f"HTTP/1.1 {code:d} {message or ''}\r\n"
-        # line[8:]: without "HTTP/1.1", for which comes what the handler's protocol_version says.
-        self.exchange.status, self.lines = int(code), [self.protocol_version, line[8:]]
-
-    def send_header(self, keyword: str, value: str) -> None:
-        """Add a field; Connection decides what becomes of the connection."""
-        name = keyword.lower()
-        if name == "connection":
-            self.close_connection = value.lower() == "close"
-            return
-        if name in ("content-length", "transfer-encoding"):
-            self.has_end = True
-        self.lines.append(f"{keyword}: {value}\r\n")
-
-    def end_headers(self) -> None:
-        """Write the head, with what verdict and connection have to say."""
-        exchange = self.exchange
-        if exchange.status >= 200:
-            self.lines += [f"{name}: {value}\r\n" for name, value in exchange.fields]
-            # An answer without a length ends where the connection does: RFC 9112 section 6.3.
-            has_end = self.has_end or exchange.status in (204, 304)
-            self.lines.append(exchange.connection_field(self.close_connection or not has_end))
-            self.close_connection = exchange.closes
-        self.lines.append("\r\n")
-        head = "".join(self.lines).encode("latin-1", "replace")
-        self.lines = []
-        exchange.head_size += len(head)
-        self.wfile.write(head)
-
-
-class ExampleHandler(AuthHandler):
-    """The example resource: /example/foo names foo and the user; / leads to it."""
-
-    nonblocking = True
-
-    def do_GET(self) -> None:
-        """Answer with a page about the last part of the path."""
-        status, page = example_page(self.path, self.remote_user or "everybody")
-        self.wfile.write(self.exchange.compose(status, "text/html; charset=utf-8", page))
-
-    do_HEAD = do_GET
-
-    def do_OPTIONS(self) -> None:
-        """Say what can be done, with this resource or ("*") with the server."""
-        self.send_response(204)
-        self.send_header("Allow", ", ".join(allowed(type(self))))
-        self.end_headers()
-
-
-@functools.lru_cache(maxsize=64)
-def example_page(path: str, user: str) -> Tuple[int, bytes]:
-    r"""Return status and page of the example resource.
-
-    >>> example_page("/example/foo?a=b", "jim")[1]
-    b'<!DOCTYPE html><title>example</title><p>This is foo, for jim.</p>\n'
-    """
-    folder, _, name = path.partition("?")[0].rpartition("/")
-    status, text = 404, "There is no such page."
-    if folder + name == "":
-        status, text = 200, '<a href="/example/foo">/example/foo</a>'
-    elif name and (folder + "/").startswith("/example/"):
-        name = urllib.parse.unquote(name)
-        status, text = 200, f"This is {html.escape(name)}, for {html.escape(user)}."
-    page = f"<!DOCTYPE html><title>example</title><p>{text}</p>\n"
-    return status, page.encode("utf-8", "replace")
-
-
-def allowed(handler_class: type) -> List[str]:
-    """Return the methods that a handler class answers.
-
-    >>> allowed(ExampleHandler)
-    ['GET', 'HEAD', 'OPTIONS']
-    """
-    return sorted(name[3:] for name in dir(handler_class) if name.startswith("do_"))
-
-
-def hosted(handler: Any) -> Any:
-    """Return a handler class with AuthHandler behind it; also inside a functools.partial."""
-    if isinstance(handler, functools.partial):
-        return functools.partial(hosted(handler.func), *handler.args, **handler.keywords)
-    if issubclass(handler, AuthHandler):
-        return handler
-    # Of its bases the handler's own methods come first, then AuthHandler's, then those of
-    # BaseHTTPRequestHandler. Its version is said again, or AuthHandler's 1.1 would hide a 1.0.
-    return type(handler.__name__, (handler, AuthHandler),
-                {"protocol_version": handler.protocol_version})
-
-
-# -- 9. One exchange, one connection ------------------------------------------
-#
-# The life of a request, all in the thread of the loop but for what says pool:
-#
-#   Connection.ready -> advance -> begin -> recall -> grant     a head that is known (a memo)
-#                                        or parse_head -> Exchange.authenticate
-#     -> judge -> reply                      a refusal: answered right here
-#        or grant -> respond                 a nonblocking handler
-#                 or collect -> respond      ... once its small body is there
-#                 or offload(serve) -> pool  any other handler
-#     -> finish -> Connection.deliver -> flush  one write; then the next request
-#
-# The whole-head memo. A client sends the same head again and again, but for a
-# digest's nc and response. So the bytes of a head that was parsed strictly
-# and authenticated are the key to what they meant. Equal keys are equal bytes
-# from the same client on the same listening address, with at most two holes at
-# the same places, which the strict parser found to be nc and response; these,
-# the nonce's age and lock-outs are looked at on every hit (Memo.again). Only
-# a 200 makes an entry, so strangers make none; heads with a body have none; a
-# new password file ends them all.
-
-METHODS = ("CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE")
-CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-UNKNOWN = Verdict(0)
-# One for all exchanges: it is done, so nobody ever feeds it.
+# One for all requests without a body: it is done, so nobody ever feeds it.
 NO_BODY = Body(0, False)
-
-Key = Tuple[Union[str, bytes], ...]
-
-
-def memo_key(host: str, octets: bytes) -> Tuple[Key, str, str]:
-    r"""Return the key of a head, and the nc and response that are cut out of it.
-
-    >>> memo_key("::1", b'Authorization: Digest nc=00000001, response="00ff"\r\n')[0]
-    ('::1', b'Authorization: Digest nc=', b', response="', b'"\r\n')
-    """
-    # Clients write Authorization or authorization. A guess that finds another field does no harm:
-    # remember() keeps nothing unless the strict parser has found the same nc and response.
-    start = octets.find(b"uthorization: Digest ")
-    if start < 0:
-        return (host, octets), "", ""
-    count = octets.find(b" nc=", start) + 4
-    proof = octets.find(b' response="', start) + 11
-    end = octets.find(b'"', proof)
-    if count < proof:
-        key = host, octets[:count], octets[count + 8:proof], octets[end:]
-    else:
-        key = host, octets[:proof], octets[end:count], octets[count + 8:]
-    return key, octets[count:count + 8].decode("latin-1"), octets[proof:end].decode("latin-1")
-
-
-class BodyNeeded(Exception):
-    """The verdict depends on a body that has not arrived yet (qop=auth-int)."""
-
-
-class Exchange:
-    """One request and its answer."""
-
-    body = NO_BODY
-    content: Optional[bytearray] = None     # of a body that the loop collects
-    rfile: Any = None               # and wfile: the streams of the handler
-    wfile: Any = None
-    status = 0                      # of the answer
-    head_size = 0                   # bytes of it that are not body
-    lost = False                    # the client, in the middle of something
-
-    def __init__(self, connection: "Connection", octets: bytes, head: Head, host: str,
-                 client: Optional[str], verdict: Verdict = UNKNOWN, fields: Fields = ()) -> None:
-        self.connection, self.octets, self.head = connection, octets, head
-        self.host = host            # the client's address for the log
-        self.client = client        # ... for the lock-out; None: it can hit nobody
-        self.verdict, self.fields = verdict, fields     # fields: of the answer
-        self.closes = not head.keep_alive    # the connection, after the answer
-        if head.chunked or head.length:
-            self.body = Body(head.length, head.chunked)
-            self.patience = PACE_SECONDS        # for its bytes; in the pool
-
-    def connection_field(self, close: bool) -> str:
-        """Return the Connection field of the answer, "" where it goes without saying.
-
-        See: RFC 9112 section 9.3.
-        """
-        self.closes = close or self.connection.server.draining
-        if self.closes:
-            return "Connection: close\r\n"
-        return "" if self.head.minor else "Connection: keep-alive\r\n"
-
-    def authenticate(self) -> None:
-        """Get a verdict: at once, after the body has come, or from the pool (a slow hash)."""
-        try:
-            verdict = self.ask(False)
-        except BodyNeeded:
-            self.collect()
-            return
-        if verdict.status:
-            self.judge(verdict)
-        else:
-            self.offload(self.verify)
-
-    def ask(self, blocking: bool) -> Verdict:
-        """Ask the authenticator."""
-        server, head = self.connection.server, self.head
-        if server.authenticator is None:
-            return Verdict(200)
-        return server.authenticator.authenticate(
-            head.method, head.target, head.values.get("authorization", ()), self.client,
-            server.now, self.connection.listener.schemes, self.read_content, blocking)
-
-    def verify(self) -> Work:
-        """Ask, however long it takes; in the pool."""
-        return functools.partial(self.judge, self.ask(True))
-
-    def read_content(self) -> bytes:
-        """Return the body, for qop=auth-int."""
-        if self.content is None and not self.body.done:
-            raise BodyNeeded
-        return bytes(self.content or b"")
-
-    def judge(self, verdict: Verdict) -> None:
-        """Let the request pass, or refuse it."""
-        self.verdict, self.fields = verdict, verdict.fields
-        if verdict.status == 200:
-            if verdict.memo is not None and self.body is NO_BODY:
-                self.connection.remember(self, verdict.memo)
-            self.grant()
-            return
-        if verdict.reason != "no credentials":
-            self.connection.server.log.error(
-                f"{self.host}: refused {log_name(verdict.log_user)}: {verdict.reason}")
-        self.reply(verdict.status)
-
-    def grant(self) -> None:
-        """Find who answers: the handler right here, the handler in the pool, or nobody."""
-        server, head = self.connection.server, self.head
-        if head.method not in server.methods:
-            self.fields += (("Allow", ", ".join(server.methods)),)
-            self.reply(405 if head.method in METHODS else 501)
-        elif head.length > MAX_BODY:
-            self.reply(413)
-        elif not server.nonblocking or self.body_is_large() and self.content is None:
-            self.offload(self.serve)
-        elif self.body.done:
-            self.respond()
-        else:
-            self.collect()
-
-    def body_is_large(self) -> bool:
-        """Return whether the body is too much, or may be, to be held or skipped by the loop."""
-        return self.head.chunked or self.head.length > IN_MEMORY
-
-    def respond(self) -> None:
-        """Run the handler here and now."""
-        connection = self.connection
-        self.rfile, self.wfile = io.BytesIO(self.content or b""), io.BytesIO()
-        try:
-            connection.server.handler(self, connection.address, connection.server)
-        except Exception:
-            self.fail(traceback.format_exc())
-            return
-        self.finish(self.wfile.getvalue())
-
-    def collect(self) -> None:
-        """Have the loop read the body; collected() goes on from there."""
-        connection, self.content = self.connection, bytearray()
-        # If something has come after the head, the client is not waiting: RFC 9110 section 10.1.1.
-        if self.head.expects and not connection.buffer:
-            connection.output += CONTINUE
-        connection.read_body(self, self.body)
-
-    def collected(self) -> None:
-        """Go on with the body at hand."""
-        if self.verdict.status:
-            self.grant()
-        else:
-            self.authenticate()
-
-    def offload(self, work: Callable[[], Work]) -> None:
-        """Give the connection to a thread; what work returns is then called by the loop."""
-        server = self.connection.server
-        if server.offloaded >= POOL_THREADS:
-            self.fields += (("Retry-After", "1"),)
-            self.reply(503)
-            return
-        server.offloaded += 1
-        self.connection.leave()
-        # daemon: a handler that never returns must not keep the process from ending.
-        threading.Thread(target=self.run, args=(work,), daemon=True).start()
-
-    def run(self, work: Callable[[], Work]) -> None:
-        """Do work, come what may; in the pool."""
-        then: Work = self.connection.close
-        try:
-            then = work()
-        except BadRequest as error:     # found while the handler was reading the body
-            then = functools.partial(self.reply, error.status, True)
-        except BaseException:           # SystemExit too: it would end the thread, unanswered
-            then = functools.partial(self.fail, traceback.format_exc())
-        finally:
-            self.connection.server.call_soon(functools.partial(self.connection.come_back, then))
-
-    def serve(self) -> Work:
-        """Run the handler on the real socket, however long it takes; in the pool."""
-        connection, self.wfile = self.connection, AnswerStream(self)
-        self.wfile.write(connection.output)     # what earlier requests are still owed
-        connection.output, self.wfile.sent = b"", 0
-        self.rfile = (io.BufferedReader(BodyStream(self)) if self.content is None
-                      else io.BytesIO(self.content))
-        connection.server.handler(self, connection.address, connection.server)
-        return self.served
-
-    def receive(self) -> bytes:
-        """Return the next piece of the body; in the pool."""
-        connection, start = self.connection, time.monotonic()
-        octets, connection.buffer = connection.buffer, b""
-        if not octets:
-            self.lost = True        # until proven otherwise
-            # Never 0, which would mean "do not block", nor less, which is an error.
-            connection.socket.settimeout(max(0.01, self.patience))
-            if self.head.expects and not self.wfile.sent:
-                connection.socket.sendall(CONTINUE)
-            octets = connection.socket.recv(IN_MEMORY)
-            if not octets:
-                raise ConnectionResetError(errno.ECONNRESET, "client left in the middle")
-            self.lost = False
-        self.patience += len(octets) * PACE_SECONDS / IN_MEMORY - (time.monotonic() - start)
-        self.patience = min(self.patience, PACE_SECONDS)
-        return self.body.feed(octets)
-
-    def served(self) -> None:
-        """End what a handler has answered on the socket itself."""
-        if self.lost:
-            self.connection.close()
-        elif self.wfile.sent:
-            self.finish(b"", self.wfile.sent)
-        else:
-            self.fail("the handler sent no answer")
-
-    def fail(self, why: str) -> None:
-        """Answer 500 for a handler that raised, unless it has begun to answer itself."""
-        if not self.lost:
-            self.connection.server.log.error(f"error: {self.head.line}: {why}")
-        if self.lost or isinstance(self.wfile, AnswerStream) and self.wfile.sent:
-            self.connection.close()
-        else:
-            self.reply(500)
-
-    def reply(self, status: int, close: bool = False) -> None:
-        """Answer with nothing but a status."""
-        unread = not self.body.done and (self.body_is_large() or self.head.expects)
-        self.closes = self.closes or close or unread
-        page = STATUS_LINES[status][9:].encode("ascii")
-        self.finish(self.compose(status, "text/plain", page))
-
-    def compose(self, status: int, content_type: str, page: bytes) -> bytes:
-        """Return a whole answer."""
-        self.status = status
-        fields = "".join([f"{name}: {value}\r\n" for name, value in self.fields])
-        head = (f"{STATUS_LINES[status]}{self.connection.server.stamp}{fields}Content-Type: "
-                f"{content_type}\r\nContent-Length: {len(page)}\r\n"
-                f"{self.connection_field(self.closes)}\r\n").encode("latin-1")
-        self.head_size = len(head)
-        return head if self.head.method == "HEAD" else head + page
-
-    def finish(self, answer: bytes, sent: int = 0) -> None:
-        """Log the exchange and leave the rest to the connection; sent = bytes that went before."""
-        connection = self.connection
-        if connection.listener.logs:
-            connection.server.log.access(self, (sent or len(answer)) - self.head_size)
-        connection.deliver(self, answer)
 
 
 class Connection:
     """One client's connection, from accept to close: bytes in, bytes out, one deadline.
 
-    Of thousands nearly all are idle, so an idle one is small.
+    For the loop: ready, advance, expire, close.  For a story: read, wait.  For a handler's
+    thread (12): listener, socket, buffer, output.
     """
 
+    # Of thousands nearly all are idle, so an idle one is small.
     __slots__ = ("server", "listener", "socket", "address", "host", "client", "buffer", "output",
-                 "stage", "deadline", "writes", "exchange", "body", "closing", "lingers")
+                 "part", "stage", "deadline", "writes", "story", "closing", "lingers")
 
-    def __init__(self, server: "AuthServer", listener: "Listener", sock: socket.socket,
-                 address: Any, host: str, client: str = "") -> None:
+    def __init__(self, server: "AuthServer", listener: "Listener", sock: Any, address: Any) -> None:
         self.server, self.listener, self.socket = server, listener, sock
         self.address = address      # for handlers
-        self.host = host            # for rules and logs
-        self.client = client        # whose connections are counted; "": nobody's
+        # For the log, and for a lock-out; another one's, when a proxy speaks for others.
+        self.host, self.client = server.proxies.find_client(     # type: str, Optional[str]
+            host_of(address))
         self.buffer = b""           # received, and not understood yet
         self.output = b""           # not sent yet
+        self.part: Optional[FilePart] = None        # ... and after it this
+        self.story: Optional[Story] = None          # of the request that is being answered
         self.writes = False         # it waits for the client: nothing is read meanwhile
-        self.exchange: Optional[Exchange] = None    # whose body is being read
-        self.body: Optional[Body] = None            # being read by the loop
         self.closing = False        # after the output
         self.lingers = False        # ... because the client may still be sending
         self.wait("first")
@@ -2375,190 +2387,369 @@ class Connection:
         """Set what is waited for, and for how long."""
         self.stage, self.deadline = stage, self.server.clock + WAITS[stage]
 
+    # -- bytes in
+
+    def receive(self) -> Optional[bytes]:
+        """Return what has come; b"" when nothing will come any more, None when nothing has yet."""
+        try:
+            octets: bytes = self.socket.recv(READ_SIZE)
+        except (BlockingIOError, InterruptedError):
+            return None
+        except OSError:
+            return b""
+        return octets
+
     def ready(self, events: int) -> None:
         """Send what waits, or else read what came; then work."""
-        if self.output:
+        if self.writes:
             self.flush()
-        elif self in self.server.later:
-            return              # it has sent enough for now
-        else:
-            try:
-                octets = self.socket.recv(READ_SIZE)
-            except (BlockingIOError, InterruptedError):
-                return
-            except OSError:
-                octets = b""
+        elif self not in self.server.later:     # else it has sent enough for now
+            octets = self.receive()
             if not octets:
-                self.close()
-            elif self.body is not None:
-                self.receive(octets)
-            elif not self.closing:
+                if octets is not None:
+                    self.close()
+                return
+            # Who was refused may go on sending: it is read, so that it can read our answer.
+            if not self.closing:
                 self.buffer = self.buffer + octets if self.buffer else octets
         self.advance()
 
     def advance(self) -> None:
-        """Answer requests that are whole, but not too many; send the answers together."""
-        for _ in range(PIPELINED):
-            if not self.buffer or self.body or self.closing or self.writes or self.stage == "pool":
-                break
+        """Go on with the request at hand, or with the next one if its head is there."""
+        if self.story is not None:
+            if self.stage in (MORE, REST):
+                self.go_on()
+        elif self.buffer and not self.writes and not self.closing:
             end = self.buffer.find(b"\r\n\r\n") + 4
-            if end > 3:
-                octets, self.buffer = self.buffer[:end], self.buffer[end:]
-                self.begin(octets)
-            elif self.buffer[:2] == b"\r\n":    # an empty line before a request is no request
+            if self.buffer[:2] == b"\r\n":      # an empty line before a request is no request
                 self.buffer = self.buffer[2:]
+                self.server.later[self] = None
+            elif end > 3:
+                octets, self.buffer = self.buffer[:end], self.buffer[end:]
+                self.story = self.answer(octets)
+                self.go_on()
             else:
                 self.check_partial_head()
-                break
-        else:
-            self.server.later[self] = None      # other clients first
-        if self.output and not self.writes and self.stage != "pool":
+        if (self.output or self.part or self.closing) and not self.writes:
             self.flush()
 
     def check_partial_head(self) -> None:
         """Refuse a head that can only become worse; wait for the rest of others, not for long."""
         end = self.buffer.find(b"\n")
         if end < 0 and len(self.buffer) > MAX_LINE:
-            self.refuse(414, "request line too long")
+            self.refuse(BadRequest(414, "request line too long"))
         elif len(self.buffer) > MAX_HEAD:
-            self.refuse(431, "head too large")
+            self.refuse(BadRequest(431, "head too large"))
         # RFC 9112 section 2.2 lets us end a line at a bare LF; a proxy in front may not have.
         elif end >= 0 and self.buffer[end - 1:end] != b"\r":
-            self.refuse(400, "line without CR")
+            self.refuse(BadRequest(400, "line without CR"))
         elif self.stage != "head":
             self.wait("head")
 
-    def begin(self, octets: bytes) -> None:
-        """Begin the exchange of a whole head."""
-        exchange = self.recall(octets)
-        if exchange is not None:
-            exchange.grant()
-        elif octets[:2] == b"\r\n":
-            self.buffer = octets[2:] + self.buffer
-        else:
-            try:
-                head = parse_head(octets)
-            except BadRequest as error:
-                self.buffer = octets
-                self.refuse(error.status, str(error))
-                return
-            forwarded = head.values.get("x-forwarded-for", ())
-            host, client = self.server.proxies.find_client(self.host, forwarded)
-            Exchange(self, octets, head, host, client).authenticate()
+    # -- the story of a request
 
-    def recall(self, octets: bytes) -> Optional[Exchange]:
-        """Return the exchange of a head that is known, and still right."""
-        key, nonce_count, response = memo_key(self.host, octets)
-        known = self.listener.memos.get(key)
-        if known is None:
-            return None
-        head, host, client, memo = known
-        now, authenticator = self.server.now, self.server.authenticator
-        if client is not None and authenticator and authenticator.is_locked(client, now):
-            return None
-        fields = memo.again(now, nonce_count, response)
-        if fields is None:
-            return None
-        return Exchange(self, octets, head, host, client, memo.verdict, fields)
-
-    def remember(self, exchange: Exchange, memo: Memo) -> None:
-        """Keep what a head meant, if its holes are where the strict parser saw them."""
-        key, nonce_count, response = memo_key(self.host, exchange.octets)
-        if memo.is_for(nonce_count, response):
-            memos = self.listener.memos
-            if len(memos) >= MAX_MEMOS:
-                memos.clear()       # then the next request of each client is parsed, that is all
-            # The fields have been looked at: without them an entry takes half the memory.
-            head = exchange.head._replace(values={})
-            memos[key] = head, exchange.host, exchange.client, memo
-
-    def read_body(self, exchange: Optional[Exchange], body: Body) -> None:
-        """Read a body that exchange waits for, or that nobody wants."""
-        self.exchange, self.body = exchange, body
-        self.wait("body")
-        octets, self.buffer = self.buffer, b""
-        self.receive(octets)
-
-    def receive(self, octets: bytes) -> None:
-        """Take bytes of the body."""
-        body, exchange = self.body, self.exchange
-        if body is None:
-            return
+    def answer(self, octets: bytes) -> Story:
+        """Answer the request whose head octets are: everything that happens to it, in order."""
+        server, request, body = self.server, None, NO_BODY
         try:
-            piece = body.feed(octets)
-            if exchange is not None and exchange.content is not None:
-                exchange.content += piece
-                if len(exchange.content) > IN_MEMORY:
-                    raise BadRequest(413, "body too large")
+            request = server.heads.read(octets)
+            if request.fields.chunked or request.fields.length > 0:
+                body = Body(request.fields.length, request.fields.chunked)
+            self.ask_who(request)
+            is_asked = is_forward_auth(server.forward_auth, request.path)
+            verdict = request.verdict = is_asked and self.look_behind(request) or self.recall(
+                request) or (yield from self.judge(request, body))
+            request.username = verdict.username
+            answer: Optional[Answer]
+            if verdict.status != 200:
+                answer = self.refusal(request)
+            elif request.fields.length > MAX_BODY:
+                raise BadRequest(413, "body too large")
+            elif is_asked:
+                answer = grant(request)
+            elif server.page is not None:
+                answer = self.turn_to(server.page, request)
+            else:
+                answer = yield from self.host_handler(octets, request, body)
+            if answer is not None:
+                self.finish(request, answer, body)
         except BadRequest as error:
-            self.refuse(error.status, str(error))
-            return
-        if body.done:
-            self.buffer, self.body, self.exchange = body.take_rest(), None, None
-            self.wait("idle")
-            if exchange is not None:
-                exchange.collected()
+            self.refuse(error, request)
+        except Busy as error:           # nobody is there to whom it could be lent
+            assert request is not None
+            if server.authenticator:
+                server.authenticator.table.add("busy")
+            request.verdict = Verdict(503, reason=str(error), fields=(("Retry-After", "1"),))
+            self.finish(request, self.refusal(request), body)
+        # A small body that nobody wanted is read and dropped, and the connection goes on.
+        while not body.done and not self.closing:
+            body.feed(self.take_buffer())
+            if not body.done:
+                yield REST
+        if body.rest:
+            self.buffer = body.take_rest() + self.buffer
 
-    def refuse(self, status: int, reason: str) -> None:
-        """Answer what is no request, or not a whole one, and hang up."""
-        exchange = self.exchange
-        if exchange is None:
-            line = escape(self.buffer[:MAX_LINE].partition(b"\r\n")[0].decode("latin-1"))
-            head = Head(line, "", "", "", 1, {}, 0, False, False, False, '"-" "-"')
-            exchange = Exchange(self, b"", head, self.host, None)
-        # Whatever follows what we could not read is no request, so nothing of it is kept.
-        self.buffer, self.exchange, self.body = b"", None, None
-        self.lingers = True
-        self.server.log.error(f"{self.host}: refused -: malformed: {reason}")
-        exchange.reply(status, True)
+    def ask_who(self, request: Request) -> None:
+        """Find whose request it is: the peer's, or whom a proxy names."""
+        request.now = self.server.wall
+        request.host, request.client = self.host, self.client
+        if request.fields.forwarded:
+            request.host, request.client = self.server.proxies.find_client(
+                host_of(self.address), request.fields.forwarded)
 
-    def deliver(self, exchange: Exchange, answer: bytes) -> None:
-        """Take an answer; find where the next request begins."""
-        self.output = self.output + answer if self.output else answer
-        self.closing = exchange.closes or self.server.draining
+    def look_behind(self, request: Request) -> Optional[Verdict]:
+        """Take what a proxy asks about for the request; return a verdict if that cannot be."""
+        if not self.server.proxies.trusts(parse_address(host_of(self.address))):
+            return Verdict(403, reason="forward-auth by a peer that is no --trusted-proxy")
+        asked = asked_about(request, self.server.forward_auth)
+        if asked is None:
+            return Verdict(403, reason="forward-auth without one method and one URI")
+        request.asked = asked
+        return None
+
+    def recall(self, request: Request) -> Optional[Verdict]:
+        """Return the verdict where there is nothing to check: nothing is asked, or all known."""
+        authenticator = self.server.authenticator
+        if authenticator is None or is_public(self.server.public, request.path):
+            return PUBLIC
+        if len(request.authorization) != 1 or "basic" not in self.listener.schemes or (
+                request.client and authenticator.is_locked(request.client, self.server.now)):
+            return None
+        return authenticator.recall(request.authorization[0])
+
+    def judge(self, request: Request, body: Body) -> Asking:
+        """Have the authenticator judge a request."""
+        authenticator = self.server.authenticator
+        assert authenticator is not None        # recall() has seen to that
+        method, target = request.asked or (request.method, request.target)
+        return authenticator.judge(Attempt(
+            method, target, request.authorization, request.client, self.server.now,
+            self.listener.schemes, functools.partial(self.read, request, body), is_same_target,
+            request.credentials))
+
+    def read(self, request: Request, body: Body) -> Generator[Any, Any, bytes]:
+        """Return the whole of a body; one that the loop cannot hold is refused."""
+        # If something has come after the head, the client is not waiting: RFC 9110 section 10.1.1.
+        if request.fields.expects and not self.buffer:
+            self.output += CONTINUE
+        content = b""
+        while True:
+            body.taken += self.buffer
+            content += body.feed(self.take_buffer())
+            if max(len(content), request.fields.length) > IN_MEMORY:
+                raise BadRequest(413, "body too large")
+            if body.done:
+                break
+            yield MORE
+        body.taken = body.taken[:len(body.taken) - len(body.rest)]
+        return content
+
+    def host_handler(self, octets: bytes, request: Request,
+                     body: Body) -> Generator[Any, Any, Optional[Answer]]:
+        """Have a handler answer, in a thread; return our own answer where it sent none."""
+        sock = HandlerSocket(self, octets, request, body)
+        yield sock
+        if sock.fault:
+            self.server.log.error(f"{request.host}: {request.line}: {sock.fault}")
+        if sock.is_silent() and not sock.gone and not sock.is_shut:
+            if sock.nonsense:
+                raise sock.nonsense
+            self.closing = True
+            return Answer(500, (HTML,), error_page(500))
+        self.closing = self.closing or self.server.draining or sock.ends_connection()
+        self.lingers = self.closing and not body.done
+        request.status = sock.status
         self.wait("idle")
-        body = exchange.body
-        if body.done:
-            if body.rest:
-                self.buffer = body.take_rest() + self.buffer
-        elif exchange.body_is_large() or self.closing:
-            self.closing = self.lingers = True
+        self.server.log.access(request, sock.size)
+        self.server.answered += 1
+        return None
+
+    def take_buffer(self) -> bytes:
+        """Return what has been received, once."""
+        octets, self.buffer = self.buffer, b""
+        return octets
+
+    def turn_to(self, page: Page, request: Request) -> Answer:
+        """Return a page's answer; for what no page knows, ours."""
+        if request.method not in PAGE_METHODS:
+            fields = (("Allow", ", ".join(PAGE_METHODS)), HTML)
+            status = 405 if request.method in METHODS else 501
+            return Answer(status, fields, error_page(status))
+        if request.method == "OPTIONS":
+            return Answer(204, (("Allow", ", ".join(PAGE_METHODS)),))
+        try:
+            answer = page(request)
+            if isinstance(answer, Answer):
+                return answer
+            raise TypeError(f"expected an Answer, not {answer!r:.40}")
+        except Exception:
+            self.server.log.error(f"error: {request.line}: {traceback.format_exc()}")
+            return Answer(500, (HTML,), error_page(500))
+
+    def refusal(self, request: Request) -> Answer:
+        """Return the answer to a request that may not pass; the log is told why."""
+        verdict = request.verdict
+        if verdict.reason != "no credentials":
+            self.server.log.error(
+                f"{request.host}: refused {log_name(verdict.log_user)}: {verdict.reason}")
+        # nginx makes 500 of all else that its subrequest brings.
+        status = 403 if request.asked and verdict.status != 401 else verdict.status
+        return Answer(status, (HTML,), error_page(status))
+
+    def finish(self, request: Request, answer: Answer, body: Body) -> None:
+        """Put an answer into the output, and a line into the log."""
+        server, content = self.server, answer.body
+        size = content.length if isinstance(content, FilePart) else len(content)
+        # What is large, or may be, nobody reads only to drop it; nor what waits for 100 Continue.
+        if not body.done and (request.fields.chunked or request.fields.expects
+                              or request.fields.length > IN_MEMORY):
+            self.lingers = self.closing = True
+        self.closing = self.closing or server.draining or not request.fields.keep_alive
+        connection = ("Connection: close\r\n" if self.closing
+                      else "" if request.minor else "Connection: keep-alive\r\n")
+        length = "" if answer.status in (204, 304) else f"Content-Length: {size}\r\n"
+        fields = "".join([f"{name}: {value}\r\n" for name, value in answer.fields])
+        proof = "".join([f"{name}: {value}\r\n" for name, value in request.verdict.fields])
+        head = (f"{STATUS_LINES[answer.status]}{server.stamp}{fields}{proof}{length}{connection}"
+                f"\r\n").encode("latin-1", "replace")
+        if request.method == "HEAD" or not length or not size:
+            close_part(content)
+            size, content = 0, b""
+        if isinstance(content, FilePart):
+            self.output, self.part = self.output + head, content
         else:
-            # A small body that nobody wanted is read and dropped, and the connection goes on.
-            self.read_body(None, body)
-        if self.closing:
-            self.lingers = self.lingers or bool(self.buffer)
-            if not self.output:
-                self.hang_up()
+            self.output = self.output + head + content if self.output else head + content
+        request.status = answer.status
+        self.wait("idle")
+        server.answered += 1
+        if self.listener.logs:
+            server.log.access(request, size)
+
+    def refuse(self, error: BadRequest, request: Optional[Request] = None) -> None:
+        """Answer what is no request, or not a whole one, and hang up."""
+        if request is None:         # its first line is all that the log can show
+            line = self.buffer[:MAX_LINE].partition(b"\r\n")[0].decode("latin-1")
+            request = Request("", "", "", escape(line))
+            request.host = self.host
+        # Whatever follows what we could not read is no request, so nothing of it is kept.
+        self.buffer, self.closing, self.lingers = b"", True, True
+        request.verdict = Verdict(error.status, reason=f"malformed: {error}")
+        self.finish(request, self.refusal(request), NO_BODY)
+
+    # -- its driver
+
+    def go_on(self, value: Any = None, error: Optional[BaseException] = None) -> None:
+        """Tell the story on, with what it waited for, until it ends or waits again."""
+        story = self.story
+        assert story is not None
+        try:
+            wish = story.throw(error) if error else story.send(value)
+        except StopIteration:
+            self.story = None
+            if self.buffer:
+                self.server.later[self] = None      # other clients first
+            return
+        if wish not in (MORE, REST):
+            self.lend(wish)
+        elif self.stage != wish:
+            self.wait(wish)
+
+    def lend(self, work: Callable[[], Any]) -> None:
+        """Lend the connection to a thread; the loop goes on with what work returns."""
+        server = self.server
+        pool = server.handlers if isinstance(work, HandlerSocket) else server.hashers
+        if not pool.lend(functools.partial(self.do, work)):
+            self.go_on(None, Busy("every thread is busy"))
+            return
+        server.selector.unregister(self.socket)
+        # The reads and writes of a handler have deadlines of their own.
+        self.stage, self.deadline = "thread", float("inf")
+
+    def do(self, work: Callable[[], Any]) -> None:
+        """Do work, come what may; in a thread."""
+        result, error = None, None
+        try:
+            result = work()
+        except BaseException as caught:     # SystemExit, too: the story has to know
+            error = caught
+        self.server.call_soon(functools.partial(self.come_back, result, error))
+
+    def come_back(self, result: Any, error: Optional[BaseException]) -> None:
+        """Come back from a thread, and go on."""
+        self.socket.setblocking(False)
+        self.server.selector.register(self.socket, selectors.EVENT_READ, self.ready)
+        self.wait("idle")
+        self.go_on(result, error)
+        self.advance()
+
+    # -- bytes out
+
+    def send(self, octets: bytes) -> int:
+        """Return how many of these bytes the kernel took."""
+        try:
+            return int(self.socket.send(octets))
+        except (BlockingIOError, InterruptedError):
+            return 0
+
+    def send_part(self, part: FilePart) -> int:
+        """Return how many bytes of a file the kernel took.  See: sendfile(2)."""
+        try:
+            sent = os.sendfile(self.socket.fileno(), part.file.fileno(), part.offset,
+                               min(part.length, SENDFILE_SIZE))
+        except (BlockingIOError, InterruptedError):
+            return 0
+        # A file that was cut has no more; to pad it would be a lie, to go on an endless loop.
+        if not sent:
+            raise EOFError
+        return sent
 
     def flush(self) -> None:
         """Send the output; what the client does not take now waits, and so do its requests."""
+        sent = 0
         try:
-            sent = self.socket.send(self.output)
-        except (BlockingIOError, InterruptedError):
-            sent = 0
-        except OSError:
+            if self.output:
+                sent = self.send(self.output)
+                self.output = self.output[sent:]
+            if self.part and not self.output:
+                sent += self.flush_part(self.part)
+        except (OSError, EOFError):
             self.close()
             return
-        self.output = self.output[sent:]
-        if self.output:
-            if not self.writes:
-                self.watch(True)
-                self.wait("write")
-            # Haste is no credit for later: what the kernel took at once, the client may never read.
-            self.deadline = min(self.deadline + sent * PACE_SECONDS / IN_MEMORY,
-                                self.server.clock + WAITS["write"])
+        if self.output or self.part:
+            self.wait_to_write(sent)
         elif self.closing:
             self.hang_up()
         elif self.writes:
             self.watch(False)
-            self.wait("body" if self.body else "idle")
+            self.wait(MORE if self.story is not None else "idle")
+            self.server.later[self] = None          # what came meanwhile
+
+    def flush_part(self, part: FilePart) -> int:
+        """Send as much of a file as one turn of the loop should."""
+        sent = self.send_part(part)
+        if sent < part.length:
+            self.part = FilePart(part.file, part.offset + sent, part.length - sent)
+        else:
+            self.part = None
+            part.file.close()
+        return sent
+
+    def wait_to_write(self, sent: int) -> None:
+        """Wait until the client takes more; who takes too little is cut off."""
+        if not self.writes:
+            self.watch(True)
+            self.wait("write")
+        # Haste is no credit for later: what the kernel took at once, the client may never read.
+        self.deadline = min(self.deadline + sent * PACE_SECONDS / IN_MEMORY,
+                            self.server.clock + WAITS["write"])
 
     def watch(self, writes: bool) -> None:
         """Wait for the moment to write, or to read."""
         self.writes = writes
         self.server.selector.modify(
             self.socket, selectors.EVENT_WRITE if writes else selectors.EVENT_READ, self.ready)
+
+    # -- its end
 
     def hang_up(self) -> None:
         """Close; if the client may still be sending, let it finish and read the answer first.
@@ -2568,34 +2759,33 @@ class Connection:
 
         See: RFC 9112 section 9.6.
         """
-        if self.lingers and self.stage != "linger":
+        if (self.lingers or self.buffer) and self.stage != "linger":
             with contextlib.suppress(OSError):
-                self.socket.shutdown(socket.SHUT_WR)
+                self.shut()
+                self.buffer = b""
                 self.watch(False)
                 self.wait("linger")
                 return
-        self.close()
+        if self.stage != "linger":
+            self.close()
 
-    def leave(self) -> None:
-        """Leave the loop for a thread."""
-        self.server.selector.unregister(self.socket)
-        self.wait("pool")
-
-    def come_back(self, then: Work) -> None:
-        """Come back from a thread, and go on."""
-        self.server.offloaded -= 1
-        self.socket.setblocking(False)
-        self.server.selector.register(self.socket, selectors.EVENT_READ, self.ready)
-        self.wait("idle")
-        then()
-        self.advance()
+    def shut(self) -> None:
+        """Say that nothing more will come."""
+        self.socket.shutdown(socket.SHUT_WR)
 
     def expire(self) -> None:
         """Close what took too long; who is in the middle of a request is told so."""
-        if self.stage == "head" or self.stage == "body" and self.exchange:
-            self.refuse(408, "too slow")
+        if self.stage in ("head", MORE):
+            slow = BadRequest(408, "too slow")
+            if self.story is None:
+                self.refuse(slow)
+            else:
+                self.go_on(None, slow)
             self.advance()
         else:
+            if self.writes:     # what the kernel still holds for it would be held for ever
+                with contextlib.suppress(OSError):
+                    self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
             self.close()
 
     def close(self) -> None:
@@ -2603,7 +2793,18 @@ class Connection:
         if self in self.server.connections:
             self.server.forget(self)
             self.socket.close()
+        if self.part:
+            self.part.file.close()
+        if self.story is not None and self.stage != "thread":
+            self.story.close()
+        self.story = self.part = None
         self.closing, self.buffer, self.output = True, b"", b""
+
+
+def close_part(content: Union[bytes, FilePart]) -> None:
+    """Close the file of a body that is not sent."""
+    if isinstance(content, FilePart):
+        content.file.close()
 
 
 # -- 10. The server -----------------------------------------------------------
@@ -2612,45 +2813,47 @@ class Connection:
 # wait. An idle or slow client costs a Connection and a deadline, not a thread.
 # Deadlines are looked at once a second: a walk over 10,000 connections takes
 # half a millisecond, no timer structure is cheaper.
+#
+#     serve_forever()
+#       turn()       select; what came is read and answered; then who waits in `later`; the clock
+#         accept()   ... a new connection
+#         make_calls()   what other threads want done here: come_back(), drain(), release()
+#
+# The log is written when there is nothing else to do, or once a second.
 
 
 class Listener(NamedTuple):
-    """A listening socket, the schemes offered there, and the heads seen there."""
+    """A listening socket, and what is offered to who comes in there."""
 
     socket: socket.socket
     schemes: Sequence[str]
-    memos: Dict[Key, Tuple[Head, str, Optional[str], Memo]]
-    logs: bool = True       # not for the socket of probe()
-
-
-DEADLY = (signal.SIGTERM, signal.SIGINT)
+    context: Any = None     # an ssl.SSLContext: HTTPS
+    logs: bool = True       # not what probe() asks
 
 
 class Log:
-    """The access log (descriptor 1) and the error log (descriptor 2), written once per turn.
+    """The access log (descriptor 1) and the error log (descriptor 2), of whole lines.
 
-    One write(2) per turn of the loop instead of one per request, and of whole lines, so
-    that several workers can append to one file. A full disk stops the log and nothing
-    else: the lost lines are counted, and said as soon as writing works again.
+    One write(2) for many requests, so that several workers can append to one file. A
+    full disk stops the log and nothing else: the lost lines are counted, and said as soon as
+    writing works again.
     """
 
     def __init__(self) -> None:
         self.date = ""
         self.waiting: Dict[int, List[str]] = {1: [], 2: []}
-        self.requests = 0       # answered in this turn
         self.lost = 0
 
-    def access(self, exchange: Exchange, size: int) -> None:
+    def access(self, request: Request, size: int) -> None:
         """Note an answer, in the Combined format that log analysers and fail2ban read.
 
         The user column has a name for a success and for wrong credentials, and "-" for
         first challenges and stale ones: so fail2ban's filter traefik-auth bans the right.
         """
-        head, verdict = exchange.head, exchange.verdict
-        self.requests += 1
+        user = request.verdict.log_user
         self.waiting[1].append(
-            f'{exchange.host or "unix:"} - {log_name(verdict.log_user)} [{self.date}] '
-            f'"{head.line}" {exchange.status or "-"} {size} {head.log_tail}\n')
+            f'{request.host} - {"-" if user is None else log_name(user)} [{self.date}] '
+            f'"{request.line}" {request.status or "-"} {size} {request.fields.log_tail}\n')
 
     def error(self, text: str) -> None:
         """Note what an administrator should know; only its own line feeds divide lines."""
@@ -2659,11 +2862,10 @@ class Log:
 
     def flush(self) -> None:
         """Write what was noted; descriptors 1 and 2 may be another file by now (rotation)."""
-        if not (self.waiting[1] or self.waiting[2]):
-            return
-        # SIGTERM comes as SystemExit, and must not come between a write and its clear().
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, DEADLY)
-        for fd, lines in self.waiting.items():
+        for fd in (1, 2):
+            # Taken before it is written: SIGTERM, which comes as SystemExit between any two
+            # lines of this, must not find them here and write them again.
+            lines, self.waiting[fd] = self.waiting[fd], []
             octets = "".join(lines).encode("ascii")
             try:
                 # write(2) may take a part of it, on a full disk for one.
@@ -2674,18 +2876,44 @@ class Log:
                     self.lost = 0
             except OSError:
                 self.lost += octets.count(b"\n")
-            lines.clear()
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-@functools.lru_cache(maxsize=256)
-def log_name(username: str) -> str:
-    """Return a user's name as one word of the log.
+class Pool:
+    """Threads for what may take long: persistent, started when they are needed.
 
-    >>> log_name("jim"), log_name("a b"), log_name("-")
-    ('jim', 'a%20b', '-')
+    Not concurrent.futures: it waits for its threads at the end of the process, and a handler
+    may never return.
     """
-    return urllib.parse.quote(username, "!$&'()*+,/:;=?@", errors="replace")
+
+    def __init__(self, size: int, waiting: int = 0) -> None:
+        self.size, self.limit = size, size + waiting    # threads; pieces of work at a time
+        self.threads = self.work = 0                    # of now
+        self.queue: queue.Queue[Callable[[], None]] = queue.Queue()
+        self.mutex = threading.Lock()
+
+    def lend(self, work: Callable[[], None]) -> bool:
+        """Have work done soon; return False where too much is to be done already."""
+        with self.mutex:
+            if self.work >= self.limit:
+                return False
+            if self.work >= self.threads < self.size:
+                try:
+                    # daemon: a handler that never returns must not keep the process from ending.
+                    threading.Thread(target=self.run, daemon=True).start()
+                    self.threads += 1       # only now: start() fails where processes are full
+                except RuntimeError:
+                    if not self.threads:
+                        return False
+            self.work += 1
+        self.queue.put(work)
+        return True
+
+    def run(self) -> None:
+        """Do what comes, for ever; work does not raise."""
+        while True:
+            self.queue.get()()
+            with self.mutex:
+                self.work -= 1
 
 
 def log_date(second: int) -> str:
@@ -2717,13 +2945,9 @@ def host_of(address: Any) -> str:
     >>> host_of("/run/client")
     ''
     """
-    host = str(address[0]) if isinstance(address, tuple) else ""
+    host = str(address[0]) if isinstance(address, tuple) and address[0] != "unix:" else ""
     # IPv4 on a socket of both families. By parse_address it would take 5 us.
     return host[7:] if host.startswith("::ffff:") and "." in host else host
-
-
-def nothing() -> None:
-    """Do nothing."""
 
 
 def count_cpus() -> int:
@@ -2733,106 +2957,186 @@ def count_cpus() -> int:
     return os.cpu_count() or 1      # macOS
 
 
+# Hooks of socketserver that assume one request at a time and a connection for each. Nobody
+# calls them here, and what is never called must not look as if it were.
+UNUSED_HOOKS = ("get_request", "process_request", "process_request_thread", "shutdown_request",
+                "close_request")
+
+
 class AuthServer(http.server.HTTPServer):
     """An HTTPServer that keeps every connection in one loop; see the head of this section.
 
-    Methods for the caller: serve_forever, shutdown, server_close; from daemonize.py also
-    hold, release, drain, probe, reload, status, abandon.
-    Instance variables: sockets, workers, greeting, authenticator, draining.
+    handler_class may have been through protect(); or it is no class at all, but a page.
+
+    Methods for the caller: serve_forever, handle_request, shutdown, server_close.
+    Methods that may be overridden, as on any HTTPServer: verify_request, finish_request,
+    handle_error, handle_timeout, service_actions, server_bind, server_activate.
+    Methods for daemonize.py: hold, release, drain, probe, reload, status, abandon.
+    Instance variables: sockets, workers, greeting, legacy; authenticator, public, proxies.
     """
 
     request_queue_size = BACKLOG
+    greeting = forward_auth = ""
+    workers = 1                 # a program's own; the command line says one per CPU
+    draining = stopping = serving = False
 
     def __init__(self, server_address: Any, handler_class: Any, bind_and_activate: bool = True,
                  authenticator: Optional[Authenticator] = None,
-                 sockets: Sequence[Tuple[socket.socket, Sequence[str]]] = ()) -> None:
-        self.handler = hosted(handler_class)
-        served = getattr(self.handler, "func", self.handler)
-        self.nonblocking, self.methods = served.nonblocking, allowed(served)
-        self.authenticator = authenticator or getattr(served, "authenticator", None)
-        if sockets:
+                 listeners: Sequence[Listener] = (), public: Sequence[str] = (),
+                 stream_threads: int = STREAM_THREADS) -> None:
+        for name in UNUSED_HOOKS:
+            if getattr(type(self), name, None) is not getattr(http.server.HTTPServer, name, None):
+                raise TypeError(f"{type(self).__name__}.{name}() would never be called: AuthServer "
+                                f"has a loop and threads of its own")
+        is_handler = isinstance(handler_class, (type, functools.partial))
+        self.page: Optional[Page] = None if is_handler else handler_class
+        self.authenticator = authenticator or find_attribute(handler_class, "authenticator")
+        self.proxies = find_attribute(handler_class, "proxies") or TrustedProxies()
+        self.public, self.listeners = public, list(listeners)
+        if listeners:
             socketserver.BaseServer.__init__(self, server_address, handler_class)
-        else:
+            self.socket = listeners[0].socket
+        else:       # its listener is made when it begins to serve
             super().__init__(server_address, handler_class, bind_and_activate)
-            sockets = [(self.socket, SCHEMES)]
-        self.listeners = [Listener(sock, schemes, {}) for sock, schemes in sockets]
-        self.sockets = [sock for sock, _ in sockets]
-        self.socket = self.sockets[0]
-        self.proxies = TrustedProxies()
-        self.workers = min(4, count_cpus())
-        self.greeting, self.abandon, self.reread = "", nothing, nothing
+        self.heads, self.log = HeadReader(), Log()
         self.connections: Set[Connection] = set()
         # connections with more requests in their buffers; who came first, comes first
-        self.later: collections.OrderedDict[Connection, None] = collections.OrderedDict()
-        self.per_client: Dict[str, int] = collections.Counter()
-        self.calls: Deque[Work] = collections.deque()       # for the loop, from other threads
-        self.log = Log()
-        self.offloaded = self.second = 0    # threads of the pool; when tick() was last at work
-        self.serving = self.draining = self.stopping = False
-        self.paused_until = 0.0
-        self.gate = mmap.mmap(-1, 1)        # shared with the workers
+        self.later: Dict[Connection, None] = {}
+        self.calls: Deque[Callable[[], None]] = collections.deque()     # from other threads
+        self.handlers, self.hashers = Pool(stream_threads), Pool(SLOW_HASHES, SLOW_QUEUE)
+        self.answered = self.counted = 0        # requests; those in the statistics already
+        self.paused_until = self.offset = 0.0
+        self.second, self.rested = 0, 0.0       # the time in words; when rest() last was
+        self.held = False
+        self.reread: Callable[[], None] = lambda: None
+        self.abandon: Callable[[], None] = lambda: None
         self.stopped = threading.Event()
-        self.tick()
-        self.open_probe()
+        self.look_at_clock()
+
+    @property
+    def sockets(self) -> List[socket.socket]:
+        """What to hand over at a restart."""
+        return [listener.socket for listener in self.listeners] or [self.socket]
+
+    @property
+    def legacy(self) -> Optional[int]:
+        """The memory that an heir shares with us: with it no client notices a restart."""
+        return self.authenticator.table.fd if self.authenticator else None
 
     def server_bind(self) -> None:
         """Bind without asking the DNS for our own name, which HTTPServer does."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
+    # -- the loop
+
     def serve_forever(self, poll_interval: float = 1.0) -> None:
         """Serve until shutdown() or drain(), or until a signal handler raises."""
+        self.open()
+        try:
+            self.announce()
+            while not self.stopping and not (self.draining and not self.connections):
+                self.turn(poll_interval)
+        finally:
+            self.close()
+
+    def handle_request(self) -> None:
+        """Serve one request, or wait for `timeout` seconds in vain."""
+        self.open()
+        try:
+            end = float("inf") if self.timeout is None else self.clock + self.timeout
+            before = self.answered
+            while self.answered == before and self.clock < end:
+                self.turn(min(1.0, max(0.0, end - self.clock)))
+            if self.answered == before:
+                self.handle_timeout()
+            self.drain()        # whoever waits for the rest of an answer gets it
+            while self.connections:
+                self.turn(1.0)
+        finally:
+            self.draining = False
+            self.close()
+
+    def open(self) -> None:
+        """Begin to wait for whatever may happen."""
+        self.find_listeners()
         self.limit = max(BATCH, min(MAX_CONNECTIONS, raise_file_limit() - SPARE_FILES))
         self.stopped.clear()
         self.wake, self.waker = socket.socketpair()
         self.selector = selectors.DefaultSelector()     # an epoll must not be shared by a fork
-        try:
-            self.selector.register(self.wake, selectors.EVENT_READ, self.make_calls)
-            self.selector.register(self.probed.socket, selectors.EVENT_READ, self.probed.ready)
-            self.accept_again()
-            self.announce()
-            self.serving = True
-            while not self.stopping and not (self.draining and not self.connections):
-                self.turn(poll_interval)
-        finally:
-            self.log.flush()
-            for connection in list(self.connections):
-                connection.close()
-            for closable in (self.selector, self.wake, self.waker):
-                closable.close()
-            self.serving = self.stopping = False
-            self.stopped.set()
+        self.selector.register(self.wake, selectors.EVENT_READ, self.make_calls)
+        self.serving = True
+        self.accept_again()
+
+    def close(self) -> None:
+        """Write the log, end all connections."""
+        self.log.flush()
+        for connection in list(self.connections):
+            connection.close()
+        for closable in (self.selector, self.wake, self.waker):
+            closable.close()
+        self.serving = self.stopping = False
+        self.stopped.set()
+
+    def find_listeners(self) -> None:
+        """Make the listener of a program's own socket, which it may have wrapped for TLS."""
+        if not self.listeners or self.socket not in self.sockets:
+            context = getattr(self.socket, "context", None)
+            schemes = self.authenticator.schemes if self.authenticator else ()
+            if self.authenticator and not (self.authenticator.is_explicit or context
+                                           or is_private(self.socket)):
+                schemes = SCHEMES[:1]
+            self.listeners = [Listener(self.socket, schemes, context)]
+            if context:
+                load_ssl()
 
     def announce(self) -> None:
         """Log the addresses; the first worker does it for all."""
         authenticator = self.authenticator
         if authenticator is None or not authenticator.table.statistics()["workers"]:
-            for listener in self.listeners:
-                self.log.error(f"listening on {address_of(listener.socket)} "
-                               f"({', '.join(listener.schemes)})")
+            for address, listener in zip(self.addresses(), self.listeners):
+                self.log.error(f"listening on {address} ({', '.join(listener.schemes)})")
             if authenticator and authenticator.max_failures[0]:
                 self.log.error("never locked out, for they may be many: clients on loopback, on "
                                "unix sockets, and of proxies without X-Forwarded-For")
         if authenticator:
             authenticator.table.add("workers")
 
-    def turn(self, poll_interval: float) -> None:
-        """Wait for something to do, do it, write the log."""
-        self.log.flush()
-        if self.later or self.paused_until:
-            poll_interval = 0 if self.later else PAUSE_SECONDS
-        busy = self.connections or self.paused_until
-        # Without connections no deadline runs: sleep until something happens.
-        events = self.selector.select(poll_interval if busy else None)
-        self.tick()
+    def turn(self, patience: float) -> None:
+        """Do what there is to do; where there is nothing, wait for something."""
+        events = self.selector.select(0)
+        self.look_at_clock()
+        if not events and not self.later:
+            self.rest()
+            # Without connections no deadline runs: sleep until something happens.
+            busy = self.connections or patience < 1
+            events = self.selector.select(PAUSE_SECONDS if self.paused_until else
+                                          patience if busy else None)
+            self.look_at_clock()
         for key, mask in events:
             self.call(key.data, mask)
-        end = time.monotonic() + SLICE
-        while self.later and time.monotonic() < end:
-            self.call(self.later.popitem(last=False)[0].advance)
-        if self.log.requests and self.authenticator:
-            self.authenticator.table.add("requests", self.log.requests)
-            self.log.requests = 0
+        # As many as wait now; each gets one request answered, and may queue again.
+        for connection in list(self.later):
+            del self.later[connection]
+            self.call(connection.advance)
+        if self.clock - self.rested > 1:
+            self.rest()
+        self.service_actions()
+
+    def rest(self) -> None:
+        """Do what can wait until there is nothing else to do, or for a second.
+
+        Who is overdue is judged here, after all that had come was done: a process that was
+        frozen answers what is in its sockets first.
+        """
+        self.rested = self.clock
+        for connection in [item for item in self.connections
+                           if item.deadline < self.clock and item not in self.later]:
+            self.call(connection.expire)
+        self.log.flush()
+        if self.answered > self.counted and self.authenticator:
+            self.authenticator.table.add("requests", self.answered - self.counted)
+            self.counted = self.answered
 
     def call(self, function: Callable[..., None], *arguments: int) -> None:
         """Call a function of the loop; a mistake of ours may cost a connection, not the worker."""
@@ -2843,22 +3147,23 @@ class AuthServer(http.server.HTTPServer):
             if isinstance(getattr(function, "__self__", None), Connection):
                 function.__self__.close()       # type: ignore[attr-defined]
 
-    def tick(self) -> None:
-        """Look at the clocks; once a second, format the dates and close what is overdue."""
-        self.now, self.clock = time.time(), time.monotonic()
-        if int(self.now) != self.second:
-            self.second = int(self.now)
+    def look_at_clock(self) -> None:
+        """Look at the clocks, once a turn; once a second, put the time into words."""
+        self.wall, self.clock = time.time(), time.monotonic()
+        if int(self.wall) != self.second:
+            self.second = int(self.wall)
             date = email.utils.formatdate(self.second, usegmt=True)
             self.stamp = f"Server: authserver\r\nDate: {date}\r\n"
             self.log.date = log_date(self.second)
-            # A list, made first: expire() takes connections out of the set.
-            for connection in [item for item in self.connections
-                               if item.deadline < self.clock and item not in self.later]:
-                connection.expire()
+            if self.authenticator:
+                if self.authenticator.shares_nonces:
+                    self.authenticator.table.set_clock(self.wall)
+                self.offset = self.authenticator.table.offset
+        self.now = self.clock + self.offset     # what the authenticator goes by
         if self.paused_until and self.paused_until < self.clock:
             self.accept_again()
 
-    def call_soon(self, call: Work) -> None:
+    def call_soon(self, call: Callable[[], None]) -> None:
         """Have call made by the loop; from any thread."""
         self.calls.append(call)
         with contextlib.suppress(OSError, AttributeError):      # awake anyway, or not running
@@ -2871,10 +3176,12 @@ class AuthServer(http.server.HTTPServer):
         while self.calls:
             self.call(self.calls.popleft())
 
+    # -- connections
+
     def accept_again(self) -> None:
-        """Begin to accept connections, or go on after a pause, unless hold() is in force."""
-        self.paused_until = self.clock + PAUSE_SECONDS if self.gate[0] else 0.0
-        if self.paused_until or self.draining:
+        """Begin to accept connections, or go on after a pause; unless hold() is in force."""
+        self.paused_until = 0.0
+        if self.held or self.draining:
             return
         for listener in self.listeners:
             # Several workers may wake for one connection; for the late ones accept() must not wait.
@@ -2897,43 +3204,33 @@ class AuthServer(http.server.HTTPServer):
             if self.draining:       # at once: our successor begins to accept
                 return
             try:
-                sock, address = listener.socket.accept()
+                # Of an SSLSocket the plain accept(2): its own would wait for the handshake.
+                sock, address = socket.socket.accept(listener.socket)
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     self.make_room()
                 return
-            self.admit(listener, sock, address)
+            self.admit(listener, sock, address or ("unix:", 0))
 
     def admit(self, listener: Listener, sock: socket.socket, address: Any) -> None:
-        """Take a connection, unless its address has too many; make room for the next one."""
-        host = host_of(address)
-        client = self.count_as(host)
-        if client:
-            if self.per_client[client] >= MAX_PER_CLIENT:
-                sock.close()
-                return
-            self.per_client[client] += 1
+        """Take a connection; make room for the next one."""
+        if not self.verify_request(sock, address):
+            sock.close()
+            return
         if len(self.connections) >= self.limit:
             self.make_room()
         sock.setblocking(False)
-        connection = Connection(self, listener, sock, address or ("unix:", 0), host, client)
+        kind = TLSConnection if listener.context else Connection
+        connection = kind(self, listener, sock, address)
         self.connections.add(connection)
-        self.selector.register(sock, selectors.EVENT_READ, connection.ready)
-
-    def count_as(self, host: str) -> str:
-        """Return the client whose connections are counted (IPv6: a /64); "" for us and proxies."""
-        # The first test saves 5 us for each connection from a proxy or a benchmark on this machine.
-        return "" if host[:4] in ("", "127.") else self.proxies.find_client(host)[1] or ""
+        self.selector.register(connection.socket, selectors.EVENT_READ, connection.ready)
 
     def forget(self, connection: Connection) -> None:
         """Strike a connection off the books."""
         self.connections.remove(connection)
-        if connection.stage != "pool":
+        self.later.pop(connection, None)
+        if connection.stage != "thread":
             self.selector.unregister(connection.socket)
-        if connection.client:
-            self.per_client[connection.client] -= 1
-            if not self.per_client[connection.client]:
-                del self.per_client[connection.client]
 
     def make_room(self) -> None:
         """Close connections that have waited longest; if there are none, accept none for a while.
@@ -2942,7 +3239,7 @@ class AuthServer(http.server.HTTPServer):
         would spin, as http.server's does.
         """
         idle = [item for item in self.connections
-                if item.stage in ("first", "idle", "head", "linger")]
+                if item.stage in ("first", "idle", "head", "handshake", "linger")]
         # deadline - WAITS is the time since when it waits; of 64 idle ones one or two have to go.
         for connection in heapq.nsmallest(1 + len(idle) // 64, idle,
                                           key=lambda item: item.deadline - WAITS[item.stage]):
@@ -2951,23 +3248,29 @@ class AuthServer(http.server.HTTPServer):
             self.stop_accepting()
             self.paused_until = self.clock + PAUSE_SECONDS
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log what a handler raised."""
+        self.log.error(f"error: {traceback.format_exc()}")
+
+    # -- the end, and what daemonize.py asks for
+
     def shutdown(self) -> None:
         """End serve_forever() from another thread, and wait for its end."""
         self.stopping = True
-        self.call_soon(nothing)
+        self.call_soon(lambda: None)
         self.stopped.wait()
 
     def hold(self) -> None:
         """Before the workers are forked: have them accept nobody until release().
 
-        While old and new daemon accept from one socket, a digest client that meets them in
-        turn has its nonce called stale by each of them.
+        Nobody waits for it long: our predecessor serves until it has been told to drain.
         """
-        self.gate[0] = 1
+        self.held = True
 
     def release(self) -> None:
-        """End hold(), for all workers; now that the old daemon has been told to drain."""
-        self.gate[0] = 0
+        """End hold(), in a worker; now that the old daemon has stopped accepting."""
+        self.held = False
+        self.call_soon(self.accept_again)
 
     def drain(self) -> None:
         """Accept nobody, end connections after their next answer, then end serve_forever()."""
@@ -2977,47 +3280,34 @@ class AuthServer(http.server.HTTPServer):
     def begin_drain(self) -> None:
         """Do the loop's part of drain()."""
         self.stop_accepting()
-        self.selector.unregister(self.probed.socket)
         for connection in self.connections:
-            if connection.stage in ("first", "idle"):
+            if connection.stage in ("first", "idle", "handshake"):
                 connection.deadline = min(connection.deadline, self.clock + DRAIN_SECONDS)
 
-    def open_probe(self) -> None:
-        """Make the socket pair of probe(): who asks writes to one end, workers answer on the other.
-
-        Of datagrams: several workers share their end, and each of them reads whole questions.
-        """
-        ours, self.probing = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-        ours.setblocking(False)
-        self.probed = Connection(self, Listener(ours, SCHEMES, {}, False), ours, ("unix:", 0), "")
-
     def probe(self) -> None:
-        """Ask for a page as a client would; raise Refusal if the answer is not the right one."""
-        self.probing.settimeout(PROBE_SECONDS)
-        self.probing.send(b"GET / HTTP/1.1\r\nHost: probe\r\n\r\n")
-        try:
-            answer = self.probing.recv(IN_MEMORY)
-        except OSError as error:
-            raise Refusal(f"unable to probe the server: {error}")
-        # Without an authenticator any answer will do: the handler may know no "/".
-        if self.authenticator and not answer.startswith(b"HTTP/1.1 401 "):
-            line = answer.partition(b"\r\n")[0].decode("latin-1")
+        """Ask for a page as a client would, in memory; raise Refusal if the answer is not right."""
+        listener = self.listeners[0]._replace(logs=False)
+        client = Connection(self, listener, None, ("unix:", 0))
+        story = client.answer(b"GET / HTTP/1.1\r\nHost: probe\r\n\r\n")
+        # A story that waits is one that a handler would tell: its turn is not now.
+        waits = next(story, None) is not None
+        story.close()
+        line = client.output.partition(b"\r\n")[0].decode("latin-1")
+        if not waits and not re.match("HTTP/1.1 [1-4]", line):
             raise Refusal(f"unable to probe the server: it answered {escape(line)}")
 
     def reload(self) -> None:
-        """Read the password file again; raise Refusal and keep the old one if it is wrong.
-
-        The next probe asks the workers that will be forked, not those that we had.
-        """
+        """Read the password file again; raise Refusal and keep the old one if it is wrong."""
         self.reread()
-        if not self.serving:
-            self.probing.close()
-            self.probed.socket.close()
-            self.open_probe()
+
+    def addresses(self) -> List[str]:
+        """Return where we listen."""
+        return [address_of(listener.socket, "https" if listener.context else "http")
+                for listener in self.listeners]
 
     def status(self) -> Dict[str, Any]:
         """Return what the daemon's status should say of the application."""
-        known: Dict[str, Any] = {"addresses": [address_of(sock) for sock in self.sockets]}
+        known: Dict[str, Any] = {"addresses": self.addresses()}
         if self.authenticator:
             known["users"] = len(self.authenticator.passwords.entries)
             known.update(self.authenticator.table.statistics())
@@ -3026,127 +3316,1332 @@ class AuthServer(http.server.HTTPServer):
 
     def server_close(self) -> None:
         """Close the listening sockets."""
-        for sock in self.sockets + [self.probing, self.probed.socket]:
+        for sock in self.sockets:
             sock.close()
 
 
+# -- 11. Files ----------------------------------------------------------------
+#
+# One mechanism keeps a request inside the tree. A path is decoded once, cut into names,
+# and walked from the root's descriptor, one open(2) per name, each relative to the folder
+# before it and each with O_NOFOLLOW: so no name can be anything but an entry of that very
+# folder, whatever somebody renames meanwhile. There is no check before the open that
+# could be out of date: what a descriptor is, fstat(2) says afterwards.
+#
+# A symlink is refused by the kernel; then it is read, and its text walked in the same way
+# from the folder where it lies. Its ".." goes back to the descriptor that we came from,
+# and not through ".." of the file system, which may have been moved out of the tree; above
+# the root there is none to go back to. An absolute one goes on at the root if its text
+# begins with the root's path, and else nowhere. What a link may lead through, also through
+# names with a dot, was decided by who made the link.
+#
+# Everything that is not to be had is an OSError, and STATUS_OF says what the client hears.
+
+# O_PATH: to walk through a folder takes only the right to search it. Linux alone has it.
+FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW
+# A FIFO must not block (though who waits to write sees a reader come and go), a terminal not
+# become ours. os.open adds O_CLOEXEC: PEP 446.
+LAST = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
+# What a symlink then is (ENOTDIR: with O_DIRECTORY; EMLINK: on FreeBSD), or may be.
+IS_LINK = (errno.ELOOP, errno.ENOTDIR, errno.EMLINK)
+MAX_LINKS = 40          # on one path, as many as the kernel follows: path_resolution(7)
+MAX_LISTED = 20000      # entries of a folder; they take 0.1 s, in which nobody else is served
+YOUNG = 2.0             # seconds, the coarsest clock of a file system (FAT): what is younger may
+                        # still change without a new time
+STATUS_OF = dict.fromkeys((
+    errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG,
+    errno.EINVAL, errno.EILSEQ,         # no link after all; names that this file system cannot have
+    errno.ENXIO, errno.ENODEV), 404)    # sockets; devices without a driver
+STATUS_OF.update({errno.EACCES: 403, errno.EPERM: 403, errno.EMFILE: 503, errno.ENFILE: 503,
+                  errno.ESTALE: 503, errno.EAGAIN: 503})    # another's lease: see fcntl(2)
+
+# The same on every box, whatever its /etc/mime.types says.
+TYPES = """
+    text/html html htm, text/css css, text/javascript js mjs, text/markdown md, text/csv csv,
+    text/plain txt text log conf cfg ini toml yaml yml sh py c h rst diff patch, text/vtt vtt,
+    application/json json map, application/xml xml, application/pdf pdf, application/wasm wasm,
+    application/manifest+json webmanifest, application/gzip gz tgz, application/zip zip,
+    application/x-tar tar, application/x-bzip2 bz2, application/x-xz xz, application/zstd zst,
+    font/woff woff, font/woff2 woff2, image/png png, image/jpeg jpg jpeg, image/gif gif,
+    image/webp webp, image/avif avif, image/svg+xml svg, image/x-icon ico, audio/mpeg mp3,
+    audio/mp4 m4a, audio/ogg ogg oga opus, audio/flac flac, audio/wav wav, video/mp4 mp4 m4v,
+    video/webm webm, video/ogg ogv, video/quicktime mov, video/x-matroska mkv"""
+TYPE_OF = {"." + extension: kind + ("; charset=utf-8" if kind.startswith("text/") else "")
+           for kind, *extensions in map(str.split, TYPES.split(",")) for extension in extensions}
+# Python's own, for the rest. What the system has is in other tables (but with Python 3.6).
+more_types = functools.lru_cache(maxsize=None)(mimetypes.MimeTypes)
+
+
+def content_type(name: str) -> str:
+    """Return the type of a file, by its last extension.
+
+    Never a Content-Encoding beside it: who downloads an archive wants the archive.
+
+    >>> content_type("a.HTML"), content_type("a.tar.gz"), content_type("README")
+    ('text/html; charset=utf-8', 'application/gzip', 'application/octet-stream')
+    """
+    extension = os.path.splitext(name.lower())[1]
+    rest = more_types().types_map[True] if extension not in TYPE_OF else TYPE_OF
+    return rest.get(extension, "application/octet-stream")
+
+
+@functools.lru_cache(maxsize=1024)
+def describe(name: bytes, inode: int, size: int, mtime_ns: int, modified: int, is_young: bool,
+             is_public: bool) -> Tuple[str, Fields, Sequence[Any]]:
+    """Return the tag of a file, the fields of an answer with it, and the proofs for If-Range.
+
+    A young file may change without a new time. So its tag is weak, and not the one that it
+    will get: what was kept of its youth is fetched again.
+
+    See: RFC 9110 section 8.8; 13.1.5: for If-Range, a weak one proves nothing.
+    """
+    weak, dash = ("W/", "-") if is_young else ("", "")
+    tag = f'{weak}"{mtime_ns:x}-{size:x}-{inode:x}{dash}"'
+    date = email.utils.formatdate(modified, usegmt=True)
+    fields = (("Content-Type", content_type(name.decode("latin-1"))), NOSNIFF,
+              ("Accept-Ranges", "bytes"), ("ETag", tag), ("Last-Modified", date))
+    # As text, for a client has both from us; None: it sends no If-Range.
+    proofs = (None,) if is_young else (None, [tag], [date])
+    return tag, fields + (() if is_public else PRIVATE), proofs
+
+
+# What makes an answer depend on what the client has; most requests bring none of them.
+CONDITIONS = frozenset(("if-match", "if-unmodified-since", "if-none-match", "if-modified-since",
+                        "range"))
+# RFC 9110 section 8.8.3: entity-tag = [ "W/" ] DQUOTE *etagc DQUOTE
+find_tags = re.compile(r'(W/)?("[\x21\x23-\x7e\x80-\xff]*")').findall
+# RFC 9110 section 14.1.2: int-range = first-pos "-" [ last-pos ]; suffix-range = "-" suffix-length
+match_range = re.compile(r"(?i)bytes=[ \t]*([0-9]{0,99})-([0-9]{0,99})[ \t]*").fullmatch
+
+
+def has_tag(values: Sequence[str], tag: str, weakly: bool) -> bool:
+    """Return whether If-Match, or weakly If-None-Match, has a tag; "*" names any.
+
+    See: RFC 9110 section 8.8.3.2.
+    """
+    text, [(weak, opaque)] = ",".join(values), find_tags(tag)
+    return text.strip(" \t") == "*" or any(
+        other == opaque and (weakly or not weak and not mark) for mark, other in find_tags(text))
+
+
+def read_date(values: Sequence[str]) -> float:
+    """Return the seconds of an HTTP-date; NaN, which compares with nothing, if it is none.
+
+    >>> read_date(["Sun, 06 Nov 1994 08:49:37 GMT"]), read_date(["Sun Nov  6 08:49:37 1994"])
+    (784111777.0, 784111777.0)
+    >>> read_date(["yesterday"])
+    nan
+
+    See: RFC 9110 section 5.6.7; 13.1.3: a recipient "MUST ignore" what is no date.
+    """
+    try:
+        # Its zone is GMT, also where none is written.
+        return float(calendar.timegm(email.utils.parsedate(values[0]) or ()))
+    # By version of Python, that is what it makes of rubbish.
+    except (IndexError, OverflowError, TypeError, ValueError):
+        return math.nan
+
+
+def check_conditions(values: Values, tag: str, modified: int) -> int:
+    """Return 412 or 304 if a condition says so, or else 200.
+
+    See: RFC 9110 section 13.2.2, whose order this is.
+    """
+    if "if-match" in values:
+        fails = not has_tag(values["if-match"], tag, False)
+    else:
+        fails = modified > read_date(values.get("if-unmodified-since", ()))
+    if "if-none-match" in values:
+        is_known = has_tag(values["if-none-match"], tag, True)
+    else:
+        is_known = modified <= read_date(values.get("if-modified-since", ()))
+    return 412 if fails else 304 if is_known else 200
+
+
+def parse_range(text: str, size: int) -> Optional[Tuple[int, int]]:
+    """Return offset and length of the one range asked for, or None for the whole file.
+
+    Length 0 is a range that the file does not have.
+
+    >>> parse_range("bytes=2-", 10), parse_range("bytes=-99", 10), parse_range("bytes=10-", 10)
+    ((2, 8), (0, 10), (10, 0))
+    >>> parse_range("bytes=0-1,4-5", 10), parse_range("bytes=4-2", 10)
+    (None, None)
+
+    See: RFC 9110 section 14.2: "A server MAY ignore the Range header field".
+    """
+    match = match_range(text)
+    first, last = match.groups() if match else ("", "")
+    # Of an empty file no Content-Range can name a byte: section 14.4.
+    if not size or not first + last or first and last and int(last) < int(first):
+        return None
+    start = int(first) if first else max(0, size - int(last))
+    end = min(size, int(last) + 1) if first and last else size
+    return start, max(0, end - start)
+
+
+@functools.lru_cache(maxsize=512)
+def decode_path(path: str) -> bytes:
+    r"""Return a path without its query, decoded once; b"" if it can be read in two ways.
+
+    Such are names of no length, "." and "..", a NUL, and a slash that came encoded: others
+    who read that path, a proxy or --public, may find another file.
+
+    >>> decode_path("/a%20b/c?d"), decode_path("/"), decode_path("/%C3%A4\\")
+    (b'/a b/c', b'/', b'/\xc3\xa4\\')
+    >>> [decode_path(path) for path in ("//a", "/a/%2e%2E/b", "/a%2fb", "/a%00")]
+    [b'', b'', b'', b'']
+
+    See: RFC 3986 section 7.3.
+    """
+    encoded = path.partition("?")[0].encode("latin-1")
+    decoded = urllib.parse.unquote_to_bytes(encoded)
+    names = decoded.split(b"/")
+    plain = not (b"\0" in decoded or b"." in names or b".." in names or b"" in names[1:-1])
+    return decoded if plain and len(names) == encoded.count(b"/") + 1 else b""
+
+
+def private_fields(request: Request) -> Fields:
+    """Return PRIVATE, unless the answer is for everybody."""
+    return () if request.username is None else PRIVATE
+
+
+def refuse(status: int, request: Request, *fields: Tuple[str, str]) -> Answer:
+    """Return an answer that says nothing but its status."""
+    return Answer(status, (HTML, NOSNIFF, *private_fields(request), *fields), error_page(status))
+
+
+def redirect(path: bytes, request: Request) -> Answer:
+    """Send who asked for a folder without the slash to where its relative links work.
+
+    A path that begins with two slashes would be another host's; decode_path has none.
+
+    See: RFC 9110 section 15.4.2; RFC 3986 section 4.2.
+    """
+    query = request.path[len(request.path.partition("?")[0]):]
+    return refuse(301, request, ("Location", f"{urllib.parse.quote(path)}/{query}"))
+
+
+def read_part(fd: int, offset: int, length: int) -> Union[bytes, FilePart]:
+    """Return a part of a file: what is small at once, of what is large a descriptor of its own."""
+    if length > IN_MEMORY:
+        return FilePart(open(os.dup(fd), "rb", buffering=0), offset, length)
+    octets = os.pread(fd, length, offset)
+    if len(octets) < length:
+        # Its tag would be that of the longer one, for ever.
+        raise OSError(errno.ESTALE, "cut since fstat")
+    return octets
+
+
+def answer_file(fd: int, name: bytes, found: os.stat_result, request: Request) -> Answer:
+    """Return what a client gets of a file: the whole or a part, unless it has it already.
+
+    See: RFC 9110 section 14.2 (a HEAD has no range), 15.3.7 (206), 15.4.5 (304), 15.5.17 (416).
+    """
+    size, now, values = found.st_size, request.now, request.values
+    # RFC 9110 section 8.8.2.1: a Last-Modified "MUST NOT" be later than the Date.
+    modified = max(0, int(min(found.st_mtime, now)))
+    tag, fields, proofs = describe(name, found.st_ino, size, found.st_mtime_ns, modified,
+                                   now - found.st_mtime < YOUNG, request.username is None)
+    if CONDITIONS.isdisjoint(values):
+        return Answer(200, fields, read_part(fd, 0, size))
+    status, part = check_conditions(values, tag, modified), None
+    if status == 304:
+        return Answer(304, fields[3:])      # from ETag on, what keeps a copy up to date
+    if status == 412:
+        return refuse(412, request)
+    if request.method == "GET" and values.get("if-range") in proofs:
+        part = parse_range(",".join(values.get("range", ())), size)
+    if part is None:
+        return Answer(200, fields, read_part(fd, 0, size))
+    offset, length = part
+    if not length:
+        return refuse(416, request, ("Content-Range", f"bytes */{size}"))
+    extent = ("Content-Range", f"bytes {offset}-{offset + length - 1}/{size}")
+    return Answer(206, (*fields, extent), read_part(fd, offset, length))
+
+
+# -- 11. Listings -------------------------------------------------------------
+
+# RFC 3986 section 2.3: unreserved. All else is encoded in href: so nothing in a name can end the
+# attribute, and "a:b" has no scheme.
+RESERVED = re.compile("[^A-Za-z0-9._~-]+")
+quote_run = functools.lru_cache(maxsize=1024)(lambda run: urllib.parse.quote(os.fsencode(run), ""))
+# Shown as U+FFFD: controls, what turns the direction of the text, what HTML does not allow.
+UNSHOWABLE = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufdd0-\ufdef\ufffe\uffff]")
+DIGITS = re.compile("[0-9]+")
+
+
+def natural(name: str) -> str:
+    """Return what sorts names as people do.
+
+    >>> sorted(["b", "a10", "a9", "B1"], key=natural)
+    ['a9', 'a10', 'b', 'B1']
+    """
+    return DIGITS.sub(lambda match: match[0].zfill(20), name.lower())
+
+
+def showable(name: str) -> str:
+    r"""Return a name of the file system as text; what cannot be shown is replaced.
+
+    >>> showable("a\tb\udce4")
+    'a\ufffdb\ufffd'
+    """
+    if name.isprintable():
+        return name
+    return UNSHOWABLE.sub("\ufffd", os.fsencode(name).decode("utf-8", "replace"))
+
+
+def human_size(size: int) -> str:
+    """Return a number of bytes for people.
+
+    >>> human_size(0), human_size(1023), human_size(1536), human_size(10 << 30)
+    ('0 B', '1023 B', '1.5 KiB', '10.0 GiB')
+    """
+    power = max(0, size.bit_length() - 1) // 10
+    return f"{size / (1 << 10 * power):.1f} {' KMGTPE'[power]}iB" if power else f"{size} B"
+
+
+@functools.lru_cache(maxsize=4096)
+def human_date(minute: int) -> str:
+    """Return a minute since the epoch as date and time, in UTC.
+
+    >>> human_date(28333333)
+    '2023-11-14<i> 22:13</i>'
+    """
+    # Local time would change with the jail: /etc/localtime is not there. The year 9999 is the last.
+    moment = time.gmtime(60 * max(0, min(minute, 4223371679)))
+    return time.strftime("%Y-%m-%d<i> %H:%M</i>", moment)
+
+
+def table_row(is_file: bool, name: str, size: int, mtime: int) -> str:
+    """Return one line of a listing.
+
+    >>> table_row(True, "<a:b", 5, 0)
+    '<tr><td><a href="%3Ca%3Ab">&lt;a:b</a><td>5 B<td>1970-01-01<i> 00:00</i>'
+    """
+    href, label, date = name, name, human_date(mtime // 60)
+    if RESERVED.search(name):
+        href = RESERVED.sub(lambda match: quote_run(match[0]), name)
+        label = html.escape(showable(name))
+    if is_file:
+        return f'<tr><td><a href="{href}">{label}</a><td>{human_size(size)}<td>{date}'
+    return f'<tr><td><a href="{href}/">{label}/</a><td><td>{date}'
+
+
+# -- 12. The tree -------------------------------------------------------------
+
+
+def is_below(path: str, folder: str) -> bool:
+    """Return whether a path leads into a folder, or to it.
+
+    >>> is_below("/srv/../etc/x", "/etc"), is_below("/etcetera", "/etc")
+    (True, False)
+    """
+    path, folder = os.path.realpath(path), os.path.realpath(folder)
+    return os.path.join(path, "").startswith(os.path.join(folder, ""))
+
+
+Listed = Tuple[bool, str, str, int, int]     # is a file, sorted as; name, size, mtime
+
+
+class Files:
+    """The page of a folder: the files below it, and listings.
+
+    For the caller: exposed, which of the secrets lie below it; open() and close().
+    secrets are paths of files that are never served, by whatever name they are found;
+    chroot is where the process will be locked in before the first request, or None.
+    """
+
+    def __init__(self, root: str, hidden: bool = False, secrets: Sequence[str] = (),
+                 chroot: Optional[str] = None) -> None:
+        self.name, self.hidden, self.fd = root, hidden, -1
+        self.path, real = os.path.abspath(root), os.path.realpath(root)
+        # How absolute links begin that stay inside.
+        self.prefixes = {os.path.join(os.fsencode(path), b"") for path in (self.path, real)}
+        self.exposed = [path for path in secrets if is_below(path, real)]
+        # Those are found by their place: each may be replaced, or made, while we serve.
+        self.inside = [os.path.relpath(os.path.realpath(path), real) for path in self.exposed]
+        self.known: Dict[Tuple[int, int], Tuple[str, int]] = {}
+        self.open()             # to complain while a person reads it
+        self.note_secrets([os.path.realpath(path) for path in secrets])
+        self.close()
+        if chroot is not None:
+            if not is_below(root, chroot):
+                raise Refusal(f"unable to serve {root}: it is not below --chroot {chroot}")
+            self.path = os.path.join("/", os.path.relpath(real, os.path.realpath(chroot)))
+
+    def open(self) -> None:
+        """Open the folder (again): as who serves it, in its jail, at the first request or before."""
+        self.close()
+        try:
+            # The dot: in a folder that may be read but not searched, no file can be opened.
+            self.fd = os.open(os.path.join(self.path, "."), os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise Refusal(f"unable to serve {self.name}: {error.strerror}")
+
+    def close(self) -> None:
+        """Close the folder; the next request opens it again."""
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd = -1
+
+    def note_secrets(self, paths: Sequence[str]) -> None:
+        """Note device and inode of secrets, and when they were written."""
+        for path in paths:
+            with contextlib.suppress(OSError):      # not made yet, or out of our sight
+                found = os.stat(path, dir_fd=self.fd)
+                self.known[found.st_dev, found.st_ino] = path, found.st_mtime_ns
+
+    def is_secret(self, found: os.stat_result) -> bool:
+        """Return whether a file is one of the secrets."""
+        if (found.st_dev, found.st_ino) not in self.known:
+            return False
+        path, written = self.known[found.st_dev, found.st_ino]
+        try:
+            # Or else it was replaced since, removed, and its inode has become another file's.
+            return (found.st_mtime_ns == written
+                    or os.path.samestat(found, os.stat(path, dir_fd=self.fd)))
+        except OSError:         # outside the jail, or not for us to see
+            return True
+
+    def __call__(self, request: Request) -> Answer:
+        """Answer a request with a file, a listing, a redirection or a refusal."""
+        if self.fd < 0:
+            self.open()
+        if self.inside:
+            self.note_secrets(self.inside)
+        path = decode_path(request.path)
+        try:
+            if not path or b"/." in path and not self.hidden:
+                raise FileNotFoundError(errno.ENOENT, "no such name")
+            return self.find(path.split(b"/")[1:], request)
+        except IsADirectoryError:
+            return redirect(path, request)
+        except OSError as error:
+            if error.errno not in STATUS_OF:
+                raise
+            return refuse(STATUS_OF[error.errno], request)
+
+    def find(self, names: List[bytes], request: Request) -> Answer:
+        """Answer with a file, or with a folder's index.html or listing."""
+        if names[-1]:
+            return self.send(names, request)
+        try:
+            return self.send(names[:-1] + [b"index.html"], request)
+        except OSError as error:
+            if error.errno != errno.EISDIR and STATUS_OF.get(error.errno or 0) != 404:
+                raise
+        return self.list(names, request)
+
+    def send(self, names: List[bytes], request: Request) -> Answer:
+        """Answer with a file."""
+        fd, found = self.walk(names)
+        try:
+            if stat.S_ISDIR(found.st_mode):
+                raise IsADirectoryError(errno.EISDIR, "a folder")
+            if not stat.S_ISREG(found.st_mode) or self.is_secret(found):
+                raise FileNotFoundError(errno.ENOENT, "not for clients")
+            return answer_file(fd, names[-1], found, request)
+        finally:
+            os.close(fd)
+
+    def list(self, names: List[bytes], request: Request) -> Answer:
+        """Answer with the listing of a folder."""
+        fd, _ = self.walk(names)
+        try:
+            found = os.listdir(fd)
+            entries = sorted(self.entries(found[:MAX_LISTED], fd, names[:-1]))
+        finally:
+            os.close(fd)
+        rows = ["<table><tr><th>Name<th>Size<th>Modified<i> (UTC)</i>"]
+        rows += ['<tr><td><a href="../">../</a><td><td>'] * (len(names) > 1)
+        rows += [table_row(is_file, name, size, mtime) for is_file, _, name, size, mtime in entries]
+        page = "\n".join([*rows, "</table>"])
+        if len(found) > MAX_LISTED:
+            page += f"<p>These are {MAX_LISTED} of {len(found)} names."
+        title = "/" + "/".join([showable(os.fsdecode(name)) for name in names])
+        return Answer(200, (HTML, NOSNIFF, *private_fields(request)), html_page(title, page))
+
+    def entries(self, names: Sequence[str], fd: int, above: List[bytes]) -> Iterator[Listed]:
+        """Yield what of a folder's names can be had, so that every link of a listing works."""
+        for name in names:
+            if name[0] == "." and not self.hidden:
+                continue
+            try:
+                found = os.stat(name, dir_fd=fd, follow_symlinks=False)
+                if stat.S_ISLNK(found.st_mode):
+                    link, found = self.walk(above + [os.fsencode(name)])
+                    os.close(link)
+            except OSError:         # removed meanwhile; a link that leads nowhere, or outside
+                continue
+            mode, is_file = found.st_mode, stat.S_ISREG(found.st_mode)
+            if not is_file and not stat.S_ISDIR(mode) or self.known and self.is_secret(found):
+                continue
+            # What everybody may read (and a folder, search) needs no system call more.
+            needed = 0o444 if is_file else 0o555
+            if mode & needed == needed or os.access(name, needed & 7, dir_fd=fd):
+                yield is_file, natural(name), name, found.st_size, int(found.st_mtime)
+
+    def walk(self, names: List[bytes]) -> Tuple[int, os.stat_result]:
+        """Open what names lead to; an empty last one makes sure of a folder.
+
+        See: openat(2); O_NOFOLLOW in open(2); path_resolution(7).
+        """
+        opened, left, links = [self.fd], names[::-1], 0
+        try:
+            while left:
+                name = left.pop()
+                if name == b"..":           # of a link: decode_path lets none pass
+                    if len(opened) == 1:
+                        raise FileNotFoundError(errno.ENOENT, "outside")
+                    os.close(opened.pop())
+                    left = left or [b""]
+                    continue
+                try:
+                    flags = FOLDER if left else LAST
+                    opened.append(os.open(name or b".", flags, dir_fd=opened[-1]))
+                except OSError as error:
+                    links += 1
+                    if error.errno not in IS_LINK or links > MAX_LINKS:
+                        raise
+                    left = left + self.read_link(name, opened) or [b""]
+            found = os.fstat(opened[-1])
+            return opened.pop(), found
+        finally:
+            for fd in opened[1:]:
+                os.close(fd)
+
+    def read_link(self, name: bytes, opened: List[int]) -> List[bytes]:
+        """Return the names in a symlink's text, last first; an absolute one goes by the root."""
+        text = os.readlink(name, dir_fd=opened[-1])
+        for prefix in self.prefixes:
+            if (text + b"/").startswith(prefix):
+                text = b"../" * (len(opened) - 1) + b"./" + text[len(prefix):]
+        if text.startswith(b"/"):
+            raise FileNotFoundError(errno.ENOENT, "outside")
+        return [part for part in text.split(b"/")[::-1] if part not in (b"", b".")]
+
+
+# -- 11.1 HTTPS --------------------------------------------------------------
+
+ssl: Any = None             # 8 ms and 2 MiB, only for who serves HTTPS
+
+
+def load_ssl() -> None:
+    """Import ssl."""
+    globals()["ssl"] = importlib.import_module("ssl")
+
+
+def expiry_of(certificate: str) -> float:
+    """Return when the first certificate of a PEM text ends, in seconds since the epoch."""
+    der = ssl.PEM_cert_to_DER_cert(certificate[certificate.index("-----BEGIN CERT"):
+                                               certificate.index("-----END CERT") + 25])
+    # RFC 5280 section 4.1.2.5: validity is two times, each a UTCTime or a GeneralizedTime.
+    found = re.findall(rb"\x17\r(\d{12})Z|\x18\x0f(\d{14})Z", der)
+    short, long = found[1]
+    digits = (long or (b"20" if short < b"5" else b"19") + short).decode("ascii")
+    return float(calendar.timegm(time.strptime(digits, "%Y%m%d%H%M%S")))
+
+
+def tls_context(certificate: str, key: Optional[str]) -> Any:
+    """Return the context of HTTPS: TLS 1.2 and 1.3, and otherwise ssl's own defaults.
+
+    One for all workers, made before they are forked: so each can go on with a session that
+    another has begun, for they have the same keys of its tickets.
+    """
+    load_ssl()
+    try:
+        with open(key or certificate, "rb") as stream:
+            mode = os.fstat(stream.fileno()).st_mode
+        with open(certificate, encoding="ascii", errors="replace") as text:
+            expiry = expiry_of(text.read())
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(certificate, key, password=lambda: "")
+    except (OSError, ValueError, IndexError) as error:      # ssl.SSLError is an OSError
+        reason = getattr(error, "strerror", None) or str(error)
+        if "KEY_VALUES_MISMATCH" in reason:
+            reason = "the key is not the certificate's"
+        raise Refusal(f"unable to use certificate {certificate} with key {key or certificate}: "
+                      f"{reason}")
+    if mode & stat.S_IROTH:
+        raise Refusal(f"unable to use key {key or certificate}: everybody may read it\n"
+                      f"try: chmod 600 {shlex.quote(key or certificate)}")
+    if hasattr(context, "minimum_version"):     # since Python 3.7
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+    else:
+        context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+    if expiry < time.time():
+        warn(f"certificate {certificate} has expired")
+    return context
+
+
+class TLSConnection(Connection):
+    """A connection whose bytes are encrypted; what it adds is how to wait.
+
+    See: ssl, "Notes on non-blocking sockets".
+    """
+
+    __slots__ = ()
+
+    def __init__(self, server: "AuthServer", listener: "Listener", sock: Any, address: Any) -> None:
+        sock = listener.context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        super().__init__(server, listener, sock, address)
+        self.wait("handshake")
+
+    def ready(self, events: int) -> None:
+        """Shake hands first."""
+        if self.stage != "handshake" or self.shake_hands():
+            super().ready(events)
+
+    def shake_hands(self) -> bool:
+        """Go on with the handshake as far as it goes; return whether it is done."""
+        try:
+            self.socket.do_handshake()
+        except ssl.SSLWantReadError:
+            self.watch(False)
+        except ssl.SSLWantWriteError:
+            self.watch(True)
+        except (OSError, ValueError) as error:
+            self.give_up(str(getattr(error, "reason", None) or error))
+        else:
+            self.watch(False)
+            self.wait("first")
+            return True
+        return False
+
+    def give_up(self, reason: str) -> None:
+        """End a handshake that failed: with words, where plain HTTP has come."""
+        plain = reason == "HTTP_REQUEST"
+        self.server.log.error(f"{self.host}: refused -: " + (
+            "plain HTTP, where HTTPS is spoken" if plain else f"TLS: {reason}"))
+        if plain:
+            page = html_page("HTTPS only", "<h1>HTTPS only</h1><p>Ask again with https://</p>")
+            head = (f"{STATUS_LINES[400]}{self.server.stamp}Content-Type: {HTML[1]}\r\n"
+                    f"Content-Length: {len(page)}\r\nConnection: close\r\n\r\n")
+            with contextlib.suppress(OSError):
+                # Under the encryption; it is 1 KiB, which an empty buffer takes at once.
+                socket.socket.send(self.socket, head.encode("ascii") + page)
+        self.close()
+
+    def receive(self) -> Optional[bytes]:
+        """Return what has come, also what lies decrypted already: that wakes no selector."""
+        try:
+            octets: bytes = self.socket.recv(READ_SIZE)
+            while self.socket.pending():
+                octets += self.socket.recv(READ_SIZE)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return None
+        except (OSError, ValueError):
+            return b""
+        return octets
+
+    def send(self, octets: bytes) -> int:
+        """Return how many bytes went."""
+        try:
+            return int(self.socket.send(octets[:IN_MEMORY]))
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return 0
+
+    def send_part(self, part: FilePart) -> int:
+        """Return how many bytes of a file went: through our memory, to be encrypted."""
+        octets = os.pread(part.file.fileno(), min(part.length, IN_MEMORY), part.offset)
+        if not octets:
+            raise EOFError
+        return self.send(octets)
+
+    def shut(self) -> None:
+        """Say that nothing more will come, as TLS says it (close_notify)."""
+        with contextlib.suppress(OSError, ValueError):      # it wants to wait for the client's
+            self.socket.unwrap()
+        super().shut()
+
+    def close(self) -> None:
+        """Say so, and forget the connection."""
+        if self in self.server.connections and self.stage not in ("handshake", "linger", "thread"):
+            with contextlib.suppress(OSError, ValueError):
+                self.socket.unwrap()
+        super().close()
+
+
+# -- 12. Other people's handlers ----------------------------------------------
+#
+# A handler class is run by http.server's own code, unmodified, in a thread. To it an exchange
+# looks like a socket whose client sends one request and hangs up. What it writes is passed on
+# at once; only the head of its answer is read along, for the status in the log, for the
+# fields that a proof needs, and to know where the answer ends: only then can the connection
+# serve another request.
+#
+# What cannot be followed (a descriptor that was handed out, another protocol, more or fewer
+# bytes than announced) ends the connection after the handler, with nothing added.
+
+# RFC 9112 section 4: status-line = HTTP-version SP status-code SP [ reason-phrase ]
+match_status_line = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])[ \r]").match
+find_length = re.compile(rb"(?i)\ncontent-length:[ \t]*([0-9]{1,15})[ \t]*\r").search
+is_chunked = re.compile(rb"(?i)\ntransfer-encoding:[^\n]*chunked[ \t]*\r").search
+says_close = re.compile(rb"(?i)\nconnection:(?:[^\n]*,)?[ \t]*close[ \t]*[,\r]").search
+
+
+class HandlerSocket:
+    """What a handler takes for the client's socket.
+
+    Reading gives the head, the body as it came, and then its end.  Writing goes to the client.
+
+    Instance variables for the server: verdict; status and size of the answer; fault: why the
+    connection cannot be used again; nonsense: what was wrong with the body; gone: the client.
+    """
+
+    def __init__(self, connection: Connection, octets: bytes, request: Request, body: Body) -> None:
+        self.connection, self.request, self.body = connection, request, body
+        self.verdict = request.verdict
+        self.pending = octets                   # for the handler to read
+        self.head = b""                         # of the answer, until it is whole
+        self.left: Optional[int] = None         # bytes of the answer still to come; None: all
+        self.chunks: Optional[Body] = None      # of an answer that comes in chunks
+        self.status = self.size = 0
+        self.fault = ""
+        self.nonsense: Optional[BadRequest] = None
+        self.gone = False
+        self.upgraded = self.is_shut = False    # another protocol; the handler has closed it
+        self.bypassed = self.closes = False     # others may write to it; it ends with this answer
+        self.raw = False                        # what is written is not read along
+        self.timeout: Optional[float] = None    # as the handler wants it
+        self.patience = PACE_SECONDS            # for bytes of the body
+        self._io_refs, self._closed = 0, False  # for makefile()
+
+    # http.server's streams are the socket module's own: these are all that they need.
+    makefile = socket.socket.makefile
+    _decref_socketios = socket.socket._decref_socketios     # type: ignore[attr-defined]
+
+    def _real_close(self) -> None:
+        self.is_shut = True
+
+    def close(self) -> None:
+        """Close it as socket.close does: when the last file made of it is closed."""
+        self._closed = True
+        if self._io_refs <= 0:
+            self.is_shut = True
+
+    def shutdown(self, how: int) -> None:
+        """End one direction, or both; the client sees it when the handler returns."""
+        self.is_shut = self.is_shut or how != socket.SHUT_RD
+
+    def settimeout(self, seconds: Optional[float]) -> None:
+        """Set how long a handler wants to wait; we do not wait longer than PACE_SECONDS."""
+        self.timeout = seconds
+
+    def gettimeout(self) -> Optional[float]:
+        """Return that."""
+        return self.timeout
+
+    def setblocking(self, blocking: bool) -> None:
+        """Set whether it wants to wait at all."""
+        self.timeout = None if blocking else 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the real socket has; what could carry bytes past us is the last we know."""
+        if name not in ("family", "type", "proto", "getsockname", "getpeername", "getsockopt",
+                        "setsockopt", "cipher", "version", "getpeercert", "context",
+                        "selected_alpn_protocol"):
+            self.hand_out()
+        return getattr(self.connection.socket, name)
+
+    def hand_out(self) -> None:
+        """Have everything sent that is ours to send: from now on others may write."""
+        self.bypassed = True
+        if self.head:
+            head, self.head, self.raw = self.head, b"", True
+            self.put(head)
+
+    def fileno(self) -> int:
+        """Return the descriptor, for a child process to write to."""
+        self.hand_out()
+        return int(self.connection.socket.fileno())
+
+    # -- reading
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        """Return some of what the client sent, for this request; b"" is its end.
+
+        That comes with the answer's, if not before: http.server would read on, and take a body
+        that the handler did not want for the next request.
+        """
+        if not self.pending and self.body.taken and not self.is_answered():
+            self.pending, self.body.taken = self.body.taken, b""
+        elif not self.pending and (self.upgraded or not self.body.done and not self.is_answered()):
+            self.pending = self.receive()
+        piece, rest = self.pending[:size], self.pending[size:]
+        if not flags & socket.MSG_PEEK:
+            self.pending = rest
+        return piece
+
+    def recv_into(self, buffer: Any, size: int = 0, flags: int = 0) -> int:
+        """Fill a buffer with it."""
+        view = memoryview(buffer).cast("B")
+        piece = self.recv(min(size or len(view), len(view)), flags)
+        view[:len(piece)] = piece
+        return len(piece)
+
+    def receive(self) -> bytes:
+        """Return what comes next from the client; as it came, chunks and all."""
+        connection, start = self.connection, time.monotonic()
+        octets = connection.take_buffer()
+        if not octets:
+            self.set_timeout(None if self.upgraded else self.patience)
+            octets = connection.socket.recv(IN_MEMORY)
+        if self.upgraded:
+            return octets
+        self.patience += len(octets) * PACE_SECONDS / IN_MEMORY - (time.monotonic() - start)
+        self.patience = min(self.patience, PACE_SECONDS)
+        try:
+            self.body.feed(octets)
+        except BadRequest as error:
+            self.nonsense = error
+        self.gone = not octets
+        if self.gone or self.nonsense:      # nothing more can be read
+            self.body.done, self.body.rest = True, bytearray()
+            if self.nonsense:               # ... and what came before it must not pass for all
+                raise ConnectionAbortedError(errno.ECONNABORTED, str(self.nonsense))
+            return b""
+        connection.buffer = self.body.take_rest() if self.body.done else b""
+        return octets[:len(octets) - len(connection.buffer)]
+
+    def set_timeout(self, seconds: Optional[float]) -> None:
+        """Have the real socket wait for so long, or less if the handler wants it so."""
+        limits = [limit for limit in (seconds, self.timeout) if limit is not None]
+        self.connection.socket.settimeout(max(0.01, min(limits)) if limits else None)
+
+    # -- writing
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        """Send all of it: who writes here waits for the client anyway."""
+        octets = bytes(data)
+        if self.is_shut:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+        if self.status or self.raw:
+            self.pass_on(octets)
+        else:
+            self.head += octets
+            self.read_head()
+        return len(octets)
+
+    def sendall(self, data: Any, flags: int = 0) -> None:
+        """Send data."""
+        self.send(data)
+
+    def sendfile(self, file: Any, offset: int = 0, count: Optional[int] = None) -> int:
+        """Send a file, or a part of it.  See: socket.socket.sendfile."""
+        file.seek(offset)
+        octets = file.read(-1 if count is None else count)
+        return self.send(octets)
+
+    def read_head(self) -> None:
+        """Read the head of the answer along, once it is whole."""
+        while self.head and not self.status:
+            end = self.head.find(b"\r\n\r\n") + 4
+            found = match_status_line(self.head)
+            if end < 4 and len(self.head) <= MAX_HEAD and (found or len(self.head) < 16):
+                return
+            head, self.head = self.head[:end], self.head[end:]
+            if end < 4 or not found:
+                self.fault, self.head = "the handler's answer has no head to be read", head + self.head
+                self.hand_out()
+                return
+            status = int(found.group(2))
+            if status < 200 and status != 101:      # 100 Continue and its like: another follows
+                # Who has sent its body, for auth-int, has been told so.
+                self.put(head if status != 100 or not self.body.taken else b"")
+                continue
+            rest, self.head, self.status = self.head, b"", status
+            self.put(self.complete(head, found.group(1) == b"1"))
+            self.pass_on(rest)
+
+    def complete(self, head: bytes, is_new: bool) -> bytes:
+        """Return the head with what verdict and connection have to say; find the answer's end."""
+        request, server = self.request, self.connection.server
+        length, status = find_length(head), self.status
+        self.upgraded = status == 101 or request.method == "CONNECT" and status < 300
+        if self.upgraded:
+            return head
+        if request.method == "HEAD" or status in (204, 304):
+            self.left = 0
+        elif is_chunked(head):
+            self.chunks = Body(0, True)
+        else:
+            self.left = int(length.group(1)) if length else None
+        ends = self.left is not None or self.chunks is not None
+        fields = "".join([f"{name}: {value}\r\n" for name, value in self.verdict.fields])
+        if not (is_new and request.minor and ends and request.fields.keep_alive
+                and not server.draining and not says_close(head)):
+            self.closes = True
+            fields += "" if says_close(head) else "Connection: close\r\n"
+        line = head.find(b"\r\n") + 2
+        return head[:line] + fields.encode("latin-1", "replace") + head[line:]
+
+    def pass_on(self, octets: bytes) -> None:
+        """Send bytes of the answer's body; not those that nobody has announced."""
+        if self.left is not None and len(octets) > self.left:
+            self.fault = self.fault or "the handler sent more than it announced"
+            octets = octets[:self.left]
+        if self.left is not None:
+            self.left -= len(octets)
+        elif self.chunks is not None and octets:
+            try:
+                self.chunks.feed(octets)
+            except BadRequest as error:
+                self.fault, self.chunks = f"the handler sent a malformed {error}", None
+        self.put(octets)
+        self.size += len(octets)
+
+    def put(self, octets: bytes) -> None:
+        """Send bytes at the client's pace, if that is not too slow."""
+        view = memoryview(octets)
+        try:
+            for start in range(0, len(view), IN_MEMORY):
+                self.set_timeout(PACE_SECONDS)      # of a whole sendall, since Python 3.5
+                self.connection.socket.sendall(view[start:start + IN_MEMORY])
+        except OSError:
+            self.gone = True            # or as good as gone: it does not read
+            with contextlib.suppress(OSError):
+                self.connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
+            raise
+
+    # -- its whole life, in a thread
+
+    def __call__(self) -> None:
+        """Run the handler, however long it takes."""
+        server, connection = self.connection.server, self.connection
+        try:
+            output, connection.output = connection.output, b""
+            self.put(output)            # what earlier requests are still owed
+            server.finish_request(self, connection.address)     # type: ignore
+        except BaseException:           # SystemExit, too: the loop goes on without this thread
+            self.closes = True
+            if not self.gone and not self.nonsense:
+                server.handle_error(self, connection.address)
+        if self.head:                   # what looked like the beginning of an answer
+            with contextlib.suppress(OSError):
+                self.hand_out()
+        if not self.gone and (self.left or self.chunks is not None and not self.chunks.done):
+            self.fault = self.fault or "the handler sent less than it announced"
+
+    def is_answered(self) -> bool:
+        """Return whether the answer is complete, as far as it said when it would be."""
+        return bool(self.status) and (self.left == 0 or self.chunks is not None and self.chunks.done)
+
+    def is_silent(self) -> bool:
+        """Return whether certainly nothing has been answered."""
+        return not (self.status or self.raw or self.bypassed)
+
+    def ends_connection(self) -> bool:
+        """Return whether nobody knows, or everybody, that this answer was the last one here."""
+        return bool(self.fault or self.nonsense or self.gone or self.closes or self.is_shut
+                    or self.bypassed or self.upgraded)
+
+
+def find_attribute(handler_class: Any, name: str) -> Any:
+    """Return what protect() has put before a handler, also inside a functools.partial; or None."""
+    while isinstance(handler_class, functools.partial):
+        handler_class = handler_class.func
+    return getattr(handler_class, name, None)
+
+
 # -- 11. protect() and protect_wsgi() -----------------------------------------
+#
+# Here other people's servers read the requests and write the answers, in a thread or a
+# process for each. Where they do less than we need, it is done here: the head is read once
+# more, strictly; and what a refused client still sends is read to its end, or the server
+# would take it for the next request, or close on it: then the client's system throws the
+# answer away before it has been read (RFC 9112 section 9.6).
+#
+# The processes of a WSGI server know nothing of one another. They meet in a file that has
+# the dictionary's name, in a folder that only their user can enter: /dev/shm/authserver-UID,
+# or below the temporary folder. Who uses it holds a lock on it; what nobody uses is removed
+# by the next one who comes, for its clock may be that of another boot.
+
+LINGER_SECONDS = 10.0       # for which a refused client may go on sending
+TABLES: "weakref.WeakValueDictionary[str, SharedTable]" = weakref.WeakValueDictionary()
+
+
+def open_shared_file(name: str, size: int) -> int:
+    """Return a descriptor of a file of that size which all processes of our user share."""
+    base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
+    path = os.path.join(base, f"authserver-{os.geteuid()}")
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o700)
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        found = os.fstat(folder)
+        # Where everybody may make a folder, somebody else may have been first.
+        if found.st_uid != os.geteuid() or found.st_mode & 0o077:
+            raise PermissionError(errno.EACCES, f"others have access to {path}")
+        fcntl.flock(folder, fcntl.LOCK_EX)      # until it is closed
+        # Not those that we use: to close a file would end all our record locks on it.
+        for other in set(os.listdir(folder)) - set(TABLES):
+            with open(os.open(other, os.O_RDWR | os.O_NOFOLLOW, dir_fd=folder), "rb+") as stream:
+                with contextlib.suppress(BlockingIOError):      # in use
+                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(other, dir_fd=folder)
+        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600, dir_fd=folder)
+        fcntl.flock(fd, fcntl.LOCK_SH)          # for as long as any of us lives
+        # Now: later a full disk would be a page that is not there (SIGBUS).
+        os.posix_fallocate(fd, 0, size)
+        return fd
+    finally:
+        os.close(folder)
+
+
+def shared_table(passwords: Passwords) -> SharedTable:
+    """Return the table of all processes that serve this dictionary."""
+    name = (LAYOUT + passwords.fingerprint()).hex()
+    table = TABLES.get(name)
+    if table is None:
+        table = TABLES[name] = SharedTable(open_shared_file(name, TABLE_SIZE))
+    return table
+
+
+class UnknownProxies(TrustedProxies):
+    """What we believe where nobody has said whom to trust: a private address may be a proxy's.
+
+    Whether it speaks for one client or for everybody we cannot know, so it is never locked
+    out: ten wrong passwords by a stranger would keep all others out.
+    """
+
+    INSIDE = TrustedProxies(["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10",
+                             "fc00::/7", "fe80::/10"])
+
+    def _find_client(self, peer: str, forwarded: str = "") -> Tuple[str, Optional[str]]:
+        shown, client = super()._find_client(peer, forwarded)
+        is_inside = client and self.INSIDE.trusts(parse_address(peer))
+        return shown, None if is_inside else client
+
+
+class Gate:
+    """The authenticator before other people's code, with what it needs to know of the host."""
+
+    def __init__(self, passwords: Passwords, trusted_proxies: Optional[Sequence[str]],
+                 offer: Dict[str, Any], share: bool = False) -> None:
+        if not isinstance(passwords, Passwords):
+            raise TypeError(f"unable to use {passwords!r:.40} as passwords: expected "
+                            f'Passwords({{"jim": "secret"}}, realm="files")')
+        import logging          # 8 ms, only for programs
+        self.log = logging.getLogger("authserver")
+        if share and "table" not in offer:
+            try:
+                offer["table"] = shared_table(passwords)
+            except OSError as error:
+                self.log.warning("unable to share nonces with other processes: %s", error)
+        self.authenticator = Authenticator(passwords, **offer)
+        self.schemes: Optional[Sequence[str]] = offer.get("schemes")
+        self.proxies = (UnknownProxies() if trusted_proxies is None else
+                        TrustedProxies(trusted_proxies))
+        if trusted_proxies is None:
+            self.log.info("never locked out: clients on loopback and with private addresses, which "
+                          "may be proxies; trusted_proxies=[...] says which are")
+        for warning in passwords.warnings:
+            self.log.warning(warning)
+
+    def judge(self, method: str, target: str, authorization: Sequence[str], peer: str,
+              forwarded: str, is_safe: bool, read_body: Callable[[], bytes],
+              same_target: Callable[[str, str], bool] = is_same_target) -> Verdict:
+        """Return the verdict on a request; is_safe: nobody can listen on its way."""
+        host, client = self.proxies.find_client(peer, forwarded)
+        schemes = self.schemes or (SCHEMES if is_safe else SCHEMES[:1])
+        try:
+            verdict = self.authenticator.authenticate(
+                method, target, authorization, client, self.authenticator.clock(), schemes,
+                read_body, same_target)
+        except BadRequest as error:         # from read_body
+            verdict = Verdict(error.status, reason=str(error))
+        if verdict.status != 200 and verdict.reason != "no credentials":
+            self.log.warning("%s: refused %s: %s", host, log_name(verdict.log_user), verdict.reason)
+        return verdict
 
 
 class Guard(http.server.BaseHTTPRequestHandler):
-    """What protect() puts before a handler; on AuthServer, which has asked already, idle."""
+    """What protect() puts before a handler; on AuthServer, which has asked already, idle.
 
-    authenticator: Authenticator
-    exchange: Optional[Exchange] = None
-    verdict: Optional[Verdict] = None
+    For handlers: remote_user and auth_type, the user and the scheme.
+    """
+
+    gate: Gate
     remote_user: Optional[str] = None
+    auth_type = ""
+    info: Fields = ()           # for the handler's answer
+    expects = unread = False    # a client that waits for 100 Continue; a body nobody has read
 
     def parse_request(self) -> bool:
         """Ask for the password when http.server has read a head and before it acts on it."""
-        if self.exchange is not None:       # AuthServer has asked already
-            return super().parse_request()
-        self.verdict = self.remote_user = None      # of the last request on this connection
-        if not super().parse_request():
-            return False
-        # self.path is no longer what the client sent, and signed: "//x" is "/x" in it.
-        # getattr: the type stubs of http.server do not list raw_requestline.
-        target = str(getattr(self, "raw_requestline"), "latin-1").split()[1]
-        host = self.client_address[0] if self.client_address else ""
-        verdict = self.authenticator.authenticate(
-            self.command, target, self.headers.get_all("Authorization") or (),
-            TrustedProxies().find_client(host)[1], time.time(), None, self.read_content)
-        if verdict.status != 200:
-            self.refuse(verdict)
-            return False
-        self.verdict, self.remote_user = verdict, verdict.username
+        self.info, self.expects = (), False         # not those of the last request
+        verdict = getattr(self.request, "verdict", UNASKED)
+        if verdict.status == 200:                   # by AuthServer, which adds its fields itself
+            passes = super().parse_request()
+        else:
+            verdict = self.ask()
+            passes, self.info = verdict.status == 200, verdict.fields
+        self.remote_user, self.auth_type = verdict.username, verdict.scheme
+        return passes and (not self.expects or super().handle_expect_100())
+
+    def handle_expect_100(self) -> bool:
+        """Put 100 Continue off: http.server would say it before the password is asked for."""
+        self.expects = True
         return True
 
-    def read_content(self) -> bytes:
+    def ask(self) -> Verdict:
+        """Return the verdict on the request, and answer if it may not pass."""
+        octets = line = getattr(self, "raw_requestline")    # the type stubs do not list it
+        while line not in (b"\r\n", b"\n", b"") and len(octets) <= MAX_HEAD:
+            line = self.rfile.readline(MAX_HEAD)
+            octets += line
+        stream, self.rfile = self.rfile, io.BytesIO(octets.partition(b"\n")[2])
+        try:
+            if not super().parse_request():         # and has said why
+                return UNASKED
+        finally:
+            self.rfile = stream
+        self.unread = True                          # of a head that we cannot read, anything
+        try:
+            verdict = self.judge(parse_head(octets))
+        except BadRequest as error:
+            verdict = Verdict(error.status)
+        if verdict.status != 200:
+            self.refuse(verdict)
+        return verdict
+
+    def judge(self, request: Request) -> Verdict:
+        """Return the verdict on a request that http.server and parse_head understand."""
+        server: Any = self.server
+        self.unread = request.fields.chunked or request.fields.length > 0
+        return self.gate.judge(
+            request.method, request.target, request.authorization,
+            self.client_address[0] if self.client_address else "", request.fields.forwarded,
+            hasattr(self.connection, "getpeercert") or is_private(server.socket),
+            functools.partial(self.read_content, request.fields))
+
+    def read_content(self, fields: FieldBlock) -> bytes:
         """Return the body, for qop=auth-int; the handler reads it again, and is the last."""
-        length = self.headers.get("Content-Length", "0")
-        content = self.rfile.read(min(int(length), IN_MEMORY) if length.isdigit() else 0)
-        self.rfile, self.close_connection = io.BytesIO(content), True
+        if fields.chunked or fields.length > IN_MEMORY:
+            raise BadRequest(411 if fields.chunked else 413, "body too large for auth-int")
+        if self.expects:
+            self.expects = not super().handle_expect_100()
+        content = self.rfile.read(max(0, fields.length))
+        self.rfile, self.close_connection, self.unread = io.BytesIO(content), True, False
         return content
 
     def refuse(self, verdict: Verdict) -> None:
         """Answer a request that may not pass."""
-        if self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers:
-            self.read_content()     # so that its bytes are not taken for the next request
-        line = STATUS_LINES[verdict.status][9:]
+        page = error_page(verdict.status)
+        self.close_connection = self.close_connection or self.unread
         self.send_response(verdict.status)
-        for name, value in verdict.fields:
+        for name, value in (*verdict.fields, HTML, ("Content-Length", str(len(page)))):
             self.send_header(name, value)
-        self.send_header("Content-Type", "text/plain")
-        self.send_header("Content-Length", str(len(line)))
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(line.encode("ascii"))
+        self.wfile.write(page if self.command != "HEAD" else b"")
+        if self.unread:
+            self.linger()
+
+    def linger(self) -> None:
+        """Let a client that is still sending read the answer, then leave."""
+        end = time.monotonic() + LINGER_SECONDS
+        with contextlib.suppress(OSError):          # it has left, or its time is over
+            self.connection.shutdown(socket.SHUT_WR)
+            more = True
+            while more:
+                self.connection.settimeout(max(0.01, end - time.monotonic()))
+                more = bool(self.connection.recv(IN_MEMORY)) and time.monotonic() < end
+
+    def log_request(self, code: Union[int, str] = "-", size: Union[int, str] = "-") -> None:
+        """Leave it to AuthServer's access log, unless the handler has a log of its own."""
+        base, own = http.server.BaseHTTPRequestHandler, super().log_request
+        if not hasattr(self.request, "verdict") or base.log_message is not type(
+                self).log_message or base.log_request is not getattr(own, "__func__", own):
+            own(code, size)
 
     def end_headers(self) -> None:
         """Add Authentication-Info to the handler's answer."""
-        for name, value in self.verdict.fields if self.verdict else ():
+        for name, value in self.info:
             self.send_header(name, value)
         super().end_headers()
 
 
-def protect(handler_class: Any, passwords: Passwords, **offer: Any) -> Any:
+def check_handler(handler: Any) -> None:
+    """Refuse what would never ask for the password; by name, and before it serves anybody."""
+    if (not isinstance(handler, type) or issubclass(handler, Guard)
+            or not issubclass(handler, http.server.BaseHTTPRequestHandler)):
+        raise TypeError(f"unable to protect {handler!r:.60}: expected a class of handlers, derived "
+                        f"from BaseHTTPRequestHandler, and not protected yet")
+    for name in ("handle", "handle_one_request"):
+        method: Any = getattr(handler, name)
+        code = getattr(getattr(method, "__wrapped__", method), "__code__", None)
+        if not {"handle", "handle_one_request", "parse_request"} & set(code.co_names if code else ()):
+            raise TypeError(f"unable to protect {handler.__name__}: its {name}() does not call "
+                            f"parse_request(), where the password is asked for")
+
+
+def protect(handler_class: Any, passwords: Passwords,
+            trusted_proxies: Optional[Sequence[str]] = None, **offer: Any) -> Any:
     """Return a handler class that answers only who has a password; any server runs it.
 
-    Further arguments are those of Authenticator. The name is in remote_user.
+    It may be wrapped in a functools.partial. trusted_proxies are as --trusted-proxy;
+    further arguments are those of Authenticator. Where a network reaches the server, and
+    without TLS, Digest alone is offered unless schemes says what is.
     """
-    authenticator = Authenticator(passwords, **offer)
-    return type(handler_class.__name__, (Guard, handler_class), {"authenticator": authenticator})
+    if isinstance(handler_class, functools.partial):
+        return functools.partial(protect(handler_class.func, passwords, trusted_proxies, **offer),
+                                 *handler_class.args, **handler_class.keywords)
+    check_handler(handler_class)
+    gate = Gate(passwords, trusted_proxies, offer)
+    return type(handler_class.__name__, (Guard, handler_class), {
+        "__module__": handler_class.__module__, "gate": gate,
+        "authenticator": gate.authenticator, "proxies": gate.proxies})      # for AuthServer
 
 
-def raw_target(environ: Dict[str, Any]) -> str:
-    """Return the request target that a WSGI environment stands for, as sent where it is known.
+def is_same_resource(environ: Dict[str, Any], uri: str, target: str) -> bool:
+    """Return whether the uri of a proof names what a WSGI environment without a target is about.
 
-    >>> raw_target({"SCRIPT_NAME": "/a", "PATH_INFO": "/b c", "QUERY_STRING": "d=e"})
-    '/a/b%20c?d=e'
+    How the path was spelt the server has not told: `%2C` and `,` are one to the application,
+    and so they are to us. http.server makes one slash of several at the start.
+
+    >>> environ = {"PATH_INFO": "/a,b", "QUERY_STRING": "c=%2C"}
+    >>> [is_same_resource(environ, uri, "") for uri in ("//a%2cb?c=%2C", "/a,b?c=,", "/a,b")]
+    [True, False, False]
     """
-    sent = environ.get("RAW_URI") or environ.get("REQUEST_URI")     # gunicorn; waitress, uWSGI
-    if sent:
-        return str(sent)
-    path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
-    query = environ.get("QUERY_STRING", "")
-    quoted = urllib.parse.quote(path.encode("latin-1"), "/:@!$&'()*+,;=")
-    return f"{quoted}?{query}" if query else quoted
+    path, _, query = uri.partition("?")
+    asked = (environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")).encode("latin-1")
+    named = urllib.parse.unquote_to_bytes(path.encode("latin-1"))
+    return query == environ.get("QUERY_STRING", "") and asked in (
+        named, re.sub(b"^/+", b"/", named))
 
 
-def protect_wsgi(application: Any, passwords: Passwords, **offer: Any) -> Any:
-    """Return a WSGI application that answers only who has a password.
+def body_of(environ: Dict[str, Any]) -> Iterator[bytes]:
+    """Yield what the body of a request consists of, if it is known where it ends."""
+    length = environ.get("CONTENT_LENGTH")          # wsgiref tells what the client said
+    left = MAX_BODY if environ.get("wsgi.input_terminated") else 0
+    if length:
+        left, _ = framing({"content-length": [length]}, 1)
+    while left:
+        piece = environ["wsgi.input"].read(min(left, IN_MEMORY))
+        left -= len(piece) or left
+        yield piece
 
-    The name is in REMOTE_USER, the scheme in AUTH_TYPE.
+
+def read_signed(environ: Dict[str, Any]) -> bytes:
+    """Return the body, for qop=auth-int; the application reads it again."""
+    content = b""
+    for piece in body_of(environ):
+        content += piece
+        if len(content) > IN_MEMORY:
+            raise BadRequest(413, "body too large for auth-int")
+    environ["wsgi.input"] = io.BytesIO(content)
+    return content
+
+
+def skip_body(environ: Dict[str, Any]) -> None:
+    """Read what a refused client sends."""
+    end = time.monotonic() + LINGER_SECONDS
+    for _ in body_of(environ):
+        if time.monotonic() > end:
+            # Of chunks cheroot does not find the end by itself: this ends the connection.
+            if not environ.get("CONTENT_LENGTH"):
+                raise ConnectionAbortedError("a refused client does not stop sending")
+            break
+
+
+def judge_environ(gate: Gate, environ: Dict[str, Any]) -> Verdict:
+    """Return the verdict on the request that a WSGI environment describes."""
+    peer, field = environ.get("REMOTE_ADDR", ""), environ.get("HTTP_AUTHORIZATION")
+    address = parse_address(peer)       # no peer: a unix socket
+    target = environ.get("RAW_URI") or environ.get("REQUEST_URI")       # gunicorn; the others
+    verdict = gate.judge(
+        environ["REQUEST_METHOD"], str(target or ""), () if field is None else (field,), peer,
+        environ.get("HTTP_X_FORWARDED_FOR", ""),
+        not peer or environ["wsgi.url_scheme"] == "https" or bool(address and address.is_loopback),
+        functools.partial(read_signed, environ),
+        is_same_target if target else functools.partial(is_same_resource, environ))
+    if verdict.status != 200:
+        with contextlib.suppress(BadRequest):       # a length that is none
+            skip_body(environ)
+    return verdict
+
+
+def protect_wsgi(application: Any, passwords: Passwords,
+                 trusted_proxies: Optional[Sequence[str]] = None, **offer: Any) -> Any:
+    """Return a WSGI application that answers only who has a password; as protect() does.
+
+    The name is in REMOTE_USER, the scheme in AUTH_TYPE; refusals go to the logger authserver.
     """
-    authenticator = Authenticator(passwords, **offer)
+    if not callable(application):
+        raise TypeError(f"unable to protect {application!r:.60}: expected a WSGI application")
+    gate = Gate(passwords, trusted_proxies, offer, True)
 
     def guarded(environ: Dict[str, Any], start_response: Any) -> Any:
         """Answer a refusal, or else call the application."""
-        def read_content() -> bytes:
-            content = environ["wsgi.input"].read(min(int(environ.get("CONTENT_LENGTH") or 0),
-                                                     IN_MEMORY))
-            environ["wsgi.input"] = io.BytesIO(content)
-            return bytes(content)
+        verdict = judge_environ(gate, environ)
 
         def start(status: str, fields: List[Tuple[str, str]], *exc_info: Any) -> Any:
             return start_response(status, list(fields) + list(verdict.fields), *exc_info)
-
-        field = environ.get("HTTP_AUTHORIZATION")
-        client = TrustedProxies().find_client(environ.get("REMOTE_ADDR", ""))[1]
-        verdict = authenticator.authenticate(
-            environ["REQUEST_METHOD"], raw_target(environ), () if field is None else (field,),
-            client, time.time(), None, read_content)
         if verdict.status == 200:
             # WSGI text is bytes read as Latin-1 (PEP 3333).
             environ["REMOTE_USER"] = str(verdict.username).encode("utf-8").decode("latin-1")
             environ["AUTH_TYPE"] = verdict.scheme
             return application(environ, start)
-        line = STATUS_LINES[verdict.status][9:]
-        start(line.rstrip(), [("Content-Type", "text/plain"), ("Content-Length", str(len(line)))])
-        return [] if environ["REQUEST_METHOD"] == "HEAD" else [line.encode("ascii")]
+        page = error_page(verdict.status)
+        # uWSGI closes without a word: who asks again at once, as under Digest, would be reset.
+        closes = [("Connection", "close")] * ("uwsgi.version" in environ)
+        start(STATUS_LINES[verdict.status][9:].rstrip(),
+              [HTML, ("Content-Length", str(len(page)))] + closes)
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [page]
     return guarded
+
+
+# -- 13. Forward-auth ---------------------------------------------------------
+#
+# nginx (auth_request), Traefik (forwardAuth), Caddy (forward_auth) and Envoy (ext_authz) can
+# ask another server whether a request may pass. They send its header fields on, and say its
+# method and target in fields of their own (Envoy: as they are, below a prefix). 2xx lets it
+# pass, 401 and 403 go to the client; anything else nginx turns into 500.
+
+METHOD_FIELDS = ("x-original-method", "x-forwarded-method")
+TARGET_FIELDS = ("x-original-uri", "x-forwarded-uri")
+
+
+def asked_about(request: Request, prefix: str) -> Optional[Tuple[str, str]]:
+    """Return method and target of the request that a proxy asks about; None: it does not say.
+
+    Two fields that say the same thing may be from two proxies, or one from the client: then
+    they must agree, or nobody knows what would be let through.
+    """
+    found = []
+    for names in (METHOD_FIELDS, TARGET_FIELDS):
+        said = [value for name in names for value in request.values.get(name, ())]
+        if len(set(said)) > 1:
+            return None
+        found.append(said[0] if said else "")
+    method, target = found
+    if method and target:
+        return method, target
+    rest = request.target[len(prefix):]         # Envoy's way
+    if not method and not target and request.path == request.target and rest.startswith("/"):
+        return request.method, rest
+    return None
+
+
+def is_forward_auth(prefix: str, path: str) -> bool:
+    """Return whether a path is where proxies ask.
+
+    >>> [is_forward_auth("/auth", path) for path in ("/auth", "/auth/x?y", "/authority")]
+    [True, True, False]
+    """
+    return bool(prefix) and (path + "/").replace("?", "/").startswith(prefix.rstrip("/") + "/")
+
+
+def grant(request: Request) -> Answer:
+    """Return what tells a proxy to let a request pass, and whose it is."""
+    # Field values are bytes: the name goes as UTF-8.
+    name = (request.username or "").encode("utf-8").decode("latin-1")
+    return Answer(200, (("Remote-User", name), ("Cache-Control", "no-store")))
 
 
 # -- 12. Addresses ------------------------------------------------------------
@@ -3156,35 +4651,50 @@ class Place(NamedTuple):
     """Where to listen: a numeric host and a port, or the path of a unix socket."""
 
     family: int
-    where: Any          # as socket.bind wants it
+    where: Any          # as socket.bind wants it; of IPv6 with flow and scope
 
     def fits(self, sock: socket.socket) -> bool:
         """Return whether a socket that was handed over listens where we want to."""
+        theirs, ours = sock.getsockname(), self.where
         if sock.family != self.family or self.family == socket.AF_UNIX:
-            return sock.family == self.family and sock.getsockname() == self.where
-        host, port = sock.getsockname()[:2]
-        return bool(host == self.where[0] and self.where[1] in (0, port))
+            return sock.family == self.family and bool(theirs == ours)
+        # Port 0 is any port.
+        return bool(theirs[:1] + theirs[2:] == ours[:1] + ours[2:] and ours[1] in (0, theirs[1]))
+
+
+def has_ipv6() -> bool:
+    """Return whether the kernel has IPv6: socket.has_ipv6 says only that Python has."""
+    try:
+        socket.socket(socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
 
 
 def parse_bind(text: str) -> Place:
     """Return the address of a --bind option.
 
-    >>> parse_bind("[::1]:80").where, parse_bind("unix:/run/x").where
-    (('::1', 80), '/run/x')
+    >>> parse_bind("127.0.0.1:80").where, parse_bind("unix:/run/x").where
+    (('127.0.0.1', 80), '/run/x')
     """
     if text.startswith("unix:") and text != "unix:":
         return Place(socket.AF_UNIX, os.path.abspath(text[5:]))
-    match = re.fullmatch(r"(?:\[([0-9A-Za-z:.%]+)\]|([0-9A-Za-z._-]*)):([0-9]{1,5})", text)
-    if match is None or int(match.group(3)) > 65535:
+    match = re.fullmatch(r"(?:\[([0-9A-Za-z:.%_-]+)\]|([0-9A-Za-z._-]*)):([0-9]{1,9})", text)
+    if match is None:
         raise Refusal(f"unable to bind {text}: expected HOST:PORT, [V6]:PORT, :PORT or unix:PATH")
-    host = match.group(1) or match.group(2) or ("::" if socket.has_ipv6 else "0.0.0.0")
+    family = 0 if has_ipv6() else socket.AF_INET
+    host = match.group(1) or match.group(2) or ("0.0.0.0" if family else "::")
+    port = int(match.group(3))
+    if port > 65535:
+        raise Refusal(f"unable to bind {text}: ports are 0 to 65535")
     try:
         # As bytes: for text Python would load its IDNA tables first, which takes 5 ms.
         # The first answer only: a name with several addresses needs several --bind.
-        found = socket.getaddrinfo(host.encode(), int(match.group(3)), 0, socket.SOCK_STREAM)[0]
+        found = socket.getaddrinfo(host.encode(), port, family, socket.SOCK_STREAM)[0]
     except OSError as error:
         raise Refusal(f"unable to bind {text}: {error.strerror}")
-    return Place(found[0], found[4][:2])
+    # Whole: the address of a link is one only with its scope, the number of an interface.
+    return Place(found[0], found[4])
 
 
 def open_socket(text: str, place: Place) -> socket.socket:
@@ -3206,8 +4716,19 @@ def open_socket(text: str, place: Place) -> socket.socket:
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
-        raise BindError(f"unable to bind {text}: {error.strerror or error}")
+        raise BindError(f"unable to bind {text}: {error.strerror or error}"
+                        + bind_advice(text, place, error))
     return sock
+
+
+def bind_advice(text: str, place: Place, error: OSError) -> str:
+    """Return the second line of a message about an address that we could not have."""
+    host, _, port = text.rpartition(":")
+    if place.family != socket.AF_UNIX and error.errno == errno.EADDRINUSE:
+        return f"\ntry: ss -ltnp 'sport = :{port}'   # says who has it"
+    if place.family != socket.AF_UNIX and error.errno == errno.EACCES and int(port) < 1024:
+        return f"\ntry: --bind {host}:{8000 + int(port)}   # or as root"
+    return ""
 
 
 def remove_stale_socket(path: str) -> None:
@@ -3223,13 +4744,16 @@ def remove_stale_socket(path: str) -> None:
         pass            # bind() will say it
 
 
-def address_of(sock: socket.socket) -> str:
+def address_of(sock: socket.socket, scheme: str = "http") -> str:
     """Return where a socket listens, as a URL or as --bind has it."""
     where = sock.getsockname()
     if sock.family == socket.AF_UNIX:
         return f"unix:{where}"
-    host = f"[{where[0]}]" if ":" in where[0] else where[0]
-    return f"http://{host}:{where[1]}/"
+    host = where[0].partition("%")[0]       # Python 3.6 puts the zone here as well
+    if sock.family == socket.AF_INET6:
+        # RFC 6874 section 2: IPv6addrz = IPv6address "%25" ZoneID
+        host = f"[{host}%25{socket.if_indextoname(where[3])}]" if where[3] else f"[{host}]"
+    return f"{scheme}://{host}:{where[1]}/"
 
 
 def is_private(sock: socket.socket) -> bool:
@@ -3255,32 +4779,42 @@ def open_sockets(options: argparse.Namespace) -> List[socket.socket]:
     return sockets
 
 
-# -- 13. The command line -----------------------------------------------------
+# -- 16. The command line -----------------------------------------------------
+
+SCHEMES_HELP = "digest,basic on loopback, unix sockets and with TLS, digest alone elsewhere"
+
 
 def add_arguments(parser: Any) -> None:
-    """Add our options to a parser (daemonize.py's, or our own)."""
+    """Add our options to a parser (daemonize.py's, or our own); in brackets the defaults."""
     add = parser.add_argument
     add("--bind", metavar="ADDRESS", action="append",
         help=f"HOST:PORT, [V6]:PORT, :PORT (both families) or unix:PATH; repeatable "
-             f"(default: {DEFAULT_ADDRESS}; port 0: any)")
-    add("--passwords", metavar="FILE", help="the password dictionary; - reads standard input, once")
-    add("--allow-partial", action="store_true",
-        help="serve, though some users can not answer every scheme offered")
-    add("--realm", metavar="NAME", default=REALM, help="protection space (default: %(default)s)")
-    add("--schemes", metavar="LIST",
-        help="offered, in this order (default: digest,basic; digest alone over a network)")
+             f"({DEFAULT_ADDRESS}; port 0: any)")
+    add("--root", metavar="DIR", help="serve the files below DIR, read-only (the example)")
+    add("--hidden", action="store_true", help="... also names that begin with a dot")
+    add("--tls-cert", metavar="FILE", help="HTTPS, with this certificate and its chain")
+    add("--tls-key", metavar="FILE", help="... and its key (in the certificate's file)")
+    add("--public", metavar="PREFIX", action="append", default=[],
+        help="ask for no password below this path; repeatable (nowhere)")
+    add("--passwords", metavar="FILE",
+        help="the password dictionary; - reads standard input, once (as `start` says)")
+    add("--realm", metavar="NAME", default=REALM, help="protection space (%(default)s)")
+    add("--schemes", metavar="LIST", help=f"offered, in this order ({SCHEMES_HELP})")
     add("--algorithms", metavar="LIST", default=",".join(ALGORITHMS),
-        help="of Digest: MD5, SHA-256, SHA-512-256, each also -sess (default: %(default)s)")
-    add("--qop", metavar="LIST", default=",".join(QOP),
-        help="of Digest: auth, auth-int (default: %(default)s)")
+        help="of Digest: MD5, SHA-256, SHA-512-256, each also -sess (%(default)s)")
+    add("--qop", metavar="LIST", default=",".join(QOP), help="auth, auth-int (%(default)s)")
     add("--nonce-lifetime", metavar="SECONDS", type=float, default=NONCE_LIFETIME,
-        help="after which clients silently try again (default: %(default)g)")
+        help="after which clients silently try again (%(default)g)")
     add("--nonce-secret", metavar="FILE",
-        help="shared by machines that accept one another's nonces (default: a new one each start)")
-    add("--trusted-proxy", metavar="CIDR", action="append", default=[],
-        help="believe X-Forwarded-For from these peers only; repeatable (default: nobody)")
+        help="of machines that accept one another's nonces; made when absent (a new one)")
     add("--max-failures", metavar="N/SECONDS", default="%d/%d" % MAX_FAILURES,
-        help="lock an address out after N wrong passwords (default: %(default)s; 0: never)")
+        help="lock an address out after N wrong passwords (%(default)s; 0: never)")
+    add("--trusted-proxy", metavar="CIDR", action="append", default=[],
+        help="believe what these peers say of their clients; unix: too; repeatable (nobody)")
+    add("--forward-auth", metavar="PATH",
+        help="answer nginx auth_request, Traefik forwardAuth, Caddy forward_auth there (nowhere)")
+    add("--stream-threads", metavar="N", type=int, default=STREAM_THREADS,
+        help="handlers that may wait at a time, a thread each (%(default)s)")
 
 
 def find_passwords(options: argparse.Namespace) -> Tuple[str, Optional[Tuple[str, str]]]:
@@ -3293,77 +4827,160 @@ def find_passwords(options: argparse.Namespace) -> Tuple[str, Optional[Tuple[str
     if prefix and os.path.exists(path):
         return path, None
     if not (prefix and getattr(options, "may_create", False)):
-        raise Refusal("unable to find a password file: --passwords is missing\n"
-                      "try: authserver.py passwd FILE USER")
+        where = path if prefix else "FILE"
+        raise Refusal(f"unable to find a password file: {where} is not there"
+                      f"\ntry: {command('passwd', where, FIRST_USER)}")
     # Only with --uid another user must read the file; without it 0600 is enough.
     gid = getattr(options, "gid", None) if getattr(options, "uid", None) is not None else None
     return path, first_password(path, gid, options.realm)
 
 
-def read_passwords(path: str, options: argparse.Namespace, schemes: Sequence[str],
+def read_passwords(path: str, realm: str, schemes: Sequence[str],
                    algorithms: Sequence[str]) -> Passwords:
     """Return the password file's dictionary, if it can serve what is offered."""
-    passwords = Passwords.read(path, options.realm, options.allow_partial)
-    passwords.check_servable(schemes, algorithms, options.allow_partial)
+    passwords = Passwords.read(path, realm)
+    passwords.check_servable(schemes, algorithms)
     for warning in passwords.warnings:
-        print(f"authserver: warning: {escape(warning)}", file=sys.stderr, flush=True)   # 3.6 waits
+        warn(warning)
     return passwords
 
 
-def greet(user: str, password: str, server: AuthServer) -> str:
+def greet(user: str, password: str, path: str, server: AuthServer) -> str:
     """Return what the first start says, once."""
-    sock = server.sockets[0]
-    url = address_of(sock)
-    if sock.family == socket.AF_UNIX:
-        url = f"--unix-socket {sock.getsockname()} http://localhost/"
-    url = url.replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")
-    return f"user: {user}\npassword: {password}\ntry: curl --digest -u {user} {url}example/foo"
+    url = server.addresses()[0].replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")
+    if url.startswith("unix:"):
+        url = f"--unix-socket {shlex.quote(url[5:])} http://localhost/"
+    url += "" if isinstance(server.page, Files) else "example/foo"
+    insecure = "--insecure " if url.startswith("https:") else ""
+    here = os.path.dirname(os.path.abspath(__file__))
+    daemonize = shlex.quote(os.path.join(here, "daemonize.py"))
+    return (f"user: {user}\npassword: {password}\nkept in: {path}\n"
+            f"change it: {command('passwd', path, user)} && python3 {daemonize} reload\n"
+            f"try: curl {insecure}--digest -u {user} {url}")
 
 
-def bind(options: argparse.Namespace) -> AuthServer:
-    """Open sockets and files, with full privileges; return the server that will use them."""
-    chosen = () if options.schemes is None else parse_choice(options.schemes, SCHEMES)
-    algorithms = parse_choice(options.algorithms, CANONICAL.values())
-    qop = parse_choice(options.qop, ("auth", "auth-int"))
-    proxies = TrustedProxies(options.trusted_proxy)
-    failures = parse_max_failures(options.max_failures)
+def make_authenticator(options: argparse.Namespace, passwords: Passwords,
+                       schemes: Sequence[str]) -> Authenticator:
+    """Return the authenticator that the options ask for."""
     lifetime = options.nonce_lifetime
     if not 1 <= lifetime <= 1e6:
         raise Refusal(f"unable to use --nonce-lifetime {lifetime}: expected 1 to 1000000 seconds")
     secret = read_nonce_secret(options.nonce_secret) if options.nonce_secret else b""
+    return Authenticator(
+        passwords, schemes, parse_choice(options.algorithms, CANONICAL.values()),
+        parse_choice(options.qop, ("auth", "auth-int")), lifetime, secret,
+        inherited_table(getattr(options, "legacy", None)), parse_max_failures(options.max_failures))
+
+
+def make_listeners(options: argparse.Namespace) -> List[Listener]:
+    """Return the listening sockets, each with what is offered there."""
+    chosen = () if options.schemes is None else parse_choice(options.schemes, SCHEMES)
+    if options.tls_key and not options.tls_cert:
+        raise Refusal("unable to use --tls-key: --tls-cert is missing")
+    context = tls_context(options.tls_cert, options.tls_key) if options.tls_cert else None
+    listeners = []
+    for sock in open_sockets(options):
+        is_safe = context is not None and sock.family != socket.AF_UNIX or is_private(sock)
+        listeners.append(Listener(sock, chosen or (SCHEMES if is_safe else SCHEMES[:1]),
+                                  None if sock.family == socket.AF_UNIX else context))
+        if not is_safe:
+            warn(f"{address_of(sock)} is reached by a network, without TLS: "
+                 f"{'' if 'basic' in chosen else 'Basic is off there, and '}what is served "
+                 f"can be read on its way\ntry: --tls-cert FILE, or a proxy with TLS in front")
+    return listeners
+
+
+def make_page(options: argparse.Namespace, path: str) -> Page:
+    """Return what is served: a folder, or the example."""
+    if not options.root:
+        return example
+    secrets = [path, options.nonce_secret, options.tls_key or options.tls_cert,
+               *getattr(options, "private_files", ())]
+    files = Files(options.root, options.hidden,
+                  [os.path.abspath(name) for name in secrets if name and name != "-"],
+                  getattr(options, "chroot", None))
+    for name in files.exposed:
+        warn(f"{name} lies below --root {options.root}: it is not served, but would be safer "
+             f"elsewhere")
+    return files
+
+
+def bind(options: argparse.Namespace) -> AuthServer:
+    """Open sockets and files, with full privileges; return the server that will use them."""
+    proxies = TrustedProxies(options.trusted_proxy)
+    for prefix in options.public + ([options.forward_auth] if options.forward_auth else []):
+        if not prefix.startswith("/"):
+            raise Refusal(f"unable to use path {prefix}: it does not begin with /")
     path, first = find_passwords(options)
     try:
-        sockets = open_sockets(options)
-        offers = [chosen or (SCHEMES if is_private(sock) else SCHEMES[:1]) for sock in sockets]
+        page = make_page(options, path)
+        listeners = make_listeners(options)
         # As asked for, so that check_offer sees every word; else what any address offers.
-        schemes = chosen or [name for name in SCHEMES if any(name in offer for offer in offers)]
-        read = functools.partial(read_passwords, path, options, schemes, algorithms)
-        authenticator = Authenticator(read(), schemes, algorithms, qop, lifetime, secret,
-                                      max_failures=failures)
+        schemes = [name for name in SCHEMES if any(name in item.schemes for item in listeners)]
+        schemes = list(parse_choice(options.schemes, SCHEMES)) if options.schemes else schemes
+        algorithms = parse_choice(options.algorithms, CANONICAL.values())
+        read = functools.partial(read_passwords, path, options.realm, schemes, algorithms)
+        server = AuthServer(None, page, True, make_authenticator(options, read(), schemes),
+                            listeners, options.public, options.stream_threads)
     # BaseException: Ctrl-C must not leave a file whose password nobody has seen.
     except BaseException:
         if first:
             os.unlink(path)
         raise
-    server = AuthServer(None, ExampleHandler, True, authenticator, list(zip(sockets, offers)))
-    server.proxies = proxies
-    if path != "-":         # which can be read only once
-        server.reread = lambda: setattr(authenticator, "passwords", read())
+    server.proxies, server.forward_auth = proxies, options.forward_auth or ""
+    server.workers = min(4, count_cpus())
+    server.reread = functools.partial(reread, server, options, None if path == "-" else read)
     if first:
-        server.abandon = lambda: os.unlink(path)
-        server.greeting = greet(*first, server)
+        server.abandon = functools.partial(os.unlink, path)
+        server.greeting = greet(*first, path, server)
     return server
+
+
+def reread(server: AuthServer, options: argparse.Namespace,
+           read: Optional[Callable[[], Passwords]]) -> None:
+    """Take new passwords and a new certificate; all of it, or nothing.
+
+    Standard input (read is None) could be read only once.
+    """
+    assert server.authenticator is not None
+    passwords = read() if read else server.authenticator.passwords
+    context = tls_context(options.tls_cert, options.tls_key) if options.tls_cert else None
+    server.authenticator.passwords = passwords
+    server.listeners = [item._replace(context=item.context and context)
+                        for item in server.listeners]
+
+
+def inherited_table(fd: Optional[int]) -> Optional[SharedTable]:
+    """Return the table of the daemon whose place we take, if it is one that we can read."""
+    if fd is None or os.fstat(fd).st_size != TABLE_SIZE or os.pread(fd, 8, 0) != LAYOUT:
+        return None
+    return SharedTable(fd)
+
+
+def warn(text: str) -> None:
+    """Tell who started us what could be better."""
+    say("authserver: warning: " + "\n".join(map(escape, text.split("\n"))), sys.stderr)
+
+
+def say(text: str, stream: TextIO) -> None:
+    """Print a line; what the encoding of a bare environment lacks is shown escaped."""
+    encoding = stream.encoding or "ascii"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+
+
+EPILOG = """examples:
+  authserver.py passwd users jim                        a user, and the password is asked for
+  authserver.py --passwords users --root . --bind :8081
+  authserver.py --passwords users --tls-cert fullchain.pem --tls-key privkey.pem --bind :8443"""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of our own command line."""
     parser = argparse.ArgumentParser(
         prog="authserver.py", allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EPILOG,
         usage="authserver.py [options] | passwd FILE USER [--stdin] [--delete] [--realm NAME]",
-        description="Serve over HTTP, to users with a password (Basic and Digest).",
-        epilog="examples:\n  authserver.py passwd users jim\n"
-               "  authserver.py --passwords users --bind :8081")
+        description="Serve over HTTP, to users with a password (Basic and Digest).")
     add_arguments(parser)
     return parser
 
@@ -3374,17 +4991,11 @@ def passwd(arguments: Sequence[str]) -> str:
                                      description="Add or change a user (asks twice).")
     parser.add_argument("file", metavar="FILE")
     parser.add_argument("user", metavar="USER")
-    parser.add_argument("--realm", default=REALM, help="(default: %(default)s)")
+    parser.add_argument("--realm", default=REALM, help="(%(default)s)")
     parser.add_argument("--stdin", action="store_true", help="read the password, one line")
     parser.add_argument("--delete", action="store_true", help="delete the user instead")
     options = parser.parse_args(arguments)
     return run_passwd(options.file, options.user, options.realm, options.stdin, options.delete)
-
-
-def say(text: str, stream: TextIO) -> None:
-    """Print a line; what the encoding of a bare environment lacks is shown escaped."""
-    encoding = stream.encoding or "ascii"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
