@@ -53,7 +53,6 @@ See: RFC 7616 (Digest), RFC 7617 (Basic), RFC 9110 (HTTP), RFC 9112 (its message
 """
 import argparse
 import base64
-import binascii
 import calendar
 import collections
 import contextlib
@@ -91,8 +90,9 @@ import time
 import traceback
 import unicodedata
 import urllib.parse
-from typing import (Any, BinaryIO, Callable, Deque, Dict, Generator, Iterable, Iterator, List, Mapping,
-                    NamedTuple, Optional, Sequence, Set, TextIO, Tuple, Union)
+import weakref
+from typing import (Any, BinaryIO, Callable, Deque, Dict, Generator, Iterable, Iterator, List,
+                    Mapping, NamedTuple, Optional, Sequence, Set, TextIO, Tuple, Union)
 
 # -- 0. Settings and messages -------------------------------------------------
 
@@ -459,7 +459,7 @@ def digest_response(ha1: str, nonce: str, nc: str, cnonce: str, qop: str, ha2: s
 # user can reach, the processes of a WSGI server, which know nothing of one another (12).
 
 # 27 bytes are 36 characters of base64 and no padding: a nonce has one spelling.
-is_nonce = re.compile(r"[A-Za-z0-9+/]{36}").fullmatch
+is_nonce = re.compile(r"[A-Za-z0-9_-]{36}").fullmatch
 
 
 def find_mac() -> Callable[[bytes, bytes], bytes]:
@@ -479,14 +479,14 @@ def make_nonce(key: bytes, now: float, salt: bytes) -> str:
     """Return a nonce: time, salt (6 random bytes and 4 that name the issuer), signature.
 
     >>> make_nonce(b"key", 1.0, b"random" + b"boot")
-    'AAAAAGRyYW5kb21ib290W8okM+1KMPfcdDSm'
+    'AAAAAGRyYW5kb21ib290W8okM-1KMPfcdDSm'
 
     See: RFC 7616 section 3.3, also why the client's address is not in it: "requests from
     a single user often go through different proxies".
     """
     # Hundredths of a second in 40 bits last until the year 2318.
     body = int(now * 100).to_bytes(5, "big") + salt
-    return binascii.b2a_base64(body + sign(key, body), newline=False).decode("ascii")
+    return base64.urlsafe_b64encode(body + sign(key, body)).decode("ascii")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -497,7 +497,7 @@ def nonce_body(nonce: str, key: bytes) -> bytes:
     here, since a nonce is looked at only after a right response.
     """
     # What has not the form of a nonce takes the same way: no signature equals b"".
-    signed = binascii.a2b_base64(nonce) if is_nonce(nonce) else b""
+    signed = base64.urlsafe_b64decode(nonce) if is_nonce(nonce) else b""
     return signed[:15] if hmac.compare_digest(sign(key, signed[:15]), signed[15:]) else b""
 
 
@@ -929,8 +929,6 @@ def split_line(text: str) -> Tuple[str, str, str]:
     if not place or not value:
         raise Refusal("expected user:realm:HA1, user:HASH or user:plain:PASSWORD, "
                       "but a field is missing")
-    if place != "plain" and not is_ha1(value):
-        raise Refusal(f"user {username!r}: field 3: neither 32 nor 64 hex digits")
     return normal_username(username), place, value
 
 
@@ -944,6 +942,8 @@ def make_entry(line: int, username: str, realm: str, place: str, value: str) -> 
         return entry_of_password(username, line, realm, value)
     if not place:
         return check_crypted(Entry(username, line, {}, value))
+    if not is_ha1(value):
+        raise Refusal("field 3: neither 32 nor 64 hex digits")
     # The length tells which hash: 64 digits count as SHA-256, though SHA-512-256 has as many.
     name = "MD5" if len(value) == 32 else "SHA-256"
     if name not in HASHES:
@@ -988,15 +988,14 @@ def parse_passwords(text: str, realm: str) -> Found:
             continue
         whose = ""
         try:
-            username, place, value = split_line(content)
-            if place in ("", "plain", realm):
-                whose = username
-                add_entry(found.entries, make_entry(line, username, realm, place, value), realm)
+            whose, place, value = split_line(content)
+            if place in ("", "plain", realm) or not is_ha1(value):
+                add_entry(found.entries, make_entry(line, whose, realm, place, value), realm)
             else:
                 found.elsewhere.add(place)
         except Refusal as error:
             found.mistakes.append(f"line {line}: " + f"user {whose!r}: " * bool(whose) + f"{error}")
-            found.curable.extend([whose] * bool(whose))
+            found.curable.extend([whose] * (whose != "" and is_line_of(content, whose, realm)))
     if not found.entries and not found.mistakes:
         others = ", but of " * bool(found.elsewhere) + ", ".join(sorted(found.elsewhere))
         found.mistakes.append(f"no user of realm {realm} in it" + others)
@@ -1290,14 +1289,16 @@ class Authenticator:
     """Say who sends a request; the conductor of everything above.
 
     Methods for the server: judge (or authenticate, which waits), is_locked, challenge, clock.
-    Instance variables: passwords, which a reload sets; table.
+    Instance variables: passwords, which a reload sets; table; schemes, and is_explicit: somebody
+    has said which.
     """
 
-    def __init__(self, passwords: Passwords, schemes: Sequence[str] = SCHEMES,
+    def __init__(self, passwords: Passwords, schemes: Optional[Sequence[str]] = None,
                  algorithms: Sequence[str] = ALGORITHMS, qop: Sequence[str] = QOP,
                  nonce_lifetime: float = NONCE_LIFETIME, nonce_secret: bytes = b"",
                  table: Optional[SharedTable] = None,
                  max_failures: Tuple[int, float] = MAX_FAILURES) -> None:
+        self.is_explicit, schemes = schemes is not None, SCHEMES if schemes is None else schemes
         check_offer(passwords.realm, schemes, algorithms, qop)
         passwords.check_servable(schemes, algorithms)
         self.passwords, self.max_failures = passwords, max_failures
@@ -1568,7 +1569,7 @@ class TrustedProxies:
             if hop is None:
                 break
             address = hop
-        shown = peer if address is None else str(address)
+        shown = peer or "-" if address is None else str(address)
         if address is None or address.is_loopback or self.trusts(address):
             return shown, None
         if address.version == 6:
@@ -2040,14 +2041,12 @@ def framing(values: Values, minor: int) -> Tuple[int, bool]:
 
 
 def check_length(method: str, minor: int, fields: FieldBlock) -> None:
-    """Refuse a body whose end HTTP/1.0 cannot tell, and one that nobody could want.
+    """Refuse a body whose end HTTP/1.0 cannot tell.
 
     See: RFC 9112 section 6.3.
     """
     if not minor and fields.length < 0 and method in ("POST", "PUT", "PATCH"):
         raise BadRequest(411, "no Content-Length")
-    if fields.length > MAX_BODY:
-        raise BadRequest(413, "body too large")
 
 
 def split_list(fields: Sequence[str]) -> List[str]:
@@ -2270,8 +2269,8 @@ WAITS = {                   # seconds that a connection may spend
     "write": PACE_SECONDS,  # writing, and as long again for every 64 KiB that went
     "idle": 75.0,           # between two requests; browsers wait for 60 to 120 s
     "linger": 10.0,         # sending, though it has been refused
-    "thread": float("inf"),     # with a handler: its reads and writes have their own deadlines
 }
+NO_LINGER = struct.pack("ii", 1, 0)     # close(2) resets, and forgets what was not sent
 Story = Generator[Any, Any, None]
 
 
@@ -2373,7 +2372,8 @@ class Connection:
         self.server, self.listener, self.socket = server, listener, sock
         self.address = address      # for handlers
         # For the log, and for a lock-out; another one's, when a proxy speaks for others.
-        self.host, self.client = server.proxies.find_client(host_of(address))
+        self.host, self.client = server.proxies.find_client(     # type: str, Optional[str]
+            host_of(address))
         self.buffer = b""           # received, and not understood yet
         self.output = b""           # not sent yet
         self.part: Optional[FilePart] = None        # ... and after it this
@@ -2403,7 +2403,7 @@ class Connection:
         """Send what waits, or else read what came; then work."""
         if self.writes:
             self.flush()
-        elif len(self.buffer) <= MAX_HEAD or self.story is not None:
+        elif self not in self.server.later:     # else it has sent enough for now
             octets = self.receive()
             if not octets:
                 if octets is not None:
@@ -2463,6 +2463,8 @@ class Connection:
             answer: Optional[Answer]
             if verdict.status != 200:
                 answer = self.refusal(request)
+            elif request.fields.length > MAX_BODY:
+                raise BadRequest(413, "body too large")
             elif is_asked:
                 answer = grant(request)
             elif server.page is not None:
@@ -2552,6 +2554,7 @@ class Connection:
         if sock.is_silent() and not sock.gone and not sock.is_shut:
             if sock.nonsense:
                 raise sock.nonsense
+            self.closing = True
             return Answer(500, (HTML,), error_page(500))
         self.closing = self.closing or self.server.draining or sock.ends_connection()
         self.lingers = self.closing and not body.done
@@ -2575,7 +2578,10 @@ class Connection:
         if request.method == "OPTIONS":
             return Answer(204, (("Allow", ", ".join(PAGE_METHODS)),))
         try:
-            return page(request)
+            answer = page(request)
+            if isinstance(answer, Answer):
+                return answer
+            raise TypeError(f"expected an Answer, not {answer!r:.40}")
         except Exception:
             self.server.log.error(f"error: {request.line}: {traceback.format_exc()}")
             return Answer(500, (HTML,), error_page(500))
@@ -2606,7 +2612,7 @@ class Connection:
         proof = "".join([f"{name}: {value}\r\n" for name, value in request.verdict.fields])
         head = (f"{STATUS_LINES[answer.status]}{server.stamp}{fields}{proof}{length}{connection}"
                 f"\r\n").encode("latin-1", "replace")
-        if request.method == "HEAD" or not length:
+        if request.method == "HEAD" or not length or not size:
             close_part(content)
             size, content = 0, b""
         if isinstance(content, FilePart):
@@ -2656,7 +2662,8 @@ class Connection:
             self.go_on(None, Busy("every thread is busy"))
             return
         server.selector.unregister(self.socket)
-        self.wait("thread")
+        # The reads and writes of a handler have deadlines of their own.
+        self.stage, self.deadline = "thread", float("inf")
 
     def do(self, work: Callable[[], Any]) -> None:
         """Do work, come what may; in a thread."""
@@ -2776,6 +2783,9 @@ class Connection:
                 self.go_on(None, slow)
             self.advance()
         else:
+            if self.writes:     # what the kernel still holds for it would be held for ever
+                with contextlib.suppress(OSError):
+                    self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
             self.close()
 
     def close(self) -> None:
@@ -2842,7 +2852,7 @@ class Log:
         """
         user = request.verdict.log_user
         self.waiting[1].append(
-            f'{request.host or "-"} - {"-" if user is None else log_name(user)} [{self.date}] '
+            f'{request.host} - {"-" if user is None else log_name(user)} [{self.date}] '
             f'"{request.line}" {request.status or "-"} {size} {request.fields.log_tail}\n')
 
     def error(self, text: str) -> None:
@@ -2935,7 +2945,7 @@ def host_of(address: Any) -> str:
     >>> host_of("/run/client")
     ''
     """
-    host = str(address[0]) if isinstance(address, tuple) else ""
+    host = str(address[0]) if isinstance(address, tuple) and address[0] != "unix:" else ""
     # IPv4 on a socket of both families. By parse_address it would take 5 us.
     return host[7:] if host.startswith("::ffff:") and "." in host else host
 
@@ -2956,7 +2966,7 @@ UNUSED_HOOKS = ("get_request", "process_request", "process_request_thread", "shu
 class AuthServer(http.server.HTTPServer):
     """An HTTPServer that keeps every connection in one loop; see the head of this section.
 
-    answers is a page, or the class of a handler, which may have been through protect().
+    handler_class may have been through protect(); or it is no class at all, but a page.
 
     Methods for the caller: serve_forever, handle_request, shutdown, server_close.
     Methods that may be overridden, as on any HTTPServer: verify_request, finish_request,
@@ -2970,7 +2980,7 @@ class AuthServer(http.server.HTTPServer):
     workers = 1                 # a program's own; the command line says one per CPU
     draining = stopping = serving = False
 
-    def __init__(self, server_address: Any, answers: Any, bind_and_activate: bool = True,
+    def __init__(self, server_address: Any, handler_class: Any, bind_and_activate: bool = True,
                  authenticator: Optional[Authenticator] = None,
                  listeners: Sequence[Listener] = (), public: Sequence[str] = (),
                  stream_threads: int = STREAM_THREADS) -> None:
@@ -2978,16 +2988,16 @@ class AuthServer(http.server.HTTPServer):
             if getattr(type(self), name, None) is not getattr(http.server.HTTPServer, name, None):
                 raise TypeError(f"{type(self).__name__}.{name}() would never be called: AuthServer "
                                 f"has a loop and threads of its own")
-        is_handler = isinstance(answers, (type, functools.partial))
-        self.page: Optional[Page] = None if is_handler else answers
-        self.authenticator = authenticator or find_attribute(answers, "authenticator")
-        self.public, self.proxies = public, find_attribute(answers, "proxies") or TrustedProxies()
+        is_handler = isinstance(handler_class, (type, functools.partial))
+        self.page: Optional[Page] = None if is_handler else handler_class
+        self.authenticator = authenticator or find_attribute(handler_class, "authenticator")
+        self.proxies = find_attribute(handler_class, "proxies") or TrustedProxies()
+        self.public, self.listeners = public, list(listeners)
         if listeners:
-            socketserver.BaseServer.__init__(self, server_address, answers)
+            socketserver.BaseServer.__init__(self, server_address, handler_class)
             self.socket = listeners[0].socket
-        else:
-            super().__init__(server_address, answers, bind_and_activate)
-        self.listeners = list(listeners)        # of a program: made when it begins to serve
+        else:       # its listener is made when it begins to serve
+            super().__init__(server_address, handler_class, bind_and_activate)
         self.heads, self.log = HeadReader(), Log()
         self.connections: Set[Connection] = set()
         # connections with more requests in their buffers; who came first, comes first
@@ -2996,13 +3006,12 @@ class AuthServer(http.server.HTTPServer):
         self.handlers, self.hashers = Pool(stream_threads), Pool(SLOW_HASHES, SLOW_QUEUE)
         self.answered = self.counted = 0        # requests; those in the statistics already
         self.paused_until = self.offset = 0.0
-        self.second = 0                         # when tick() was last at work
+        self.second, self.rested = 0, 0.0       # the time in words; when rest() last was
         self.held = False
         self.reread: Callable[[], None] = lambda: None
         self.abandon: Callable[[], None] = lambda: None
         self.stopped = threading.Event()
         self.look_at_clock()
-        self.tick()
 
     @property
     def sockets(self) -> List[socket.socket]:
@@ -3074,9 +3083,9 @@ class AuthServer(http.server.HTTPServer):
         if not self.listeners or self.socket not in self.sockets:
             context = getattr(self.socket, "context", None)
             schemes = self.authenticator.schemes if self.authenticator else ()
-            if not (context or is_private(self.socket) or getattr(
-                    self.authenticator, "is_explicit", True)):
-                schemes = tuple(name for name in schemes if name != "basic")
+            if self.authenticator and not (self.authenticator.is_explicit or context
+                                           or is_private(self.socket)):
+                schemes = SCHEMES[:1]
             self.listeners = [Listener(self.socket, schemes, context)]
             if context:
                 load_ssl()
@@ -3094,27 +3103,36 @@ class AuthServer(http.server.HTTPServer):
             authenticator.table.add("workers")
 
     def turn(self, patience: float) -> None:
-        """Wait for something to do; do it."""
-        # Without connections no deadline runs: sleep until something happens.
-        busy = self.connections or self.paused_until
-        wait = 0.0 if self.later else PAUSE_SECONDS if self.paused_until else patience
+        """Do what there is to do; where there is nothing, wait for something."""
         events = self.selector.select(0)
-        if not events and wait:
-            self.rest()
-            events = self.selector.select(wait if busy or patience < 1 else None)
         self.look_at_clock()
+        if not events and not self.later:
+            self.rest()
+            # Without connections no deadline runs: sleep until something happens.
+            busy = self.connections or patience < 1
+            events = self.selector.select(PAUSE_SECONDS if self.paused_until else
+                                          patience if busy else None)
+            self.look_at_clock()
         for key, mask in events:
             self.call(key.data, mask)
         # As many as wait now; each gets one request answered, and may queue again.
         for connection in list(self.later):
             del self.later[connection]
             self.call(connection.advance)
-        # After the events: who was frozen answers what is in its sockets before it judges anybody.
-        self.tick()
+        if self.clock - self.rested > 1:
+            self.rest()
         self.service_actions()
 
     def rest(self) -> None:
-        """Do what can wait until there is nothing else to do: write the log, count."""
+        """Do what can wait until there is nothing else to do, or for a second.
+
+        Who is overdue is judged here, after all that had come was done: a process that was
+        frozen answers what is in its sockets first.
+        """
+        self.rested = self.clock
+        for connection in [item for item in self.connections
+                           if item.deadline < self.clock and item not in self.later]:
+            self.call(connection.expire)
         self.log.flush()
         if self.answered > self.counted and self.authenticator:
             self.authenticator.table.add("requests", self.answered - self.counted)
@@ -3130,30 +3148,20 @@ class AuthServer(http.server.HTTPServer):
                 function.__self__.close()       # type: ignore[attr-defined]
 
     def look_at_clock(self) -> None:
-        """Look at the clocks, once a turn."""
+        """Look at the clocks, once a turn; once a second, put the time into words."""
         self.wall, self.clock = time.time(), time.monotonic()
+        if int(self.wall) != self.second:
+            self.second = int(self.wall)
+            date = email.utils.formatdate(self.second, usegmt=True)
+            self.stamp = f"Server: authserver\r\nDate: {date}\r\n"
+            self.log.date = log_date(self.second)
+            if self.authenticator:
+                if self.authenticator.shares_nonces:
+                    self.authenticator.table.set_clock(self.wall)
+                self.offset = self.authenticator.table.offset
         self.now = self.clock + self.offset     # what the authenticator goes by
         if self.paused_until and self.paused_until < self.clock:
             self.accept_again()
-
-    def tick(self) -> None:
-        """Once a second, format the dates, write the log, close what is overdue."""
-        if int(self.wall) == self.second:
-            return
-        self.second = int(self.wall)
-        date = email.utils.formatdate(self.second, usegmt=True)
-        self.stamp = f"Server: authserver\r\nDate: {date}\r\n"
-        self.log.date = log_date(self.second)
-        self.rest()
-        if self.authenticator:
-            if self.authenticator.shares_nonces:
-                self.authenticator.table.set_clock(self.wall)
-            self.offset = self.authenticator.table.offset
-            self.now = self.clock + self.offset
-        # A list, made first: expire() takes connections out of the set.
-        for connection in [item for item in self.connections
-                           if item.deadline < self.clock and item not in self.later]:
-            self.call(connection.expire)
 
     def call_soon(self, call: Callable[[], None]) -> None:
         """Have call made by the loop; from any thread."""
@@ -3331,7 +3339,8 @@ class AuthServer(http.server.HTTPServer):
 
 # O_PATH: to walk through a folder takes only the right to search it. Linux alone has it.
 FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW
-# A FIFO must not block, a terminal not become ours. (os.open adds O_CLOEXEC: PEP 446.)
+# A FIFO must not block (though who waits to write sees a reader come and go), a terminal not
+# become ours. os.open adds O_CLOEXEC: PEP 446.
 LAST = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
 # What a symlink then is (ENOTDIR: with O_DIRECTORY; EMLINK: on FreeBSD), or may be.
 IS_LINK = (errno.ELOOP, errno.ENOTDIR, errno.EMLINK)
@@ -3426,9 +3435,9 @@ def read_date(values: Sequence[str]) -> float:
     See: RFC 9110 section 5.6.7; 13.1.3: a recipient "MUST ignore" what is no date.
     """
     try:
-        # Without its tenth part, the zone: that is GMT, also where none is written.
-        return float(calendar.timegm((email.utils.parsedate_tz(values[0]) or ())[:9]))
-    # By version of Python, these are what it makes of rubbish.
+        # Its zone is GMT, also where none is written.
+        return float(calendar.timegm(email.utils.parsedate(values[0]) or ()))
+    # By version of Python, that is what it makes of rubbish.
     except (IndexError, OverflowError, TypeError, ValueError):
         return math.nan
 
@@ -3663,7 +3672,8 @@ class Files:
             self.path = os.path.join("/", os.path.relpath(real, os.path.realpath(chroot)))
 
     def open(self) -> None:
-        """Open the folder: at the first request, as who serves it and in its jail."""
+        """Open the folder (again): as who serves it, in its jail, at the first request or before."""
+        self.close()
         try:
             # The dot: in a folder that may be read but not searched, no file can be opened.
             self.fd = os.open(os.path.join(self.path, "."), os.O_RDONLY | os.O_DIRECTORY)
@@ -3672,9 +3682,9 @@ class Files:
 
     def close(self) -> None:
         """Close the folder; the next request opens it again."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd = -1
 
     def note_secrets(self, paths: Sequence[str]) -> None:
         """Note device and inode of secrets, and when they were written."""
@@ -3903,7 +3913,7 @@ class TLSConnection(Connection):
     def give_up(self, reason: str) -> None:
         """End a handshake that failed: with words, where plain HTTP has come."""
         plain = reason == "HTTP_REQUEST"
-        self.server.log.error(f"{self.host or '-'}: refused -: " + (
+        self.server.log.error(f"{self.host}: refused -: " + (
             "plain HTTP, where HTTPS is spoken" if plain else f"TLS: {reason}"))
         if plain:
             page = html_page("HTTPS only", "<h1>HTTPS only</h1><p>Ask again with https://</p>")
@@ -3984,7 +3994,7 @@ class HandlerSocket:
     def __init__(self, connection: Connection, octets: bytes, request: Request, body: Body) -> None:
         self.connection, self.request, self.body = connection, request, body
         self.verdict = request.verdict
-        self.pending = octets + body.taken      # for the handler to read
+        self.pending = octets                   # for the handler to read
         self.head = b""                         # of the answer, until it is whole
         self.left: Optional[int] = None         # bytes of the answer still to come; None: all
         self.chunks: Optional[Body] = None      # of an answer that comes in chunks
@@ -4051,8 +4061,14 @@ class HandlerSocket:
     # -- reading
 
     def recv(self, size: int, flags: int = 0) -> bytes:
-        """Return some of what the client sent, for this request; b"" is its end."""
-        if not self.pending and (self.upgraded or not self.body.done):
+        """Return some of what the client sent, for this request; b"" is its end.
+
+        That comes with the answer's, if not before: http.server would read on, and take a body
+        that the handler did not want for the next request.
+        """
+        if not self.pending and self.body.taken and not self.is_answered():
+            self.pending, self.body.taken = self.body.taken, b""
+        elif not self.pending and (self.upgraded or not self.body.done and not self.is_answered()):
             self.pending = self.receive()
         piece, rest = self.pending[:size], self.pending[size:]
         if not flags & socket.MSG_PEEK:
@@ -4084,6 +4100,8 @@ class HandlerSocket:
         self.gone = not octets
         if self.gone or self.nonsense:      # nothing more can be read
             self.body.done, self.body.rest = True, bytearray()
+            if self.nonsense:               # ... and what came before it must not pass for all
+                raise ConnectionAbortedError(errno.ECONNABORTED, str(self.nonsense))
             return b""
         connection.buffer = self.body.take_rest() if self.body.done else b""
         return octets[:len(octets) - len(connection.buffer)]
@@ -4131,7 +4149,8 @@ class HandlerSocket:
                 return
             status = int(found.group(2))
             if status < 200 and status != 101:      # 100 Continue and its like: another follows
-                self.put(head)
+                # Who has sent its body, for auth-int, has been told so.
+                self.put(head if status != 100 or not self.body.taken else b"")
                 continue
             rest, self.head, self.status = self.head, b"", status
             self.put(self.complete(head, found.group(1) == b"1"))
@@ -4182,7 +4201,9 @@ class HandlerSocket:
                 self.set_timeout(PACE_SECONDS)      # of a whole sendall, since Python 3.5
                 self.connection.socket.sendall(view[start:start + IN_MEMORY])
         except OSError:
-            self.gone = True
+            self.gone = True            # or as good as gone: it does not read
+            with contextlib.suppress(OSError):
+                self.connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
             raise
 
     # -- its whole life, in a thread
@@ -4193,16 +4214,20 @@ class HandlerSocket:
         try:
             output, connection.output = connection.output, b""
             self.put(output)            # what earlier requests are still owed
-            server.finish_request(self, connection.address)     # type: ignore[arg-type]
+            server.finish_request(self, connection.address)     # type: ignore
         except BaseException:           # SystemExit, too: the loop goes on without this thread
             self.closes = True
-            if not self.gone:
-                server.handle_error(self, connection.address)   # type: ignore[arg-type]
+            if not self.gone and not self.nonsense:
+                server.handle_error(self, connection.address)
         if self.head:                   # what looked like the beginning of an answer
             with contextlib.suppress(OSError):
                 self.hand_out()
         if not self.gone and (self.left or self.chunks is not None and not self.chunks.done):
             self.fault = self.fault or "the handler sent less than it announced"
+
+    def is_answered(self) -> bool:
+        """Return whether the answer is complete, as far as it said when it would be."""
+        return bool(self.status) and (self.left == 0 or self.chunks is not None and self.chunks.done)
 
     def is_silent(self) -> bool:
         """Return whether certainly nothing has been answered."""
@@ -4214,19 +4239,20 @@ class HandlerSocket:
                     or self.bypassed or self.upgraded)
 
 
-def find_attribute(answers: Any, name: str) -> Any:
+def find_attribute(handler_class: Any, name: str) -> Any:
     """Return what protect() has put before a handler, also inside a functools.partial; or None."""
-    while isinstance(answers, functools.partial):
-        answers = answers.func
-    return getattr(answers, name, None)
+    while isinstance(handler_class, functools.partial):
+        handler_class = handler_class.func
+    return getattr(handler_class, name, None)
 
 
 # -- 11. protect() and protect_wsgi() -----------------------------------------
 #
-# Here other people's servers read the requests and write the answers, one thread or one
-# process per request. What we must know they tell or we read along; what they would do
-# wrong after a refusal (a body that is left unread becomes the next request, or resets the
-# connection before the client has read why) is done here.
+# Here other people's servers read the requests and write the answers, in a thread or a
+# process for each. Where they do less than we need, it is done here: the head is read once
+# more, strictly; and what a refused client still sends is read to its end, or the server
+# would take it for the next request, or close on it: then the client's system throws the
+# answer away before it has been read (RFC 9112 section 9.6).
 #
 # The processes of a WSGI server know nothing of one another. They meet in a file that has
 # the dictionary's name, in a folder that only their user can enter: /dev/shm/authserver-UID,
@@ -4234,98 +4260,102 @@ def find_attribute(answers: Any, name: str) -> Any:
 # by the next one who comes, for its clock may be that of another boot.
 
 LINGER_SECONDS = 10.0       # for which a refused client may go on sending
-TABLES: Dict[str, SharedTable] = {}     # of this process, by name
-
-
-def logger() -> Any:
-    """Return where a program finds what we have to say."""
-    import logging              # 8 ms, only for programs
-    return logging.getLogger("authserver")
-
-
-def open_folder() -> int:
-    """Return a descriptor of a folder that only our user can enter; in memory, if it can be."""
-    for base in ("/dev/shm", tempfile.gettempdir()):
-        path = os.path.join(base, f"authserver-{os.geteuid()}")
-        with contextlib.suppress(OSError):
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(path, 0o700)
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            found = os.fstat(fd)
-            if found.st_uid == os.geteuid() and not found.st_mode & 0o077:
-                return fd
-            os.close(fd)        # somebody else's trap
-    raise PermissionError(errno.EACCES, "neither /dev/shm nor a temporary folder will do")
-
-
-def remove_unused(name: str, folder: int) -> None:
-    """Remove a file that no process has a lock on."""
-    fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW, dir_fd=folder)
-    with open(fd, "rb+"), contextlib.suppress(BlockingIOError):
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.unlink(name, dir_fd=folder)
+TABLES: "weakref.WeakValueDictionary[str, SharedTable]" = weakref.WeakValueDictionary()
 
 
 def open_shared_file(name: str, size: int) -> int:
     """Return a descriptor of a file of that size which all processes of our user share."""
-    folder = open_folder()
+    base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
+    path = os.path.join(base, f"authserver-{os.geteuid()}")
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o700)
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
+        found = os.fstat(folder)
+        # Where everybody may make a folder, somebody else may have been first.
+        if found.st_uid != os.geteuid() or found.st_mode & 0o077:
+            raise PermissionError(errno.EACCES, f"others have access to {path}")
         fcntl.flock(folder, fcntl.LOCK_EX)      # until it is closed
-        # To close a file of our own would end its record locks: see section 3.
+        # Not those that we use: to close a file would end all our record locks on it.
         for other in set(os.listdir(folder)) - set(TABLES):
-            remove_unused(other, folder)
+            with open(os.open(other, os.O_RDWR | os.O_NOFOLLOW, dir_fd=folder), "rb+") as stream:
+                with contextlib.suppress(BlockingIOError):      # in use
+                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(other, dir_fd=folder)
         fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600, dir_fd=folder)
-        fcntl.flock(fd, fcntl.LOCK_SH)          # for as long as we live
-        # Now, for later a full disk would be a page that is not there: SIGBUS.
+        fcntl.flock(fd, fcntl.LOCK_SH)          # for as long as any of us lives
+        # Now: later a full disk would be a page that is not there (SIGBUS).
         os.posix_fallocate(fd, 0, size)
         return fd
     finally:
         os.close(folder)
 
 
-def shared_table(passwords: Passwords) -> Optional[SharedTable]:
-    """Return the table of all processes that serve this dictionary, or None."""
+def shared_table(passwords: Passwords) -> SharedTable:
+    """Return the table of all processes that serve this dictionary."""
     name = (LAYOUT + passwords.fingerprint()).hex()
-    if name not in TABLES:
-        try:
-            TABLES[name] = SharedTable(open_shared_file(name, TABLE_SIZE))
-        except OSError as error:
-            logger().warning("unable to share nonces with other processes: %s", error.strerror)
-    return TABLES.get(name)
+    table = TABLES.get(name)
+    if table is None:
+        table = TABLES[name] = SharedTable(open_shared_file(name, TABLE_SIZE))
+    return table
 
 
 class UnknownProxies(TrustedProxies):
     """What we believe where nobody has said whom to trust: a private address may be a proxy's.
 
-    Whether it speaks for one client or for all nobody knows, so it is never locked out: ten
-    wrong passwords by a stranger would keep everybody out.
+    Whether it speaks for one client or for everybody we cannot know, so it is never locked
+    out: ten wrong passwords by a stranger would keep all others out.
     """
 
     INSIDE = TrustedProxies(["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10",
                              "fc00::/7", "fe80::/10"])
-    warned = False
 
     def _find_client(self, peer: str, forwarded: str = "") -> Tuple[str, Optional[str]]:
         shown, client = super()._find_client(peer, forwarded)
-        if not self.INSIDE.trusts(parse_address(peer) or ipaddress.ip_address("::")):
-            return shown, client
-        if not self.warned:
-            self.warned = True
-            logger().warning("never locked out: %s and other private addresses, for they may be "
-                          "proxies; trusted_proxies=[...] says which are", shown)
-        return shown, None
+        is_inside = client and self.INSIDE.trusts(parse_address(peer))
+        return shown, None if is_inside else client
 
 
-def be_ready(passwords: Passwords, proxies: Optional[Sequence[str]],
-                       offer: Dict[str, Any]) -> Tuple[Authenticator, TrustedProxies]:
-    """Return who asks for the password, and who knows whom he has asked."""
-    if not isinstance(passwords, Passwords):
-        raise TypeError(f"unable to use {passwords!r:.40}: expected Passwords, such as "
-                        f'Passwords({{"jim": "secret"}}, realm="files")')
-    for warning in passwords.warnings:
-        logger().warning(warning)
-    return (Authenticator(passwords, **offer),
-            UnknownProxies() if proxies is None else TrustedProxies(proxies))
+class Gate:
+    """The authenticator before other people's code, with what it needs to know of the host."""
+
+    def __init__(self, passwords: Passwords, trusted_proxies: Optional[Sequence[str]],
+                 offer: Dict[str, Any], share: bool = False) -> None:
+        if not isinstance(passwords, Passwords):
+            raise TypeError(f"unable to use {passwords!r:.40} as passwords: expected "
+                            f'Passwords({{"jim": "secret"}}, realm="files")')
+        import logging          # 8 ms, only for programs
+        self.log = logging.getLogger("authserver")
+        if share and "table" not in offer:
+            try:
+                offer["table"] = shared_table(passwords)
+            except OSError as error:
+                self.log.warning("unable to share nonces with other processes: %s", error)
+        self.authenticator = Authenticator(passwords, **offer)
+        self.schemes: Optional[Sequence[str]] = offer.get("schemes")
+        self.proxies = (UnknownProxies() if trusted_proxies is None else
+                        TrustedProxies(trusted_proxies))
+        if trusted_proxies is None:
+            self.log.info("never locked out: clients on loopback and with private addresses, which "
+                          "may be proxies; trusted_proxies=[...] says which are")
+        for warning in passwords.warnings:
+            self.log.warning(warning)
+
+    def judge(self, method: str, target: str, authorization: Sequence[str], peer: str,
+              forwarded: str, is_safe: bool, read_body: Callable[[], bytes],
+              same_target: Callable[[str, str], bool] = is_same_target) -> Verdict:
+        """Return the verdict on a request; is_safe: nobody can listen on its way."""
+        host, client = self.proxies.find_client(peer, forwarded)
+        schemes = self.schemes or (SCHEMES if is_safe else SCHEMES[:1])
+        try:
+            verdict = self.authenticator.authenticate(
+                method, target, authorization, client, self.authenticator.clock(), schemes,
+                read_body, same_target)
+        except BadRequest as error:         # from read_body
+            verdict = Verdict(error.status, reason=str(error))
+        if verdict.status != 200 and verdict.reason != "no credentials":
+            self.log.warning("%s: refused %s: %s", host, log_name(verdict.log_user), verdict.reason)
+        return verdict
 
 
 class Guard(http.server.BaseHTTPRequestHandler):
@@ -4334,9 +4364,7 @@ class Guard(http.server.BaseHTTPRequestHandler):
     For handlers: remote_user and auth_type, the user and the scheme.
     """
 
-    authenticator: Authenticator
-    proxies: TrustedProxies
-    schemes: Optional[Sequence[str]] = None     # those of the authenticator; else as it is safe
+    gate: Gate
     remote_user: Optional[str] = None
     auth_type = ""
     info: Fields = ()           # for the handler's answer
@@ -4371,30 +4399,24 @@ class Guard(http.server.BaseHTTPRequestHandler):
                 return UNASKED
         finally:
             self.rfile = stream
-        self.unread = True
+        self.unread = True                          # of a head that we cannot read, anything
         try:
-            # Once more, strictly: what follows the head depends on it.
             verdict = self.judge(parse_head(octets))
         except BadRequest as error:
-            verdict = Verdict(error.status, reason=str(error))
+            verdict = Verdict(error.status)
         if verdict.status != 200:
             self.refuse(verdict)
         return verdict
 
     def judge(self, request: Request) -> Verdict:
-        """Return the authenticator's verdict."""
-        self.unread = request.fields.chunked or request.fields.length > 0
-        peer = self.client_address[0] if self.client_address else ""
-        host, client = self.proxies.find_client(peer, request.fields.forwarded)
+        """Return the verdict on a request that http.server and parse_head understand."""
         server: Any = self.server
-        is_safe = hasattr(self.connection, "getpeercert") or is_private(server.socket)
-        verdict = self.authenticator.authenticate(
-            request.method, request.target, request.authorization, client,
-            self.authenticator.clock(), self.schemes or (SCHEMES if is_safe else SCHEMES[:1]),
+        self.unread = request.fields.chunked or request.fields.length > 0
+        return self.gate.judge(
+            request.method, request.target, request.authorization,
+            self.client_address[0] if self.client_address else "", request.fields.forwarded,
+            hasattr(self.connection, "getpeercert") or is_private(server.socket),
             functools.partial(self.read_content, request.fields))
-        if verdict.status != 200 and verdict.reason != "no credentials":
-            self.log_error("%s: refused %s: %s", host, log_name(verdict.log_user), verdict.reason)
-        return verdict
 
     def read_content(self, fields: FieldBlock) -> bytes:
         """Return the body, for qop=auth-int; the handler reads it again, and is the last."""
@@ -4421,17 +4443,21 @@ class Guard(http.server.BaseHTTPRequestHandler):
             self.linger()
 
     def linger(self) -> None:
-        """Let a client that is still sending read the answer: to close at once would reset it.
-
-        See: RFC 9112 section 9.6.
-        """
+        """Let a client that is still sending read the answer, then leave."""
         end = time.monotonic() + LINGER_SECONDS
-        with contextlib.suppress(OSError):          # the client has left, or the time is over
+        with contextlib.suppress(OSError):          # it has left, or its time is over
             self.connection.shutdown(socket.SHUT_WR)
-            while True:
+            more = True
+            while more:
                 self.connection.settimeout(max(0.01, end - time.monotonic()))
-                if not self.connection.recv(IN_MEMORY):
-                    break
+                more = bool(self.connection.recv(IN_MEMORY)) and time.monotonic() < end
+
+    def log_request(self, code: Union[int, str] = "-", size: Union[int, str] = "-") -> None:
+        """Leave it to AuthServer's access log, unless the handler has a log of its own."""
+        base, own = http.server.BaseHTTPRequestHandler, super().log_request
+        if not hasattr(self.request, "verdict") or base.log_message is not type(
+                self).log_message or base.log_request is not getattr(own, "__func__", own):
+            own(code, size)
 
     def end_headers(self) -> None:
         """Add Authentication-Info to the handler's answer."""
@@ -4441,16 +4467,15 @@ class Guard(http.server.BaseHTTPRequestHandler):
 
 
 def check_handler(handler: Any) -> None:
-    """Refuse what could not be asked for the password; by name, and before it serves anybody."""
+    """Refuse what would never ask for the password; by name, and before it serves anybody."""
     if (not isinstance(handler, type) or issubclass(handler, Guard)
             or not issubclass(handler, http.server.BaseHTTPRequestHandler)):
         raise TypeError(f"unable to protect {handler!r:.60}: expected a class of handlers, derived "
                         f"from BaseHTTPRequestHandler, and not protected yet")
     for name in ("handle", "handle_one_request"):
         method: Any = getattr(handler, name)
-        method = getattr(method, "__wrapped__", method)
-        calls = getattr(method, "__code__", check_handler.__code__).co_names
-        if not {"handle", "handle_one_request", "parse_request"} & set(calls):
+        code = getattr(getattr(method, "__wrapped__", method), "__code__", None)
+        if not {"handle", "handle_one_request", "parse_request"} & set(code.co_names if code else ()):
             raise TypeError(f"unable to protect {handler.__name__}: its {name}() does not call "
                             f"parse_request(), where the password is asked for")
 
@@ -4467,10 +4492,10 @@ def protect(handler_class: Any, passwords: Passwords,
         return functools.partial(protect(handler_class.func, passwords, trusted_proxies, **offer),
                                  *handler_class.args, **handler_class.keywords)
     check_handler(handler_class)
-    authenticator, proxies = be_ready(passwords, trusted_proxies, offer)
+    gate = Gate(passwords, trusted_proxies, offer)
     return type(handler_class.__name__, (Guard, handler_class), {
-        "authenticator": authenticator, "proxies": proxies, "schemes": offer.get("schemes"),
-        "__module__": handler_class.__module__, "__doc__": handler_class.__doc__})
+        "__module__": handler_class.__module__, "gate": gate,
+        "authenticator": gate.authenticator, "proxies": gate.proxies})      # for AuthServer
 
 
 def is_same_resource(environ: Dict[str, Any], uri: str, target: str) -> bool:
@@ -4492,17 +4517,13 @@ def is_same_resource(environ: Dict[str, Any], uri: str, target: str) -> bool:
 
 def body_of(environ: Dict[str, Any]) -> Iterator[bytes]:
     """Yield what the body of a request consists of, if it is known where it ends."""
-    length = environ.get("CONTENT_LENGTH") or "0"
-    if not re.fullmatch("[0-9]{1,15}", length):     # wsgiref tells what the client said
-        raise BadRequest(400, "Content-Length")
-    left = int(length)
-    if not environ.get("CONTENT_LENGTH") and environ.get("wsgi.input_terminated"):
-        left = MAX_BODY
+    length = environ.get("CONTENT_LENGTH")          # wsgiref tells what the client said
+    left = MAX_BODY if environ.get("wsgi.input_terminated") else 0
+    if length:
+        left, _ = framing({"content-length": [length]}, 1)
     while left:
         piece = environ["wsgi.input"].read(min(left, IN_MEMORY))
-        if not piece:
-            break
-        left -= len(piece)
+        left -= len(piece) or left
         yield piece
 
 
@@ -4518,35 +4539,30 @@ def read_signed(environ: Dict[str, Any]) -> bytes:
 
 
 def skip_body(environ: Dict[str, Any]) -> None:
-    """Read what a refused client sends, or servers would take it for its next request."""
+    """Read what a refused client sends."""
     end = time.monotonic() + LINGER_SECONDS
     for _ in body_of(environ):
         if time.monotonic() > end:
-            if not environ.get("CONTENT_LENGTH"):   # cheroot does not find the end by itself
+            # Of chunks cheroot does not find the end by itself: this ends the connection.
+            if not environ.get("CONTENT_LENGTH"):
                 raise ConnectionAbortedError("a refused client does not stop sending")
             break
 
 
-def judge_environ(authenticator: Authenticator, proxies: TrustedProxies,
-                  schemes: Optional[Sequence[str]], environ: Dict[str, Any]) -> Verdict:
-    """Return the authenticator's verdict on the request that a WSGI environment describes."""
+def judge_environ(gate: Gate, environ: Dict[str, Any]) -> Verdict:
+    """Return the verdict on the request that a WSGI environment describes."""
     peer, field = environ.get("REMOTE_ADDR", ""), environ.get("HTTP_AUTHORIZATION")
-    host, client = proxies.find_client(peer, environ.get("HTTP_X_FORWARDED_FOR", ""))
-    address = parse_address(peer)       # of a unix socket: None
-    is_safe = address is None or address.is_loopback or environ["wsgi.url_scheme"] == "https"
+    address = parse_address(peer)       # no peer: a unix socket
     target = environ.get("RAW_URI") or environ.get("REQUEST_URI")       # gunicorn; the others
-    same = is_same_target if target else functools.partial(is_same_resource, environ)
-    try:
-        verdict = authenticator.authenticate(
-            environ["REQUEST_METHOD"], str(target or ""), () if field is None else (field,), client,
-            authenticator.clock(), schemes or (SCHEMES if is_safe else SCHEMES[:1]),
-            functools.partial(read_signed, environ), same)
-        if verdict.status != 200:
+    verdict = gate.judge(
+        environ["REQUEST_METHOD"], str(target or ""), () if field is None else (field,), peer,
+        environ.get("HTTP_X_FORWARDED_FOR", ""),
+        not peer or environ["wsgi.url_scheme"] == "https" or bool(address and address.is_loopback),
+        functools.partial(read_signed, environ),
+        is_same_target if target else functools.partial(is_same_resource, environ))
+    if verdict.status != 200:
+        with contextlib.suppress(BadRequest):       # a length that is none
             skip_body(environ)
-    except BadRequest as error:
-        verdict = Verdict(error.status, reason=str(error))
-    if verdict.status != 200 and verdict.reason != "no credentials":
-        logger().warning("%s: refused %s: %s", host, log_name(verdict.log_user), verdict.reason)
     return verdict
 
 
@@ -4558,14 +4574,11 @@ def protect_wsgi(application: Any, passwords: Passwords,
     """
     if not callable(application):
         raise TypeError(f"unable to protect {application!r:.60}: expected a WSGI application")
-    if "table" not in offer and isinstance(passwords, Passwords):
-        offer["table"] = shared_table(passwords)
-    authenticator, proxies = be_ready(passwords, trusted_proxies, offer)
-    judge = functools.partial(judge_environ, authenticator, proxies, offer.get("schemes"))
+    gate = Gate(passwords, trusted_proxies, offer, True)
 
     def guarded(environ: Dict[str, Any], start_response: Any) -> Any:
         """Answer a refusal, or else call the application."""
-        verdict = judge(environ)
+        verdict = judge_environ(gate, environ)
 
         def start(status: str, fields: List[Tuple[str, str]], *exc_info: Any) -> Any:
             return start_response(status, list(fields) + list(verdict.fields), *exc_info)
@@ -4575,7 +4588,10 @@ def protect_wsgi(application: Any, passwords: Passwords,
             environ["AUTH_TYPE"] = verdict.scheme
             return application(environ, start)
         page = error_page(verdict.status)
-        start(STATUS_LINES[verdict.status][9:].rstrip(), [HTML, ("Content-Length", str(len(page)))])
+        # uWSGI closes without a word: who asks again at once, as under Digest, would be reset.
+        closes = [("Connection", "close")] * ("uwsgi.version" in environ)
+        start(STATUS_LINES[verdict.status][9:].rstrip(),
+              [HTML, ("Content-Length", str(len(page)))] + closes)
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [page]
     return guarded
 

@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
 # MIT licence.  One file, standard library only: copy it and run it.  After Clark Evans' recipe
 # (2003), twistd's order of steps, and three articles that found out why the order matters.
-"""Run an application, a script or a program as a well-behaved Unix daemon.
+"""Run an application or a program as a well-behaved Unix daemon.
 
     python3 daemonize.py start                      # authserver.py, which lies beside this file
-    python3 daemonize.py start --app FILE.py        # your application, or script
-    python3 daemonize.py start -- COMMAND ARG ...   # any program
+    python3 daemonize.py start --app FILE.py        # your application: three names, see README
+    python3 daemonize.py start -- COMMAND ARG ...   # any program; a script is a program
     python3 daemonize.py status | reload | restart | stop       (or `run`: in the foreground)
 
 Or, in a script of your own: `from daemonize import startstop`.
 
 The life of a daemon.  Three processes take part: the COMMAND that you typed, the STARTER that
-it forks, and the DAEMON that the starter forks.  (`run` has one: it is the daemon.)
+it forks, and the DAEMON that the starter forks.  (`run` has one: it is the daemon.)  The daemon
+runs no code of yours: an application lives in WORKERS, a program is the daemon's child.
 
     step                                process  uid     twistd's step (and its place)
     1 parse; make each path absolute    command  caller
@@ -21,7 +22,7 @@ it forks, and the DAEMON that the starter forks.  (`run` has one: it is the daem
     4 fork, setsid, fork; stdio         starter  root    daemonize (7)
     5 chroot, chdir, umask              daemon   root    setupEnvironment (4-6)
     6 groups, gid, uid; the proof       daemon   ->user  switchUidGid (10)
-    7 workers, probe, report ready;     daemon   user    startApplication (11),
+    7 children, probe, report ready;    daemon   user    startApplication (11),
       instance lock, pidfile                             openPIDFile (8)
     8 empty the pidfile                 daemon   user    removePIDFile (13)
 
@@ -37,18 +38,20 @@ Vocabulary: pidfile, logfile, rundir as in twistd.  STALE is a pidfile whose pro
 The TURN is the right to change a daemon's state.  The INSTANCE LOCK is being the daemon.
 READY is "it answers".  PREDECESSOR and HEIR are the old and the new daemon of a restart.
 
-What ps shows.  The session was made by the starter, which is gone.  An application leads a
-group of its own (`kill -- -PID` reaches its children, too) but no session (so it can never
-acquire a terminal):
+What ps shows.  The session was made by the starter, which is gone.  The daemon leads a group of
+its own but no session (so it can never acquire a terminal), and so does each child of it:
 
     $ ps -o pid,ppid,pgid,sid,tty,cmd
       PID  PPID  PGID   SID TT   CMD
      4243     1  4243  4242 ?    python3 daemonize.py start        the daemon
-     4244  4243  4243  4242 ?    python3 daemonize.py start        a worker
+     4244  4243  4244  4242 ?    python3 daemonize.py start        a worker
 
-Layout: 0 messages, 1 who and where, 2 processes, 3 files, 4 the lock, 5 leaving the terminal,
-6 giving up root, 7 hosting, 8 the daemon's loop, 9 the control socket, 10 ending, 11 commands,
-12 the library call, 13 the command line.  Start at the bottom.
+The file has two parts.  Part I, A DAEMON, stands alone: 1 messages, 2 who and where, 3 processes,
+4 files, 5 the lock, 6 children and their words, 7 leaving the terminal, 8 giving up root, 9 being
+the daemon, 10 a word with the daemon, 11 ending a daemon, 12 programs, 13 start, stop, status,
+reload, run, 14 the library call.  Part II, A DAEMON THAT SERVES: 15 applications, 16 workers,
+17 the log, 18 restart, 19 other systems, 20 the command line.  Part I calls nothing of Part II
+but through one table, HOSTS, and section 19, which is for systems that lack something.
 """
 import argparse
 import array
@@ -57,56 +60,61 @@ import contextlib
 import errno
 import faulthandler
 import fcntl
-import json
 import os
 import re
 import select
-import shlex
-import shutil
 import signal
 import socket
 import stat
 import struct
 import sys
-import threading
 import time
-import traceback
-from types import CodeType, FrameType, ModuleType
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, NoReturn, Optional, Set, Tuple
+from types import FrameType, ModuleType
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, NoReturn
+from typing import Optional, Sequence, Set, Tuple, TypeVar
 try:
     import grp
     import pwd
 except ImportError:
     sys.exit("daemonize: fatal: unable to run here: this system has neither fork nor users")
 
-__version__ = "1.0"
+# Not imported here, but where they are needed: json, traceback, shlex, threading, subprocess,
+# ctypes.  `status` and `stop` are typed by people who wait, and a daemon keeps what it imported.
+
+__version__ = "2.0"
 __all__ = ["main", "startstop"]
 
 # Hosted unless --app or -- names another.  Resolved on import: before Python 3.9 a script's
 # __file__ may be relative, and a restart changes folder before it asks.
-APPLICATION = os.path.join(os.path.dirname(os.path.abspath(__file__)), "authserver.py")
+HERE = os.path.abspath(__file__)
+APPLICATION = os.path.join(os.path.dirname(HERE), "authserver.py")
 TIMEOUT = 10.0                  # seconds that stop and drain wait before SIGKILL
 START_TIMEOUT = 30.0            # seconds after which a start that is not ready has failed
 UMASK = 0o027                   # for the application's files: nothing for others
 LOG_BYTES, LOG_KEEP = 10 << 20, 5       # size at which the log is rotated; rotated logs kept
-ALIVE = 0.3                     # seconds a script or program must live to count as started
+ALIVE = 0.3                     # seconds a program must live to count as started
 ANSWER = 5.0                    # seconds for one exchange over a channel; what SIGKILL may take
 POLL = 0.02                     # seconds between two looks where there is nothing to wait on
 TICK = 1.0                      # seconds between two looks of an idle daemon; a short patience
-SETTLED = 1.0                   # seconds: the death of an older worker is bad luck, not bad code
+SETTLED = 1.0                   # seconds: the death of an older child is bad luck, not bad code
 BACKOFF = (0.1, 30.0)           # seconds: first and longest pause before bad code is tried again
 MAX_MESSAGE = 1 << 16           # bytes of one message
-MAX_SOCKETS = 64                # descriptors handed over at once
+MAX_FDS = 64                    # descriptors in one message
+MAX_TALKS = 8                   # conversations that a daemon has at a time
+MAX_LEGACY = 64 << 20           # bytes of memory that a daemon may leave to its heir
 PROC = "/proc"                  # where it is missing (macOS, BSD), ps(1) is asked
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"   # under env -i there is none
 IS_LINUX = sys.platform.startswith("linux")
 # A pidfd is a handle, not a number: it cannot come to mean another process (pidfd_open(2)).
 pidfd_open = getattr(os, "pidfd_open", None)                    # type: Any  # Linux, Python 3.9
 pidfd_send_signal = getattr(signal, "pidfd_send_signal", None)  # type: Any
-Handler = Callable[[int, Optional[FrameType]], Any]
+Message = Dict[str, Any]
 
 
-# -- 0. Messages -------------------------------------------------------------
+# == PART I: A DAEMON ========================================================
+
+
+# -- 1. Messages -------------------------------------------------------------
 
 class Fatal(Exception):
     """The command cannot do as asked: words for a person, an exit status, maybe a traceback."""
@@ -116,18 +124,8 @@ class Fatal(Exception):
         self.status, self.trace = status, trace
 
 
-def as_fatal(error: BaseException) -> Fatal:
-    """Return any exception as a Fatal; with its traceback, unless it was raised for a person.
-
-    An application marks such an error by an attribute `status`, 1 or 2.
-    """
-    if isinstance(error, Fatal):
-        return error
-    if getattr(error, "status", None) in (1, 2):
-        return Fatal(str(error), getattr(error, "status"))
-    # Three arguments: before Python 3.10 one, the exception, is not enough.
-    trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    return Fatal("unable to start: %s" % because(error), trace=trace)
+class Late(Fatal):
+    """Nobody has answered: whether it was done cannot be told."""
 
 
 def because(error: BaseException) -> str:
@@ -136,9 +134,45 @@ def because(error: BaseException) -> str:
     >>> because(OSError(errno.ELOOP, "Too many levels")), because(KeyError("x"))
     ('is a symbolic link', "KeyError: 'x'")
     """
-    if isinstance(error, OSError) and error.strerror:       # ELOOP is what O_NOFOLLOW gives
-        return "is a symbolic link" if error.errno == errno.ELOOP else error.strerror
+    if isinstance(error, OSError):
+        if error.errno == errno.ELOOP:          # that is what O_NOFOLLOW gives
+            return "is a symbolic link"
+        return error.strerror or str(error)     # "AF_UNIX path too long" has no number
     return "%s: %s" % (type(error).__name__, error)
+
+
+@contextlib.contextmanager
+def trying_to(deed: str, cure: str = "") -> Iterator[None]:
+    """Put a system call that fails into words: unable to VERB OBJECT: REASON."""
+    try:
+        yield
+    except OSError as error:
+        raise Fatal("unable to %s: %s%s" % (deed, because(error), cure and "\ntry: " + cure))
+
+
+def as_fatal(error: BaseException, deed: str = "start") -> Fatal:
+    """Return any exception as a Fatal; with its traceback, unless it was raised for a person.
+
+    An application marks such an error by an attribute `status`, 1 or 2.  And sys.exit("why") is
+    for a person, too.
+    """
+    if isinstance(error, Fatal):
+        return error
+    if getattr(error, "status", None) in (1, 2):
+        return Fatal(str(error), getattr(error, "status"))
+    if isinstance(error, SystemExit):
+        if isinstance(error.code, str):
+            return Fatal(error.code)
+        return Fatal("unable to %s: it exited with status %d" % (deed, exit_status(error)))
+    import traceback
+    # Three arguments: before Python 3.10 one, the exception, is not enough.
+    trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    return Fatal("unable to %s: %s" % (deed, because(error)), trace=trace)
+
+
+def exit_status(error: SystemExit) -> int:
+    """Return what exit status sys.exit(code) means: None is 0, a text is 1."""
+    return error.code if isinstance(error.code, int) else int(error.code is not None)
 
 
 def printable(text: str) -> str:
@@ -164,7 +198,14 @@ def emit(fd: int, text: str) -> None:
 
 
 def warn(text: str) -> None:
+    """Say what the caller should know, though the command goes on."""
     emit(2, "daemonize: warning: %s\n" % text)
+
+
+def tell(plan: "Plan", text: str) -> None:
+    """Say what was done, unless cron is told only of failures (--quiet)."""
+    if not plan.quiet:
+        emit(1, text + "\n")
 
 
 def log(text: str) -> None:
@@ -183,7 +224,7 @@ def describe(status: int) -> str:
     return "exited with status %d" % os.WEXITSTATUS(status)
 
 
-# -- 1. Who and where --------------------------------------------------------
+# -- 2. Who and where --------------------------------------------------------
 
 class Identity(NamedTuple):
     """The user that the daemon becomes; name is "" where the passwd database has no entry."""
@@ -192,6 +233,27 @@ class Identity(NamedTuple):
     name: str
     home: str
     groups: List[int]           # looked up in step 1: a jail has no group database, either
+
+
+MAX_ID = (1 << 32) - 2          # 2^32 - 1 is no id: to setresuid(2) it means "leave it as it is"
+
+
+def numeric_id(text: str, what: str) -> int:
+    """Return a uid or gid that was given as a number, since no such name is known."""
+    # isdecimal(), not isdigit(): that one also accepts "²", which int() does not.
+    if not text.isdecimal():
+        raise Fatal("unable to switch to %s: no %s has that name" % (text, what))
+    if len(text) > 10 or int(text) > MAX_ID:        # int() refuses thousands of digits
+        raise Fatal("unable to switch to %s: no such number" % text)
+    return int(text)
+
+
+def look_up_group(group: str) -> int:
+    """Return a group's gid; a name that consists of digits goes before the number."""
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        return numeric_id(group, "group")
 
 
 def look_up_identity(user: Optional[str], group: Optional[str]) -> Optional[Identity]:
@@ -203,21 +265,18 @@ def look_up_identity(user: Optional[str], group: Optional[str]) -> Optional[Iden
         return None
     if os.geteuid() != 0:
         raise Fatal("unable to switch to %s: only root may" % (user or group))
-    gid = None
+    gid = None if group is None else look_up_group(group)
     try:
-        if group is not None:
-            # isdecimal(), not isdigit(): that one also accepts "²", which int() does not.
-            gid = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
-        name = "root" if user is None else user
-        entry = pwd.getpwuid(int(name)) if name.isdecimal() else pwd.getpwnam(name)
-        if (gid or 0) >= (1 << 32) - 1:
-            raise OverflowError("no such number")
-    except (KeyError, OverflowError, ValueError) as error:      # ValueError: thousands of digits
-        # 2^32 - 1 is no id: to setresuid(2) and setresgid(2) it means "leave this one as it is".
-        if user and re.fullmatch("[0-9]{1,10}", user) and gid is not None and max(
-                int(user), gid) < (1 << 32) - 1:
-            return Identity(int(user), gid, "", "/", [gid])
-        raise Fatal("unable to switch to %s: %s" % (user or group, str(error).strip("'\"")))
+        # As chown(1) does it: the name first, though it may consist of digits.
+        entry = pwd.getpwnam("root" if user is None else user)
+    except KeyError:
+        uid = numeric_id(str(user), "user")
+        try:
+            entry = pwd.getpwuid(uid)
+        except KeyError:
+            if gid is None:
+                raise Fatal("unable to switch to %s: no user has that number\ntry: --gid" % user)
+            return Identity(uid, gid, "", "/", [gid])
     gid = entry.pw_gid if gid is None else gid
     groups = os.getgrouplist(entry.pw_name, gid)
     if not IS_LINUX:
@@ -244,6 +303,36 @@ class Files(NamedTuple):
         return os.path.dirname(self.pidfile)
 
 
+class Plan(NamedTuple):
+    """What a command is to do: made once, in step 1, from what was typed, and never changed."""
+    action: str
+    name: str
+    kind: str                   # a key of HOSTS: "app", "program", "library"
+    hosted: str                 # the file that is hosted, or the program as it was typed
+    command: List[str]          # of a program, with its path made absolute
+    words: List[str]            # what was typed between ACTION and --
+    spoken: List[str]           # the same, with each @FILE read
+    arguments: Optional[List[str]]      # what was typed after --; None: there was none
+    cwd: str                    # the folder in which it was typed
+    is_bare: bool               # of restart: with the options of the last start
+    files: Files
+    identity: Optional[Identity]
+    chroot: Optional[str]
+    rundir: str                 # as it is called inside the chroot
+    umask: int
+    workers: Optional[int]      # as typed; None: as the application says
+    respawn: bool
+    timeout: float
+    start_timeout: float
+    log_bytes: int
+    log_keep: int
+    quiet: bool
+    json: bool
+    stdin: str = os.devnull
+    stderr: Optional[str] = None        # of a library's daemon, where it has a file of its own
+    startmsg: str = ""
+
+
 def default_files(name: str) -> Files:
     """Return the files that effective uid and name stand for, nothing else: cron must find them."""
     uid = os.geteuid()
@@ -266,154 +355,211 @@ def default_files(name: str) -> Files:
     return Files(folder + "pid", folder + "log", folder)
 
 
-def absolute(path: str) -> str:
-    """Return path resolved against the caller's folder, once and for all (step 1)."""
-    try:
-        return os.path.abspath(path)
-    except FileNotFoundError:
+def caller_folder() -> str:
+    """Return the current directory by the name that the caller has for it; "" when it is gone.
+
+    A shell that went through a link (current -> release/1) says so in $PWD: believed where it is
+    the same folder.  getcwd(3) says release/1, and a later restart would stay there for ever.
+    """
+    name = os.environ.get("PWD", "")
+    with contextlib.suppress(OSError):
+        if os.path.isabs(name) and os.path.samefile(name, "."):
+            return name
+    with contextlib.suppress(OSError):
+        return os.getcwd()
+    return ""
+
+
+def absolute(path: str, folder: str) -> str:
+    """Return path resolved against the caller's folder, once and for all (step 1).
+
+    >>> absolute("x/../y", "/home/jim"), absolute("/y/.", "")
+    ('/home/jim/y', '/y')
+    """
+    if not folder and not os.path.isabs(path):
         raise Fatal("unable to resolve %s: the current directory is gone" % path)
+    return os.path.normpath(os.path.join(folder, path))
 
 
-def wanted_files(options: argparse.Namespace) -> Files:
-    """Return the default files, with what --pidfile and --logfile say instead."""
-    try:
-        files = default_files(options.name)
-    except Fatal:
-        if options.pidfile is None:
-            raise
-        files = Files("", "", "")       # a start without --logfile is refused later: prepare()
-    if options.action == "run":
-        files = files._replace(logfile=None)
-    if options.pidfile is not None:
-        files = files._replace(pidfile=absolute(options.pidfile))
-    if options.logfile is not None:
-        files = files._replace(logfile=absolute(options.logfile))
-    return files
+def inside(path: str, chroot: Optional[str]) -> Optional[str]:
+    """Return what the path is called inside the jail, None if it is not there.
+
+    >>> inside("/jail/log/a", "/jail"), inside("/jail2/a", "/jail"), inside("/a", None)
+    ('/log/a', None, '/a')
+    """
+    if chroot is None or chroot == "/":
+        return path
+    return path[len(chroot):] or "/" if (path + "/").startswith(chroot + "/") else None
 
 
-# -- 2. Processes ------------------------------------------------------------
+# -- 3. Processes ------------------------------------------------------------
 
 class Process(NamedTuple):
     """What the kernel says of a living process: nothing that a file could forge."""
     pid: int
     ppid: int
     pgid: int
-    sid: int                    # -1 where only ps(1) can be asked
-    uid: int                    # real
+    sid: int
+    birth: str                  # no two processes of one boot share pid and birth
+
+
+def look_at(pid: int) -> Optional[Process]:
+    """Return a living process; zombies are dead, unless only their main thread is.
+
+    See: proc(5), /proc/pid/stat.
+    """
+    if not has_proc():
+        return by_ps().get(pid)
+    try:
+        with open("%s/%d/stat" % (PROC, pid), "rb") as stream:
+            # Field 2 is the name, which may hold spaces and brackets: count from the last one on.
+            # There 0 is the state, 1 ppid, 2 pgrp, 3 session, 17 num_threads, 19 starttime.
+            facts = stream.read().rpartition(b")")[2].split()
+    except OSError:                             # there is none, or it ended while we read
+        return None
+    if not facts or facts[0] in (b"Z", b"X") and facts[17] == b"1":
+        return None
+    return Process(pid, int(facts[1]), int(facts[2]), int(facts[3]), facts[19].decode())
 
 
 def processes() -> List[Process]:
-    """Return all living processes; zombies are dead, unless only their main thread is.
+    """Return all living processes that we can see."""
+    if not has_proc():
+        return list(by_ps().values())
+    found = [look_at(int(name)) for name in os.listdir(PROC) if name.isdigit()]
+    return [process for process in found if process is not None]
 
-    The uid is not the owner of /proc/PID: who changed its uid is not dumpable, and its folder
-    belongs to root.  See: proc(5), /proc/pid; prctl(2), PR_SET_DUMPABLE.
+
+def ids_of(pid: int) -> Optional[Tuple[int, int]]:
+    """Return real uid and gid of a process; None where nobody tells.
+
+    Not the owner of /proc/PID: who changed its uid is not dumpable, and its folder is root's.
+    See: proc(5), /proc/pid/status; prctl(2), PR_SET_DUMPABLE.
     """
-    if not os.path.exists(PROC + "/self/status"):
-        return processes_by_ps()
-    found = []
-    for name in os.listdir(PROC):
-        if name.isdigit():
-            with contextlib.suppress(OSError, KeyError):        # it ended while we were looking
-                with open("%s/%s/status" % (PROC, name), "rb") as stream:
-                    facts = dict(re.findall(rb"^(\w+):\s+(\S+)", stream.read(), re.MULTILINE))
-                keys = (b"Pid", b"PPid", b"NSpgid", b"NSsid", b"Uid")
-                if facts[b"State"] not in (b"Z", b"X") or facts[b"Threads"] != b"1":
-                    found.append(Process(*(int(facts[key]) for key in keys)))
-    return found
-
-
-def processes_by_ps() -> List[Process]:
-    """Return the same where there is no /proc.  See: ps(1), the part that POSIX has.
-
-    [] in a jail, which has neither: there the daemon signals its group, and only that; who ends it
-    from outside (stop) sees the rest through.
-    """
-    command = ["ps", "-A"]
-    for key in ("pid", "ppid", "pgid", "ruid", "stat"):
-        command += ["-o", key + "="]
     try:
-        import subprocess       # here, for such systems only
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as ps:
-            lines = ps.communicate()[0].decode().splitlines()
-    except (ImportError, OSError):
-        return []
-    # ps lists itself, too: a child of ours that is gone by now.
-    rows = [line.split() for line in lines if line.split()[0] != str(ps.pid)]
-    return [Process(int(r[0]), int(r[1]), int(r[2]), -1, int(r[3])) for r in rows
-            if r[4][0] not in "ZX"]
+        with open("%s/%d/status" % (PROC, pid), "rb") as stream:
+            uid, gid = re.findall(rb"^[UG]id:\s+(\d+)", stream.read(), re.MULTILINE)
+            return int(uid), int(gid)
+    except (OSError, ValueError):
+        return ids_by_ps(pid) if not has_proc() else None
 
 
-def find_process(pid: Optional[int]) -> Optional[Process]:
-    return next((p for p in processes() if p.pid == pid), None)
+def handles(pid: int, signum: int) -> bool:
+    """Tell whether a process has a handler for the signal; where nobody tells, believe it."""
+    try:
+        with open("%s/%d/status" % (PROC, pid), "rb") as stream:
+            caught = re.findall(rb"^SigCgt:\s+(\w+)", stream.read(), re.MULTILINE)
+    except OSError:
+        return True
+    return not caught or bool(int(caught[0], 16) >> (signum - 1) & 1)
 
 
-def birth_of(pid: Optional[int]) -> str:
-    """Return when a living process began; no two share pid and birth.  See: proc(5), field 22.
-
-    "" when it is dead, and where there is no /proc.
-    """
+def birth_of(pid: int) -> str:
+    """Return boot and birth of a living process, "" for a dead one, and where there is no /proc."""
+    process = look_at(pid)
     try:
         # Start times count from boot: without the boot's id, two boots could show the same one.
-        with open(PROC + "/sys/kernel/random/boot_id") as boot, \
-                open("%s/%s/stat" % (PROC, pid), "rb") as stream:
-            # Field 2 is the name, which may hold spaces and brackets: count from the last one on.
-            # There 0 is the state, 17 num_threads, 19 starttime (fields 3, 20 and 22).
-            facts = stream.read().rpartition(b")")[2].split()
-            is_alive = facts[0] not in (b"Z", b"X") or facts[17] != b"1"
-            return boot.read().strip() + ":" + facts[19].decode() if is_alive else ""
+        with open(PROC + "/sys/kernel/random/boot_id") as boot:
+            return boot.read().strip() + ":" + process.birth if process else ""
     except OSError:
         return ""
 
 
-def family(groups: Tuple[int, ...]) -> List[Process]:
-    """Return what this process started and still lives: descendants, and the groups it made."""
+def age_of(pid: int) -> float:
+    """Return for how many seconds a process lives: by its birth, for the wall clock may jump."""
+    process = look_at(pid)
+    with contextlib.suppress(OSError, ValueError), open(PROC + "/uptime") as uptime:
+        if process:
+            age = float(uptime.read().split()[0]) - int(process.birth) / os.sysconf("SC_CLK_TCK")
+            return max(0.0, round(age, 1))
+    return 0.0
+
+
+def family(session: Optional[int]) -> List[Process]:
+    """Return what this process started and still lives: its descendants, and its session's.
+
+    An orphan's parent is init: by its session we know it, where we have one of our own (None:
+    `run` has none).  The session's leader is our starter, while that lives: not ours to end.
+    """
     everyone, mine, size = processes(), {os.getpid()}, 0
     # Again until nothing is new: a child may stand in the list before its parent.
     while size != len(mine):
         size = len(mine)
         mine |= {p.pid for p in everyone if p.ppid in mine}
-    # An orphan's parent is init: we know it by its group.  In our session only: once a group is
-    # empty, its number may go to a stranger's.
-    sid = os.getsid(0)          # its leader is our starter, if not ourselves: not ours to end
-    return [p for p in everyone if p.pid not in (os.getpid(), sid)
-            and (p.pid in mine or p.pgid in groups and p.sid in (sid, -1))]
+    return [p for p in everyone if p.pid not in (os.getpid(), session)
+            and (p.pid in mine or session is not None and p.sid == session)]
 
 
-def kill_each(members: List[Process], signum: int) -> None:
-    for process in members:
+def signal_each(members: Iterable[Process], signum: int, by_group: bool) -> None:
+    """Signal processes; their groups, where these are ours, since nobody escapes that by forking.
+
+    Never our own group: we are in it, and under `run` others are (cron's shell, `| tee`).
+    """
+    groups = {p.pgid for p in members if by_group and p.pgid != os.getpgrp()}
+    for pgid in groups:
         with contextlib.suppress(ProcessLookupError, PermissionError):      # one that became root
-            os.kill(process.pid, signum)
+            os.killpg(pgid, signum)
+    for process in members:
+        if process.pgid not in groups:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(process.pid, signum)
 
 
-def end_family(groups: Tuple[int, ...], timeout: float) -> None:
-    """End what this process started; it was told already, and has timeout seconds to obey."""
-    end_all(lambda: family(groups), lambda signum: kill_each(family(groups), signum), timeout)
+def wait_until(is_so: Callable[[], Any], seconds: float) -> bool:
+    """Look until it is so, or the time is up: for what gives no sign of its own."""
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL)
+    return True
 
 
-def end_all(members: Callable[[], List[Process]], send: Callable[[int], None],
+def end_all(members: Callable[[], List[Process]], kill: Callable[[], None],
             timeout: float) -> bool:
     """Wait until there are no members; SIGKILL after timeout seconds.  True if that was needed."""
-    deadline, killed = time.monotonic() + timeout, False
-    while True:
+    # Polled: most of them are not our children, and wait(2) is for children only.
+    if wait_until(lambda: not members(), timeout):
+        return False
+
+    def is_empty() -> bool:
+        # Each time to who is there now: a member may have forked since the last look.
         left = members()
-        if not left:
-            return killed
-        if time.monotonic() > deadline + ANSWER:
-            pids = ", ".join(str(process.pid) for process in left)
-            raise Fatal("unable to stop pids %s: SIGKILL had no effect" % pids)
-        if time.monotonic() > deadline:
-            # Each time to who is there now: a member may have forked since the last look.
-            send(signal.SIGKILL)
-            killed = True
-        # Polled: most of them are not our children, and wait(2) is for children only.
-        time.sleep(POLL)
+        if left:
+            kill()
+        return not left
+    if not wait_until(is_empty, ANSWER):
+        pids = ", ".join(str(process.pid) for process in members())
+        raise Fatal("unable to stop pids %s: SIGKILL had no effect" % pids)
+    return True
 
 
-# -- 3. Files ----------------------------------------------------------------
+def end_family(session: Optional[int], timeout: float) -> bool:
+    """End what this process started; it was told already, and has timeout seconds to obey."""
+    return end_all(lambda: family(session),
+                   lambda: signal_each(family(session), signal.SIGKILL, session is not None),
+                   timeout)
+
+
+# -- 4. Files that root opens ------------------------------------------------
 # Root opens files where others may write: that is how daemons become a way to root
 # (CVE-2016-1247: nginx's log folder belonged to its user).  The rules: no symlink is followed
 # (O_NOFOLLOW); nothing is opened but a regular file with one name (a FIFO would block, a hard
 # link would be someone's file); only what we created changes its owner, and through the fd.
+
+def exists(path: str) -> bool:
+    """Tell whether there is such a name; raise Fatal where we may not look.
+
+    Not os.path.lexists(), which takes "you may not enter this folder" for "no such file".
+    """
+    try:
+        os.lstat(path)
+        return True
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise Fatal("unable to look at %s: %s" % (path, because(error)))
+
 
 def open_regular(path: str, flags: int, mode: int, is_log: bool = False) -> int:
     """Open a regular file that has one name; create it with exactly that mode, under any umask.
@@ -423,17 +569,16 @@ def open_regular(path: str, flags: int, mode: int, is_log: bool = False) -> int:
     # O_NONBLOCK: open(2) of a FIFO would wait for its other end.  O_NOCTTY: a terminal, opened
     # for a log, must not become ours.
     flags |= os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
-    try:
+    with trying_to("open %s" % path):
         try:
             # Two tries, to know who made it: only our own file gets its mode, past the umask.
             fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, mode)
             os.fchmod(fd, mode)
         except FileExistsError:
             fd = os.open(path, flags)
-    except OSError as error:
-        raise Fatal("unable to open %s: %s" % (path, because(error)))
+        facts = os.fstat(fd)
     # Asked of the fd: the path may mean another file by now.
-    facts, problem = os.fstat(fd), ""
+    problem = ""
     if not stat.S_ISREG(facts.st_mode):
         problem = "" if is_log and path == os.devnull else "not a regular file"
     elif facts.st_nlink > 1:
@@ -441,7 +586,7 @@ def open_regular(path: str, flags: int, mode: int, is_log: bool = False) -> int:
     elif not is_log and facts.st_uid not in (0, os.geteuid()):
         problem = "it belongs to uid %d" % facts.st_uid
     elif mode == 0o600 and facts.st_mode & 0o077:       # a pidfile, renamed to be the lock file?
-        problem = "others can read it"
+        problem = "others can read it (or modes do not work there)"
     if problem:
         os.close(fd)
         raise Fatal("unable to open %s: %s" % (path, problem))
@@ -475,12 +620,14 @@ def is_trusted(folder: str) -> bool:
 
 def check_folder(folder: str) -> None:
     """Refuse, as root, a pidfile's folder that others could swap: it may be theirs, not its way."""
-    if not os.path.isdir(folder):
-        raise Fatal("unable to use %s: no such directory" % folder)
-    if os.geteuid() != 0 or is_trusted(folder):
-        return
-    parent = os.path.dirname(folder)        # in a sticky one its owner could move the folder away
-    if os.path.islink(folder) or not is_trusted(parent) or os.stat(parent).st_mode & 0o022:
+    with trying_to("use %s" % folder):
+        os.stat(folder + "/.")
+        if os.geteuid() != 0 or is_trusted(folder):
+            return
+        parent = os.path.dirname(folder)    # in a sticky one its owner could move the folder away
+        is_swappable = os.path.islink(folder) or not is_trusted(parent) or (
+            os.stat(parent).st_mode & 0o022)
+    if is_swappable:
         raise Fatal("unable to trust %s: others than root can change where it leads" % folder)
 
 
@@ -492,15 +639,20 @@ def acting_as(identity: Optional[Identity]) -> Iterator[None]:
         return
     groups, gid = os.getgroups(), os.getegid()
     # Groups, gid, uid: the first two need root's effective uid.  And back in reverse.
-    os.setgroups(identity.groups)
-    os.setegid(identity.gid)
-    os.seteuid(identity.uid)
     try:
+        with trying_to("act as uid %d, gid %d" % identity[:2], NEEDS_CAPABILITIES):
+            os.setgroups(identity.groups)
+            os.setegid(identity.gid)
+            os.seteuid(identity.uid)
         yield
     finally:
         os.seteuid(0)
         os.setegid(gid)
-        os.setgroups(groups)
+        with contextlib.suppress(PermissionError):      # then it was not changed, either
+            os.setgroups(groups)
+
+
+NEEDS_CAPABILITIES = "with CAP_SETUID, CAP_SETGID and CAP_CHOWN, or start as that user"
 
 
 @contextlib.contextmanager
@@ -524,41 +676,31 @@ def open_log(path: str, identity: Optional[Identity]) -> int:
     if not is_safe and os.fstat(fd).st_uid not in (0, owner, os.geteuid()):
         raise Fatal("unable to open %s: it belongs to uid %d" % (path, os.fstat(fd).st_uid))
     if is_new and is_safe and identity is not None:
-        os.fchown(fd, identity.uid, identity.gid)
+        with trying_to("give %s to uid %d" % (path, owner), NEEDS_CAPABILITIES):
+            os.fchown(fd, identity.uid, identity.gid)
     return fd
 
 
-def rotation_obstacle(options: argparse.Namespace) -> str:
+def rotation_obstacle(plan: Plan) -> str:
     """Return why the daemon will not be able to rename and reopen its log, "" if it will."""
-    path = options.files.logfile
+    path = plan.files.logfile
     if path is None or path == os.devnull:
         return ""
-    if inside(path, options.chroot) is None:
+    if inside(path, plan.chroot) is None:
         return "it is outside the chroot"
     # access(2) judges by the REAL uid, which is root's even here; faccessat(2) can do better.
     folder, by_effective_ids = os.path.dirname(path), os.access in os.supports_effective_ids
-    with acting_as(options.identity):
+    with acting_as(plan.identity):
         if os.access(folder, os.W_OK | os.X_OK, effective_ids=by_effective_ids):
             return ""
         return "uid %d may not write in %s" % (os.geteuid(), folder)
-
-
-def inside(path: Optional[str], chroot: Optional[str]) -> Optional[str]:
-    """Return what the path is called inside the jail, None if it is not there.
-
-    >>> inside("/jail/log/a", "/jail"), inside("/jail2/a", "/jail"), inside("/a", None)
-    ('/log/a', None, '/a')
-    """
-    if path is None or chroot is None or chroot == "/" or "/" not in path:
-        return path
-    return path[len(chroot):] or "/" if (path + "/").startswith(chroot + "/") else None
 
 
 @contextlib.contextmanager
 def working_in(folder: str) -> Iterator[None]:
     """Enter folder for a moment: unix(7) addresses hold 108 bytes, on macOS and BSD 104."""
     here = None
-    with contextlib.suppress(PermissionError):      # su nobody, in /root: nowhere to go back to
+    with contextlib.suppress(OSError):      # su nobody, in /root: nowhere to go back to
         here = os.open(".", os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.chdir(folder)
@@ -571,62 +713,80 @@ def working_in(folder: str) -> Iterator[None]:
 
 def bind_control(path: str) -> socket.socket:
     """Return a unix socket bound at path, 0600, not listening yet.  See: unix(7)."""
-    control, name = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), os.path.basename(path)
-    with working_in(os.path.dirname(path)):
-        umask = os.umask(0o177)         # and not chmod(2): the name may be another's by then
-        try:
-            # A dead daemon's socket is still there, and bind(2) takes no name that exists.
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name)
-            control.bind(name)
-        except OSError as error:
-            raise Fatal("unable to bind %s: %s" % (path, because(error)))
-        finally:
-            os.umask(umask)
+    name = os.path.basename(path)
+    with trying_to("bind %s" % path):
+        control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        with working_in(os.path.dirname(path)):
+            umask = os.umask(0o177)         # and not chmod(2): the name may be another's by then
+            try:
+                # A dead daemon's socket is still there, and bind(2) takes no name that exists.
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name)
+                control.bind(name)
+            finally:
+                os.umask(umask)
     return control
 
 
 class Opened(NamedTuple):
     """What step 3 opened as root, for whoever the daemon is later."""
-    stdin: int
-    stdout: Optional[int]       # None: the output stays where it is (run)
+    stdin: Optional[int]        # None: the stream stays where it is (run)
+    stdout: Optional[int]
     stderr: Optional[int]
     pidfile: int
+    pidfile_is: Tuple[int, int]     # st_dev and st_ino: a script may close fds, and reuse numbers
     lock: int                   # read-only
-    control: Optional[socket.socket]        # applications only
+    control: Optional[socket.socket]        # a library's daemon has none
+    obstacle: str               # why the log will not be rotated; "" if it will
 
 
-def open_files(options: argparse.Namespace) -> Opened:
+def open_files(plan: Plan, lock: int, control: Optional[socket.socket]) -> Opened:
     """Step 3.  Open what the daemon's user could not open, or could be tricked with, later.
 
     Runs as: root.  See: open(2); twistd: startLogger, openPIDFile.
     """
-    files, control = options.files, None
-    if options.kind == "app":
-        # Beside the old one's, which answers until the new one is ready; attend() renames it.
-        control = bind_control(files.control + (".new" if options.predecessor else ""))
-    output = open_log(files.logfile, options.identity) if files.logfile else None
-    pidfile = open_regular(files.pidfile, os.O_RDWR, 0o644)
-    if os.fstat(pidfile).st_uid == os.geteuid():
-        os.fchmod(pidfile, 0o644)       # an older one, too
-    return Opened(
-        stdin=os.open(options.stdin, os.O_RDONLY | os.O_CLOEXEC),
-        stdout=output,
-        stderr=open_log(options.stderr, options.identity) if options.stderr else output,
-        pidfile=pidfile,
-        lock=open_regular(files.lock, os.O_RDONLY, 0o600),
-        control=control)
+    files = plan.files
+    if control is None and plan.kind != "library":
+        control = bind_control(files.control)
+    output = open_log(files.logfile, plan.identity) if files.logfile else None
+    pidfile = open_pidfile(files.pidfile)
+    with trying_to("open %s" % plan.stdin):
+        stdin = None if plan.action == "run" else os.open(plan.stdin, os.O_RDONLY | os.O_CLOEXEC)
+    obstacle = rotation_obstacle(plan) if plan.kind == "app" and plan.log_bytes else ""
+    if obstacle:
+        warn("unable to rotate %s: %s" % (files.logfile, obstacle))
+    stderr = open_log(plan.stderr, plan.identity) if plan.stderr else output
+    facts = os.fstat(pidfile)
+    return Opened(stdin, output, stderr, pidfile, (facts.st_dev, facts.st_ino), lock, control,
+                  obstacle)
+
+
+def open_pidfile(path: str) -> int:
+    """Return the pidfile's fd.  A file that is no pidfile of ours stays as it is.
+
+    Where the folder is the daemon user's, that user can give any file of root's the pidfile's
+    name: so one that we did not make must look like one.
+    """
+    fd = open_regular(path, os.O_RDWR, 0o644)
+    with trying_to("read %s" % path):
+        content, facts = os.pread(fd, 33, 0), os.fstat(fd)
+        if facts.st_mode & 0o777 == 0o644:
+            return fd
+        if re.fullmatch(rb"(\d{1,10}\n?)?", content) and facts.st_size <= 11:
+            if facts.st_uid == os.geteuid():
+                os.fchmod(fd, 0o644)            # made by another tool, under another umask
+            return fd
+    os.close(fd)
+    raise Fatal("unable to open %s: it is no pidfile" % path)
 
 
 def write_pidfile(fd: int, pid: int) -> None:
     """Name the daemon in the pidfile, through the fd that root opened."""
     data = b"%d\n" % pid
-    try:
+    with trying_to("write the pidfile"):
         # Written first, cut second: whoever reads in between finds a pid in the first line.
         os.pwrite(fd, data, 0)
         os.ftruncate(fd, len(data))
-    except OSError as error:
-        raise Fatal("unable to write the pidfile: %s" % because(error))
 
 
 def read_pidfile(path: str) -> str:
@@ -643,58 +803,122 @@ def read_pidfile(path: str) -> str:
         return "(%s)" % because(error)
 
 
-# -- 4. The lock -------------------------------------------------------------
+def make_folder(folder: str, mode: int, identity: Optional[Identity]) -> bool:
+    """Make a folder of the default files, unless it is there; tell whether."""
+    with trying_to("make %s" % folder):
+        try:
+            os.mkdir(folder, 0o700)
+        except FileExistsError:
+            return False
+        # By fd from here: what we made is what changes its owner, whoever swaps the names.
+        fd = os.open(folder, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        with trying_to("give %s to its user" % folder, NEEDS_CAPABILITIES):
+            os.fchmod(fd, mode)
+            if identity is not None:
+                os.fchown(fd, identity.uid, identity.gid)
+    except Fatal:
+        os.rmdir(folder)
+        raise
+    finally:
+        os.close(fd)
+    return True
+
+
+# -- 5. The lock -------------------------------------------------------------
 # Who is the daemon?  Not whom a file names: a pid in a file outlives its process, the kernel
 # gives it to a stranger, and whoever owns the file writes it.  (`start-stop-daemon --stop` on
 # root's pidfile signals every process of the machine, if it holds "-1".)  The kernel knows.  A
 # POSIX record lock (fcntl(2), "Advisory record locking") dies with its process, is not inherited
-# over fork(2), and F_GETLK returns its holder's pid.  So there are two bytes, in PIDFILE.lock:
+# over fork(2), and F_GETLK returns its holder's pid.  So there are three bytes, in PIDFILE.lock:
 #
 #   byte 0  the turn: a command holds a WRITE lock on it while it changes something
 #   byte 1  the instance lock: the daemon holds a READ lock, through an fd opened read-only by root
+#   byte 2  a starter holds a READ lock on it while it has something to undo: when its command is
+#           killed, the next one waits until it is done
 #
 # The file is 0600: no other user can open it and keep root's commands waiting.  The daemon cannot
 # write it: so it may also hold, for `restart`, what the last start was asked for.  One trap: a
 # process loses ALL its locks on a file when it closes ANY fd of it; so it opens it once.
 
-TURN, INSTANCE = 0, 1
+TURN, INSTANCE, UNDOING = 0, 1, 2
 FLOCK = struct.Struct("hhqqi" if IS_LINUX else "qqihhi")    # struct flock: Linux; macOS and BSD
 
 
 def lock_holder(fd: int, byte: int) -> Optional[int]:
     """Return the pid of another process that holds a lock on the byte.
 
-    By hand: fcntl.lockf() takes and releases such locks, but cannot ask for F_GETLK.
+    It is 0 for a process that we cannot see (of another pid namespace), and -1 for a lock that
+    has no process (an open file description's).  By hand: fcntl.lockf() cannot ask for F_GETLK.
     """
     # Asked for as a writer would: then readers are in the way, and are named, too.
-    if IS_LINUX:
-        asked = FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
-        kind, _, _, _, pid = FLOCK.unpack_from(fcntl.fcntl(fd, fcntl.F_GETLK, asked))
-    else:
-        asked = FLOCK.pack(byte, 1, 0, fcntl.F_WRLCK, os.SEEK_SET, 0)
-        _, _, pid, kind, _, _ = FLOCK.unpack_from(fcntl.fcntl(fd, fcntl.F_GETLK, asked))
+    with trying_to("ask for the lock", "--pidfile on a local file system (NFS has no locks?)"):
+        if IS_LINUX:
+            asked = FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+            kind, _, _, _, pid = FLOCK.unpack_from(fcntl.fcntl(fd, fcntl.F_GETLK, asked))
+        else:
+            asked = FLOCK.pack(byte, 1, 0, fcntl.F_WRLCK, os.SEEK_SET, 0)
+            _, _, pid, kind, _, _ = FLOCK.unpack_from(fcntl.fcntl(fd, fcntl.F_GETLK, asked))
     return None if kind == fcntl.F_UNLCK else pid
 
 
 def take_instance(fd: int, predecessor: Optional[int]) -> None:
     """Take the instance lock.  Read locks can be shared: but only with the one we replace."""
     # Take first, look second: two that looked first could both see nobody.
-    fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, INSTANCE)
+    with trying_to("take the instance lock"):
+        fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, INSTANCE)
     holder = lock_holder(fd, INSTANCE)
     if holder not in (None, -1, predecessor):
         fcntl.lockf(fd, fcntl.LOCK_UN, 1, INSTANCE)
         raise Fatal("unable to start: already running with pid %s" % holder)
 
 
+class Record(NamedTuple):
+    """What the lock file holds: what the last start was asked for, and whom it started."""
+    pidfile: str                # whose record it is: a lock file can be moved, its text cannot
+    name: str
+    kind: str
+    hosted: str
+    words: List[str]
+    arguments: Optional[List[str]]
+    cwd: str
+    logfile: Optional[str]
+    detached: bool              # start made a session for it
+    pid: int
+    birth: str
+
+
+def parse_record(text: str) -> Optional[Record]:
+    """Return a record, None for what is none: empty, or torn by a full disk.
+
+    >>> parse_record('{"name": "torn') is parse_record("[]") is parse_record('{"pid": 1}') is None
+    True
+    """
+    import json
+    try:
+        facts = json.loads(text)
+        record = Record(**facts) if isinstance(facts, dict) else None
+    except (ValueError, TypeError, RecursionError):
+        return None
+    if record is None or not all(isinstance(getattr(record, field), kind) for field, kind in (
+            ("pidfile", str), ("name", str), ("kind", str), ("hosted", str), ("words", list),
+            ("cwd", str), ("detached", bool), ("pid", int), ("birth", str))):
+        return None
+    return record
+
+
+LockKind = TypeVar("LockKind", bound="Lock")
+
+
 class Lock:
     """PIDFILE.lock: who is the daemon, and what its last start was asked for."""
 
-    def __init__(self, files: Files, flags: int) -> None:
-        check_folder(files.folder)
-        self.path = files.lock
+    def __init__(self, plan: Plan, flags: int) -> None:
+        check_folder(plan.files.folder)
+        self.plan, self.path = plan, plan.files.lock
         self.fd = open_regular(self.path, flags, 0o600)
 
-    def __enter__(self) -> "Lock":
+    def __enter__(self: LockKind) -> LockKind:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -702,54 +926,85 @@ class Lock:
 
     def close(self) -> None:
         """Close it, which gives up every lock that this process has on it."""
-        # A daemon comes here twice: in launch(), and where the `with` of its command ends.
+        # Twice in a library's daemon: as the starter, and where the `with` of its command ends.
         if self.fd >= 0:
             os.close(self.fd)
         self.fd = -1
 
     def holder(self) -> Optional[int]:
-        """Return the pid of the running daemon, None if there is none.
+        """Return the pid of the running daemon, None if there is none; raise Fatal if unknown.
 
-        A script or program may close all its fds (daemons do), and the lock with them; then pid
-        and time of birth, which its start noted, prove it as well.
+        A script with startstop() may close all its fds (daemons do), and the lock with them; then
+        pid and time of birth, which its start noted, prove it as well: the file is 0600 and ours.
         """
         pid, record = lock_holder(self.fd, INSTANCE), self.record()
-        if pid not in (None, -1):       # -1: a lock that names nobody (fcntl(2), OFD)
-            return pid
-        is_noted = record.get("birth") and is_trusted(os.path.dirname(self.path))
-        return record["pid"] if is_noted and birth_of(record["pid"]) == record["birth"] else None
+        if pid not in (None, -1) and look_at(pid or 0) is None:
+            # It ended just now; or else it is where we cannot see it.
+            if not wait_until(lambda: lock_holder(self.fd, INSTANCE) != pid, TICK):
+                raise Fatal("unable to see who runs %s: pid %s holds its lock, in another pid "
+                            "namespace (a container), or without /proc" % (self.plan.name, pid))
+            pid = None
+        if pid in (None, -1) and record and record.birth and birth_of(record.pid) == record.birth:
+            pid = record.pid
+        if pid in (None, -1):
+            check_orphan(self.plan)
+        return None if pid == -1 else pid
 
-    def record(self) -> Dict[str, Any]:
-        """Return what was noted of the last start, {} if none has succeeded yet."""
-        with contextlib.suppress(ValueError):           # empty, or torn by a full disk
+    def record(self) -> Optional[Record]:
+        """Return what was noted of the last start, None if none has succeeded yet."""
+        with trying_to("read %s" % self.path):
             # pread(2), not open().read(): to close a second fd would drop our locks (the trap).
-            record = json.loads(os.pread(self.fd, os.fstat(self.fd).st_size, 0).decode())
-            return record if isinstance(record, dict) else {}
-        return {}
+            text = os.pread(self.fd, os.fstat(self.fd).st_size, 0).decode("utf-8", "replace")
+        record = parse_record(text) if text else None
+        is_its_own = record and record.pidfile == os.path.realpath(self.plan.files.pidfile)
+        return record if is_its_own else None
 
-    def note(self, options: argparse.Namespace, pid: int = 0) -> None:
-        """Note what a start was asked for, and whom it started."""
-        keys = ("argv", "arguments", "cwd", "kind", "detached")
-        record = dict({key: getattr(options, key) for key in keys}, pid=pid, birth=birth_of(pid))
+    def note(self, plan: Plan, pid: int) -> bytes:
+        """Note what a start was asked for, and whom it started; return what stood there."""
+        import json
+        record = Record(os.path.realpath(plan.files.pidfile), plan.name, plan.kind, plan.hosted,
+                        plan.words, plan.arguments, plan.cwd, plan.files.logfile,
+                        plan.action != "run", pid, birth_of(pid))
+        before = os.pread(self.fd, MAX_MESSAGE, 0)
+        self.write(json.dumps(record._asdict()).encode())
+        return before
+
+    def write(self, data: bytes) -> None:
+        """Replace the record."""
         # Not a new file and rename(2), which would be atomic: the locks are on this inode.
-        os.ftruncate(self.fd, 0)
-        os.pwrite(self.fd, json.dumps(record).encode(), 0)
+        # Written first, cut second: on a full disk the old one is not lost for nothing.
+        with trying_to("write %s" % self.path):
+            if os.pwrite(self.fd, data, 0) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.ftruncate(self.fd, len(data))
+
+
+def check_orphan(plan: Plan) -> None:
+    """Refuse to call a daemon dead that answers, though somebody removed its lock file."""
+    with contextlib.suppress(OSError):
+        end = dial(plan.files).end
+        pid = peer_of(end)[0]
+        end.detach()                    # not closed: see section 10
+        if pid and look_at(pid):
+            raise Fatal("unable to tell whether %s runs: pid %d answers at %s, but its lock was "
+                        "removed\ntry: kill %d" % (plan.name, pid, plan.files.control, pid))
 
 
 class Turn(Lock):
-    """The right to change the state of one daemon: `with Turn(options) as turn`.
+    """The right to change the state of one daemon: `with Turn(plan) as turn`.
 
     Runs as: caller.  See: fcntl(2); twistd: checkPID (without a lock: two in a race both start).
     """
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, plan: Plan) -> None:
         """Wait for it, and say for whom; who has it may need a whole start and a whole stop."""
-        super().__init__(options.files, os.O_RDWR)
+        self.is_new = not exists(plan.files.lock)
+        super().__init__(plan, os.O_RDWR)
         # After a moment, not at once: most waits are shorter than what there is to read.
         told_at = time.monotonic() + TICK
-        deadline = time.monotonic() + options.start_timeout + options.timeout
+        deadline = time.monotonic() + plan.start_timeout + plan.timeout
         while not self.take():
-            holder = lock_holder(self.fd, TURN)
+            holder = lock_holder(self.fd, TURN) or lock_holder(self.fd, UNDOING)
             if time.monotonic() > deadline:
                 raise Fatal("unable to lock %s: pid %s is still busy with it" % (self.path, holder))
             if time.monotonic() > told_at:
@@ -761,33 +1016,40 @@ class Turn(Lock):
         """Try to take the turn."""
         if os.fstat(self.fd).st_nlink == 0:     # a first start failed, and took its files with it
             self.close()
+            make_own_folder(self.plan)
             self.fd = open_regular(self.path, os.O_RDWR, 0o600)
         try:
             fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, TURN)
-            # This may be the lock of a file that a failed start has just removed: of no use.
-            return os.fstat(self.fd).st_nlink > 0
         except (BlockingIOError, PermissionError):      # EAGAIN, EACCES: POSIX allows either
-            holder = lock_holder(self.fd, TURN)
-        process = find_process(holder)
-        if holder == -1 or process and process.uid not in (0, os.geteuid()):
-            # Only a daemon that was taken over locks this byte, through its fd: do not wait.
-            # -1 is an open file description lock (fcntl(2)), which names nobody.
+            if not self.is_idle(TURN):
+                return False
+        except OSError as error:
+            raise Fatal("unable to lock %s: %s\ntry: --pidfile on a local file system" % (
+                self.path, because(error)))
+        # This may be the lock of a file that a failed start has just removed: of no use.
+        return os.fstat(self.fd).st_nlink > 0 and self.is_idle(UNDOING)
+
+    def is_idle(self, byte: int) -> bool:
+        """Tell whether no command, or starter, holds the byte."""
+        holder = lock_holder(self.fd, byte)
+        ids = ids_of(holder) if holder and holder > 0 else None
+        if holder == -1 or ids and ids[0] not in (0, os.geteuid()):
+            # Only a daemon that was taken over locks these bytes, through its fd: do not wait.
             warn("pid %d, no command, holds the turn of %s: ignored" % (holder or 0, self.path))
             return True
-        return False
+        return holder is None
 
 
-# -- 5. Leaving the terminal -------------------------------------------------
-# Why two forks?  setsid(2) makes a session that has no terminal, but not for a group leader,
-# which a command typed into a shell is; hence the first.  The leader of a session could acquire
-# a terminal by opening one (credentials(7)); hence the second.  The third article calls
-# setsid() once more in its main(), for a group of its own, and gives back what the second fork
-# won.  setpgid(2) gives the group without the session.
+def make_own_folder(plan: Plan) -> bool:
+    """Make an ordinary user's folder of the default files, ~/.NAME; tell whether."""
+    is_own = os.geteuid() != 0 and plan.files.folder == plan.files.prefix.rstrip("/")
+    return is_own and make_folder(plan.files.folder, 0o700, None)
 
-# Who says what.  Report: daemon "ready" (or "fatal"; its parent: "died"), command "own", daemon
-# "owned" (lock and pidfile are its), command "begin" (the old one is told to leave), daemon
-# "began".  Control: "status", "reload" -> "reloaded", "sockets" (fds come along), "leave" ->
-# "leaving".  Workers: "able" of themselves; "drain" -> "draining"; "reopen" -> "reopened".
+
+# -- 6. Children and their words ---------------------------------------------
+# A process that forks another one talks to it in lines of JSON, over a socket pair.  Who says
+# what stands over the sections that speak: 7 (a start), 10 (a command and its daemon), 16 (the
+# daemon and a worker).  The other end may lie, or be dead: so there is a limit to everything.
 
 ENDED, LATE = "", "\0late"      # what receive() returns for want of a message; nobody can send it
 
@@ -800,89 +1062,257 @@ def peer_of(end: socket.socket) -> Tuple[Optional[int], Optional[int]]:
     return pid, uid
 
 
-def readable(ends: List[socket.socket], deadline: float) -> List[socket.socket]:
+def readable(ends: Iterable[socket.socket], deadline: float) -> List[socket.socket]:
     """Return which can be read, [] at the deadline.  By poll(2): select(2) stops at fd 1023."""
-    poll = select.poll()
-    for end in ends:
-        poll.register(end, select.POLLIN)
+    poll, by_fd = select.poll(), {end.fileno(): end for end in ends if end.fileno() >= 0}
+    for fd in by_fd:
+        poll.register(fd, select.POLLIN)
     # poll(2) counts milliseconds, all else here seconds.
-    ready = {fd for fd, _ in poll.poll(max(0.0, deadline - time.monotonic()) * 1000)}
-    return [end for end in ends if end.fileno() in ready]
+    wait = min(max(0.0, deadline - time.monotonic()), 1e6) * 1000
+    return [by_fd[fd] for fd, _ in poll.poll(wait)]
 
 
 class Channel:
-    """JSON lines over a socket between command, daemon and workers; the other end may lie."""
+    """JSON lines, and descriptors, over a socket between two of our processes."""
 
     def __init__(self, end: socket.socket) -> None:
         self.end, self.buffer = end, b""
+        self.fds = []                   # type: List[int]  # that came along, whoever takes them
+        self.born = time.monotonic()
 
-    def send(self, event: str, **facts: Any) -> None:
-        self.end.sendall(json.dumps(dict(facts, event=event)).encode() + b"\n")
+    def send(self, event: str, fds: Sequence[int] = (), **facts: Any) -> None:
+        """Say something.  See: unix(7), SCM_RIGHTS."""
+        import json
+        data = json.dumps(dict(facts, event=event)).encode() + b"\n"
+        if fds:
+            # With the line's first byte: Linux carries no fds over a stream without any.
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+            data = data[self.end.sendmsg([data], rights):]
+        self.end.sendall(data)
 
-    def receive(self, deadline: float) -> Dict[str, Any]:
+    def receive(self, seconds: float) -> Message:
         """Return the next message; its event is ENDED at the end or for nonsense, or LATE."""
+        deadline = time.monotonic() + seconds
         # A stream knows no messages: a line may come in pieces, or two lines at once.
         while b"\n" not in self.buffer:
             if not readable([self.end], deadline):
                 return {"event": LATE}
-            try:
-                data = self.end.recv(MAX_MESSAGE)
-            except OSError:             # ECONNRESET: it died with something of ours unread
-                data = b""
+            data = self.take()
             self.buffer += data
-            if not data or len(self.buffer) > MAX_MESSAGE:
+            if not data or len(self.buffer) > MAX_MESSAGE or len(self.fds) > MAX_FDS:
                 return {"event": ENDED}
         line, _, self.buffer = self.buffer.partition(b"\n")
+        import json
         with contextlib.suppress(ValueError, RecursionError):
             message = json.loads(line.decode())
             if isinstance(message, dict) and isinstance(message.get("event"), str):
                 return message if message["event"] != LATE else {"event": ENDED}
         return {"event": ENDED}
 
+    def take(self) -> bytes:
+        """Return what can be read now, b"" at the end.  See: cmsg(3)."""
+        try:
+            data, ancillary, _, _ = self.end.recvmsg(MAX_MESSAGE, socket.CMSG_SPACE(4 * MAX_FDS),
+                                                     getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+        except OSError:                 # ECONNRESET: it died with something of ours unread
+            return b""
+        for level, kind, cargo in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds = array.array("i")
+                # A message that was cut may end in half an int.
+                fds.frombytes(cargo[:len(cargo) - len(cargo) % fds.itemsize])
+                self.fds += fds
+        return data
+
     def fail(self, error: BaseException) -> None:
         """Say why there will be no daemon, unless nobody listens any more."""
         fatal = as_fatal(error)
         # The end of a trace says most.  An eighth: JSON may need six bytes for a character.
-        trace = fatal.trace[-MAX_MESSAGE // 8:]
+        trace = fatal.trace[-(MAX_MESSAGE // 8):]
         with contextlib.suppress(OSError):
             self.send("fatal", text=str(fatal), status=fatal.status, trace=trace)
 
 
-def failure(message: Dict[str, Any], otherwise: str) -> Fatal:
+class Child:
+    """A process that we forked, and the channel to it."""
+
+    def __init__(self, pid: int, channel: Channel) -> None:
+        self.pid, self.channel = pid, channel
+        self.born = time.monotonic()
+        self.deadline = float("inf")        # when to kill it, once it was told to drain
+        self.result = None                  # type: Optional[int]  # of wait(2): then it is dead
+
+    def tell(self, event: str, fds: Sequence[int] = ()) -> None:
+        """Say something to it, if it still lives."""
+        with contextlib.suppress(OSError):  # it died: reap() will see
+            self.channel.send(event, fds)
+
+    def hear(self, event: str, seconds: float) -> str:
+        """Return the event once it says so, or ENDED or LATE; what it said before was for nobody."""
+        deadline, said = time.monotonic() + seconds, ""
+        while True:
+            said = str(self.channel.receive(deadline - time.monotonic())["event"])
+            if said in (event, ENDED, LATE):
+                return said
+
+    def wait(self, options: int = 0) -> Optional[int]:
+        """Return its wait status, None if it lives (with WNOHANG)."""
+        if self.result is None:
+            pid, status = os.waitpid(self.pid, options)
+            self.result = status if pid else None
+        return self.result
+
+    def kill(self) -> None:
+        """End it for good.  Nobody has waited for it: so the pid is still its own."""
+        if self.result is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait()
+        self.channel.end.close()
+
+
+class Returned(BaseException):
+    """We are a library's daemon: back to the script that called startstop(), through all frames."""
+
+
+def fork(life: Callable[[Channel], Any]) -> Child:
+    """Return a new child that lives that life and ends with it.
+
+    After fork(2) there are two of us, on two copies of one stack.  The parent returns from here;
+    the child never does: below it lies what is its parent's to do.  (But for Returned.)
+    """
+    with trying_to("start a process"):
+        ours, theirs = socket.socketpair()
+        # Between fork(2) and its own handlers the child has ours.
+        signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+        try:
+            pid = os.fork()
+            if pid == 0:
+                ours.close()
+                live(life, Channel(theirs))
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
+    theirs.close()                      # while we hold it as well, its death is no EOF
+    return Child(pid, Channel(ours))
+
+
+def live(life: Callable[[Channel], Any], channel: Channel) -> NoReturn:
+    """Live a child's life; no exception gets out of it."""
+    status = 1
+    try:
+        reset_handlers()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
+        life(channel)
+        status = 0
+    except Returned:
+        raise
+    except BaseException as error:
+        status, fatal = 1, as_fatal(error, "go on")
+        if isinstance(error, SystemExit):
+            status = exit_status(error)
+        if not isinstance(error, SystemExit) or isinstance(error.code, str):    # sys.exit("why")
+            channel.fail(error)
+            log("%s%s" % (fatal.trace, fatal))
+    with contextlib.suppress(Exception):            # the last print(), into a log that is full
+        sys.stdout.flush()
+    os._exit(status)
+
+
+def failure(child: Child, message: Message) -> Fatal:
     """Return as an exception what was said instead of what was due."""
     if message["event"] == "fatal":
         status = 2 if message.get("status") == 2 else 1
         return Fatal(str(message.get("text")), status, str(message.get("trace", "")))
-    if message["event"] == "died" and isinstance(message.get("status"), int):
-        otherwise = "it %s before it was ready" % describe(message["status"])
-    return Fatal("unable to start: " + otherwise)
+    result = message.get("status") if message["event"] == "died" else None
+    if message["event"] == ENDED:
+        with contextlib.suppress(OSError):
+            os.kill(child.pid, signal.SIGKILL)      # it may have closed its end, and go on
+        result = child.wait()
+    if isinstance(result, int):
+        return Fatal("unable to start: it %s before it was ready" % describe(result))
+    return Fatal("unable to start: it said %s" % message["event"])
+
+
+def expect(waiting: Sequence[Child], word: str, seconds: float,
+           watched: Sequence[Child] = ()) -> Message:
+    """Return when all the waiting have said the word (what the last one said); watch the others.
+
+    Raises Fatal when one of all ends, or says anything else, and Late when the time is up.
+    """
+    deadline, missing, message = time.monotonic() + seconds, list(waiting), {}
+    while missing or readable([child.channel.end for child in watched], 0):
+        listened = missing + list(watched)
+        ends = readable([child.channel.end for child in listened], deadline)
+        if not ends:
+            raise Late("unable to start: not ready after %g s" % seconds)
+        for child in listened:
+            if child.channel.end in ends:
+                message = child.channel.receive(deadline - time.monotonic())
+                if message["event"] != word:
+                    raise failure(child, message)
+                missing.remove(child)
+    return message
+
+
+# -- 7. Leaving the terminal -------------------------------------------------
+# Why two forks?  setsid(2) makes a session that has no terminal, but not for a group leader,
+# which a command typed into a shell is; hence the first.  The leader of a session could acquire
+# a terminal by opening one (credentials(7)); hence the second.  The third article calls
+# setsid() once more in its main(), for a group of its own, and gives back what the second fork
+# won.  setpgid(2) gives the group without the session.
+#
+# Who says what at a start.  All three hold the same socket pair; the leash is a pipe.
+#
+#   COMMAND                         STARTER                         DAEMON
+#   takes the turn (byte 0)
+#   fork -------------------------> holds byte 2; bind(), files
+#                                   setsid, fork -----------------> children, probe
+#   <------------------------------------------------- "ready" ---
+#   notes it all in the lock file
+#   --- "go" ----------------------------------------------------> instance lock, pidfile, listen
+#   ===== here is the point of no return: before it we undo everything, after it nothing ======
+#                                   <--- a byte on the leash -----
+#                                   exits: nothing is left to undo
+#                                                                   tells the old daemon to leave
+#   <-------------------------------------------------- "done" ---  (restart: see section 18)
+#   greets; gives the turn back
+#
+# Whoever dies before the point is noticed: the command by the starter (EOF, "fatal", "died"), the
+# starter by the daemon (EOF instead of "go"), the daemon by the starter (the leash, wait status).
+# A command that is killed, hung up or blocked after it has no power any more: good.
+
+# The caller left these open: what Python opens is close-on-exec (PEP 446), and so is not in the
+# list.  What a script opens later, before it calls startstop(), is its own to keep.
+LEFT_OPEN = [int(fd) for fd in (os.listdir("/dev/fd") if os.path.isdir("/dev/fd") else range(256))
+             if int(fd) > 2]
+HANDLED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD}
 
 
 def open_stdio() -> None:
     """Open what the caller closed of fds 0 to 2: no file of ours may become its stdout."""
     fd = os.open(os.devnull, os.O_RDWR)
     while fd <= 2:
+        os.set_inheritable(fd, True)            # as a standard stream is
         fd = os.open(os.devnull, os.O_RDWR)
     os.close(fd)
+    # For a stream that was closed Python has None, in which print() loses its text in silence.
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))
 
 
 def close_inherited() -> None:
-    """Close what the caller left open: what Python opens is close-on-exec (PEP 446), that is not.
-
-    From a list of what is open, not by a loop to RLIMIT_NOFILE, which may be 2^30.
-    """
-    fds = map(int, os.listdir("/dev/fd")) if os.path.isdir("/dev/fd") else range(1024)
-    for fd in fds:
-        with contextlib.suppress(OSError):          # the fd of this very listing
-            # Only what the caller left is inheritable: files that we have opened are safe.
-            if fd > 2 and os.get_inheritable(fd):
+    """Close what the caller left open, from a list: RLIMIT_NOFILE may be 2^30."""
+    for fd in LEFT_OPEN:
+        with contextlib.suppress(OSError):          # it was closed since
+            # Inheritable is what the caller left, and no number of a file that we have opened.
+            if os.get_inheritable(fd):
                 os.close(fd)
 
 
-def reset_signals() -> None:
+def reset_signals(spared: Iterable[int] = ()) -> None:
     """Undo what the caller ignored or blocked: both survive fork and exec.  See: signal(7)."""
-    ours = (signal.SIGPIPE, signal.SIGXFSZ)         # Python itself ignores these
-    for signum in set(range(1, signal.NSIG)) - set(ours):
+    ours = {signal.SIGPIPE, signal.SIGXFSZ}         # Python itself ignores these
+    for signum in set(range(1, signal.NSIG)) - ours - set(spared):
         with contextlib.suppress(OSError, ValueError):      # KILL, STOP, holes in the numbering
             if signal.getsignal(signum) == signal.SIG_IGN:
                 signal.signal(signum, signal.SIG_DFL)
@@ -890,34 +1320,144 @@ def reset_signals() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
 
-def detach(report: Channel, opened: Opened, abandon: Callable[[], None]) -> None:
-    """Step 4.  Fork, setsid, fork; only the daemon returns, with its stdio moved.
+def do_nothing(signum: int, frame: Optional[FrameType]) -> None:
+    """Take no notice of a signal.  Not SIG_IGN: children would inherit that, over exec too."""
+
+
+def raise_at_end() -> None:
+    """Leave at TERM and INT by the normal exit, once, so that every `finally` runs."""
+    owner = os.getpid()
+
+    def on_end(signum: int, frame: Optional[FrameType]) -> None:
+        if os.getpid() != owner:        # a child of Python 3.6, which knows no register_at_fork
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, do_nothing)
+        raise SystemExit(0)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, on_end)
+
+
+def reset_handlers() -> None:
+    """Give a child default handlers: its parent's would signal the parent's family."""
+    signal.set_wakeup_fd(-1)
+    for signum in HANDLED:
+        if signal.getsignal(signum) is not signal.SIG_IGN:      # nohup meant all of us
+            signal.signal(signum, signal.SIG_DFL)
+
+
+class Inherited(NamedTuple):
+    """What a daemon takes over: from systemd, or from the daemon that it replaces (section 18)."""
+    sockets: Sequence[socket.socket] = ()
+    control: Optional[socket.socket] = None
+    legacy: Optional[int] = None            # memory that the application shares with its heir
+    talk: Optional[Channel] = None          # the conversation with the predecessor
+    predecessor: Optional[int] = None       # its pid
+    litter: Sequence[int] = ()              # descriptors that it sent, and nobody asked for
+
+
+class Start(NamedTuple):
+    """All that a daemon has when it begins."""
+    plan: Plan
+    opened: Opened
+    inherited: Inherited
+    server: Any = None                      # what bind() returned
+    session: Optional[int] = None           # that the starter made; None: run has none
+    leash: Optional[int] = None             # to the starter
+    report: Optional[Channel] = None        # to the command
+    notifier: Optional[socket.socket] = None        # to systemd
+
+
+def be_starter(plan: Plan, report: Channel, turn: Lock, inherited: Inherited) -> None:
+    """Live as the starter, then as the daemon.  Returns in neither (a library's: by Returned)."""
+    is_daemon, server, status = False, None, 1
+    raise_at_end()                                  # bind() may hang: so its `finally` runs
+    for signum in (signal.SIGINT, signal.SIGHUP):   # Ctrl-C is for the command, who will tell us
+        signal.signal(signum, do_nothing)
+    turn.close()
+    for fd in inherited.litter:     # while the command has it as well, no close(2) can linger
+        os.close(fd)
+    try:
+        lock = hold_undoing(plan)
+        server = HOSTS[plan.kind].bind(plan, inherited)
+        opened = open_files(plan, lock, inherited.control)
+        leash = detach(plan, opened, report, server, inherited)
+        is_daemon = True
+        status = begin(Start(plan, opened, inherited, server, os.getsid(0), leash, report))
+    except Returned:
+        raise
+    except BaseException as error:
+        report.fail(error)
+        if not is_daemon:
+            take_back(server)
+        elif not isinstance(error, SystemExit):
+            log("%s%s" % (as_fatal(error, "go on").trace, as_fatal(error, "go on")))
+    os._exit(status)
+
+
+def hold_undoing(plan: Plan) -> int:
+    """Hold byte 2 of the lock, for as long as this process lives; return the daemon's lock fd."""
+    fd = open_regular(plan.files.lock, os.O_RDONLY, 0o600)
+    with trying_to("lock %s" % plan.files.lock, "--pidfile on a local file system"):
+        fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, UNDOING)
+    return fd
+
+
+def take_back(server: Any) -> None:
+    """Have the application undo what bind() made (a password that nobody will ever see)."""
+    try:
+        call(server, "abandon")
+    except Exception as error:
+        warn("unable to undo what bind() made: %s" % because(error))
+
+
+def call(server: Any, name: str, otherwise: Any = None) -> Any:
+    """Call what an application need not have."""
+    return getattr(server, name, lambda: otherwise)()
+
+
+def detach(plan: Plan, opened: Opened, report: Channel, server: Any, inherited: Inherited) -> int:
+    """Step 4.  Fork, setsid, fork; only the daemon returns, with its stdio moved, and its leash.
 
     Runs as: root.  See: setsid(2), daemon(7); twistd: daemonize.
     """
-    # Allowed, since a child of fork(2) does not lead its group.
-    os.setsid()
-    reset_signals()
-    daemon = os.fork()
+    with trying_to("start a process"):
+        leash, end = os.pipe()
+        # Allowed, since a child of fork(2) does not lead its group.
+        os.setsid()
+        reset_signals()
+        daemon = os.fork()
     if daemon:
-        watch_birth(daemon, report, abandon)
-    # on_end() was for bind() (be_starter); until step 7 installs its own, the default will do.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.close(end)
+        watch_birth(daemon, leash, report, plan, server, inherited.talk is None)
+    os.close(leash)
+    reset_handlers()
+    if plan.kind != "library":          # which may want to call setsid(2) itself
+        os.setpgid(0, 0)
+    close_inherited()
     redirect(opened)
     # By number, not sys.stderr: it writes into whatever fd 2 means at the time of the crash.
     faulthandler.enable(2)
+    return end
 
 
-def watch_birth(daemon: int, report: Channel, abandon: Callable[[], None]) -> NoReturn:
-    """Live on as the daemon's parent, to tell how it died.  The command ends us (end_starter)."""
-    # An application or program has a group of its own pid; a script or library is in ours.
-    groups = (os.getpgrp(), daemon)
-    signal.signal(signal.SIGTERM, lambda signum, frame: end_family(groups, 0))
-    status = os.waitpid(daemon, 0)[1]
-    end_family(groups, 0)
-    abandon()
-    with contextlib.suppress(OSError):              # the command is gone, too
-        report.send("died", status=status)
+def watch_birth(daemon: int, leash: int, report: Channel, plan: Plan, server: Any,
+                is_alone: bool) -> NoReturn:
+    """Live on as the daemon's parent until it has its place; if it dies before, take all back."""
+    session = os.getpid()
+    # The command gave up.  SIGKILL at once: nothing of it has begun.
+    signal.signal(signal.SIGTERM, lambda signum, frame: signal_each(
+        family(session), signal.SIGKILL, True))
+    if not os.read(leash, 1):
+        status = os.waitpid(daemon, 0)[1]
+        signal_each(family(session), signal.SIGTERM, True)
+        end_family(session, 0)
+        take_back(server)
+        try:
+            report.send("died", status=status)
+        except OSError:                 # so is the command: then we tidy, while we hold byte 2
+            tidy(plan, [], is_alone)
     # Not sys.exit(): atexit and unwritten buffers are the command's, of which we are a copy.
     os._exit(0)
 
@@ -931,26 +1471,37 @@ def redirect(opened: Opened) -> None:
             moved.add(fd)
     for fd in moved:
         os.close(fd)                    # or a log that was rotated away would keep its space
+    if opened.stdout is not None:
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            # A line at a time: what is printed is in the log at once.  And in UTF-8, which never
+            # fails: under env -i the caller's streams know ASCII only.
+            setattr(sys, name, open(number, "w", 1, "utf-8", "backslashreplace", closefd=False))
 
 
-# -- 6. The jail, and giving up root -----------------------------------------
+def point_log_at(fd: int) -> None:
+    """Log to another file from now on."""
+    # dup2(2) swaps the file behind a number in one step: no thread ever meets a closed fd 1.
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
 
-def set_environment(options: argparse.Namespace) -> None:
+
+# -- 8. The jail, and giving up root -----------------------------------------
+
+def set_environment(plan: Plan) -> None:
     """Step 5.  Enter the jail and the working directory; HOME, USER, LOGNAME follow the uid.
 
     No fd of a folder outside may be open by now: fchdir(2) on it would lead out of the jail.
     Runs as: root.  See: chroot(2), umask(2); twistd: setupEnvironment.
     """
-    try:
-        if options.chroot is not None:
-            os.chroot(options.chroot)
+    if plan.chroot is not None:
+        with trying_to("enter %s" % plan.chroot):
+            os.chroot(plan.chroot)
             # chroot(2) leaves the working directory outside, and ".." would lead on from there.
             os.chdir("/")
-        os.chdir(options.rundir)
-    except OSError as error:
-        raise Fatal("unable to enter %s: %s" % (error.filename, because(error)))
-    os.umask(options.umask)
-    user = options.identity
+    with trying_to("enter %s" % plan.rundir):
+        os.chdir(plan.rundir)
+    os.umask(plan.umask)
+    user = plan.identity
     if user is not None:
         os.environ.update(HOME=user.home, USER=user.name, LOGNAME=user.name)
 
@@ -975,18 +1526,1133 @@ def switch_user(identity: Optional[Identity]) -> None:
     if identity is None:
         return
     uid, gid = identity.uid, identity.gid
-    try:
+    with trying_to("switch to uid %d, gid %d" % (uid, gid), NEEDS_CAPABILITIES):
         os.setgroups(identity.groups)       # root's own would stay
         set_ids(uid, gid)
-    except OSError as error:
-        raise Fatal("unable to switch to uid %d, gid %d: %s" % (uid, gid, because(error)))
     if uid != 0:
         with contextlib.suppress(PermissionError):
             os.setuid(0)
             raise Fatal("unable to give up root: setuid(0) still succeeds")
 
 
-# -- 7. Hosting --------------------------------------------------------------
+# -- 9. Being the daemon -----------------------------------------------------
+
+def begin(start: Start) -> int:
+    """Steps 5 to 8: jail, user, and a life; return its exit status."""
+    set_environment(start.plan)
+    switch_user(start.plan.identity)
+    return HOSTS[start.plan.kind].live(start)
+
+
+def take_place(start: Start, **facts: Any) -> None:
+    """Become the daemon of this pidfile, at the command's word.  The picture is in section 7."""
+    opened, report = start.opened, start.report
+    if report is not None:
+        with contextlib.suppress(OSError):          # nobody listens: then there is no "go", either
+            report.send("ready", pid=os.getpid(), **facts)
+        if report.receive(START_TIMEOUT)["event"] != "go":
+            raise Fatal("unable to start: the command that asked for it is gone")
+    take_instance(opened.lock, start.inherited.predecessor)
+    write_pidfile(opened.pidfile, os.getpid())
+    if opened.control is not None:
+        # Not in step 3: SO_PEERCRED names who called listen(2) last.
+        with trying_to("listen on the control socket"):
+            opened.control.listen(MAX_TALKS)
+    if start.leash is not None:
+        with contextlib.suppress(OSError):          # somebody killed the starter: good as well
+            os.write(start.leash, b"!")
+        os.close(start.leash)
+    replace_predecessor(start)
+
+
+def replace_predecessor(start: Start) -> None:
+    """Tell the old daemon to leave, and wait until it accepts nobody any more."""
+    if start.inherited.talk is None:
+        return
+    with contextlib.suppress(OSError):              # it is dead: even better
+        start.inherited.talk.send("leave")
+    # It gives its lock up when its workers drain.  If it does not, we are the daemon all the same.
+    wait_until(lambda: lock_holder(start.opened.lock, INSTANCE) is None, ANSWER)
+    start.inherited.talk.end.close()
+
+
+def finish(opened: Opened, owner: int) -> None:
+    """Step 8.  Empty the pidfile if it still names us, for which no right on its folder is needed.
+
+    Runs as: the daemon user.  See: unlink(2) EACCES, ftruncate(2); twistd: removePIDFile.
+    """
+    if os.getpid() != owner:            # a child that a script forked, at its own exit
+        return
+    with contextlib.suppress(OSError):  # a script closed our fd
+        facts = os.fstat(opened.pidfile)
+        is_ours = (facts.st_dev, facts.st_ino) == opened.pidfile_is
+        if is_ours and os.pread(opened.pidfile, 32, 0).strip() == b"%d" % owner:
+            os.ftruncate(opened.pidfile, 0)
+
+
+class Host:
+    """What a daemon hosts, and the children that it lives in: the same for a program and workers.
+
+    Hosts override: bring_up (start children, see them prove themselves), introduce (facts for
+    the command), settle (we have the place), on_death, tend, on_end, reload, facts.
+
+    Instance variables: children, at work; leaving, told to drain; ends, sockets that no child may
+    have; is_owner, pidfile and instance lock are ours; is_over, the loop may end.
+    """
+
+    def __init__(self, start: Start) -> None:
+        self.start, self.plan, self.opened, self.server = start, start.plan, start.opened, start.server
+        self.children = []              # type: List[Child]
+        self.leaving = []               # type: List[Child]
+        self.is_owner = self.is_over = False
+        self.result = 0                 # exit status
+        self.restarts, self.pause, self.next_start = 0, 0.0, 0.0
+        self.last_error = ""
+        self.verbs = {}                 # type: Dict[str, Callable[[Channel], None]]
+        talks = (start.report, start.inherited.talk)
+        self.ends = [talk.end for talk in talks if talk is not None]
+
+    def fork(self, life: Callable[[Channel], Any]) -> Child:
+        """Return a new child that lives that life, with nothing of the daemon's in its hands."""
+        def shed_and_live(channel: Channel) -> None:
+            if self.start.session is not None:      # so that its killpg(0) reaches only its own
+                os.setpgid(0, 0)
+            for end in self.ends:
+                end.close()
+            # Harmless for the lock: that is the daemon's, and fork(2) gave us none to lose.
+            for fd in (self.opened.pidfile, self.opened.lock, self.start.leash):
+                with contextlib.suppress(OSError, TypeError):       # a leash ends once it is used
+                    os.close(fd)                                    # type: ignore[arg-type]
+            life(channel)
+        child = fork(shed_and_live)
+        # A child with a copy of a sibling's channel would keep EOF from that sibling.
+        self.ends[:] = [end for end in self.ends if end.fileno() >= 0] + [child.channel.end]
+        return child
+
+    def reap(self) -> None:
+        """Wait for whoever ended; kill who was told to drain, and whose time is up.
+
+        For anybody: as pid 1 of a container, or as a subreaper, we get orphans.  See: wait(2).
+        """
+        for child in self.leaving:
+            if time.monotonic() > child.deadline and child.result is None:
+                os.kill(child.pid, signal.SIGKILL)      # not waited for: the pid is still its own
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:                   # there is none left
+                return
+            if pid == 0:
+                return
+            for child in self.children + self.leaving:
+                if child.pid == pid:
+                    self.bury(child, status)
+
+    def bury(self, child: Child, status: int) -> None:
+        """Strike a dead child off the list."""
+        child.result = status
+        child.channel.end.close()
+        if child in self.leaving:
+            self.leaving.remove(child)
+        else:
+            self.children.remove(child)
+            if not self.is_over:        # else we have ended it
+                self.on_death(child, status)
+
+    def on_death(self, child: Child, status: int) -> None:
+        """Note an unexpected death; the pause before the next start grows while they die young."""
+        self.complain("%s %d %s" % (self.plan.name, child.pid, describe(status)))
+        # SIGKILL comes from outside (a person, the OOM killer) and tells nothing of the code.
+        is_killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        is_settled = is_killed or time.monotonic() - child.born > SETTLED
+        self.pause = 0.0 if is_settled else min(BACKOFF[1], max(BACKOFF[0], 2 * self.pause))
+        self.next_start = time.monotonic() + self.pause
+
+    def complain(self, text: str) -> None:
+        """Log a mistake, and keep it for `status`."""
+        self.last_error = "%s %s" % (time.strftime("%Y-%m-%d %H:%M:%S"), text)
+        log(text)
+
+    def reopen(self, fd: Optional[int]) -> str:
+        """Log to fd, or else to what the log's name means now; return why not, "" if done."""
+        try:
+            new = os.dup(fd) if fd is not None else self.open_log_again()
+        except (Fatal, OSError) as error:
+            self.complain("%s: the old log is kept" % error)
+            return str(error)
+        if new is not None:
+            point_log_at(new)
+            for child in self.children + self.leaving:
+                child.tell("reopen", [new])
+            os.close(new)
+        return ""
+
+    def open_log_again(self) -> Optional[int]:
+        """Open the log's name with the daemon's own rights; None if the output is not ours."""
+        if self.plan.files.logfile is None:
+            return None
+        path = inside(self.plan.files.logfile, self.plan.chroot)
+        if path is None:
+            raise Fatal("unable to open %s: it is outside the chroot\ntry: daemonize.py reload, "
+                        "as root" % self.plan.files.logfile)
+        return open_regular(path, os.O_WRONLY | os.O_APPEND, 0o640, is_log=True)
+
+    # What hosts override.
+
+    def bring_up(self) -> None:
+        """Start the children, and see them prove themselves; raise Fatal if they do not."""
+        raise NotImplementedError
+
+    def introduce(self) -> Message:
+        """Return what `start` shall say of us, once."""
+        return {}
+
+    def settle(self) -> None:
+        """Do what had to wait until the place is ours."""
+
+    def tend(self) -> None:
+        """Start a child where one is missing, when its time has come."""
+
+    def on_end(self) -> bool:
+        """Tell whether all shall be told to end now: a service may drain first."""
+        self.is_over = True
+        return True
+
+    def reload(self, log_fd: Optional[int]) -> str:
+        """Have all files read again; return why not, "" if done."""
+        raise NotImplementedError
+
+    def facts(self) -> Message:
+        """Return what is to be said of what is hosted."""
+        return {}
+
+
+class Daemon:
+    """The daemon's own life: it waits for signals, for its children, and for commands.
+
+    It is the only thread of its process (threads and fork(2) do not mix), and it runs no code of
+    yours but the short calls of the contract.
+    """
+
+    def __init__(self, start: Start, host: Host) -> None:
+        self.start, self.plan, self.host = start, start.plan, host
+        self.pid = os.getpid()
+        self.signals = set()            # type: Set[int]
+        self.is_told = self.is_warned = False
+        # Handlers only note a number; this pair wakes poll(2) up (signal.set_wakeup_fd).
+        self.wake, self.waker = socket.socketpair()
+        self.wake.setblocking(False)
+        self.waker.setblocking(False)
+        host.ends += [self.wake, self.waker]
+        assert start.opened.control is not None     # open_files(): only a library's has none
+        verbs = dict(host.verbs, status=self.answer_status, reload=self.answer_reload)
+        self.talks = Talks(start.opened.control, verbs, host.ends)
+
+    def live(self) -> int:
+        """Step 7.  Start the children, take the place; then do what comes, until it is over.
+
+        Runs as: the daemon user.  See: listen(2); twistd: startApplication, startReactor.
+        """
+        if hasattr(os, "register_at_fork"):         # 3.7: for whoever forks, here and in children
+            os.register_at_fork(after_in_child=reset_handlers)
+        raise_at_end()
+        try:
+            self.host.bring_up()
+            take_place(self.start, **self.host.introduce())
+            self.host.is_owner = True
+            self.handle_signals()
+            self.host.settle()
+            if self.start.report is not None:
+                with contextlib.suppress(OSError):      # the command is gone: now it may
+                    self.start.report.send("done")
+                self.start.report.end.close()
+            while not self.host.is_over:
+                self.step()
+        finally:
+            self.end()
+        return self.host.result
+
+    def handle_signals(self) -> None:
+        """Handle TERM, INT, HUP, USR1 and CHLD by a note, which the loop finds.  See: signal(7)."""
+        def on_signal(signum: int, frame: Optional[FrameType]) -> None:
+            if os.getpid() == self.pid:             # else a child of Python 3.6, before its exec
+                self.signals.add(signum)
+        signal.set_wakeup_fd(self.waker.fileno())
+        for signum in HANDLED:
+            # What run's caller ignores stays so: nohup means SIGHUP, `&` in a script SIGINT.
+            if self.start.session is not None or signal.getsignal(signum) is not signal.SIG_IGN:
+                signal.signal(signum, on_signal)
+
+    def step(self) -> None:
+        """Wait a moment for what comes, and do it."""
+        try:
+            for end in readable([self.wake] + self.talks.ends(), time.monotonic() + TICK):
+                if end is self.wake:
+                    self.wake.recv(4096)
+                else:
+                    self.talks.serve(end)
+            self.host.reap()
+            self.on_signals()
+            self.host.tend()
+            self.look_around()
+        except Exception as error:      # no fds, no processes: say so, and go on
+            self.host.complain("unable to act: %s" % because(error))
+            time.sleep(TICK)
+
+    def on_signals(self) -> None:
+        """Do what the signals ask for that came since the last look."""
+        signals, self.signals = self.signals, set()
+        endings = {signal.SIGTERM, signal.SIGINT}
+        # Where there is a terminal HUP says that it is gone; where none is, custom made it "reload".
+        if self.start.session is None and has_terminal():
+            endings.add(signal.SIGHUP)
+        if signals & endings:
+            if self.host.on_end():
+                self.tell_family(signal.SIGINT if signal.SIGINT in signals else signal.SIGTERM)
+        elif signal.SIGHUP in signals:
+            self.host.reload(None)
+        elif signal.SIGUSR1 in signals:
+            self.host.reopen(None)
+
+    def look_around(self) -> None:
+        """Notice what gives no sign of its own."""
+        self.talks.hang_up_on_the_silent()
+        if not self.is_warned and os.fstat(self.start.opened.lock).st_nlink == 0:
+            self.is_warned = True
+            self.host.complain("somebody removed %s: commands will not find us"
+                               % self.plan.files.lock)
+
+    def tell_family(self, signum: int) -> None:
+        """Send a signal to all that we have started, once: they may need more than a moment."""
+        by_group = self.start.session is not None
+        # Ctrl-C in a terminal went to all of its foreground group, which `run` is a part of.  A
+        # second KeyboardInterrupt would hit the program in the midst of its clean-up.
+        has_got_it = signum == signal.SIGINT and not by_group and is_in_foreground()
+        if not self.is_told and not has_got_it:
+            signal_each(self.family(), signum, by_group)
+        self.is_told = True
+
+    def family(self) -> List[Process]:
+        """Return all that we have started and that still lives; in a jail without /proc, our children."""
+        self.host.reap()
+        members = {process.pid: process for process in family(self.start.session)}
+        for child in self.host.children + self.host.leaving:
+            members.setdefault(child.pid, Process(child.pid, self.pid, os.getpgid(child.pid), -1, ""))
+        return list(members.values())
+
+    def end(self) -> None:
+        """End what we have started, then empty the pidfile."""
+        for signum in HANDLED - {signal.SIGCHLD}:
+            signal.signal(signum, do_nothing)
+        signal.set_wakeup_fd(-1)
+        notify(self.start, "STOPPING=1")
+        self.tell_family(signal.SIGTERM)
+        try:
+            kill = lambda: signal_each(self.family(), signal.SIGKILL, self.start.session is not None)
+            if end_all(self.family, kill, self.plan.timeout):
+                log("what did not end within %g s was killed" % self.plan.timeout)
+        finally:
+            if self.host.is_owner:
+                finish(self.start.opened, self.pid)
+                call(self.start.server, "server_close")     # when we leave, that is the heir's now
+
+    def answer_status(self, talk: Channel) -> None:
+        """Say how we are."""
+        path = self.plan.files.logfile
+        talk.send("status", said=dict(
+            self.host.facts(), restarts=self.host.restarts, last_error=self.host.last_error,
+            log=path, log_bytes=os.fstat(1).st_size if path else 0))
+
+    def answer_reload(self, talk: Channel) -> None:
+        """Reload, with the log that the command may have opened for us."""
+        talk.send("reloaded", reason=self.host.reload(talk.fds[0] if talk.fds else None))
+
+
+def has_terminal() -> bool:
+    """Tell whether there is a controlling terminal.  See: tty(4)."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+        return True
+    except OSError:
+        return False
+
+
+def is_in_foreground() -> bool:
+    """Tell whether Ctrl-C at the terminal is for us.  See: tcgetpgrp(3)."""
+    try:
+        tty = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
+    except OSError:
+        return False
+    try:
+        return os.tcgetpgrp(tty) == os.getpgrp()
+    finally:
+        os.close(tty)
+
+
+def notify(start: Start, text: str) -> None:
+    """Tell systemd how we are.  See: sd_notify(3)."""
+    if start.notifier is not None:
+        with contextlib.suppress(OSError):      # a supervisor that is gone has no say in our life
+            start.notifier.send(text.encode())
+
+
+# -- 10. A word with the daemon ----------------------------------------------
+# A command and a running daemon talk over a unix socket beside the pidfile:
+#
+#   COMMAND                               DAEMON
+#   "status" ---------------------------> looks at itself
+#   <-------------- "status", said -----
+#   "reload", an fd of the log ---------> reads all files again, or refuses
+#   <-------------- "reloaded", reason --
+#   "sockets", "leave"                    a restart: section 18
+#
+# The daemon serves root and its own user.  The command treats the daemon as hostile: it may have
+# been taken over.  One deadline for an exchange, 64 KiB and 64 fds at most, no text printed raw.
+# And what came from it is never closed: that could be a connection with SO_LINGER, for whose end
+# close(2) waits as long as its owner likes.  exit(2) does not wait.
+
+class Talks:
+    """The daemon's end: open conversations, each with a deadline."""
+
+    def __init__(self, control: socket.socket, verbs: Dict[str, Callable[[Channel], None]],
+                 private: List[socket.socket]) -> None:
+        self.control, self.verbs = control, verbs
+        self.private = private          # sockets that no child may have
+        self.talks = {}                 # type: Dict[Channel, float]  # until when we wait for it
+        control.setblocking(False)      # who called may have hung up before we accept
+        private.append(control)
+
+    def ends(self) -> List[socket.socket]:
+        """Return all sockets that are waited for."""
+        return [self.control] * (self.control.fileno() >= 0) + [talk.end for talk in self.talks]
+
+    def serve(self, end: socket.socket) -> None:
+        """Do what can be done for a socket that has something to read."""
+        if end is self.control:
+            self.accept()
+        for talk in [talk for talk in self.talks if talk.end is end]:
+            self.answer(talk)
+
+    def accept(self) -> None:
+        """Take a command's call; anybody's but ours and root's is hung up."""
+        try:
+            end = self.control.accept()[0]
+        except (BlockingIOError, ConnectionError):      # it hung up; or the heir was faster
+            return
+        # Its mode 0600 does that on Linux; older BSDs ignore the mode of a socket (unix(7)).
+        if peer_of(end)[1] not in (None, 0, os.getuid()):
+            end.close()
+            return
+        if len(self.talks) >= MAX_TALKS:
+            self.hang_up(min(self.talks, key=lambda talk: self.talks[talk]))
+        end.settimeout(ANSWER)
+        self.private.append(end)
+        self.talks[Channel(end)] = time.monotonic() + ANSWER
+
+    def answer(self, talk: Channel) -> None:
+        """Do what a command asks for."""
+        event = talk.receive(0)["event"]
+        if event == LATE:               # half a line, so far
+            return
+        try:
+            if event in self.verbs:
+                if event == "sockets":      # what comes next may take a whole start
+                    self.talks[talk] = float("inf")
+                self.verbs[event](talk)
+            else:
+                self.hang_up(talk)
+        except OSError:                 # it hung up in mid-sentence
+            self.hang_up(talk)
+        for fd in talk.fds:
+            os.close(fd)
+        talk.fds = []
+
+    def hang_up(self, talk: Channel) -> None:
+        """End a conversation."""
+        is_kept = self.talks.pop(talk) == float("inf")
+        talk.end.close()
+        if is_kept and "" in self.verbs:        # the one that took our sockets
+            self.verbs[""](talk)
+
+    def hang_up_on_the_silent(self) -> None:
+        """End conversations that have said nothing for too long: they keep others out."""
+        for talk in [talk for talk, until in self.talks.items() if time.monotonic() > until]:
+            self.hang_up(talk)
+
+
+def dial(files: Files) -> Channel:
+    """Return the command's end of a conversation with whoever listens at the control socket."""
+    end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    end.settimeout(ANSWER)
+    try:
+        with working_in(files.folder):
+            end.connect(os.path.basename(files.control))
+    except OSError:
+        end.close()
+        raise
+    return Channel(end)
+
+
+def call_daemon(files: Files, pid: int) -> Channel:
+    """Dial; but talk to nobody who is neither root nor the user that the daemon runs as.
+
+    Whoever owns the folder can bind a socket there.  The kernel says whose it is.
+    """
+    talk, ids = dial(files), ids_of(pid)
+    if peer_of(talk.end)[1] not in (None, 0, os.geteuid(), ids and ids[0]):
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "another user listens there")
+    return talk
+
+
+def ask(files: Files, pid: int, verb: str, seconds: float = ANSWER,
+        fds: Sequence[int] = ()) -> Message:
+    """Return the daemon's answer to one question; raise OSError if there is none."""
+    talk = call_daemon(files, pid)
+    talk.send(verb, fds)
+    message = talk.receive(seconds)
+    talk.end.detach()                           # not closed: see above
+    if message["event"] in (ENDED, LATE):
+        raise TimeoutError(errno.ETIMEDOUT, "it does not answer")
+    return message
+
+
+# -- 11. Ending a daemon -----------------------------------------------------
+# First a handle on the process (a pidfd cannot come to mean another one), then the proof that
+# this process holds the instance lock, then the signal.  And when root ends a daemon of another
+# uid, a child that became that uid does it: whatever was arranged for us, the kernel lets it
+# reach no other user's process.  (setresuid, not seteuid: with a real uid of 0, kill(2) would
+# still be root's.)
+
+class Target:
+    """A daemon to be ended, with its session if a start made it."""
+
+    def __init__(self, lock: Lock, pid: int) -> None:
+        self.pid, self.pidfd = pid, -1
+        record = lock.record()
+        with contextlib.suppress(OSError, TypeError):       # it is dead; there is no pidfd_open
+            self.pidfd = pidfd_open(pid)
+        process, ids = look_at(pid), ids_of(pid)
+        # Asked after the handle was opened: so all mean one process, or we have nobody.
+        is_it = process is not None and lock.holder() == pid
+        self.session = process.sid if process and is_it and record and record.detached else None
+        self.birth = process.birth if process and is_it else None
+        self.uid = ids[0] if ids else os.geteuid()
+
+    def leader(self) -> List[Process]:
+        """Return the daemon itself, while it is left."""
+        process = look_at(self.pid)
+        return [process] if process and process.birth == self.birth else []
+
+    def members(self) -> List[Process]:
+        """Return who is left: until the last has left, the session's number is its own."""
+        if self.session is None:
+            return self.leader()
+        return [p for p in processes() if p.sid == self.session]
+
+    def send(self, signum: int) -> None:
+        """Signal the daemon, and nobody else."""
+        if self.birth is None:
+            return
+        if self.pidfd >= 0:
+            as_uid(self.uid, lambda: pidfd_send_signal(self.pidfd, signum))
+        elif self.leader():             # looked at again, just before
+            as_uid(self.uid, lambda: os.kill(self.pid, signum))
+
+    def send_all(self, signum: int) -> None:
+        """Signal who is left, too."""
+        self.send(signum)
+        rest = [p for p in self.members() if p.pid != self.pid]
+        if rest:
+            as_uid(self.uid, lambda: signal_each(rest, signum, False))
+
+
+def as_uid(uid: int, action: Callable[[], Any]) -> None:
+    """Send a signal with that user's rights only.  That nobody is left to get it is as good."""
+    if os.geteuid() != 0 or uid == 0:
+        with contextlib.suppress(ProcessLookupError):
+            action()
+        return
+    with trying_to("start a process"):
+        child = os.fork()
+    if child == 0:
+        result = 255
+        try:
+            os.setgroups([])
+            set_ids(uid, os.getgid())
+            action()
+            result = 0
+        except OSError as error:
+            result = 0 if isinstance(error, ProcessLookupError) else error.errno or 255
+        finally:
+            os._exit(result)
+    result = os.WEXITSTATUS(os.waitpid(child, 0)[1])
+    if result:
+        raise OSError(result, os.strerror(result))
+
+
+def end_daemon(target: Target, timeout: float, is_told: bool = False) -> bool:
+    """End a daemon and what it started: SIGTERM, wait, SIGKILL; True if that was needed.
+
+    First the daemon alone, which tells the others; then who is left.
+    """
+    with trying_to("stop pid %d" % target.pid):
+        deadline = time.monotonic() + timeout
+        if not is_told:
+            target.send(signal.SIGTERM)
+            target.send(signal.SIGCONT)             # one that was stopped obeys when it goes on
+        was_killed = end_all(target.leader, lambda: target.send(signal.SIGKILL), timeout)
+        target.send_all(signal.SIGTERM)
+        left = max(0.0, deadline - time.monotonic())
+        return end_all(target.members, lambda: target.send_all(signal.SIGKILL), left) or was_killed
+
+
+# -- 12. Programs ------------------------------------------------------------
+
+class Program(Host):
+    """Any program, as the daemon's child: it gets SIGHUP at `reload`, and may be started again."""
+
+    def bring_up(self) -> None:
+        """Start it; it has started once it was executed, and lives a moment later."""
+        self.run()
+        child, = self.children
+        if not wait_until(lambda: child.wait(os.WNOHANG) is not None, ALIVE):
+            return
+        if self.start.report is None:       # run: it ends as the program did, early or late
+            return self.bury(child, child.result or 0)
+        self.children.clear()
+        cure = "" if child.result else "\ntry: its option for the foreground"
+        raise Fatal("unable to start: it %s before it was ready%s" % (
+            describe(child.result or 0), cure))
+
+    def run(self) -> None:
+        """Start it, and wait until it is executed."""
+        child = self.fork(self.execute)
+        # exec(2) closes its end: then there is nothing to read but the end.
+        message = child.channel.receive(self.plan.start_timeout)
+        if message["event"] == "fatal":
+            child.kill()
+            raise failure(child, message)
+        self.children.append(child)
+
+    def execute(self, channel: Channel) -> None:
+        """Become the program.  See: execve(2)."""
+        die_with_parent()
+        # execve(2) resets handlers, but what is ignored stays so; `yes | head` relies on SIGPIPE.
+        for signum in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(signum, signal.SIG_DFL)
+        os.environ.setdefault("PYTHONUNBUFFERED", "1")      # what it prints is in the log at once
+        path = find_program(self.plan.command[0])
+        with trying_to("execute %s" % path):
+            os.execv(path, self.plan.command)
+
+    def on_death(self, child: Child, status: int) -> None:
+        """End with the program, as it did; or start it again, with --respawn."""
+        super().on_death(child, status)
+        if self.plan.respawn:
+            return
+        self.is_over = True
+        is_killed = os.WIFSIGNALED(status)
+        self.result = 128 + os.WTERMSIG(status) if is_killed else os.WEXITSTATUS(status)
+
+    def tend(self) -> None:
+        """Start it again, when its pause is over."""
+        if not self.children and not self.is_over and time.monotonic() >= self.next_start:
+            self.next_start = time.monotonic() + BACKOFF[1]     # if even this fails
+            self.run()
+            self.restarts += 1
+
+    def reload(self, log_fd: Optional[int]) -> str:
+        """Pass SIGHUP on, if the program has a handler: else it would die of it."""
+        reason = self.reopen(log_fd)
+        for child in self.children:
+            if not handles(child.pid, signal.SIGHUP):
+                reason = "it does not handle SIGHUP, and would end"
+            elif not reason:
+                os.kill(child.pid, signal.SIGHUP)
+        return reason or ("" if self.children else "it does not run: it is to be started again")
+
+    def facts(self) -> Message:
+        """Return what is to be said of the program."""
+        return {"program": " ".join(self.plan.command), "program_pid": [c.pid for c in self.children]}
+
+
+def find_program(name: str) -> str:
+    """Return the path of a program.  Not execvp(3)'s way: Python imports modules for that."""
+    found, folders = "no such program", os.environ["PATH"].split(":")
+    for path in [name] if "/" in name else [os.path.join(folder, name) for folder in folders]:
+        if os.path.isfile(path):
+            if os.access(path, os.X_OK):
+                return path
+            found = os.strerror(errno.EACCES)
+    raise Fatal("unable to execute %s: %s" % (name, found))
+
+
+def bind_nothing(plan: Plan, inherited: Inherited) -> None:
+    """Step 3, where the program will do that itself."""
+
+
+# -- 13. The commands --------------------------------------------------------
+
+# -- 13.1 start ---------------------------------------------------------------
+
+def start(plan: Plan) -> int:
+    """Start the daemon unless it runs; return when it is ready."""
+    make_own_folder(plan)
+    with Turn(plan) as turn:
+        pid = turn.holder()
+        if pid is None:
+            launch(plan, turn, Inherited(inherited_sockets()))
+        else:
+            tell_running(plan, turn.record(), pid)
+    return 0
+
+
+def tell_running(plan: Plan, record: Optional[Record], pid: int) -> None:
+    """Say that it runs already; and what is not as it was asked for."""
+    if record and (record.kind, record.hosted) != (plan.kind, plan.hosted):
+        raise Fatal("unable to start %s: the name is held by pid %d, which hosts %s\ntry: --name" % (
+            plan.hosted, pid, record.hosted))
+    tell(plan, "%s is already running with pid %d" % (plan.name, pid))
+    if record and not plan.quiet and (record.words, record.arguments) != (plan.words, plan.arguments):
+        emit(1, "it was started with other options\ntry: %s\n" % command_line("restart", plan))
+
+
+def command_line(action: str, plan: Plan) -> str:
+    """Return a command that can be pasted, with the words that were typed."""
+    import shlex
+    words = ["daemonize.py", action] + plan.words
+    words += [] if plan.arguments is None else ["--"] + plan.arguments
+    return " ".join(map(shlex.quote, words))
+
+
+def launch(plan: Plan, turn: Turn, inherited: Inherited) -> None:
+    """Start the daemon, and see it to its place.  The picture is in section 7."""
+    logfile = plan.files.logfile
+    new = make_log_folder(plan) + [path for path in (
+        plan.files.pidfile, plan.files.control, logfile) if path and not exists(path)]
+    new += [plan.files.lock] * turn.is_new
+    logged = os.path.getsize(logfile) if logfile and exists(logfile) else 0
+    before = None
+    starter = fork(lambda report: be_starter(plan, report, turn, inherited))
+    try:
+        facts = expect([starter], "ready", plan.start_timeout)
+        # Before "go": a full disk can still be undone.  And afterwards this alone proves who a
+        # script is that closes the lock's fd.
+        before = turn.note(plan, int(facts.get("pid", 0)))
+    except BaseException as error:
+        raise undo(error, plan, turn, new, starter, before, logged)
+    starter.channel.send("go")
+    # The point of no return.  What interrupts us now leaves the new daemon where it is.
+    try:
+        expect([starter], "done", 2 * ANSWER)
+    except Late:
+        raise Fatal("unable to tell whether %s has started\ntry: daemonize.py status" % plan.name)
+    except Fatal as error:              # it says so itself, or is dead: that can be undone
+        raise undo(error, plan, turn, new, starter, before, logged)
+    starter.wait()
+    greet(plan, facts)
+
+
+def undo(error: BaseException, plan: Plan, turn: Turn, new: List[str], starter: Child,
+         before: Optional[bytes], logged: int) -> BaseException:
+    """Take back a start that failed; return why, with what the log says of it."""
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, do_nothing)           # an impatient second Ctrl-C
+    # The starter ends the daemon, and takes back what bind() made.
+    if starter.result is None:
+        os.kill(starter.pid, signal.SIGTERM)
+    if not wait_until(lambda: starter.wait(os.WNOHANG) is not None, 2 * ANSWER):
+        # It hangs.  Its number, and its session's, is its own while nobody has waited for it.
+        signal_each([p for p in processes() if p.sid == starter.pid], signal.SIGKILL, False)
+        starter.kill()
+    if isinstance(error, Fatal) and not error.trace and error.status == 1:
+        error.trace = log_since(plan, logged)
+    if before is not None:
+        turn.write(before)
+    tidy(plan, new, turn.holder() is None)
+    return error
+
+
+def make_log_folder(plan: Plan) -> List[str]:
+    """Make root's folder for the default log; it is the daemon user's, for rotation renames.
+
+    Returns what a start that fails has to remove: see rename(2), which needs the folder.
+    """
+    folder = "/var/log/" + plan.name
+    if os.geteuid() != 0 or os.path.dirname(plan.files.logfile or "") != folder:
+        return []
+    return [folder] * make_folder(folder, 0o750, plan.identity)
+
+
+def tidy(plan: Plan, new: List[str], is_alone: bool = True) -> None:
+    """Remove what a failed start made, but a log that says something; empty an older pidfile."""
+    for path in sorted(new, key=len, reverse=True):     # what is in a folder before the folder
+        identity = plan.identity if path == plan.files.logfile else None
+        with contextlib.suppress(OSError, Fatal), careful(path, identity):  # not there, not empty
+            facts = os.lstat(path)
+            if stat.S_ISDIR(facts.st_mode):
+                os.rmdir(path)
+            elif path != plan.files.logfile or facts.st_size == 0:
+                os.unlink(path)
+    if is_alone and os.path.lexists(plan.files.pidfile):
+        with contextlib.suppress(Fatal):            # an odd one, which was refused, stays as it is
+            fd = open_pidfile(plan.files.pidfile)
+            os.ftruncate(fd, 0)
+            os.close(fd)
+
+
+def greet(plan: Plan, facts: Message) -> None:
+    """Say that it runs, where, and what it has to say once."""
+    where = ", listening on %s" % facts["addresses"] if facts.get("addresses") else ""
+    pid = str(facts.get("pid"))
+    text = plan.startmsg or "%s is running with pid %s%s" % (plan.name, pid, where)
+    tell(plan, text.replace("%s", pid))
+    if facts.get("greeting"):
+        emit(1, str(facts["greeting"]).rstrip("\n") + "\n")
+
+
+def log_since(plan: Plan, size: int) -> str:
+    """Return the last lines of what was logged beyond that size."""
+    path = plan.files.logfile
+    if not path:
+        return ""
+    with contextlib.suppress(Fatal, OSError), careful(path, plan.identity):
+        with open(open_regular(path, os.O_RDONLY, 0o640, is_log=True), "rb") as stream:
+            stream.seek(max(size, os.fstat(stream.fileno()).st_size - MAX_MESSAGE))
+            lines = stream.read().decode("utf-8", "replace").splitlines()[-30:]
+        return "the log (%s) says:\n%s\n" % (path, "\n".join(lines)) if lines else ""
+    return ""
+
+
+# -- 13.2 stop ----------------------------------------------------------------
+
+def stop(plan: Plan) -> int:
+    """End the daemon and what it started; return when nothing of it is left."""
+    if is_unknown(plan):
+        tell_stopped(plan)
+        return 0
+    with Turn(plan) as turn:
+        pid = turn.holder()
+        if pid is None:
+            tell_stopped(plan)
+        else:
+            stop_daemon(plan, turn, pid)
+        for path in (plan.files.pidfile, plan.files.control):
+            with trying_to("remove %s" % path):
+                with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+                    os.unlink(path)                 # a name; what it may link to stays as it is
+    return 0
+
+
+def is_unknown(plan: Plan) -> bool:
+    """Tell whether nothing was ever started by that name: then nothing is made to find that out."""
+    if exists(plan.files.lock):
+        return False
+    check_orphan(plan)
+    return True
+
+
+def tell_stopped(plan: Plan) -> None:
+    """Say that it does not run, and where we have looked."""
+    tell(plan, "%s is not running (%s)" % (plan.name, plan.files.pidfile))
+
+
+def stop_daemon(plan: Plan, turn: Turn, pid: int) -> None:
+    """End the daemon, and whoever else holds its lock; say so, once it is so."""
+    was_killed = end_daemon(Target(turn, pid), plan.timeout)
+    for _ in range(100):                            # its children, if it let them have the lock
+        left = turn.holder()
+        if left is None:
+            break
+        end_daemon(Target(turn, left), plan.timeout)
+    else:
+        raise Fatal("unable to stop %s: pid %s holds its lock" % (plan.name, left))
+    if was_killed:
+        emit(1, "%s did not end within %g s: killed\n" % (plan.name, plan.timeout))
+    else:
+        tell(plan, "%s is stopped" % plan.name)
+
+
+# -- 13.3 status and reload ---------------------------------------------------
+
+def holder_of(plan: Plan) -> Tuple[Optional[int], Optional[Record]]:
+    """Return the pid of the running daemon, and the record of its start, without a turn."""
+    if is_unknown(plan):
+        return None, None
+    with Lock(plan, os.O_RDONLY) as lock:
+        return lock.holder(), lock.record()
+
+
+def status(plan: Plan) -> int:
+    """Say whether the daemon runs, and what it says of itself; exit status as LSB has it."""
+    pid, record = holder_of(plan)
+    facts = stopped_facts(plan) if pid is None else running_facts(plan, pid, record)
+    if plan.json:
+        import json
+        emit(1, json.dumps(facts) + "\n")
+    else:
+        emit(1, report_of(facts))
+    return {"running": 0, "dead": 1}.get(facts["state"], 3)
+
+
+def stopped_facts(plan: Plan) -> Message:
+    """Return what is left of a daemon that does not run."""
+    path = plan.files.pidfile
+    content = read_pidfile(path)
+    if not content:
+        return {"name": plan.name, "state": "not running", "pidfile": path}
+    facts = {"name": plan.name, "state": "dead", "pidfile": path, "content": content}
+    if content.isdecimal() and len(content) < 10 and look_at(int(content)):
+        facts["note"] = "pid %s belongs to a stranger now" % content
+    return facts
+
+
+def running_facts(plan: Plan, pid: int, record: Optional[Record]) -> Message:
+    """Return what the daemon says, and above it what the kernel says."""
+    facts, ids = {}, ids_of(pid)        # type: Message, Any
+    if record is None or record.kind != "library":
+        try:
+            said = ask(plan.files, pid, "status").get("said")
+            facts = said if isinstance(said, dict) else {}
+        except OSError as error:
+            facts["note"] = "unable to ask it: %s" % because(error)
+    user = ""
+    if ids:
+        with contextlib.suppress(KeyError):
+            user = pwd.getpwuid(ids[0]).pw_name
+    known = {"name": plan.name, "state": "running", "pid": pid, "uid": ids and ids[0],
+             "user": user, "uptime": age_of(pid)}
+    return dict(known, **dict(facts, **known))      # the kernel's first, and not to be overruled
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people say it.
+
+    >>> duration(59.7), duration(7265), duration(200000)
+    ('59 s', '2 h 1 min', '2 d 7 h')
+    """
+    seconds = int(seconds)
+    for size, unit, rest, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "min")):
+        if seconds >= size:
+            return "%d %s %d %s" % (seconds // size, unit, seconds % size // rest, smaller)
+    return "%d min %d s" % divmod(seconds, 60) if seconds >= 60 else "%d s" % seconds
+
+
+def report_of(facts: Message) -> str:
+    r"""Return facts as lines for a person.
+
+    >>> report_of({"name": "a", "state": "running", "pid": 7, "uptime": 61, "addresses": ["b"],
+    ...            "uid": 1, "user": "jim", "last_error": "", "x_y": ["c", "d"]})
+    'a is running: pid 7, up 1 min 1 s, on b\n  user    jim (1)\n  x y     c d\n'
+    """
+    facts = dict(facts)
+    line = "%s is %s" % (facts.pop("name"), facts.pop("state"))
+    if "pid" in facts:
+        line += ": pid %s, up %s" % (facts.pop("pid"), duration(facts.pop("uptime")))
+        facts["user"] = "%s (%s)" % (facts.get("user") or "uid", facts.pop("uid", None))
+    addresses = facts.pop("addresses", None)
+    if addresses:
+        line += ", on " + words_of(addresses)
+    rows = [(str(key).replace("_", " "), words_of(value)) for key, value in facts.items()
+            if value not in ("", None, [])]
+    width = max([len(key) for key, _ in rows] + [6])
+    return line.replace("\n", "\\n") + "\n" + "".join(
+        "  %-*s  %s\n" % (width, key, value) for key, value in rows)
+
+
+def words_of(value: Any) -> str:
+    """Return a fact in one line."""
+    if isinstance(value, list):
+        value = " ".join(map(str, value))
+    return str(value).replace("\n", "\\n")
+
+
+def reload(plan: Plan) -> int:
+    """Have the daemon read its files again, with its own rights; say why if it refuses."""
+    pid, record = holder_of(plan)
+    if pid is None:
+        tell_stopped(plan)
+        return 3
+    if record is not None and record.kind == "library":
+        reason = hang_up_on(plan, pid)
+    else:
+        # We open the log for it: it may have no right to do so (root's folder, another's jail).
+        fd = open_log(record.logfile, identity_of(pid)) if record and record.logfile else None
+        try:
+            message = ask(plan.files, pid, "reload", plan.start_timeout, [] if fd is None else [fd])
+            reason = str(message.get("reason", "it talks nonsense"))
+        except OSError as error:
+            reason = "%s\ntry: daemonize.py restart" % because(error)
+    if reason:                          # its lines are not to look like ours
+        raise Fatal("unable to reload %s: %s" % (
+            plan.name, reason.replace("\ndaemonize:", "\n  daemonize:")))
+    tell(plan, "%s is reloaded" % plan.name)
+    return 0
+
+
+def hang_up_on(plan: Plan, pid: int) -> str:
+    """Send SIGHUP to a script that handles it; return why not, "" if done."""
+    if not handles(pid, signal.SIGHUP):
+        return "it does not handle SIGHUP, and would end"
+    with Lock(plan, os.O_RDONLY) as lock, trying_to("signal pid %d" % pid):
+        Target(lock, pid).send(signal.SIGHUP)
+    return ""
+
+
+def identity_of(pid: int) -> Optional[Identity]:
+    """Return as whom a daemon runs, where root asks, and it is not root."""
+    ids = ids_of(pid)
+    if os.geteuid() != 0 or ids is None or ids[0] == 0:
+        return None
+    return Identity(ids[0], ids[1], "", "/", [ids[1]])
+
+
+# -- 13.4 run -----------------------------------------------------------------
+
+def run(plan: Plan) -> int:
+    """Live in the foreground: for systemd, containers, supervisord, debugging.
+
+    No fork, no setsid, and we stay in the group of who started us: what ends that ends us, too.
+    """
+    notifier, inherited = open_notifier(), Inherited(inherited_sockets())
+    make_own_folder(plan)
+    with Turn(plan) as turn:
+        pid = turn.holder()
+        if pid is not None:
+            raise Fatal("unable to run %s: already running with pid %d" % (plan.name, pid))
+        new = [path for path in (plan.files.pidfile, plan.files.control, plan.files.logfile)
+               if path and not exists(path)] + [plan.files.lock] * turn.is_new
+        server = None
+        try:
+            lock = hold_undoing(plan)
+            server = HOSTS[plan.kind].bind(plan, inherited)
+            opened = open_files(plan, lock, None)
+            turn.note(plan, os.getpid())
+        except BaseException:
+            take_back(server)
+            tidy(plan, new)
+            raise
+    # That closed the turn's fd, and so dropped all our locks: for this moment, which is shorter
+    # than any start, another command may begin.  It will be told that we run, or we that it does.
+    reset_signals(spared=(signal.SIGHUP, signal.SIGINT))
+    close_inherited()
+    redirect(opened)
+    keep_orphans()
+    return begin(Start(plan, opened, inherited, server, notifier=notifier))
+
+
+def open_notifier() -> Optional[socket.socket]:
+    """Return a socket to the supervisor that wants to know how we are.  See: sd_notify(3)."""
+    address = os.environ.pop("NOTIFY_SOCKET", "")
+    if not address:
+        return None
+    with trying_to("connect to NOTIFY_SOCKET %s" % address):
+        notifier = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        # "@" is for the zero byte of Linux' abstract names: an environment variable holds none.
+        notifier.connect("\0" + address[1:] if address.startswith("@") else address)
+    return notifier
+
+
+# -- 14. The library call ----------------------------------------------------
+
+def startstop(stdout: str = "/dev/null", stderr: Optional[str] = None, stdin: str = "/dev/null",
+              pidfile: str = "pid.txt", startmsg: str = "started with pid %s", **more: Any) -> None:
+    """Do what sys.argv[1] says: start returns in the daemon; stop, restart, reload, status exit.
+
+    Clark Evans' call, in front of any script:
+
+        if __name__ == "__main__":
+            startstop(stdout="/tmp/deamon.log", pidfile="/tmp/deamon.pid")
+            main()
+
+    The daemon leads neither session nor group: main() may call os.setsid(), as the third article
+    does.  `stop` ends its whole session, with a SIGTERM handler in main() or without.  more: uid,
+    gid, umask, chroot, rundir, timeout, start_timeout, as on the command line; exit status, too.
+    """
+    action = sys.argv[1] if len(sys.argv) == 2 else ""
+    try:
+        if action not in ("start", "stop", "restart", "reload", "status"):
+            raise Fatal("usage: %s start|stop|restart|reload|status" % sys.argv[0], 2)
+        open_stdio()
+        plan = library_plan(action, pidfile, stdout, more)._replace(
+            stdin=absolute(stdin, caller_folder()), startmsg=startmsg,
+            stderr=absolute(stderr, caller_folder()) if stderr else None)
+        if action == "restart":
+            stop(plan)
+        result = COMMANDS[plan.action](plan)
+    except Returned:                    # we are the daemon: back to the script
+        return
+    except Fatal as error:
+        result = report_fatal(error, action == "status")
+    sys.exit(result)
+
+
+def library_plan(action: str, pidfile: str, logfile: str, more: Dict[str, Any]) -> Plan:
+    """Return the command line's plan with what a call gives instead.  Raises TypeError."""
+    words = []
+    for name, value in more.items():
+        if name not in ("uid", "gid", "umask", "chroot", "rundir", "timeout", "start_timeout"):
+            raise TypeError("startstop() got an unexpected keyword argument %r" % name)
+        if value is not None:
+            text = "%o" % value if name == "umask" else str(value)
+            words.append("--%s=%s" % (name.replace("_", "-"), text))
+    script = absolute(sys.argv[0], caller_folder())
+    name = re.sub("[^A-Za-z0-9._-]", "_", os.path.basename(script)) or "script"
+    # restart is stop and start, since a script has no sockets that we know of.
+    action = "start" if action == "restart" else action
+    return parse([action, "--name=" + name, "--pidfile=" + pidfile, "--logfile=" + logfile]
+                 + words)._replace(kind="library", hosted=script, words=words)
+
+
+def live_in_script(start: Start) -> NoReturn:
+    """Be the daemon of a script: take the place, and go back to where it called startstop()."""
+    take_place(start)
+    assert start.report is not None
+    with contextlib.suppress(OSError):              # the command is gone: now it may
+        start.report.send("done")
+    start.report.end.close()
+    reset_handlers()
+    # By atexit: after the last thread, and after all that the script itself registers from now on.
+    atexit.register(finish, start.opened, os.getpid())
+    raise Returned
+
+
+# == PART II: A DAEMON THAT SERVES ===========================================
+
+
+# -- 15. Applications --------------------------------------------------------
+
+def has_bind(source: str, path: str) -> bool:
+    """Tell an application from a script without running it: is `bind` a name of its top level?
+
+    >>> has_bind("try:\\n    from a import bind\\nexcept ImportError: pass", "x.py")
+    True
+    >>> has_bind("def f():\\n    bind = 1\\nsocket.bind()", "x.py")
+    False
+    """
+    import symtable             # here: only --app asks
+    try:
+        symbol = symtable.symtable(source, path, "exec").lookup("bind")
+    except KeyError:
+        return bool(re.search(r"^from\s.*\simport\s+\*", source, re.MULTILINE))
+    return symbol.is_assigned() or symbol.is_imported()
+
+
+def check_application(path: str) -> None:
+    """Refuse what is no application before it runs: a script is a program."""
+    import importlib.util
+    import traceback
+    cure = "daemonize.py start -- python3 %s" % path
+    try:
+        with trying_to("load %s" % path), open(path, "rb") as stream:
+            source = importlib.util.decode_source(stream.read())
+        if has_bind(source, path):
+            return
+    except (SyntaxError, ValueError) as error:      # ValueError: a zip file has null bytes
+        trace = "".join(traceback.format_exception_only(type(error), error))
+        raise Fatal("unable to load %s: %s" % (path, because(error)), trace=trace)
+    raise Fatal("unable to host %s: it defines no bind() at its top level\ntry: %s" % (path, cure), 2)
+
 
 def load(path: str) -> ModuleType:
     """Import the application at path under its own name.  What it raises is its caller's."""
@@ -1006,47 +2672,70 @@ def load(path: str) -> ModuleType:
     return module
 
 
-def has_bind(tree: Any) -> bool:
-    """Tell an application from a script without running it: does its top level define `bind`?"""
-    names: List[Any] = []
-    for node in tree.body:
-        # What has `names` imports, what has `targets` assigns, what has `name` is def or class.
-        names += [alias.asname or alias.name for alias in getattr(node, "names", ())
-                  if hasattr(alias, "name")]
-        names += [getattr(target, "id", None) for target in getattr(node, "targets", ())]
-        names.append(getattr(node, "name", None))
-    return "bind" in names
+def bind_application(plan: Plan, inherited: Inherited) -> Any:
+    """Step 3, the application's part.  Parse its options, let it bind; returns its server.
 
-
-def script_code(path: str) -> Optional[CodeType]:
-    """Return the code of a script, read once: what was looked at runs; None for an application."""
-    import ast                  # here: only --app asks
+    Runs as: root.  See: twistd: privilegedStartService.
+    """
+    enter_folder(plan)
+    umask = os.umask(plan.umask)        # for __pycache__; what bind() makes is private
     try:
-        with open(path, "rb") as stream:
-            tree = ast.parse(stream.read(), path)
-        return None if has_bind(tree) else compile(tree, path, "exec")
-    except (OSError, SyntaxError, ValueError) as error:
-        shown = "".join(traceback.format_exception_only(type(error), error))
-        raise Fatal("unable to load %s: %s" % (path, because(error)),
-                    trace="" if isinstance(error, OSError) else shown)
+        module = load(plan.hosted)
+    finally:
+        os.umask(umask)
+    sys.argv = [plan.hosted] + (plan.arguments or [])
+    bind = getattr(module, "bind", None)
+    if not callable(bind):
+        raise Fatal("unable to host %s: its bind is no function" % plan.hosted, 2)
+    return bind(options_for(module, plan, inherited))
+
+
+def enter_folder(plan: Plan) -> None:
+    """Be where the options were typed: in a restart the application's relative paths are theirs."""
+    if plan.action != "restart":
+        return
+    try:
+        os.chdir(plan.cwd or "/")
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            warn("the folder of the last start is gone: %s; relative paths mean /" % plan.cwd)
+        os.chdir("/")
+
+
+def options_for(module: ModuleType, plan: Plan, inherited: Inherited) -> argparse.Namespace:
+    """Return what bind() gets: the application's own options, and a written list of ours."""
+    # One parser knows all options, so that a typo in either half is refused.
+    parsed = vars(build_parser(module).parse_args(plan.spoken))
+    foreign = set(vars(build_parser(ModuleType("nothing")).parse_args([])))
+    uid, gid = plan.identity[:2] if plan.identity else (None, None)
+    ours = {"action": plan.action, "name": plan.name, "sockets": list(inherited.sockets),
+            "legacy": inherited.legacy, "uid": uid, "gid": gid, "chroot": plan.chroot,
+            "workers": plan.workers, "config_prefix": plan.files.prefix,
+            "may_create": plan.action != "run" and not plan.quiet,
+            "predecessor": inherited.predecessor}
+    taken = set(parsed) & set(ours) - foreign
+    if taken:
+        raise Fatal("unable to host %s: --%s is an option of daemonize.py" % (
+            plan.hosted, taken.pop().replace("_", "-")), 2)
+    own = {key: value for key, value in parsed.items() if key not in foreign}
+    return argparse.Namespace(**dict(own, **ours))
 
 
 def adopt(fd: int) -> Optional[socket.socket]:
-    """Return the listening stream socket that was passed to us as fd; close anything else."""
+    """Return the listening stream socket that was passed to us as fd; None for anything else."""
     # What systemd passes is inheritable: each child of ours would hold the port, too.
     os.set_inheritable(fd, False)
-    if stat.S_ISSOCK(os.fstat(fd).st_mode):
-        passed = socket.socket(fileno=fd)
-        kind = passed.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
-        is_listening = passed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        if is_listening and kind == socket.SOCK_STREAM:
-            if sys.version_info < (3, 7) and IS_LINUX:          # 3.6 guesses AF_INET
-                domain = passed.getsockopt(socket.SOL_SOCKET, getattr(socket, "SO_DOMAIN"))
-                passed = socket.socket(domain, kind, 0, passed.detach())
-            return passed
+    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+        return None
+    passed = socket.socket(fileno=fd)
+    kind = passed.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
+    if kind != socket.SOCK_STREAM or not passed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         passed.detach()
-    os.close(fd)
-    return None
+        return None
+    if sys.version_info < (3, 7) and IS_LINUX:          # 3.6 guesses AF_INET
+        domain = passed.getsockopt(socket.SOL_SOCKET, getattr(socket, "SO_DOMAIN"))
+        passed = socket.socket(domain, kind, 0, passed.detach())
+    return passed
 
 
 def inherited_sockets() -> List[socket.socket]:
@@ -1055,1423 +2744,547 @@ def inherited_sockets() -> List[socket.socket]:
     is_ours = os.environ.pop("LISTEN_PID", "") == str(os.getpid())
     number = os.environ.pop("LISTEN_FDS", "")
     os.environ.pop("LISTEN_FDNAMES", None)
-    fds = range(3, 3 + int(number)) if is_ours and number.isdigit() else range(0)
-    try:
+    fds = range(3, 3 + int(number)) if is_ours and number.isdecimal() else range(0)
+    with trying_to("take over the %s fds of LISTEN_FDS" % number):
         return [passed for passed in map(adopt, fds) if passed is not None]
-    except OSError as error:
-        raise Fatal("unable to take over the %s fds of LISTEN_FDS: %s" % (number, because(error)))
 
 
-def bind_application(options: argparse.Namespace) -> Any:
-    """Step 3, the application's part.  Parse its options, let it bind; returns its server.
-
-    Runs as: root.  See: twistd: privilegedStartService.
-    """
-    umask = os.umask(options.caller_umask)          # for __pycache__; what bind() makes is private
-    try:
-        module = load(options.app_path)
-    finally:
-        os.umask(umask)
-    parsed = build_parser(module).parse_args([options.action] + expand(options.argv))
-    # This parse has the application's options; step 1's paths, absolute by now, go on top.
-    vars(parsed).update(vars(options))
-    parsed.uid, parsed.gid = options.identity[:2] if options.identity else (None, None)
-    return module.bind(parsed)
-
-
-def host_script(options: argparse.Namespace, opened: Opened) -> None:
-    """Run a Python file as __main__; its end is the daemon's end."""
-    path = inside(options.files.logfile, options.chroot)
-    install_handlers(options, lambda signum, frame: reopen_log(path))
-    sys.argv = [options.app_path] + (options.arguments or [])
-    sys.path.insert(0, os.path.dirname(options.app_path))
-    ours, script, daemon = sys.modules["__main__"], ModuleType("__main__"), os.getpid()
-    script.__file__ = options.app_path
-    sys.modules["__main__"] = script
-    try:
-        exec(options.code, script.__dict__)
-    finally:
-        sys.modules["__main__"] = ours
-        if os.getpid() == daemon:       # and not a child that the script forked, at its own end
-            if signal.getsignal(signal.SIGTERM) is not on_wake:     # our handler has told nobody
-                guard()
-                kill_each(family(options.groups()), signal.SIGTERM)
-            end_family(options.groups(), options.timeout)
-            os.ftruncate(opened.pidfile, 0)
-
-
-def host_program(options: argparse.Namespace, opened: Opened) -> NoReturn:
-    """Become the program.  The lock's fd goes with it: record locks survive execve(2)."""
-    os.set_inheritable(opened.lock, True)
-    # execve(2) resets handlers, but what is ignored stays so; `yes | head` relies on SIGPIPE.
-    for signum in (signal.SIGPIPE, signal.SIGXFSZ):
-        signal.signal(signum, signal.SIG_DFL)
-    # not execvp(3)'s way: Python imports modules for that, which the daemon's user may not read
-    path = shutil.which(inside(options.program, options.chroot) or "")
-    if path is None:
-        raise Fatal("unable to execute %s: no such program" % options.arguments[0])
-    try:
-        os.execv(path, options.arguments)
-    except OSError as error:
-        raise Fatal("unable to execute %s: %s" % (path, because(error)))
-
-
-def reopen_log(path: Optional[str]) -> bool:
-    """Point stdout and stderr at what the log's name means now; False if that is impossible."""
-    if path is None:
-        return False
-    try:
-        fd = open_regular(path, os.O_WRONLY | os.O_APPEND, 0o640, is_log=True)
-    except Fatal as error:
-        log("%s: the old log is kept" % error)
-        return False
-    # dup2(2) swaps the file behind a number in one step: no thread ever meets a closed fd 1.
-    os.dup2(fd, 1)
-    os.dup2(fd, 2)
-    os.close(fd)
-    return True
-
-
-# -- 8. The daemon's loop ----------------------------------------------------
-
-HANDLED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD}
-
-
-def on_wake(signum: int, frame: Optional[FrameType]) -> None:
-    """Do nothing: a number that matters went to the wake-up fd, and the loop reads it there."""
-
-
-def guard() -> None:
-    """Take no notice of further endings: we are in the group that we signal (the third article).
-
-    Not by SIG_IGN, which children would inherit, and Python trips over before 3.8.9 (bpo-43406).
-    """
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, on_wake)
-
-
-def on_end(signum: int, frame: Optional[FrameType]) -> None:
-    """Leave by the normal exit, so that every `finally` of the application runs; once."""
-    guard()
-    raise SystemExit(0)
-
-
-def install_handlers(options: argparse.Namespace, on_event: Handler) -> None:
-    """Handle TERM and INT as the third article does, HUP and USR1 by on_event.  See: signal(7)."""
-    def on_sigterm(signum: int, frame: Optional[FrameType]) -> None:
-        guard()
-        tell_family(options)
-        raise SystemExit(0)
-    for signum in (signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(signum, on_event)
-    for signum in endings(options):
-        signal.signal(signum, on_sigterm)
-
-
-def endings(options: argparse.Namespace) -> List[signal.Signals]:
-    # Where there is a terminal HUP says that it is gone; where none is, custom made it "reload".
-    return [signal.SIGTERM, signal.SIGINT] + [signal.SIGHUP] * options.has_terminal
-
-
-def tell_family(options: argparse.Namespace) -> None:
-    """Send SIGTERM to what this process has started.
-
-    In one call where we made the group.  A group that we only live in (`run` under cron's shell,
-    or beside `| tee` in a terminal) is not ours to signal: then to each descendant, as to those
-    that left the group.
-    """
-    groups = options.groups()
-    if groups:
-        # getpgrp(), not 0: killpg(0) is undefined in POSIX (killpg(3p)), though it works on Linux.
-        os.killpg(os.getpgrp(), signal.SIGTERM)
-    kill_each([p for p in family(()) if p.pgid not in groups], signal.SIGTERM)
-
-
-def call(server: Any, name: str, otherwise: Any = None) -> Any:
-    """Call what an application need not have."""
-    return getattr(server, name, lambda: otherwise)()
-
-
-def drain_or_end(server: Any) -> None:
-    """Ask an application to finish what it has; one that cannot is ended as by SIGTERM."""
-    if hasattr(server, "drain"):
-        server.drain()
-    else:
-        end_main_thread()
-
-
-def end_main_thread() -> NoReturn:
-    """Have the main thread, which is not the caller's, act on SIGTERM; until it does.
-
-    Once is not enough: a signal that comes between Python's look at its flags and a system call
-    that blocks is noticed only when the call returns.
-    """
-    while True:
-        # Not kill(2): the kernel may give that to any thread, and a main thread that sits in a
-        # system call would not wake up to run the handler.
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
-        time.sleep(POLL)
-
-
-def exit_status(error: SystemExit) -> int:
-    return error.code if isinstance(error.code, int) else int(error.code is not None)
-
-
-def notify(options: argparse.Namespace, text: str) -> None:
-    """Tell systemd how we are.  See: sd_notify(3)."""
-    if options.notifier is not None:
-        with contextlib.suppress(OSError):      # a supervisor that is gone has no say in our life
-            options.notifier.send(text.encode())
-
-
-def take_place(options: argparse.Namespace, opened: Opened) -> None:
-    """Become the daemon of this pidfile."""
-    take_instance(opened.lock, options.predecessor)
-    write_pidfile(opened.pidfile, os.getpid())
-
-
-def become_owner(report: Channel, take: Callable[[], None]) -> None:
-    """Take lock and pidfile, then begin, at the command's word; without it there is no daemon."""
-    # Two words, since between them the old daemon leaves: each side knows how far the other got.
-    for word, action, reply in (("own", take, "owned"), ("begin", lambda: None, "began")):
-        if report.receive(time.monotonic() + START_TIMEOUT)["event"] != word:
-            raise Fatal("unable to start: the command that asked for it is gone")
-        action()
-        report.send(reply)
-
-
-class Child:
-    """A process that the daemon forked, and the channel to it."""
-
-    def __init__(self, pid: int, channel: Channel) -> None:
-        self.pid, self.channel = pid, channel
-        self.born = time.monotonic()
-        self.deadline = float("inf")        # when to kill it, once it was told to drain
-        self.result: Optional[int] = None   # of wait(2): from then on the pid may be a stranger's
-
-    def tell(self, event: str) -> None:
-        with contextlib.suppress(OSError):  # it died: reap() will see
-            self.channel.send(event)
-
-    def has_said(self, event: str, deadline: float) -> bool:
-        while True:                 # "able" is of one that replaced a dead one: nobody waits for it
-            said = self.channel.receive(deadline)["event"]
-            if said in (event, ENDED, LATE):
-                return bool(said == event)
-
-
-class Daemon:
-    """The daemon's own life above, or beside, the application's: workers, signals, log, control.
-
-    With workers it is the only thread of its process (threads and fork(2) do not mix).  Without,
-    it is a thread beside serve_forever(), which has the main thread, where Python runs handlers.
-    """
-
-    def __init__(self, options: argparse.Namespace, opened: Opened, server: Any) -> None:
-        self.options, self.opened, self.server = options, opened, server
-        assert opened.control is not None           # open_files(): an application has one
-        self.control = opened.control
-        self.size = getattr(server, "workers", 0) if options.workers is None else options.workers
-        self.log_path = inside(options.files.logfile, options.chroot)
-        self.obstacle = options.obstacle            # why the log is not rotated; "" if it is
-        self.workers: List[Child] = []
-        self.leaving: List[Child] = []              # workers that drain
-        self.talks: List[Channel] = []              # open conversations on the control socket
-        self.heir: Optional[Channel] = None         # who took our sockets
-        self.ends: List[socket.socket] = []         # of the channels to all children
-        self.is_owner = self.is_leaving = False
-        self.restarts, self.pause, self.next_start = 0, 0.0, 0.0
-        self.last_error = ""
-        self.born = time.monotonic()
-        # Python runs a handler between any two instructions of the main thread: no place to work.
-        # So handlers do nothing, and the number comes through this pair (signal.set_wakeup_fd).
-        self.wake, self.waker = socket.socketpair()
-        self.waker.setblocking(False)
-
-    def live(self, report: Optional[Channel], prober: Optional[Child]) -> None:
-        """Step 7.  Start the workers, have them probed, report ready; then do what comes.
-
-        Runs as: the daemon user.  See: listen(2); twistd: startApplication, startReactor.
-        """
-        self.control.listen(8)          # not in step 3: SO_PEERCRED names who called listen()
-        if report is None:
-            self.own()
-        if self.options.predecessor:
-            call(self.server, "hold")   # no client shall meet the old and the new one in turn
-        self.workers = self.bring_up(prober)
-        if report is not None:
-            greeting = str(getattr(self.server, "greeting", None) or "")
-            with contextlib.suppress(BrokenPipeError):      # begin() will say that it is gone
-                report.send("ready", greeting=greeting, addresses=self.addresses())
-            self.begin(report)
-        call(self.server, "release")    # whom we replace takes no more requests
-        notify(self.options, "READY=1\nSTATUS=%s" % self.addresses())
-        # `not self.size`: then this is a thread, and ends with the process, not by itself.
-        while self.workers or self.leaving or not self.is_leaving or not self.size:
-            try:
-                self.step()
-            except Exception as error:  # no fds, no processes, the application's status(): go on
-                self.complain("unable to act: %s" % because(error))
-                time.sleep(TICK)
-
-    def own(self) -> None:
-        take_place(self.options, self.opened)
-        self.is_owner = True
-
-    def begin(self, report: Channel) -> None:
-        """Become the owner, then begin, each at the command's word.
-
-        If the command dies between the two, only the predecessor knows whether it was told to
-        leave.  Its lock is gone: it was, and we stay.  It keeps it: it was not, and we go.
-        """
-        try:
-            become_owner(report, self.own)
-        except Fatal:
-            if not self.is_owner:
-                raise
-            deadline = time.monotonic() + ANSWER
-            while lock_holder(self.opened.lock, INSTANCE) is not None:
-                if time.monotonic() > deadline:     # it was never told to leave: so we do
-                    self.is_owner = False
-                    write_pidfile(self.opened.pidfile, self.options.predecessor)
-                    raise
-                time.sleep(POLL)
-
-    def step(self) -> None:
-        """Wait a moment for what comes, and do it."""
-        ends = [self.wake, self.control] + [talk.end for talk in self.talks]
-        for end in readable(ends, time.monotonic() + TICK):
-            if end is self.wake:
-                self.on_signals()
-            elif end is self.control:
-                self.accept()
-            else:
-                self.answer(next(talk for talk in self.talks if talk.end is end))
-        self.reap()
-        self.replace_dead()
-        if self.is_full():
-            self.rotate()
-
-    def on_signals(self) -> None:
-        """Do what HUP and USR1 ask for.  See: signal(7); signal.set_wakeup_fd."""
-        numbers = set(self.wake.recv(4096))
-        if numbers & set(endings(self.options)):
-            end_main_thread()           # the main thread is another, or this line is not reached
-        elif signal.SIGHUP in numbers:
-            self.reload()
-        elif signal.SIGUSR1 in numbers:
-            self.reopen()
-
-    def end(self) -> None:
-        """Step 8.  End what we started, then empty the pidfile, for which no folder is needed.
-
-        Runs as: the daemon user.  See: unlink(2) EACCES, ftruncate(2); twistd: removePIDFile.
-        """
-        guard()
-        signal.set_wakeup_fd(-1)
-        notify(self.options, "STOPPING=1")
-        tell_family(self.options)
-        end_family(self.options.groups(), self.options.timeout)
-        if self.is_owner:
-            os.ftruncate(self.opened.pidfile, 0)
-            call(self.server, "server_close")       # when we leave, that is the new one's now
-
-    def complain(self, text: str) -> None:
-        self.last_error = text
-        log(text)
-
-    # -- workers
-
-    def fork(self, life: Callable[[Channel], None]) -> Child:
-        """Return a new child that lives that life; signals wait until it has its own handlers."""
-        ours, theirs = socket.socketpair()
-        # Between fork(2) and shed() the child has the daemon's handler: SIGTERM would make it
-        # signal the whole group.
-        signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
-        try:
-            pid = os.fork()
-            if pid == 0:
-                ours.close()
-                self.be_child(life, Channel(theirs))
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
-        theirs.close()
-        # For shed(): a worker with a copy of a sibling's channel would keep EOF from that sibling.
-        self.ends = [end for end in self.ends if end.fileno() >= 0] + [ours]
-        return Child(pid, Channel(ours))
-
-    def be_child(self, life: Callable[[Channel], None], channel: Channel) -> NoReturn:
-        """Live a child's life; no exception gets out of it."""
-        status = 1
-        try:
-            self.shed()
-            life(channel)
-            status = 0
-        except SystemExit as error:
-            status = exit_status(error)
-        except BaseException as error:
-            channel.fail(error)
-            log("%s%s" % (as_fatal(error).trace, error))
-        finally:
-            with contextlib.suppress(Exception):    # the last print(), into a log that is full
-                sys.stdout.flush()
-            # Not `return`: below us on the stack is the daemon, whose `finally` ends everybody.
-            os._exit(status)
-
-    def shed(self) -> None:
-        """Give up, in a child, what is the daemon's: handlers, lock, its ends of the channels."""
-        signal.set_wakeup_fd(-1)
-        for signum in (signal.SIGHUP, signal.SIGUSR1):
-            signal.signal(signum, signal.SIG_IGN)
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, on_end)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
-        for end in self.ends + [talk.end for talk in self.talks] + [self.control]:
-            end.close()
-        # Harmless for the lock: that is the daemon's, and fork(2) gave us none to lose.
-        os.close(self.opened.pidfile)
-        os.close(self.opened.lock)
-
-    def work(self, channel: Channel) -> None:
-        """Serve, with one thread that listens to the daemon."""
-        threading.Thread(target=self.obey, args=(channel,), daemon=True).start()
-        channel.send("able")
-        self.server.serve_forever()
-
-    def obey(self, channel: Channel) -> None:
-        """Follow the daemon; when it is gone, go: nothing of a dead daemon may hold the port."""
-        while True:
-            # An hour, and again: poll(2) has its milliseconds in an int.
-            event = channel.receive(time.monotonic() + 3600)["event"]
-            if event == ENDED:
-                os._exit(1)
-            elif event == "drain":
-                drain_or_end(self.server)
-                channel.send("draining")
-            elif event == "reopen":
-                reopen_log(self.log_path)
-                channel.send("reopened")
-
-    def probe(self, channel: Channel) -> None:
-        """Ask the workers one question, from outside."""
-        self.server.probe()
-        channel.send("able")
-
-    def bring_up(self, prober: Optional[Child] = None) -> List[Child]:
+# -- 16. Workers -------------------------------------------------------------
+#
+#   DAEMON                          WORKER (a thread of it listens)
+#   fork ------------------------>  serve_forever()
+#   <------------------ "able" ---  as it enters it
+#   a prober asks once: can it answer?
+#   "release" ------------------->  of an heir: the old daemon has stopped accepting, begin
+#   "reopen", an fd ------------->  logs there from now on
+#   <-------------- "reopened" ---
+#   "drain" --------------------->  accepts nobody, answers what it has, ends serve_forever()
+#   <-------------- "draining" ---
+#   (dies) - - - - EOF - - - - - >  exits at once: nothing of a dead daemon may hold the port
+
+class Service(Host):
+    """An application, in workers that are replaced when they die, or reload, or leave."""
+
+    def __init__(self, start: Start) -> None:
+        super().__init__(start)
+        said = getattr(self.server, "workers", 1) if self.plan.workers is None else self.plan.workers
+        self.size = max(1, int(said))
+        self.is_leaving = False
+        self.is_heir = start.inherited.talk is not None
+        self.obstacle = self.opened.obstacle        # why the log is not rotated; "" if it is
+        self.verbs = {"sockets": self.hand_over, "leave": self.leave, "": self.reclaim}
+
+    def bring_up(self) -> None:
+        """Start the workers; an heir's accept nobody yet: no client shall meet both in turn."""
+        if self.is_heir:
+            call(self.server, "hold")
+        self.children = self.fresh()
+
+    def fresh(self) -> List[Child]:
         """Return a full set of new workers that have proved themselves; if one fails none stays."""
-        fresh: List[Child] = []
+        fresh = []                      # type: List[Child]
         try:
             for _ in range(self.size):
                 fresh.append(self.fork(self.work))
-            self.await_able(fresh, [])
-            if fresh and hasattr(self.server, "probe"):
-                prober = self.fork(self.probe)
-            self.prove(fresh, prober)
-        except BaseException:
-            for child in fresh + ([prober] if prober else []):
-                if child.result is None:
-                    os.kill(child.pid, signal.SIGKILL)
-                    os.waitpid(child.pid, 0)
-                child.channel.end.close()
+            expect(fresh, "able", self.plan.start_timeout)
+            self.prove(fresh)
+        except BaseException as error:
+            for child in fresh:
+                child.kill()
+            if isinstance(error, Fatal):            # 2, usage, is for bind()
+                error.status = 1
             raise
         return fresh
 
-    def prove(self, fresh: List[Child], prober: Optional[Child]) -> None:
-        """Have new workers probed; without a probe they must live for a moment, like a script."""
-        if prober is not None:
-            self.await_able([prober], fresh)
-            prober.result = os.waitpid(prober.pid, 0)[1]
-            prober.channel.end.close()
-        elif readable([child.channel.end for child in fresh], time.monotonic() + ALIVE):
-            self.await_able([], fresh)
+    def prove(self, fresh: List[Child]) -> None:
+        """Have new workers probed; without a probe they must live for a moment, like a program."""
+        if not hasattr(self.server, "probe"):
+            if readable([child.channel.end for child in fresh], time.monotonic() + ALIVE):
+                expect([], "", 0, fresh)
+            return
+        prober = self.fork(self.probe)
+        try:
+            expect([prober], "able", self.plan.start_timeout, fresh)
+        finally:
+            prober.kill()
 
-    def await_able(self, waiting: List[Child], watched: List[Child]) -> None:
-        """Return when all the waiting are able; raise Fatal when one of all ends first."""
-        waiting, deadline = list(waiting), time.monotonic() + self.options.start_timeout
-        while waiting or readable([child.channel.end for child in watched], 0):
-            ends = readable([child.channel.end for child in waiting + watched], deadline)
-            if not ends:
-                raise Fatal("unable to start: not ready after %g s" % self.options.start_timeout)
-            for child in [child for child in waiting + watched if child.channel.end in ends]:
-                message = child.channel.receive(deadline)
-                if message["event"] == LATE:        # half a line: the next look is the last
-                    continue
-                if message["event"] != "able":
-                    child.result = os.waitpid(child.pid, 0)[1]
-                    fatal = failure(message, "a process of it %s" % describe(child.result))
-                    raise Fatal(str(fatal), 1, fatal.trace)     # 2, usage, is for bind()
-                waiting.remove(child)
+    def work(self, channel: Channel) -> None:
+        """Serve, with one thread that listens to the daemon."""
+        import threading
+        raise_at_end()
+        for signum in (signal.SIGHUP, signal.SIGUSR1):      # they are the daemon's
+            signal.signal(signum, do_nothing)
+        threading.Thread(target=obey, args=(self.server, channel), daemon=True).start()
+        channel.send("able")
+        self.server.serve_forever()
 
-    def reap(self) -> None:
-        """Wait for the workers that ended; kill those whose time to drain is up."""
-        for child in self.workers + self.leaving:
-            if time.monotonic() > child.deadline:
-                os.kill(child.pid, signal.SIGKILL)      # not waited for: the pid is still its own
-            pid, status = os.waitpid(child.pid, os.WNOHANG)
-            if pid:
-                child.channel.end.close()
-                if child in self.leaving:
-                    self.leaving.remove(child)
-                else:
-                    self.mourn(child, status)
+    def probe(self, channel: Channel) -> None:
+        """Ask the workers one question, from outside; in a child, since it may hang."""
+        self.server.probe()
+        channel.send("able")
 
-    def mourn(self, child: Child, status: int) -> None:
-        """Note an unexpected death; the pause before the next start grows while they die young."""
-        self.workers.remove(child)
-        self.complain("worker %d %s" % (child.pid, describe(status)))
-        # SIGKILL comes from outside (a person, the OOM killer) and tells nothing of the code.
-        is_killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-        is_settled = is_killed or time.monotonic() - child.born > SETTLED
-        self.pause = 0.0 if is_settled else min(BACKOFF[1], max(BACKOFF[0], 2 * self.pause))
-        self.next_start = time.monotonic() + self.pause
+    def introduce(self) -> Message:
+        """Return where we listen, and what to say once."""
+        return {"addresses": self.addresses(), "greeting": getattr(self.server, "greeting", None) or ""}
 
-    def replace_dead(self) -> None:
-        """Start a worker where one is missing."""
-        missing = 0 if self.is_leaving else self.size - len(self.workers)
-        if missing > 0 and time.monotonic() >= self.next_start:
-            self.workers.append(self.fork(self.work))
-            self.restarts += 1
+    def settle(self) -> None:
+        """Let the workers begin: whom we replace takes no more requests."""
+        self.release(self.children)
+        notify(self.start, "READY=1\nSTATUS=%s" % self.addresses())
 
-    def retire(self, children: List[Child]) -> None:
-        """Tell workers to finish what they have, and go."""
+    def release(self, children: List[Child]) -> None:
+        """End what hold() began, in each worker that was forked since."""
         for child in children:
-            child.deadline = time.monotonic() + self.options.timeout
-            child.tell("drain")
-        self.leaving += children
+            if self.is_heir:
+                child.tell("release")
 
-    def reload(self) -> str:
+    def tend(self) -> None:
+        """Start a worker where one is missing, rotate a full log; see when a leave is done."""
+        missing = 0 if self.is_leaving else self.size - len(self.children)
+        if missing > 0 and time.monotonic() >= self.next_start:
+            self.children.append(self.fork(self.work))
+            self.release(self.children[-1:])
+            self.restarts += 1
+        if self.is_leaving and not self.leaving:
+            self.is_over = True
+        self.rotate()
+
+    def retire(self) -> None:
+        """Tell all workers to finish what they have, and go."""
+        for child in self.children:
+            child.deadline = time.monotonic() + self.plan.timeout
+            child.tell("drain")
+        self.leaving += self.children
+        self.children = []
+
+    def on_end(self) -> bool:
+        """End; but with sockets from systemd, which stay, answer first what was accepted."""
+        if not self.start.inherited.sockets or self.is_heir or self.is_leaving:
+            return super().on_end()
+        self.is_leaving = True
+        self.retire()
+        return False
+
+    def reload(self, log_fd: Optional[int]) -> str:
         """Have the application read its files again, reopen the log; return why not, "" if done.
 
         Once, in this process; fresh workers inherit what was read, and the old ones drain.
         """
-        notify(self.options, "RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
-        reason = ""
+        if self.is_leaving:
+            return "it is leaving: another one takes its place"
+        notify(self.start, "RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
+        reason, trace = "", ""
         try:
+            log_fd = self.open_log_again() if log_fd is None else os.dup(log_fd)
             call(self.server, "reload")
             # The right side runs first: if it raises, the old workers are still in place.
-            old, self.workers = self.workers, self.bring_up()
-            self.retire(old)
-            self.reopen()
-            log("reloaded")
-        except Exception as error:      # whatever it is, it refuses this reload, and no more
-            fatal = as_fatal(error)
-            reason = str(fatal).replace("unable to start: ", "", 1)
-            if isinstance(error.__context__ or error, PermissionError):     # root could, we cannot
-                reason = reason.partition("\n")[0] + "\ntry: daemonize.py restart"
-            self.complain("reload refused: %s%s" % (fatal.trace, reason))
+            fresh = self.fresh()
+            self.retire()
+            self.children = fresh
+            self.release(fresh)
+            reason = self.reopen(log_fd)
+        except BaseException as error:  # SystemExit, too: it refuses this reload, and no more
+            reason, trace = refusal_of(error), as_fatal(error, "reload").trace
+        log("reloaded" if not reason else "reload refused: %s%s" % (trace, reason))
+        if reason:
+            self.complain("reload refused: " + reason.partition("\n")[0])
+        if log_fd is not None:
+            os.close(log_fd)
         said = reason.replace("\n", "; ") or self.addresses()
-        notify(self.options, "READY=1\nSTATUS=%s" % said)
+        notify(self.start, "READY=1\nSTATUS=%s" % said)
         return reason
 
-    # -- the log
+    def reopen(self, fd: Optional[int]) -> str:
+        """Log elsewhere, here and in the workers; return when all have done it, or why not."""
+        reason = super().reopen(fd)
+        if reason:
+            return reason
+        self.obstacle = self.opened.obstacle
+        # Each one, even after a "no".
+        said = [child.hear("reopened", ANSWER) for child in self.children + self.leaving]
+        return "a worker did not reopen the log" if LATE in said else ""
 
-    def reopen(self) -> bool:
-        """Open the log's name again, here and in the workers; True if all have done it."""
-        if not reopen_log(self.log_path):
-            return False
-        children, deadline = self.workers + self.leaving, time.monotonic() + ANSWER
-        for child in children:
-            child.tell("reopen")
-        self.obstacle = self.options.obstacle
-        said = [child.has_said("reopened", deadline) for child in children]     # each one, even
-        return all(said)                                                        # after a "no"
-
-    def is_full(self) -> bool:
-        """Tell whether it is for us, and time, to rotate the log."""
-        return bool(self.is_owner and self.log_path and self.options.log_bytes
-                    and not self.obstacle and os.fstat(1).st_size >= self.options.log_bytes)
-
-    def rotate(self) -> None:
-        """Rename the log and its elders, open a new one; delete the oldest, once nobody has it."""
-        names = ["%s.%d" % (self.log_path, n) for n in range(self.options.log_keep + 1, 0, -1)]
+    def facts(self) -> Message:
+        """Return what the application says of itself; if it raises, what."""
+        facts = {"workers": [child.pid for child in self.children], "log_rotation": self.obstacle}
         try:
-            for elder, name in zip(names, names[1:] + [str(self.log_path)]):    # the oldest first
-                with contextlib.suppress(FileNotFoundError):
-                    os.rename(name, elder)
-        except OSError as error:
-            self.obstacle = because(error)
-            self.complain("unable to rotate %s: %s" % (self.log_path, self.obstacle))
-            return
-        if not self.reopen():           # to rename on would push the elders out
-            self.obstacle = "unable to reopen it"
-            return
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(names[0])
-
-    # -- the control socket
-
-    def accept(self) -> None:
-        """Take a command's call; anybody's but ours and root's is hung up."""
-        end = self.control.accept()[0]
-        # Its mode 0600 does that on Linux; older BSDs ignore the mode of a socket (unix(7)).
-        if peer_of(end)[1] in (None, 0, os.getuid()) and len(self.talks) < 8:
-            end.settimeout(ANSWER)
-            self.talks.append(Channel(end))
-        else:
-            end.close()
-
-    def answer(self, talk: Channel) -> None:
-        """Do what a command asks for."""
-        try:
-            event = talk.receive(time.monotonic())["event"]     # LATE: half a line, so far
-            if event == "status":
-                talk.send("status", said=self.status())
-            elif event == "reload":
-                talk.send("reloaded", reason=self.reload())
-            elif event == "sockets":
-                self.heir = talk
-                self.hand_over(talk.end)
-            elif event == "leave":
-                self.leave()
-                talk.send("leaving")
-        except OSError:                 # it hung up in mid-sentence
-            event = ENDED
-        if event == ENDED:
-            talk.end.close()
-            self.talks.remove(talk)
-            if talk is self.heir and self.is_owner:     # the new one failed, maybe late
-                write_pidfile(self.opened.pidfile, os.getpid())
-
-    def hand_over(self, end: socket.socket) -> None:
-        """Send our listening sockets.  See: unix(7), SCM_RIGHTS."""
-        sockets = getattr(self.server, "sockets", [])[:MAX_SOCKETS]
-        fds = array.array("i", [passed.fileno() for passed in sockets])
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)] if fds else []
-        # With a line of text: Linux carries no fds over a stream without at least one byte.
-        end.sendmsg([b'{"event": "sockets"}\n'], rights)
-
-    def leave(self) -> None:
-        """Drain and go: a new daemon is there, and has shared the instance lock until now."""
-        # First of all: with this, whom lock_holder() names is the new daemon.
-        fcntl.lockf(self.opened.lock, fcntl.LOCK_UN, 1, INSTANCE)
-        self.is_leaving, self.is_owner = True, False
-        workers, self.workers = self.workers, []
-        self.retire(workers)
-        deadline = time.monotonic() + TICK
-        for child in workers:           # so that the command can tell the new one to begin
-            child.has_said("draining", deadline)
-        if not self.size:
-            drain_or_end(self.server)
-
-    def facts(self) -> Dict[str, Any]:
-        """Return what the application says of itself."""
-        return dict(call(self.server, "status", {}))
+            return dict(call(self.server, "status", {}), **facts)
+        except BaseException as error:
+            return dict(facts, note="unable to ask the application: %s" % because(error))
 
     def addresses(self) -> str:
+        """Return where the application listens."""
         return ", ".join(map(str, self.facts().get("addresses", [])))
 
-    def status(self) -> Dict[str, Any]:
-        return dict(self.facts(), uptime=round(time.monotonic() - self.born, 1),
-                    restarts=self.restarts, workers=[child.pid for child in self.workers],
-                    last_error=self.last_error, log=self.options.files.logfile,
-                    log_bytes=os.fstat(1).st_size if self.log_path else 0,
-                    log_rotation=self.obstacle)
+    def rotate(self) -> None:
+        """Rename the log and its elders once it is full, and open a new one.
 
-
-def host_application(options: argparse.Namespace, opened: Opened, server: Any,
-                     report: Optional[Channel]) -> None:
-    """Step 7.  Give the main thread to the daemon's loop; without workers, to serve_forever()."""
-    daemon, pid = Daemon(options, opened, server), os.getpid()
-    install_handlers(options, on_wake)
-    signal.signal(signal.SIGCHLD, on_wake)
-    # From now on C code writes each signal's number to the pair, before any Python handler runs.
-    signal.set_wakeup_fd(daemon.waker.fileno())
-    try:
-        if daemon.size:
-            daemon.live(report, None)
-        else:
-            serve_beside(daemon, report)
-    finally:
-        if os.getpid() == pid:          # and not a child that serve_forever() forked
-            daemon.end()
-
-
-def serve_beside(daemon: Daemon, report: Optional[Channel]) -> None:
-    """Serve in this process, the daemon's loop in a thread.  The prober is forked before that."""
-    prober = daemon.fork(daemon.probe) if hasattr(daemon.server, "probe") else None
-    failed: List[BaseException] = []
-
-    def live_beside() -> None:
-        try:
-            daemon.live(report, prober)
-        except BaseException as error:
-            failed.append(error)
-            end_main_thread()
-    try:
-        threading.Thread(target=live_beside, daemon=True).start()
-        daemon.server.serve_forever()
-    finally:
-        # In place of the SystemExit by which end_main_thread() got us out of serve_forever().
-        if failed:
-            raise failed[0]
-
-
-# -- 9. The control socket, the command's end --------------------------------
-# The daemon may have been taken over.  So there is one deadline for each exchange, 64 KiB and 64
-# fds at most, no fd but of listening stream sockets, and no text printed raw.
-
-@contextlib.contextmanager
-def limited(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in whatever call this process sits after so many seconds.
-
-    A socket's timeout does not cover close(2): an fd that came over the channel, taken or not, may
-    be a connection with SO_LINGER, and closing it waits for as long as its owner likes.
-    """
-    def on_sigalrm(signum: int, frame: Optional[FrameType]) -> None:
-        raise TimeoutError(errno.ETIMEDOUT, "it does not answer")
-    signal.signal(signal.SIGALRM, on_sigalrm)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-
-
-class Control:
-    """A conversation with the daemon that has that pid.  Raises OSError if it does not talk."""
-
-    def __init__(self, files: Files, pid: int) -> None:
-        # .new stays where a restart was killed between the old one's leave and the rename
-        for name in (files.control + ".new", files.control):
-            end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            self.channel = Channel(end)
-            try:
-                end.settimeout(ANSWER)
-                with working_in(files.folder):
-                    end.connect(os.path.basename(name))
-                # Whoever owns the folder can bind a socket there; the kernel says who listens.
-                if peer_of(end)[0] in (None, pid):
-                    return
-                raise ConnectionRefusedError(errno.ECONNREFUSED, "another process listens there")
-            except OSError:
-                end.close()
-                if name == files.control:
-                    raise
-
-    def ask(self, event: str, wait: float = ANSWER) -> Dict[str, Any]:
-        # Later than receive()'s own deadline: it is for the calls that have none.
-        with limited(wait + TICK):
-            self.channel.send(event)
-            return self.answer(wait)
-
-    def answer(self, wait: float = ANSWER) -> Dict[str, Any]:
-        message = self.channel.receive(time.monotonic() + wait)
-        if message["event"] in (ENDED, LATE):
-            raise TimeoutError(errno.ETIMEDOUT, "it does not answer")
-        return message
-
-    def take_sockets(self) -> List[socket.socket]:
-        """Return the daemon's listening sockets.  See: cmsg(3), unix(7)."""
-        fds = array.array("i")
-        with limited(ANSWER + TICK):
-            self.channel.send("sockets")
-            # Not receive(): fds come along with the bytes, and recv(2) would throw them away.
-            data, ancillary, _, _ = self.channel.end.recvmsg(
-                MAX_MESSAGE, socket.CMSG_SPACE(4 * MAX_SOCKETS),
-                getattr(socket, "MSG_CMSG_CLOEXEC", 0))
-            self.channel.buffer += data
-            for level, kind, cargo in ancillary:
-                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                    # A message that was cut may end in half an int.
-                    fds.frombytes(cargo[:len(cargo) - len(cargo) % fds.itemsize])
-            sockets = [passed for passed in map(adopt, fds) if passed is not None]
-            self.answer()
-        return sockets
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError), limited(TICK):
-            self.channel.end.close()
-
-
-# -- 10. Ending a daemon -----------------------------------------------------
-# First a handle on the process (a pidfd cannot come to mean another one), then the proof that
-# this process holds the instance lock, then the signal.  And when root ends a daemon of another
-# uid, a child that became that uid does it: whatever was arranged for us, the kernel lets it
-# reach no other user's process.  (setresuid, not seteuid: with a real uid of 0, kill(2) would
-# still be root's.)
-
-class Target:
-    """A daemon to be ended, with its group if a start made it."""
-
-    def __init__(self, lock: Lock, pid: int) -> None:
-        self.pid, self.pidfd = pid, -1
-        self.has_group = bool(lock.record().get("detached"))
-        with contextlib.suppress(OSError, TypeError):       # it is dead; there is no pidfd_open
-            self.pidfd = pidfd_open(pid)
-        process = find_process(pid)
-        # asked after the handle was opened: so all three mean one process, or we have nobody
-        self.process = process if lock.holder() == pid else None
-
-    def members(self) -> List[Process]:
-        """Return who is left."""
-        mine = self.process
-        return [p for p in processes() if mine is not None and p.sid == mine.sid
-                and (p.pid == mine.pid or self.has_group and p.pgid == mine.pgid)]
-
-    def leader(self) -> List[Process]:
-        """Return the daemon itself, while it is left."""
-        return [p for p in self.members() if p.pid == self.pid]
-
-    def send(self, signum: int) -> None:
-        """Signal the daemon, and nobody else."""
-        if self.process is None:
+        The oldest is renamed over: nobody has had it open for LOG_KEEP rotations.
+        """
+        path = inside(self.plan.files.logfile or "", self.plan.chroot)
+        is_ours = self.is_owner and self.plan.log_bytes and not self.obstacle
+        if not path or not is_ours or os.fstat(1).st_size < self.plan.log_bytes:
             return
-        if self.pidfd >= 0:
-            as_uid(self.process.uid, lambda: pidfd_send_signal(self.pidfd, signum))
-        elif self.leader():             # looked at again, just before
-            as_uid(self.process.uid, lambda: os.kill(self.pid, signum))
-
-    def send_all(self, signum: int) -> None:
-        """Signal who is left of the group, too: until the last has left, its number is its own."""
-        self.send(signum)
-        if self.process is not None and self.has_group and self.members():
-            pgid = self.process.pgid
-            as_uid(self.process.uid, lambda: os.killpg(pgid, signum))
-
-
-def as_uid(uid: int, action: Callable[[], Any]) -> None:
-    """Send a signal with that user's rights only.  That nobody is left to get it is as good."""
-    if os.geteuid() != 0 or uid == 0:
-        with contextlib.suppress(ProcessLookupError):
-            action()
-        return
-    child = os.fork()
-    if child == 0:
-        result = 0
         try:
-            os.setgroups([])
-            set_ids(uid, os.getgid())
-            action()
-        except OSError as error:
-            result = 0 if isinstance(error, ProcessLookupError) else error.errno or 255
-        finally:
-            os._exit(result)
-    result = os.WEXITSTATUS(os.waitpid(child, 0)[1])
-    if result:
-        raise OSError(result, os.strerror(result))
-
-
-def end_daemon(target: Target, timeout: float, is_told: bool = False) -> bool:
-    """End a daemon and its group: SIGTERM, wait, SIGKILL; True if that was needed.
-
-    First the daemon alone, whose handler tells the others; then who is left.
-    """
-    try:
-        deadline = time.monotonic() + timeout
-        if not is_told:
-            target.send(signal.SIGTERM)
-            target.send(signal.SIGCONT)             # one that was stopped obeys when it goes on
-        was_killed = end_all(target.leader, target.send, timeout)
-        target.send_all(signal.SIGTERM)
-        return end_all(target.members, target.send_all, deadline - time.monotonic()) or was_killed
-    except OSError as error:
-        raise Fatal("unable to stop pid %d: %s" % (target.pid, because(error)))
-
-
-# -- 11. The commands --------------------------------------------------------
-
-def tell(options: argparse.Namespace, text: str) -> None:
-    if not options.quiet:
-        emit(1, text + "\n")
-
-
-# -- 11.1 start ---------------------------------------------------------------
-
-def start(options: argparse.Namespace) -> int:
-    """Start the daemon unless it runs; return when it is ready (and in a library's daemon)."""
-    new = make_folders(options)
-    with Turn(options) as turn:
-        pid = turn.holder()
-        if pid is None:
-            launch(options, turn, new)
-        else:
-            tell(options, "%s is already running with pid %d" % (options.name, pid))
-    return 0
-
-
-def make_folders(options: argparse.Namespace) -> List[str]:
-    """Make the folders of the default files; return what a start that fails has to remove.
-
-    The log's folder is the daemon user's: rotation renames, and rename(2) needs the folder.
-    """
-    files, identity = options.files, options.identity
-    mine = [os.path.dirname(path) for path in (files.pidfile, files.logfile) if path]
-    new = [path for path in (files.pidfile, files.control, files.lock, files.logfile)
-           if path and not os.path.lexists(path)]
-    is_root = os.geteuid() == 0
-    folder = "/var/log/" + options.name if is_root else files.prefix.rstrip("/")
-    if folder in mine and not os.path.lexists(folder):
-        os.mkdir(folder, 0o700)
-        new.append(folder)      # no other: a folder that we did not make is not ours to remove
-        # By fd from here: what was looked at is what changes its owner, whoever swaps the names.
-        fd = os.open(folder, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        os.fchmod(fd, 0o750 if is_root else 0o700)
-        if identity is not None:
-            os.fchown(fd, identity.uid, identity.gid)
-        os.close(fd)
-    return new
-
-
-def tidy(options: argparse.Namespace, new: List[str]) -> None:
-    """Remove what a failed start made, but a log that says something; empty an older pidfile."""
-    for path in new:
-        identity = options.identity if path == options.files.logfile else None
-        with contextlib.suppress(OSError), careful(path, identity):     # not there, not empty
-            facts = os.lstat(path)
-            if stat.S_ISDIR(facts.st_mode):
-                os.rmdir(path)
-            elif path != options.files.logfile or facts.st_size == 0:
+            elders = ["%s.%d" % (path, n) for n in range(self.plan.log_keep, 0, -1)] + [path]
+            for older, name in zip(elders, elders[1:]):         # the oldest first
+                with contextlib.suppress(FileNotFoundError):
+                    os.rename(name, older)
+            if not self.plan.log_keep:
                 os.unlink(path)
-    if options.predecessor is None and os.path.lexists(options.files.pidfile):
-        with contextlib.suppress(Fatal):            # an odd one, which was refused, stays as it is
-            fd = open_regular(options.files.pidfile, os.O_RDWR, 0o644)
-            os.ftruncate(fd, 0)
-            os.close(fd)
-
-
-def launch(options: argparse.Namespace, turn: Lock, new: List[str],
-           old: Optional[Control] = None) -> None:
-    """Fork the starter, see the daemon to its place.  Returns in a library's daemon, too."""
-    ours, theirs = socket.socketpair()
-    logfile = options.files.logfile
-    logged = os.path.getsize(logfile) if os.path.isfile(logfile) else 0
-    starter = os.fork()
-    if starter == 0:
-        # The fd only: record locks are not inherited, and the command's is not touched by this.
-        turn.close()
-        ours.close()
-        if old is not None:
-            old.close()
-        be_starter(options, Channel(theirs))
-        return
-    # While we hold the starter's end as well, its death is no EOF: there twistd hangs for ever.
-    for end in [theirs] + options.sockets:
-        end.close()
-    try:
-        with ours:
-            attend(options, Channel(ours), turn, old)
-    except BaseException as error:
-        result = end_starter(starter)
-        if isinstance(error, EOFError):
-            error = Fatal("unable to start: it %s before it was ready" % describe(result))
-        if isinstance(error, Fatal) and not error.trace and error.status == 1 and old is None:
-            error.trace = log_since(options, logged)
-        tidy(options, new)
-        raise error from None
-    # By SIGKILL, which no handler sees: the daemon stays, and init becomes its parent.
-    os.kill(starter, signal.SIGKILL)
-    os.waitpid(starter, 0)
-
-
-def attend(options: argparse.Namespace, report: Channel, turn: Lock,
-           old: Optional[Control]) -> None:
-    """Wait until the daemon is ready, give it the place, have the old one leave, let it begin."""
-    facts = expect(report, "ready", options.start_timeout)
-    report.send("own")
-    expect(report, "owned", ANSWER)
-    options.detached = True
-    # Before "begin": a program may close the lock's fd at once; then only this note proves it.
-    if old is None:
-        turn.note(options, turn.holder() or 0)
-    else:
-        with contextlib.suppress(OSError):          # no answer: succeed() waits, and ends it
-            old.ask("leave")
-        try:
-            os.rename(options.files.control + ".new", options.files.control)
+            self.obstacle = self.reopen(None)       # to rename on would push the elders out
         except OSError as error:
-            warn("unable to rename the control socket: %s" % because(error))
-    report.send("begin")
-    expect(report, "began", ANSWER)
-    # Not earlier: had the new one failed, `restart` must repeat the old one's options.
-    if old is not None:
-        turn.note(options)
-    if options.kind in ("script", "program"):
-        message = report.receive(time.monotonic() + ALIVE)
-        if message["event"] != LATE:
-            raise failure(message, "it ended")
-    if options.kind == "library":
-        text = options.startmsg
-        tell(options, text % turn.holder() if "%" in text else text)
-    else:
-        greet(options, facts)
+            self.obstacle = because(error)
+            self.complain("unable to rotate %s: %s" % (path, self.obstacle))
+
+    # A restart: the picture is in section 18.
+
+    def hand_over(self, talk: Channel) -> None:
+        """Send our sockets, and the memory that the application shares with its heir."""
+        sockets = list(getattr(self.server, "sockets", []))[:MAX_FDS - 2]
+        legacy = getattr(self.server, "legacy", None)
+        assert self.opened.control is not None
+        fds = [self.opened.control.fileno()] + [passed.fileno() for passed in sockets]
+        talk.send("sockets", fds + [legacy] * (legacy is not None))
+
+    def leave(self, talk: Channel) -> None:
+        """Drain and go: the heir is there, and has shared the instance lock until now."""
+        self.is_leaving, self.is_owner = True, False
+        workers = self.children
+        self.retire()
+        for child in workers:           # none accepts any more: only then may the heir's begin
+            child.hear("draining", TICK)
+        # With this, whom lock_holder() names is the heir.
+        fcntl.lockf(self.opened.lock, fcntl.LOCK_UN, 1, INSTANCE)
+
+    def reclaim(self, talk: Channel) -> None:
+        """Be the daemon again in all: the heir hung up, maybe late, and has not told us to leave."""
+        if self.is_owner:
+            write_pidfile(self.opened.pidfile, os.getpid())
+            assert self.opened.control is not None
+            self.opened.control.listen(MAX_TALKS)
 
 
-def expect(report: Channel, event: str, wait: float) -> Dict[str, Any]:
-    """Return the message that is due, or raise what came instead."""
-    message = report.receive(time.monotonic() + wait)
-    if message["event"] == LATE:
-        raise Fatal("unable to start: not ready after %g s" % wait)
-    if message["event"] == ENDED:       # os._exit(), SIGKILL: nobody could report it
-        raise EOFError
-    if message["event"] != event:
-        raise failure(message, "%s came instead of %s" % (message["event"], event))
-    return message
-
-
-def end_starter(starter: int) -> int:
-    """Have the starter end the daemon and itself, by SIGKILL if bind() hangs; its wait status."""
-    os.kill(starter, signal.SIGTERM)    # not waited for yet: the pid is its own
-    deadline = time.monotonic() + 2 * ANSWER
+def obey(server: Any, channel: Channel) -> None:
+    """Follow the daemon, in a thread of a worker; when it is gone, go."""
     while True:
-        pid, result = os.waitpid(starter, os.WNOHANG)
-        if pid:
-            return result
-        if time.monotonic() > deadline:
-            os.kill(starter, signal.SIGKILL)
+        event = channel.receive(3600)["event"]          # an hour, and again
+        if event == ENDED:
+            os._exit(1)
+        elif event == "release":
+            call(server, "release")
+        elif event == "reopen":
+            point_log_at(channel.fds[0])
+            channel.send("reopened")
+        elif event == "drain":
+            if hasattr(server, "drain"):
+                server.drain()
+            else:
+                end_main_thread()
+            channel.send("draining")
+        for fd in channel.fds:
+            os.close(fd)
+        channel.fds = []
+
+
+def end_main_thread() -> None:
+    """Have a main thread that knows no drain() end as by SIGTERM.
+
+    Until it does: a signal that comes between Python's look at its flags and a system call that
+    blocks is noticed only when the call returns.  And by pthread_kill(3): kill(2) may give the
+    signal to any thread, and a main thread that sits in a system call would not wake up.
+    """
+    import threading
+    while True:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
         time.sleep(POLL)
 
 
-def greet(options: argparse.Namespace, facts: Dict[str, Any]) -> None:
-    where = ", listening on %s" % facts["addresses"] if facts.get("addresses") else ""
-    pid = read_pidfile(options.files.pidfile)
-    tell(options, "%s is running with pid %s%s" % (options.name, pid, where))
-    if facts.get("greeting"):
-        emit(1, str(facts["greeting"]).rstrip("\n") + "\n")
+def refusal_of(error: BaseException) -> str:
+    """Return why a reload was refused, with a cure where there is one."""
+    reason = str(as_fatal(error, "reload")).replace("unable to reload: ", "", 1)
+    if isinstance(error.__context__ or error, PermissionError):     # root could, we cannot
+        return reason.partition("\n")[0] + "\ntry: daemonize.py restart"
+    return reason
 
 
-def log_since(options: argparse.Namespace, size: int) -> str:
-    """Return the last lines of what was logged beyond that size."""
-    path = options.files.logfile
-    with contextlib.suppress(Fatal, OSError), careful(path, options.identity):
-        with open(open_regular(path, os.O_RDONLY, 0o640, is_log=True), "rb") as stream:
-            stream.seek(max(size, os.fstat(stream.fileno()).st_size - MAX_MESSAGE))
-            lines = stream.read().decode("utf-8", "replace").splitlines()[-30:]
-        return "the log (%s) says:\n%s\n" % (path, "\n".join(lines)) if lines else ""
-    return ""
+# -- 18. Restart -------------------------------------------------------------
+# An application's sockets go from the old daemon to the new one: no client ever meets a closed
+# port.  The conversation on which they came is inherited, too, and it is the HEIR that tells the
+# old one to leave, when it has the place: no command is needed for that any more.
+#
+#   COMMAND                    OLD DAEMON                       HEIR (its start: section 7)
+#   "sockets" ---------------> hands over: control socket,
+#   <-- "sockets", fds ------- listening sockets, legacy
+#   fork ------------------------------------------------------> children hold, probe
+#   <---------------------------------------------- "ready" ----
+#   --- "go" --------------------------------------------------> shares the instance lock; pidfile
+#   ===== the point of no return ======
+#                              <---------------------- "leave" -
+#                              workers drain, accept nobody
+#                              gives the instance lock up - - -> "release" to its workers
+#   <----------------------------------------------- "done" ----
+#   waits until the old one has left; SIGKILL after --timeout
+#
+# If the heir fails before, it hangs up, and the old one is the daemon again in all: "reclaim".
 
-
-def be_starter(options: argparse.Namespace, report: Channel) -> None:
-    """Live as the starter, then as the daemon, then exit.  Returns only in a library's daemon."""
-    is_daemon, status = False, 0
-    signal.signal(signal.SIGTERM, on_end)           # bind() may hang: so its `finally` runs
-    try:
-        opened, server = prepare(options)
-        detach(report, opened, getattr(server, "abandon", lambda: None))
-        is_daemon = True
-        if options.kind in ("app", "program"):      # a script may want to call setsid() itself
-            os.setpgid(0, 0)
-        # A function: a script may call setsid() later, and then its group is another.
-        options.groups = lambda: (os.getpgrp(),)
-        become_daemon(options, opened, server, report)
-        if options.kind == "library":
-            return
-    except SystemExit as error:
-        status = exit_status(error)
-        if isinstance(error.code, str):             # sys.exit("why")
-            report.fail(Fatal(error.code))
-    except BaseException as error:
-        status = 1
-        if is_daemon:
-            log("%s%s" % (as_fatal(error).trace, as_fatal(error)))
-        report.fail(error)
-    if not is_daemon:
-        os._exit(status)                            # what atexit would do is the command's
-    sys.exit(status)
-
-
-def prepare(options: argparse.Namespace) -> Tuple[Opened, Any]:
-    """Step 3, with the terminal still there: the application's ports and files, and our files."""
-    check_folder(options.files.folder)
-    if options.files.logfile == "":
-        default_files(options.name)     # raises, and says why there is none
-    options.obstacle = rotation_obstacle(options)
-    server = bind_application(options) if options.kind == "app" else None
-    if server is not None and options.obstacle and options.log_bytes:
-        warn("unable to rotate %s: %s" % (options.files.logfile, options.obstacle))
-    try:
-        return open_files(options), server
-    except BaseException:
-        call(server, "abandon")
-        raise
-
-
-def become_daemon(options: argparse.Namespace, opened: Opened, server: Any,
-                  report: Optional[Channel]) -> None:
-    """Steps 5 to 8."""
-    set_environment(options)
-    switch_user(options.identity)
-    if options.kind == "app":
-        host_application(options, opened, server, report)
-        return
-    if report is None:
-        take_place(options, opened)
-    else:
-        report.send("ready")
-        become_owner(report, lambda: take_place(options, opened))
-    notify(options, "READY=1")
-    if options.kind == "program":
-        host_program(options, opened)
-    elif options.kind == "script":
-        host_script(options, opened)
-    else:
-        signal.signal(signal.SIGHUP, on_wake)       # `reload` must not end who handles no HUP
-        atexit.register(forget, os.getpid(), opened.pidfile)
-
-
-def forget(pid: int, pidfile: int) -> None:
-    """Empty the pidfile when a library's daemon exits; not when a child that it forked does."""
-    if os.getpid() == pid:
-        os.ftruncate(pidfile, 0)
-
-
-# -- 11.2 stop and restart ----------------------------------------------------
-
-def stop(options: argparse.Namespace) -> int:
-    """End the daemon and its group; return when nothing of it is left."""
-    if not os.path.lexists(options.files.lock):     # it was never started
-        tell(options, "%s is not running" % options.name)
-        return 0
-    with Turn(options) as turn:
-        pid = turn.holder()
-        if pid is None:
-            tell(options, "%s is not running" % options.name)
-        elif end_daemon(Target(turn, pid), options.timeout):
-            emit(1, "%s did not end within %g s: killed\n" % (options.name, options.timeout))
-        else:
-            tell(options, "%s is stopped" % options.name)
-        for _ in range(100):                        # its children, if it let them have the lock
-            pid = turn.holder()
-            if pid is None:
-                break
-            end_daemon(Target(turn, pid), options.timeout)
-        else:
-            raise Fatal("unable to stop %s: pid %s holds its lock" % (options.name, pid))
-        control = options.files.control
-        for path in (options.files.pidfile, control, control + ".new"):
-            with contextlib.suppress(FileNotFoundError, IsADirectoryError):
-                os.unlink(path)                     # a name; what it may link to stays as it is
-    return 0
-
-
-def restart(options: argparse.Namespace) -> int:
+def restart(plan: Plan) -> int:
     """Replace the daemon by a new one; where it has sockets to hand over, without a gap."""
-    if not os.path.lexists(options.files.lock):     # it was never started
-        return start(options)
-    with Turn(options) as turn:
+    if is_unknown(plan):
+        if plan.is_bare:
+            raise_unknown(plan)
+        return start(plan)
+    with Turn(plan) as turn:
         pid, record = turn.holder(), turn.record()
-        if pid is not None and not record.get("detached"):
+        if record is not None and record.kind == "library":
+            raise Fatal("unable to restart %s: it is a script of its own\ntry: python3 %s restart"
+                        % (plan.name, record.hosted))
+        if pid is not None and record is not None and not record.detached:
             raise Fatal("unable to restart %s: it runs in the foreground of what started it\n"
-                        "try: systemctl restart" % options.name)
-        if options.is_bare and (record or pid is not None):
-            options = repeat(options, record)
+                        "try: systemctl restart %s" % (plan.name, plan.name))
+        plan = repeat(plan, record) if plan.is_bare else plan
+        kinds = {plan.kind, record.kind if record else plan.kind}
         if pid is None:
-            launch(options, turn, make_folders(options))
-        elif options.kind != "app" or record["kind"] != "app" or not succeed(options, turn, pid):
-            stop_and_start(options, turn, pid)
+            launch(plan, turn, Inherited())
+        elif kinds != {"app"} or not succeed(plan, turn, pid):
+            stop_and_start(plan, turn, pid)
     return 0
 
 
-def repeat(options: argparse.Namespace, record: Dict[str, Any]) -> argparse.Namespace:
-    """Return the options of the last start, which are what it left in the lock file."""
-    if not record or not is_trusted(options.files.folder):
-        reason = "others than root can write beside it" if record else "it is not known"
-        raise Fatal("unable to repeat the last start of %s: %s\n"
-                    "try: restart with options" % (options.name, reason))
-    # Relative paths in the old options meant the old folder.
-    try:
-        os.chdir(record["cwd"] or "/")
-    except OSError:
-        warn("the folder of the last start is gone: %s; relative paths mean /" % record["cwd"])
-        os.chdir("/")
-    arguments = record["arguments"]
-    again = parse(["restart"] + record["argv"] + (["--"] + arguments if arguments else []))
-    again.files = again.files._replace(pidfile=options.files.pidfile)
-    again.quiet, again.caller_umask = options.quiet, options.caller_umask
-    again.timeout = options.timeout if "timeout" in options.typed else again.timeout
-    return again
+def raise_unknown(plan: Plan, reason: str = "it is not known") -> NoReturn:
+    """Refuse to guess how something was started."""
+    raise Fatal("unable to repeat the last start of %s: %s\n"
+                "try: daemonize.py start, or restart with options" % (plan.name, reason))
 
 
-def succeed(options: argparse.Namespace, turn: Lock, pid: int) -> bool:
+def repeat(plan: Plan, record: Optional[Record]) -> Plan:
+    """Return the plan of the last start, made anew from the words that it left in the lock file."""
+    if record is None:
+        raise_unknown(plan)
+    if os.geteuid() == 0 and not is_trusted(plan.files.folder):
+        raise_unknown(plan, "others than root can write beside it")
+    dashes = [] if record.arguments is None else ["--"] + record.arguments
+    # Relative paths in the old words meant the old folder; a link in it may lead elsewhere by now.
+    again = parse(["restart"] + record.words + dashes, record.cwd)
+    is_typed = any(word.startswith("--timeout") for word in plan.spoken)
+    return again._replace(
+        files=again.files._replace(pidfile=plan.files.pidfile), quiet=plan.quiet,
+        timeout=plan.timeout if is_typed else again.timeout)
+
+
+def succeed(plan: Plan, turn: Turn, pid: int) -> bool:
     """Start the new daemon on the old one's sockets, see the old one out; False if it is mute."""
-    target, old = Target(turn, pid), None       # now: when it leaves, it will show no lock
+    target = Target(turn, pid)                  # now: when it leaves, it will hold no lock
     try:
-        old = Control(options.files, pid)
-        options.sockets = old.take_sockets()
+        inherited = take_over(plan, pid)
     except OSError as error:
-        if old is not None:
-            old.close()         # in limited time: what it sent, and we left there, may linger
         warn("pid %d hands nothing over (%s): it is stopped first" % (pid, because(error)))
         return False
-    options.predecessor = pid
-    with contextlib.closing(old):
-        try:
-            launch(options, turn, make_folders(options) + [options.files.control + ".new"], old)
-        except Exception as error:
-            text = "%s\ndaemonize: fatal: the old one keeps serving with pid %d"
-            fatal = as_fatal(error)
-            raise Fatal(text % (fatal, pid), fatal.status, fatal.trace)
-        if end_daemon(target, options.timeout, is_told=True):
-            warn("pid %d did not drain within %g s: killed" % (pid, options.timeout))
+    try:
+        launch(plan, turn, inherited)
+    except Exception as error:
+        fatal = as_fatal(error)
+        if not isinstance(error, Late):
+            is_old = lock_holder(turn.fd, INSTANCE) == pid
+            text = "the old one keeps serving with pid %d" % pid if is_old else "nothing runs now"
+            fatal = Fatal("%s\ndaemonize: fatal: %s" % (fatal, text), fatal.status, fatal.trace)
+        raise fatal
+    if end_daemon(target, plan.timeout, is_told=True):
+        warn("pid %d did not drain within %g s: killed" % (pid, plan.timeout))
     return True
 
 
-def stop_and_start(options: argparse.Namespace, turn: Lock, pid: int) -> None:
-    """Restart what has nothing to hand over; look first whether there is something to start."""
-    if options.kind == "program" and shutil.which(options.program) is None:
-        raise Fatal("unable to execute %s: no such program" % options.arguments[0])
-    new = make_folders(options)         # may fail, too: before anything is stopped
-    if end_daemon(Target(turn, pid), options.timeout):
-        warn("pid %d did not end within %g s: killed" % (pid, options.timeout))
+def take_over(plan: Plan, pid: int) -> Inherited:
+    """Return what the old daemon hands over.  It may send anything: only what fits is taken."""
+    talk = call_daemon(plan.files, pid)
+    talk.send("sockets")
+    message = talk.receive(ANSWER)
+    if message["event"] != "sockets":
+        raise TimeoutError(errno.ETIMEDOUT, "it does not answer")
+    sockets, control, legacy, litter = [], None, None, []   # type: Any, Any, Any, Any
+    for fd in talk.fds:
+        passed = adopt(fd)
+        if passed is not None and control is None and is_control(passed, plan.files):
+            control = passed
+        elif passed is not None:
+            sockets.append(passed)
+        elif legacy is None and is_legacy(fd):
+            legacy = fd
+        else:
+            litter.append(fd)
+    talk.fds = []
+    return Inherited(sockets, control, legacy, talk, pid, litter)
+
+
+def is_control(passed: socket.socket, files: Files) -> bool:
+    """Tell whether a socket is the one that listens at the control socket's path.
+
+    listen(2) makes SO_PEERCRED name who called it: so whoever dials there now must meet us.
+    """
+    if passed.family != socket.AF_UNIX:
+        return False
+    with contextlib.suppress(OSError):
+        passed.listen(MAX_TALKS)
+        pid = peer_of(dial(files).end)[0]
+        return pid in (None, os.getpid())
+    return False
+
+
+F_GET_SEALS, F_SEAL_SHRINK = 1034, 2        # fcntl(2); the module has them since Python 3.8
+
+
+def is_legacy(fd: int) -> bool:
+    """Tell whether it is memory that an heir can map: nobody can cut it, which would be SIGBUS."""
+    facts = os.fstat(fd)
+    if not stat.S_ISREG(facts.st_mode) or facts.st_size > MAX_LEGACY:
+        return False
     try:
-        launch(options, turn, new + [options.files.pidfile, options.files.control])
+        return bool(fcntl.fcntl(fd, F_GET_SEALS) & F_SEAL_SHRINK)
+    except OSError:                         # a file, no memfd
+        return False
+
+
+def stop_and_start(plan: Plan, turn: Turn, pid: int) -> None:
+    """Restart what has nothing to hand over; look first whether there is something to start."""
+    if plan.kind == "program" and plan.chroot is None:
+        find_program(plan.command[0])
+    if end_daemon(Target(turn, pid), plan.timeout):
+        warn("pid %d did not end within %g s: killed" % (pid, plan.timeout))
+    try:
+        launch(plan, turn, Inherited())
+    except KeyboardInterrupt:
+        warn("nothing runs now")
+        raise
     except Exception as error:
         fatal = as_fatal(error)
         raise Fatal("%s\ndaemonize: fatal: nothing runs now" % fatal, fatal.status, fatal.trace)
 
 
-# -- 11.3 reload and status ---------------------------------------------------
+# -- 19. Other systems -------------------------------------------------------
+# What Linux has and others lack (or a jail, a container, an old Python), in one place.
 
-def reload(options: argparse.Namespace) -> int:
-    """Have the daemon read its files again, with its own rights; say why if it refuses."""
-    pid = holder_of(options.files)
-    if pid is None:
-        tell(options, "%s is not running" % options.name)
-        return 3
+def has_proc() -> bool:
+    """Tell whether there is a /proc as Linux has it."""
+    return os.path.exists(PROC + "/self/stat")
+
+
+def ask_ps(*keys: str) -> Dict[int, List[str]]:
+    """Return facts of all processes by pid, {} where there is no ps(1)."""
+    import subprocess
+    command = ["ps", "-A", "-o", "pid="]
+    for key in keys:
+        command += ["-o", key + "="]
     try:
-        if not os.path.lexists(options.files.control):  # script, program: they know what HUP means
-            with Lock(options.files, os.O_RDONLY) as lock:
-                Target(lock, pid).send(signal.SIGHUP)
-            tell(options, "%s has got SIGHUP" % options.name)
-            return 0
-        with contextlib.closing(Control(options.files, pid)) as control:
-            reason = str(control.ask("reload", options.start_timeout).get("reason"))
-    except OSError as error:
-        reason = because(error)
-    if reason:                          # its lines are not to look like ours
-        raise Fatal("unable to reload %s: %s" % (options.name, reason.replace("\n", "\n  ")))
-    tell(options, "%s is reloaded" % options.name)
-    return 0
-
-
-def holder_of(files: Files) -> Optional[int]:
-    """Return the pid of the running daemon, without a turn."""
-    if not os.path.lexists(files.lock):
-        return None
-    with Lock(files, os.O_RDONLY) as lock:
-        return lock.holder()
-
-
-def status(options: argparse.Namespace) -> int:
-    """Say whether the daemon runs, and what it says of itself; exit status as LSB has it."""
-    pid = holder_of(options.files)
-    facts = stopped_facts(options) if pid is None else running_facts(options, pid)
-    emit(1, (json.dumps(facts) if options.json else one_line(facts)) + "\n")
-    return {"running": 0, "dead": 1}.get(facts["state"], 3)
-
-
-def stopped_facts(options: argparse.Namespace) -> Dict[str, Any]:
-    path = options.files.pidfile
-    content = read_pidfile(path)
-    if not content:
-        return {"name": options.name, "state": "not running"}
-    facts = {"name": options.name, "state": "dead", "pidfile": path, "content": content}
-    if content.isdecimal() and find_process(int(content)):
-        facts["note"] = "pid %s belongs to a stranger now" % content
-    return facts
-
-
-def running_facts(options: argparse.Namespace, pid: int) -> Dict[str, Any]:
-    """Return what the daemon says, and above it what the kernel says."""
-    started = os.path.getmtime(options.files.lock)      # a start wrote it last
-    facts: Dict[str, Any] = {"uptime": round(time.time() - started, 1)}
-    if os.path.lexists(options.files.control):
-        try:
-            with contextlib.closing(Control(options.files, pid)) as control:
-                said = control.ask("status").get("said")
-            facts = said if isinstance(said, dict) else {}
-        except OSError as error:
-            facts["note"] = because(error)
-    process = find_process(pid)
-    known = {"name": options.name, "state": "running", "pid": pid,
-             "uid": process.uid if process else None}
-    return {**known, **facts, **known}      # the kernel's first, and not to be overruled
-
-
-def one_line(facts: Dict[str, Any]) -> str:
-    """Return facts as one line for a person.
-
-    >>> one_line({"name": "a", "state": "running", "pid": 7, "last_error": "", "on": ["b", "c"]})
-    'a is running: pid 7, on b c'
-    """
-    details = []
-    for key, value in facts.items():
-        if key not in ("name", "state") and value not in ("", None, []):
-            text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-            details.append("%s %s" % (key.replace("_", " "), text))
-    line = "%s is %s%s" % (facts["name"], facts["state"], ": " * bool(details) + ", ".join(details))
-    return line.replace("\n", "\\n")
-
-
-# -- 11.4 run -----------------------------------------------------------------
-
-def run(options: argparse.Namespace) -> int:
-    """Live in the foreground: for systemd, containers, supervisord, debugging.
-
-    No fork (but as pid 1) and no setsid: who started us keeps us.
-    """
-    options.notifier = open_notifier()
-    if os.getpid() == 1:
-        be_init()
-    new = make_folders(options)
-    with Turn(options) as turn:
-        pid = turn.holder()
-        if pid is not None:
-            raise Fatal("unable to run %s: already running with pid %d" % (options.name, pid))
-        try:
-            opened, server = prepare(options)
-        except BaseException:
-            tidy(options, new)
-            raise
-        turn.note(options, os.getpid() if options.kind != "app" else 0)
-    # After the `with`: when that closed the turn's fd, it would have dropped this lock as well.
-    take_instance(opened.lock, None)                # its fd is the only one from here on
-    reset_signals()
-    options.has_terminal = has_terminal()
-    if not options.has_terminal and os.getpgrp() != os.getpid():
-        os.setpgid(0, 0)                            # no shell's job control is about this one
-        options.groups = lambda: (os.getpgrp(),)
-    redirect(opened)
-    become_daemon(options, opened, server, None)
-    return 0
-
-
-def has_terminal() -> bool:
-    """Tell whether there is a controlling terminal.  See: tty(4)."""
-    try:
-        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
-        return True
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as ps:
+            lines = ps.communicate()[0].decode().splitlines()
     except OSError:
-        return False
+        return {}
+    rows = [line.split() for line in lines]
+    # ps lists itself, too: a child of ours that is gone by now.
+    return {int(row[0]): row[1:] for row in rows if row and row[0] != str(ps.pid)}
 
 
-def open_notifier() -> Optional[socket.socket]:
-    """Return a socket to the supervisor that wants to know how we are.  See: sd_notify(3)."""
-    address = os.environ.pop("NOTIFY_SOCKET", "")
-    if not address:
-        return None
-    notifier = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    try:
-        # "@" is for the zero byte of Linux' abstract names: an environment variable holds none.
-        notifier.connect("\0" + address[1:] if address.startswith("@") else address)
-    except OSError as error:
-        raise Fatal("unable to connect to NOTIFY_SOCKET %s: %s" % (address, because(error)))
-    return notifier
+def by_ps() -> Dict[int, Process]:
+    """Return all living processes where there is no /proc.  See: ps(1), getsid(2)."""
+    found = {}
+    for pid, (ppid, pgid, state) in ask_ps("ppid", "pgid", "stat").items():
+        if state[0] not in "ZX":
+            sid = -1
+            with contextlib.suppress(OSError):      # it ended; OpenBSD tells of our session only
+                sid = os.getsid(pid)
+            found[pid] = Process(pid, int(ppid), int(pgid), sid, "")
+    return found
 
 
-def be_init() -> None:
-    """As pid 1 of a container: pass signals on to the daemon, reap orphans, exit as it does."""
-    # Blocked until the handlers stand: pid 1 without a handler does not even get the signal.
-    signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
-    child = os.fork()
-    if child:
-        def pass_on(signum: int, frame: Optional[FrameType]) -> None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signum)
-        for signum in HANDLED - {signal.SIGCHLD}:
-            signal.signal(signum, pass_on)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
-    while child:
-        # Any child: every orphan of the container is ours, and a zombie until somebody waits.
-        pid, result = os.wait()
-        if pid == child:
-            is_killed = os.WIFSIGNALED(result)
-            os._exit(128 + os.WTERMSIG(result) if is_killed else os.WEXITSTATUS(result))
+def ids_by_ps(pid: int) -> Optional[Tuple[int, int]]:
+    """Return real uid and gid where there is no /proc."""
+    uid, gid = ask_ps("ruid", "rgid").get(pid, ["", ""])
+    return (int(uid), int(gid)) if uid else None
 
 
-# -- 12. The library call ----------------------------------------------------
-
-def startstop(stdout: str = "/dev/null", stderr: Optional[str] = None, stdin: str = "/dev/null",
-              pidfile: str = "pid.txt", startmsg: str = "started with pid %s", **more: Any) -> None:
-    """Do what sys.argv[1] says: start returns in the daemon; stop, restart, reload, status exit.
-
-    Clark Evans' call, in front of any script:
-
-        if __name__ == "__main__":
-            startstop(stdout="/tmp/deamon.log", pidfile="/tmp/deamon.pid")
-            main()
-
-    The daemon leads neither session nor group: main() may call os.setsid(), as the third article
-    does.  `stop` ends its whole group, with a SIGTERM handler in main() or without.  more: uid,
-    gid, umask, chroot, rundir, timeout, start_timeout, as on the command line; exit status, too.
-    """
-    try:
-        action = sys.argv[1] if len(sys.argv) == 2 else ""
-        if action not in ("start", "stop", "restart", "reload", "status"):
-            raise Fatal("usage: %s start|stop|restart|reload|status" % sys.argv[0], 2)
-        options = library_options(action, pidfile, stdout, more)
-        options.stdin, options.stderr = absolute(stdin), absolute(stderr or stdout)
-        options.startmsg, command = startmsg, os.getpid()
-        if action == "restart":
-            stop(options)
-            action = "start"
-        result = COMMANDS[action](options)
-        if os.getpid() == command:      # start returns in the daemon as well, as fork(2) does
-            sys.exit(result)
-    except Fatal as error:
-        sys.exit(report_fatal(error, sys.argv[1:2] == ["status"]))
+def prctl(option: int, value: int) -> None:
+    """Set an attribute of this process, where that is possible.  See: prctl(2)."""
+    with contextlib.suppress(ImportError, OSError, AttributeError):     # a jail, another system
+        import ctypes               # here: no daemon has to keep it
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
-def library_options(action: str, pidfile: str, logfile: str,
-                    more: Dict[str, Any]) -> argparse.Namespace:
-    """Return the command line's options with what a call gives instead.  Raises TypeError."""
-    open_stdio()
-    options = build_parser().parse_args([action])
-    for name, value in more.items():
-        if name not in ("uid", "gid", "umask", "chroot", "rundir", "timeout", "start_timeout"):
-            raise TypeError("startstop() got an unexpected keyword argument %r" % name)
-        is_number = name in ("umask", "timeout", "start_timeout")
-        setattr(options, name, value if value is None or is_number else str(value))
-    options.name = os.path.basename(sys.argv[0])
-    options.pidfile, options.logfile = pidfile, logfile
-    settle(options, [], None)
-    options.kind = "library"
-    close_inherited()
-    return options
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
-# -- 13. The command line ----------------------------------------------------
+def die_with_parent() -> None:
+    """Have a program end with its daemon, though somebody killed that by SIGKILL."""
+    daemon = os.getppid()
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != daemon:          # it was faster
+        os._exit(1)
 
+
+def keep_orphans() -> None:
+    """Have orphans of our children become ours, so that `run` can end them: it has no session."""
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+# -- 20. The command line ----------------------------------------------------
+
+class Hosted(NamedTuple):
+    """What can be hosted: what root does for it, and how it lives."""
+    bind: Callable[[Plan, Inherited], Any]
+    live: Callable[[Start], int]
+
+
+HOSTS = {"app": Hosted(bind_application, lambda start: Daemon(start, Service(start)).live()),
+         "program": Hosted(bind_nothing, lambda start: Daemon(start, Program(start)).live()),
+         "library": Hosted(bind_nothing, live_in_script)}
 COMMANDS = {"start": start, "stop": stop, "restart": restart, "reload": reload,
             "status": status, "run": run}
 STARTING = ("start", "restart", "run")
-HELP = """Run an application, a script or a program as a daemon.
+NEUTRAL = {"name", "pidfile", "timeout", "quiet"}       # a restart with others is not bare
+HELP = """Run an application or a program as a daemon.
 
   start    return when it is ready (0; 1: why not)   run      the same in the foreground
   stop     end it and all that it started            reload   read passwords, open the log again
   restart  new code, no request lost                 status   0 running, 1 dead, 3 not, 4 unknown"""
 EXAMPLES = """@FILE reads options from FILE (shell quoting, # comments).  Examples:
   daemonize.py start --uid nobody --bind :80
+  daemonize.py start -- python3 $PWD/FILE.py
   daemonize.py start --name nap -- sleep 1000"""
+DEFAULTS = {"app": None, "name": None, "pidfile": None, "logfile": None, "rundir": None,
+            "chroot": None, "umask": UMASK, "uid": None, "gid": None, "workers": None,
+            "respawn": False, "timeout": TIMEOUT, "start_timeout": START_TIMEOUT,
+            "log_bytes": LOG_BYTES, "log_keep": LOG_KEEP, "quiet": False,
+            "json": False}              # type: Dict[str, Any]
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose complaints look like all the others."""
-
-    def error(self, message: str) -> NoReturn:
-        raise Fatal("unable to understand the command line: %s\ntry: daemonize.py -h" % message, 2)
+def refuse(message: str, cure: str = "daemonize.py -h") -> NoReturn:
+    """Refuse a command line, in the words of all other complaints."""
+    raise Fatal("unable to understand the command line: %s\ntry: %s" % (message, cure), 2)
 
 
-def bounded(kind: Callable[[str], float], highest: float) -> Callable[[str], float]:
-    """Return a converter for numbers from 0 to highest."""
+def bounded(kind: Callable[[str], float], lowest: float, highest: float) -> Callable[[str], float]:
+    """Return a converter for numbers from lowest to highest."""
     def convert(text: str) -> float:
         value = kind(text)
-        if not 0 <= value <= highest:
+        if not lowest <= value <= highest:
             raise ValueError
         return value
     convert.__name__ = "number"         # argparse: "invalid number value"
     return convert
 
 
-def build_parser(application: Optional[ModuleType] = None) -> Parser:
-    """Return the one parser; with the application's options once it is loaded."""
-    parser = Parser(prog="daemonize.py", add_help=False, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter,
-                    usage="daemonize.py ACTION [options] [--app FILE.py] [-- ARG ...]\n"
-                    "       daemonize.py ACTION [options] -- COMMAND [ARG ...]",
-                    description=HELP, epilog=EXAMPLES)
-    parser.add_argument("action", metavar="ACTION", choices=list(COMMANDS), help=argparse.SUPPRESS)
+def build_parser(application: Optional[ModuleType] = None) -> argparse.ArgumentParser:
+    """Return the one parser; with the application's options and defaults once it is loaded.
+
+    Without an application there are no defaults: what is in the result was typed.
+    """
+    parser = argparse.ArgumentParser(
+        prog="daemonize.py", add_help=False, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=None if application else argparse.SUPPRESS,
+        usage="daemonize.py ACTION [options] [--app FILE.py] [-- ARG ...]\n"
+        "       daemonize.py ACTION [options] -- COMMAND [ARG ...]",
+        description=HELP, epilog=EXAMPLES)
+    parser.error = refuse       # type: ignore[method-assign]
     add_options(parser.add_argument_group("daemon options").add_argument)
     getattr(application, "add_arguments", lambda parser: None)(parser)
     return parser
@@ -2479,115 +3292,206 @@ def build_parser(application: Optional[ModuleType] = None) -> Parser:
 
 def add_options(add: Callable[..., Any]) -> None:
     """Add the daemon's own options; what stands in brackets is the default."""
-    duration: Dict[str, Any] = dict(metavar="SECONDS", type=bounded(float, 1e6))
-    add("--app", metavar="FILE.py",
-        help="application or script to host (%s)" % os.path.basename(APPLICATION))
-    add("--name", help="name of the daemon and its files (the application's)")
+    seconds = dict(metavar="SECONDS", type=bounded(float, 0, 1e6))      # type: Dict[str, Any]
+    add("--app", metavar="FILE.py", help="application to host (%s)" % os.path.basename(APPLICATION))
+    add("--name", help="name of the daemon and its files (that of what it hosts)")
     add("--pidfile", metavar="FILE", help="(root: /run/NAME.pid, others: ~/.NAME/pid)")
     add("--logfile", metavar="FILE", help="(/var/log/NAME/NAME.log, ~/.NAME/log; run: none)")
-    add("--rundir", metavar="DIR", default="/", help="working directory (%(default)s)")
+    add("--rundir", metavar="DIR", help="working directory (/)")
     add("--chroot", metavar="DIR", help="jail (none; needs root)")
-    add("--umask", metavar="OCTAL", type=bounded(lambda text: int(text, 8), 0o777), default=UMASK,
-        help="of the application (027)")
+    add("--umask", metavar="OCTAL", type=bounded(lambda text: int(text, 8), 0, 0o777),
+        help="of the application (%03o)" % UMASK)
     add("--uid", metavar="USER", help="become this user after binding (stay; needs root)")
     add("--gid", metavar="GROUP", help="and this group (the user's)")
-    add("--workers", metavar="N", type=bounded(int, 1024),
-        help="processes that serve; 0: the daemon itself (as the application says)")
-    add("--timeout", default=TIMEOUT, help="to stop, drain; then SIGKILL (%(default)g)", **duration)
-    add("--start-timeout", default=START_TIMEOUT, help="to be ready (%(default)g)", **duration)
-    add("--log-bytes", metavar="N", type=bounded(int, 1 << 62), default=LOG_BYTES,
-        help="rotate the log at this size; 0: never (%(default)d)")
-    add("--log-keep", metavar="N", type=bounded(int, 1000), default=LOG_KEEP,
-        help="rotated logs to keep (%(default)d)")
+    add("--workers", metavar="N", type=bounded(int, 1, 1024),
+        help="processes that serve (as the application says, else 1)")
+    add("--respawn", action="store_true", help="start a program that ended again")
+    add("--timeout", help="to stop, drain; then SIGKILL (%g)" % TIMEOUT, **seconds)
+    add("--start-timeout", help="to be ready (%g)" % START_TIMEOUT, **seconds)
+    add("--log-bytes", metavar="N", type=bounded(int, 0, 1 << 62),
+        help="rotate the log at this size; 0: never (%d)" % LOG_BYTES)
+    add("--log-keep", metavar="N", type=bounded(int, 0, 1000),
+        help="rotated logs to keep (%d)" % LOG_KEEP)
     add("--quiet", action="store_true", help="say nothing on success, for cron")
     add("--json", action="store_true", help="status for programs")
     add("-h", "--help", action="store_true", help="show this, and the options of the application")
+    add("--version", action="store_true", help="show the version")
 
 
-def expand(argv: List[str]) -> List[str]:
-    """Return argv with each @FILE replaced by the options in it."""
-    result: List[str] = []
-    for argument in argv:
-        if not argument.startswith("@"):
-            result.append(argument)
-            continue
-        try:
-            with open(argument[1:], encoding="utf-8") as stream:
-                result += shlex.split(stream.read(), comments=True)
-        except (OSError, ValueError) as error:
-            raise Fatal("unable to read %s: %s" % (argument[1:], because(error)), 2)
-    return result
+COMMENT = re.compile(r"""((?:\\.|'[^']*'|"(?:\\.|[^"\\])*"|[^\s'"\\#])"""
+                     r"""(?:\\.|'[^']*'|"(?:\\.|[^"\\])*"|[^\s'"\\])*)|#[^\n]*""", re.DOTALL)
 
 
-def typed(parser: Parser, words: List[str], options: argparse.Namespace) -> Set[str]:
-    """Return which options were typed: by a parse without defaults, for one may type a default."""
-    blank = argparse.Namespace(**dict.fromkeys(vars(options)))
-    found = vars(parser.parse_known_args(words, blank)[0])
-    return {key for key, value in found.items() if value is not None}
+def split_words(text: str) -> List[str]:
+    """Return the words of an options file: shell quoting, and comments.
+
+    By hand, since for shlex a "#" in mid-word begins a comment, too.
+
+    >>> split_words("--a 'b c' # d\\n--e f#g \\"#h\\"")
+    ['--a', 'b c', '--e', 'f#g', '#h']
+    """
+    import shlex
+    return shlex.split(COMMENT.sub(lambda found: found.group(1) or "", text))
 
 
-def name_of(options: argparse.Namespace, arguments: Optional[List[str]]) -> str:
-    """Return the daemon's name: --name, or else what it hosts, without .py."""
-    hosted = arguments[0] if options.kind == "program" and arguments else options.app_path
-    name = re.sub(r"\.py\Z", "", os.path.basename(hosted)) if options.name is None else options.name
+def expand(typed: List[str], folder: str) -> Tuple[List[str], List[str]]:
+    """Return argv to be noted, and argv with each @FILE replaced by the options in it.
+
+    A file is noted by its name: so a restart reads what it says then.  A pipe can be read once.
+    """
+    noted, spoken = [], []              # type: List[str], List[str]
+    for word in typed:
+        read = [word]
+        if word.startswith("@"):
+            path = absolute(word[1:], folder)
+            try:
+                with open(path, encoding="utf-8") as stream:
+                    read = split_words(stream.read())
+            except (OSError, ValueError) as error:
+                raise Fatal("unable to read %s: %s" % (path, because(error)), 2)
+            word = "@" + path
+        noted += [word] if os.path.isfile(word[1:]) and word.startswith("@") else read
+        spoken += read
+    return noted, spoken
+
+
+INTERPRETER = r"(python|pypy|perl|ruby|node|php|lua|sh|bash|dash|zsh|ksh|ash)[0-9.]*"
+
+
+def script_of(command: List[str]) -> Optional[str]:
+    """Return the FILE in `python3 FILE`, `sh FILE` and their like.
+
+    >>> script_of(["/usr/bin/python3.8", "-u", "a.py", "b"]), script_of(["sh", "-c", "a"])
+    ('a.py', None)
+    """
+    if re.fullmatch(INTERPRETER, os.path.basename(command[0])):
+        for word in command[1:]:
+            if not word.startswith("-"):
+                return word
+            if not re.fullmatch("-[bBdEIOqsSuvx]+", word):      # others may take a value, or code
+                return None
+    return None
+
+
+def name_of(given: Optional[str], hosted: str) -> str:
+    """Return the daemon's name: --name, or else what it hosts, without its extension."""
+    name = os.path.splitext(os.path.basename(hosted))[0] if given is None else given
     if not re.fullmatch(r"\.*[A-Za-z0-9_-][A-Za-z0-9._-]*", name):     # not . and ..
         raise Fatal("unable to name it %s: letters, digits and ._- only\ntry: --name" % name, 2)
-    return str(name)
+    return name
 
 
-def parse(argv: List[str]) -> argparse.Namespace:
-    """Step 1.  Return the daemon's options; the application's own wait until it is loaded."""
-    cut = argv.index("--") if "--" in argv else len(argv)
-    words, arguments = expand(argv[:cut]), argv[cut + 1:] if "--" in argv else None
-    if words and words[0] in ("-h", "--help"):
-        words = ["start"] + words
-    parser = build_parser()
-    options, extra = parser.parse_known_args(words)
-    named = {"action", "name", "pidfile", "timeout", "quiet"}
-    options.typed = typed(parser, words, options)
-    options.is_bare = not extra and arguments is None and options.typed <= named
-    options.kind = "app"
-    options.app_path = APPLICATION if options.app is None else absolute(options.app)
-    if arguments is not None and options.app is None:
-        options.kind = "program"
-        if not arguments:
-            parser.error("no COMMAND after --")
-    options.name = name_of(options, arguments)
-    if options.help:
-        return options
-    if options.action in STARTING:
-        if options.app:
-            options.code = script_code(options.app_path)
-            options.kind = "app" if options.code is None else "script"
-        if options.kind != "app" and extra:
-            parser.error("unrecognized arguments: %s" % " ".join(extra))
-    # argv as typed, with @FILE unread: so a restart reads the file as it is then.
-    settle(options, argv[1:cut], arguments)
-    return options
-
-
-def settle(options: argparse.Namespace, argv: List[str], arguments: Optional[List[str]]) -> None:
-    """Look up every path and name: after step 1 nothing is relative."""
+def wanted_files(action: str, name: str, options: Dict[str, Any], folder: str) -> Files:
+    """Return the default files, with what --pidfile and --logfile say instead."""
     try:
-        options.cwd = os.getcwd()
-    except FileNotFoundError:
-        options.cwd = None
-    options.argv, options.arguments = argv, arguments
-    options.program = arguments[0] if arguments else ""
-    if "/" in options.program:
-        options.program = absolute(options.program)
-    options.files = wanted_files(options)
-    options.chroot = absolute(options.chroot) if options.chroot else None
-    options.rundir = inside(absolute(options.rundir), options.chroot) or "/"
-    options.identity = None
-    if options.action in STARTING:
-        options.identity = look_up_identity(options.uid, options.gid)
-    options.config_prefix = options.files.prefix
-    options.may_create = options.action != "run" and not options.quiet
-    options.stdin, options.stderr, options.notifier = os.devnull, None, None
-    options.sockets, options.predecessor = [], None
-    options.has_terminal = options.detached = False
-    options.groups = lambda: ()         # the process groups that this process made
+        files = default_files(name)
+    except Fatal:
+        # A start cannot do without either; the others need only the pidfile.
+        if options["pidfile"] is None or options["logfile"] is None and action in ("start", "restart"):
+            raise
+        files = Files("", "", "")
+    logfile = None if action == "run" else files.logfile
+    if options["logfile"] is not None:
+        logfile = log_path(action, options["logfile"], folder)
+    if options["pidfile"] is not None:
+        files = files._replace(pidfile=absolute(options["pidfile"], folder))
+    return files._replace(logfile=logfile)
+
+
+def log_path(action: str, logfile: str, folder: str) -> Optional[str]:
+    """Return the log's path; None for the caller's own streams, by any of their names."""
+    streams = ("-", "/dev/stdout", "/dev/stderr", "/proc/self/fd/1", "/proc/self/fd/2")
+    path = logfile if logfile in streams else absolute(logfile, folder)
+    # nginx' image has links to /dev/stdout for logs.
+    if path not in streams and not (os.path.islink(path) and os.readlink(path) in streams):
+        return path
+    if action == "run":
+        return None
+    raise Fatal("unable to log to %s: a daemon has no standard output\ntry: daemonize.py run" % path, 2)
+
+
+def is_foreign(action: str, typed: List[str], extra: List[str]) -> bool:
+    """Refuse words that were typed and mean nothing; those of an @FILE may be for other actions."""
+    parser = build_parser()
+    foreign = parser.parse_known_args([word for word in typed if not word.startswith("@")])[1]
+    if foreign:
+        is_name = len(foreign) == 1 and not foreign[0].startswith("-")
+        refuse("unrecognized arguments: %s" % " ".join(foreign),
+               "daemonize.py %s --name %s" % (action, foreign[0]) if is_name else "daemonize.py -h")
+    return bool(extra)
+
+
+def parse(argv: List[str], folder: Optional[str] = None) -> Plan:
+    """Step 1.  Return what is to be done; the application's own options wait until it is loaded."""
+    folder = caller_folder() if folder is None else folder
+    cut = argv.index("--") if "--" in argv else len(argv)
+    action, arguments = (argv + [""])[0], argv[cut + 1:] if "--" in argv else None
+    if action not in COMMANDS:
+        refuse("expected one of %s" % ", ".join(COMMANDS))
+    words, spoken = expand(argv[1:cut], folder)
+    typed, extra = build_parser().parse_known_args(spoken)
+    options = dict(DEFAULTS, **vars(typed))
+    is_program = arguments is not None and options["app"] is None
+    if is_program and not arguments:
+        refuse("no COMMAND after --")
+    is_bare = action == "restart" and arguments is None and not extra and set(vars(typed)) <= NEUTRAL
+    if action not in STARTING or is_program or is_bare:
+        if action in STARTING and extra:
+            refuse("unrecognized arguments: %s" % " ".join(extra))
+        is_foreign(action, argv[1:cut], extra)
+    elif options["app"] is not None:
+        check_application(absolute(options["app"], folder))
+    return settle(action, words, spoken, arguments, folder, options, is_bare)
+
+
+def settle(action: str, words: List[str], spoken: List[str], arguments: Optional[List[str]],
+           folder: str, options: Dict[str, Any], is_bare: bool) -> Plan:
+    """Look up every path and name: after step 1 nothing is relative."""
+    kind, hosted = "app", absolute(options["app"], folder) if options["app"] else APPLICATION
+    command = []                        # type: List[str]
+    chroot = absolute(options["chroot"], folder) if options["chroot"] else None
+    if arguments is not None and options["app"] is None:
+        kind, script = "program", script_of(arguments)
+        hosted = absolute(script, folder) if script and not chroot else script or arguments[0]
+        # A path is made absolute once: a virtual environment's python finds itself by argv[0].
+        # In a jail it is the jail's, as in chroot(8).
+        program = arguments[0]
+        program = absolute(program, "/" if chroot else folder) if "/" in program else program
+        command = [program] + arguments[1:]
+    name = name_of(options["name"], hosted)
+    rundir = "/" if options["rundir"] is None else inside(absolute(options["rundir"], folder), chroot)
+    if rundir is None:
+        raise Fatal("unable to use --rundir %s: it is not below --chroot" % options["rundir"], 2)
+    plan = Plan(
+        action, name, kind, hosted, command, words, spoken, arguments, folder, is_bare,
+        wanted_files(action, name, options, folder),
+        look_up_identity(options["uid"], options["gid"]) if action in STARTING else None,
+        chroot, rundir, options["umask"], options["workers"], options["respawn"],
+        options["timeout"], options["start_timeout"], options["log_bytes"], options["log_keep"],
+        options["quiet"], options["json"])
+    is_named = options["name"] or options["app"] or arguments is not None
+    return plan if is_named or action == "start" or action == "run" else renamed(plan)
+
+
+def renamed(plan: Plan) -> Plan:
+    """Call the daemon by the name that its start noted, where only its pidfile is given."""
+    name = os.path.splitext(os.path.basename(plan.files.pidfile))[0]
+    with contextlib.suppress(Fatal):        # whatever it is, the command itself will say so
+        if exists(plan.files.lock):
+            with Lock(plan, os.O_RDONLY) as lock:
+                record = lock.record()
+                name = record.name if record else name
+    return plan if plan.files == default_files(plan.name) else plan._replace(name=name)
+
+
+def show_help(argv: List[str]) -> None:
+    """Print the options of the daemon, and of the application if it is one that would be started."""
+    action = argv[0] if argv and argv[0] in COMMANDS else "start"
+    cut = argv.index("--") if "--" in argv else len(argv)
+    app = vars(build_parser().parse_known_args(argv[:cut])[0]).get("app")
+    path = absolute(app, caller_folder()) if app else APPLICATION
+    is_loaded = action in STARTING and (app or cut == len(argv))
+    emit(1, build_parser(load(path) if is_loaded else None).format_help())
 
 
 def report_fatal(error: Fatal, is_status: bool) -> int:
@@ -2598,26 +3502,27 @@ def report_fatal(error: Fatal, is_status: bool) -> int:
 
 def main(argv: List[str]) -> int:
     """Do one command; return its exit status."""
-    open_stdio()
+    action, words = argv[0] if argv else "start", argv[:argv.index("--")] if "--" in argv else argv
     try:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)       # a start tidies up
-        # Before close_inherited(), which would take systemd's sockets for the caller's litter.
-        sockets = inherited_sockets()
-        close_inherited()
-        # What we make is private until a line gives it a mode; step 5 has the application's umask.
-        umask = os.umask(0o077)
+        open_stdio()
+        # Ignored signals survive exec: without SIGCHLD no child of ours could be waited for.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for signum in (signal.SIGTERM, signal.SIGHUP):              # a start tidies up
+            if signal.getsignal(signum) is not signal.SIG_IGN or signum == signal.SIGTERM:
+                signal.signal(signum, signal.default_int_handler)
+        os.umask(0o077)         # what we make is private until a line gives it a mode
         os.environ.setdefault("PATH", PATH)
-        options = parse(argv)
-        options.sockets, options.caller_umask = sockets, umask
-        if options.help:
-            is_loaded = options.action in STARTING and options.kind == "app"
-            build_parser(load(options.app_path) if is_loaded else None).print_help()
-            return 0
-        return COMMANDS[options.action](options)
+        if "--version" in words:
+            emit(1, "daemonize.py %s\n" % __version__)
+        elif {"-h", "--help"} & set(words):
+            show_help(argv)
+        else:
+            return COMMANDS[action](parse(argv)) if action in COMMANDS else parse(argv) and 2
+        return 0
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        return report_fatal(as_fatal(error), argv[:1] == ["status"])
+        return report_fatal(as_fatal(error, action), action == "status")
 
 
 if __name__ == "__main__":
