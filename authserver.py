@@ -53,7 +53,6 @@ See: RFC 7616 (Digest), RFC 7617 (Basic), RFC 9110 (HTTP), RFC 9112 (its message
 """
 import argparse
 import base64
-import binascii
 import calendar
 import collections
 import contextlib
@@ -370,7 +369,8 @@ CANONICAL = {(name + sess).lower(): name + sess for name in FOUND for sess in ("
 
 def to_hex(algorithm: str, octets: bytes) -> str:
     """Return the algorithm's hash of octets in hexadecimal digits."""
-    return str(HASHES[algorithm](octets).hexdigest())
+    digits: str = HASHES[algorithm](octets).hexdigest()
+    return digits
 
 
 def hash_name(algorithm: str) -> str:
@@ -460,7 +460,7 @@ def digest_response(ha1: str, nonce: str, nc: str, cnonce: str, qop: str, ha2: s
 # user can reach, the processes of a WSGI server, which know nothing of one another (12).
 
 # 27 bytes are 36 characters of base64 and no padding: a nonce has one spelling.
-is_nonce = re.compile(r"[A-Za-z0-9+/]{36}").fullmatch
+is_nonce = re.compile(r"[A-Za-z0-9_-]{36}").fullmatch
 
 
 def find_mac() -> Callable[[bytes, bytes], bytes]:
@@ -480,14 +480,14 @@ def make_nonce(key: bytes, now: float, salt: bytes) -> str:
     """Return a nonce: time, salt (6 random bytes and 4 that name the issuer), signature.
 
     >>> make_nonce(b"key", 1.0, b"random" + b"boot")
-    'AAAAAGRyYW5kb21ib290W8okM+1KMPfcdDSm'
+    'AAAAAGRyYW5kb21ib290W8okM-1KMPfcdDSm'
 
     See: RFC 7616 section 3.3, also why the client's address is not in it: "requests from
     a single user often go through different proxies".
     """
     # Hundredths of a second in 40 bits last until the year 2318.
     body = int(now * 100).to_bytes(5, "big") + salt
-    return binascii.b2a_base64(body + sign(key, body), newline=False).decode("ascii")
+    return base64.urlsafe_b64encode(body + sign(key, body)).decode("ascii")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -498,7 +498,7 @@ def nonce_body(nonce: str, key: bytes) -> bytes:
     here, since a nonce is looked at only after a right response.
     """
     # What has not the form of a nonce takes the same way: no signature equals b"".
-    signed = binascii.a2b_base64(nonce) if is_nonce(nonce) else b""
+    signed = base64.urlsafe_b64decode(nonce) if is_nonce(nonce) else b""
     return signed[:15] if hmac.compare_digest(sign(key, signed[:15]), signed[15:]) else b""
 
 
@@ -578,6 +578,26 @@ def open_memory(size: int) -> int:
     return fd
 
 
+class Exclusively:
+    """Keep all other threads and processes from what lies at an offset.
+
+    A class: contextlib's generator would take half as long again as what it guards.
+    """
+
+    __slots__ = ("mutex", "fd", "offset")
+
+    def __init__(self, mutex: Any, fd: int, offset: int) -> None:
+        self.mutex, self.fd, self.offset = mutex, fd, offset
+
+    def __enter__(self) -> None:
+        self.mutex.acquire()
+        fcntl.lockf(self.fd, fcntl.LOCK_EX, 1, self.offset)
+
+    def __exit__(self, *error: Any) -> None:
+        fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, self.offset)
+        self.mutex.release()
+
+
 class SharedTable:
     """What all workers must agree on: the nonce key, uses of nonces, failures, the clock.
 
@@ -605,15 +625,8 @@ class SharedTable:
         if self.fd >= 0:
             os.close(self.fd)
 
-    @contextlib.contextmanager
-    def _exclusively(self, offset: int) -> Iterator[None]:
-        """Keep everybody else from what lies at offset."""
-        with self._mutex:
-            fcntl.lockf(self.fd, fcntl.LOCK_EX, 1, offset)
-            try:
-                yield
-            finally:
-                fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, offset)
+    def _exclusively(self, offset: int) -> Exclusively:
+        return Exclusively(self._mutex, self.fd, offset)
 
     # -- the clock
 
@@ -652,16 +665,11 @@ class SharedTable:
         if body[11:] != self._memory[ISSUERS:ISSUERS + 4] and self._is_foreign(body):
             return "stale"
         # The last two of the six random bytes: they are random, so no hash has to spread them.
-        offset = SLOTS + SLOT.size * (int.from_bytes(body[9:11], "big") % NONCE_SLOTS)
-        if self.alone:
-            with self._mutex:
-                return self._use_up(offset, body, nonce_count)
-        with self._mutex:
-            fcntl.lockf(self.fd, fcntl.LOCK_EX, 1, offset)
-            try:
-                return self._use_up(offset, body, nonce_count)
-            finally:
-                fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, offset)
+        offset = SLOTS + SLOT.size * (body[9] << 8 | body[10])
+        if self.alone:      # and with one thread, that of the loop
+            return self._use_up(offset, body, nonce_count)
+        with self._exclusively(offset):
+            return self._use_up(offset, body, nonce_count)
 
     def _is_foreign(self, body: bytes) -> bool:
         """Return whether nobody here can know that this nonce has not been used.
@@ -675,7 +683,8 @@ class SharedTable:
 
     def _use_up(self, offset: int, body: bytes, nonce_count: int) -> str:
         identity, highest, seen = SLOT.unpack_from(self._memory, offset)
-        if identity != body[:11]:
+        nonce = body[:11]
+        if identity != nonce:
             # <=, not <: two nonces of one hundredth of a second could take the slot from each other
             # in turn, and with it their counts: the same nc would pass again and again.
             if body[:5] <= identity[:5]:
@@ -684,7 +693,7 @@ class SharedTable:
         window = advance_window(highest, seen, nonce_count)
         if window is None:
             return "replay"
-        SLOT.pack_into(self._memory, offset, body[:11], *window)
+        SLOT.pack_into(self._memory, offset, nonce, *window)
         return ""
 
     # -- clients who guess: each counts in two buckets, and is locked out when both are full. Two
@@ -1290,14 +1299,16 @@ class Authenticator:
     """Say who sends a request; the conductor of everything above.
 
     Methods for the server: judge (or authenticate, which waits), is_locked, challenge, clock.
-    Instance variables: passwords, which a reload sets; table.
+    Instance variables: passwords, which a reload sets; table; schemes, and is_explicit: somebody
+    has said which.
     """
 
-    def __init__(self, passwords: Passwords, schemes: Sequence[str] = SCHEMES,
+    def __init__(self, passwords: Passwords, schemes: Optional[Sequence[str]] = None,
                  algorithms: Sequence[str] = ALGORITHMS, qop: Sequence[str] = QOP,
                  nonce_lifetime: float = NONCE_LIFETIME, nonce_secret: bytes = b"",
                  table: Optional[SharedTable] = None,
                  max_failures: Tuple[int, float] = MAX_FAILURES) -> None:
+        self.is_explicit, schemes = schemes is not None, SCHEMES if schemes is None else schemes
         check_offer(passwords.realm, schemes, algorithms, qop)
         passwords.check_servable(schemes, algorithms)
         self.passwords, self.max_failures = passwords, max_failures
@@ -1568,7 +1579,7 @@ class TrustedProxies:
             if hop is None:
                 break
             address = hop
-        shown = peer if address is None else str(address)
+        shown = peer or "-" if address is None else str(address)
         if address is None or address.is_loopback or self.trusts(address):
             return shown, None
         if address.version == 6:
@@ -2040,14 +2051,12 @@ def framing(values: Values, minor: int) -> Tuple[int, bool]:
 
 
 def check_length(method: str, minor: int, fields: FieldBlock) -> None:
-    """Refuse a body whose end HTTP/1.0 cannot tell, and one that nobody could want.
+    """Refuse a body whose end HTTP/1.0 cannot tell.
 
     See: RFC 9112 section 6.3.
     """
     if not minor and fields.length < 0 and method in ("POST", "PUT", "PATCH"):
         raise BadRequest(411, "no Content-Length")
-    if fields.length > MAX_BODY:
-        raise BadRequest(413, "body too large")
 
 
 def split_list(fields: Sequence[str]) -> List[str]:
@@ -2113,6 +2122,7 @@ NO_FIELDS = FieldBlock({}, -1, False, False, False, "", '"-" "-"')
 STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n"
                 for status in http.HTTPStatus}
 PAGE_METHODS = ("GET", "HEAD", "OPTIONS")
+ALLOW = ("Allow", ", ".join(PAGE_METHODS))
 METHODS = ("CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE")
 
 
@@ -2205,6 +2215,43 @@ def example(request: Request) -> Answer:
     return example_answer(request.path, request.username or "everybody")
 
 
+def page_answer(server: "AuthServer", request: Request) -> Answer:
+    """Return a page's answer; for what no page knows, ours."""
+    if request.method not in PAGE_METHODS:
+        status = 405 if request.method in METHODS else 501
+        return Answer(status, (ALLOW, HTML), error_page(status))
+    if request.method == "OPTIONS":
+        return Answer(204, (ALLOW,))
+    try:
+        assert server.page is not None
+        answer = server.page(request)
+        if not isinstance(answer, Answer):
+            raise TypeError(f"expected an Answer, not {answer!r:.40}")
+    except Exception:
+        server.log.error(f"error: {request.line}: {traceback.format_exc()}")
+        answer = Answer(500, (HTML,), error_page(500))
+    return answer
+
+
+def refusal(server: "AuthServer", request: Request) -> Answer:
+    """Return the answer to a request that may not pass; the log is told why."""
+    verdict = request.verdict
+    if verdict.reason != "no credentials":
+        server.log.error(f"{request.host}: refused {log_name(verdict.log_user)}: {verdict.reason}")
+    # nginx makes 500 of all else that its subrequest brings.
+    status = 403 if request.asked and verdict.status != 401 else verdict.status
+    return Answer(status, (HTML,), error_page(status))
+
+
+def field_lines(fields: Fields) -> str:
+    """Return header fields as they go over the wire.
+
+    >>> field_lines([("Allow", "GET")])
+    'Allow: GET\\r\\n'
+    """
+    return "".join([f"{name}: {value}\r\n" for name, value in fields]) if fields else ""
+
+
 @functools.lru_cache(maxsize=256)
 def log_name(username: Optional[str]) -> str:
     """Return a user's name as one word of the log; nobody is -, and no name is mistaken for it.
@@ -2270,8 +2317,10 @@ WAITS = {                   # seconds that a connection may spend
     "write": PACE_SECONDS,  # writing, and as long again for every 64 KiB that went
     "idle": 75.0,           # between two requests; browsers wait for 60 to 120 s
     "linger": 10.0,         # sending, though it has been refused
-    "thread": float("inf"),     # with a handler: its reads and writes have their own deadlines
 }
+CLOSE = "Connection: close\r\n"
+NO_CONTENT = (204, 304)     # statuses without a body: RFC 9110 section 6.4.1
+NO_LINGER = struct.pack("ii", 1, 0)     # close(2) resets, and forgets what was not sent
 Story = Generator[Any, Any, None]
 
 
@@ -2358,26 +2407,22 @@ class Body:
 NO_BODY = Body(0, False)
 
 
-class Connection:
-    """One client's connection, from accept to close: bytes in, bytes out, one deadline.
+class Channel:
+    """A client's connection as far as it is bytes: in, out, and one deadline for either.
 
-    For the loop: ready, advance, expire, close.  For a story: read, wait.  For a handler's
-    thread (12): listener, socket, buffer, output.
+    For whoever talks: receive, wait; output and part, which flush() sends; hang_up, close.
+    TLSConnection (11) overrides receive, send, send_part and shut.
     """
 
     # Of thousands nearly all are idle, so an idle one is small.
-    __slots__ = ("server", "listener", "socket", "address", "host", "client", "buffer", "output",
-                 "part", "stage", "deadline", "writes", "story", "closing", "lingers")
+    __slots__ = ("server", "listener", "socket", "address", "buffer", "output", "part", "stage",
+                 "deadline", "writes", "closing", "lingers")
 
     def __init__(self, server: "AuthServer", listener: "Listener", sock: Any, address: Any) -> None:
-        self.server, self.listener, self.socket = server, listener, sock
-        self.address = address      # for handlers
-        # For the log, and for a lock-out; another one's, when a proxy speaks for others.
-        self.host, self.client = server.proxies.find_client(host_of(address))
+        self.server, self.listener, self.socket, self.address = server, listener, sock, address
         self.buffer = b""           # received, and not understood yet
         self.output = b""           # not sent yet
         self.part: Optional[FilePart] = None        # ... and after it this
-        self.story: Optional[Story] = None          # of the request that is being answered
         self.writes = False         # it waits for the client: nothing is read meanwhile
         self.closing = False        # after the output
         self.lingers = False        # ... because the client may still be sending
@@ -2386,8 +2431,6 @@ class Connection:
     def wait(self, stage: str) -> None:
         """Set what is waited for, and for how long."""
         self.stage, self.deadline = stage, self.server.clock + WAITS[stage]
-
-    # -- bytes in
 
     def receive(self) -> Optional[bytes]:
         """Return what has come; b"" when nothing will come any more, None when nothing has yet."""
@@ -2399,11 +2442,134 @@ class Connection:
             return b""
         return octets
 
+    def take_buffer(self) -> bytes:
+        """Return what has been received, once."""
+        octets, self.buffer = self.buffer, b""
+        return octets
+
+    def send(self, octets: bytes) -> int:
+        """Return how many of these bytes the kernel took."""
+        try:
+            return int(self.socket.send(octets))
+        except (BlockingIOError, InterruptedError):
+            return 0
+
+    def send_part(self, part: FilePart) -> int:
+        """Return how many bytes of a file the kernel took.  See: sendfile(2)."""
+        try:
+            sent = os.sendfile(self.socket.fileno(), part.file.fileno(), part.offset,
+                               min(part.length, SENDFILE_SIZE))
+        except (BlockingIOError, InterruptedError):
+            return 0
+        # A file that was cut has no more; to pad it would be a lie, to go on an endless loop.
+        if not sent:
+            raise EOFError
+        return sent
+
+    def flush(self) -> None:
+        """Send the output; what the client does not take now waits, and so do its requests."""
+        sent = 0
+        try:
+            if self.output:
+                sent = self.send(self.output)
+                self.output = self.output[sent:]
+            if self.part and not self.output:
+                part, size = self.part, self.send_part(self.part)
+                self.part = part._replace(offset=part.offset + size, length=part.length - size)
+                sent += size
+                if not self.part.length:
+                    part.file.close()
+                    self.part = None
+        except (OSError, EOFError):
+            self.close()
+            return
+        if self.output or self.part:
+            self.wait_to_write(sent)
+        elif self.closing:
+            self.hang_up()
+        elif self.writes:
+            self.watch(False)
+            self.wait("idle")
+            self.server.later[self] = None          # what came meanwhile
+
+    def wait_to_write(self, sent: int) -> None:
+        """Wait until the client takes more; who takes too little is cut off."""
+        if not self.writes:
+            self.watch(True)
+            self.wait("write")
+        # Haste is no credit for later: what the kernel took at once, the client may never read.
+        self.deadline = min(self.deadline + sent * PACE_SECONDS / IN_MEMORY,
+                            self.server.clock + WAITS["write"])
+
+    def watch(self, writes: bool) -> None:
+        """Wait for the moment to write, or to read."""
+        self.writes = writes
+        self.server.selector.modify(
+            self.socket, selectors.EVENT_WRITE if writes else selectors.EVENT_READ, self.ready)
+
+    def ready(self, events: int) -> None:
+        """Do what can be done now."""
+        raise NotImplementedError
+
+    def hang_up(self) -> None:
+        """Close; if the client may still be sending, let it finish and read the answer first.
+
+        Closing a socket with bytes unread sends a reset, and a reset makes the client's
+        kernel forget an answer that it has already received.
+
+        See: RFC 9112 section 9.6.
+        """
+        if self.stage == "linger":
+            return
+        if self.lingers or self.buffer:
+            with contextlib.suppress(OSError):
+                self.shut()
+                self.buffer = b""
+                self.watch(False)
+                self.wait("linger")
+                return
+        self.close()
+
+    def shut(self) -> None:
+        """Say that nothing more will come."""
+        self.socket.shutdown(socket.SHUT_WR)
+
+    def reset(self) -> None:
+        """Close; what the kernel still holds for a client that does not read is forgotten."""
+        with contextlib.suppress(OSError):
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
+        self.close()
+
+    def close(self) -> None:
+        """Forget the connection; harmless when it is repeated."""
+        if self in self.server.connections:
+            self.server.forget(self)
+            self.socket.close()
+        if self.part:
+            self.part.file.close()
+        self.closing, self.buffer, self.output, self.part = True, b"", b"", None
+
+
+class Connection(Channel):
+    """A connection as far as it is requests: the story of each, and its driver.
+
+    For the loop: ready, advance, expire, close.
+    """
+
+    __slots__ = ("host", "client", "story")
+
+    def __init__(self, server: "AuthServer", listener: "Listener", sock: Any, address: Any) -> None:
+        super().__init__(server, listener, sock, address)
+        self.story: Optional[Story] = None          # of the request that is being answered
+        # For the log, and for a lock-out; another one's, when a proxy speaks for others.
+        self.host, self.client = server.proxies.find_client(     # type: str, Optional[str]
+            host_of(address))
+
     def ready(self, events: int) -> None:
         """Send what waits, or else read what came; then work."""
         if self.writes:
             self.flush()
-        elif len(self.buffer) <= MAX_HEAD or self.story is not None:
+        elif self not in self.server.later:     # else it has sent enough for now
             octets = self.receive()
             if not octets:
                 if octets is not None:
@@ -2417,7 +2583,7 @@ class Connection:
     def advance(self) -> None:
         """Go on with the request at hand, or with the next one if its head is there."""
         if self.story is not None:
-            if self.stage in (MORE, REST):
+            if self.stage != "thread" and not self.writes:
                 self.go_on()
         elif self.buffer and not self.writes and not self.closing:
             end = self.buffer.find(b"\r\n\r\n") + 4
@@ -2451,34 +2617,32 @@ class Connection:
     def answer(self, octets: bytes) -> Story:
         """Answer the request whose head octets are: everything that happens to it, in order."""
         server, request, body = self.server, None, NO_BODY
+        answer: Optional[Answer] = None
         try:
             request = server.heads.read(octets)
             if request.fields.chunked or request.fields.length > 0:
                 body = Body(request.fields.length, request.fields.chunked)
-            self.ask_who(request)
-            is_asked = is_forward_auth(server.forward_auth, request.path)
-            verdict = request.verdict = is_asked and self.look_behind(request) or self.recall(
-                request) or (yield from self.judge(request, body))
+            verdict = request.verdict = self.recall(request) or (
+                yield from self.judge(request, body))
             request.username = verdict.username
-            answer: Optional[Answer]
             if verdict.status != 200:
-                answer = self.refusal(request)
-            elif is_asked:
+                answer = refusal(server, request)
+            elif request.fields.length > MAX_BODY:
+                raise BadRequest(413, "body too large")
+            elif request.asked:
                 answer = grant(request)
             elif server.page is not None:
-                answer = self.turn_to(server.page, request)
+                answer = page_answer(server, request)
             else:
                 answer = yield from self.host_handler(octets, request, body)
-            if answer is not None:
-                self.finish(request, answer, body)
         except BadRequest as error:
-            self.refuse(error, request)
+            self.refuse(error, octets, request)
         except Busy as error:           # nobody is there to whom it could be lent
             assert request is not None
-            if server.authenticator:
-                server.authenticator.table.add("busy")
             request.verdict = Verdict(503, reason=str(error), fields=(("Retry-After", "1"),))
-            self.finish(request, self.refusal(request), body)
+            answer = refusal(server, request)
+        if answer is not None and request is not None:
+            self.finish(request, answer, body)
         # A small body that nobody wanted is read and dropped, and the connection goes on.
         while not body.done and not self.closing:
             body.feed(self.take_buffer())
@@ -2487,31 +2651,23 @@ class Connection:
         if body.rest:
             self.buffer = body.take_rest() + self.buffer
 
-    def ask_who(self, request: Request) -> None:
-        """Find whose request it is: the peer's, or whom a proxy names."""
-        request.now = self.server.wall
-        request.host, request.client = self.host, self.client
-        if request.fields.forwarded:
-            request.host, request.client = self.server.proxies.find_client(
-                host_of(self.address), request.fields.forwarded)
-
-    def look_behind(self, request: Request) -> Optional[Verdict]:
-        """Take what a proxy asks about for the request; return a verdict if that cannot be."""
-        if not self.server.proxies.trusts(parse_address(host_of(self.address))):
-            return Verdict(403, reason="forward-auth by a peer that is no --trusted-proxy")
-        asked = asked_about(request, self.server.forward_auth)
-        if asked is None:
-            return Verdict(403, reason="forward-auth without one method and one URI")
-        request.asked = asked
-        return None
-
     def recall(self, request: Request) -> Optional[Verdict]:
-        """Return the verdict where there is nothing to check: nothing is asked, or all known."""
-        authenticator = self.server.authenticator
-        if authenticator is None or is_public(self.server.public, request.path):
+        """Find whose request it is; return the verdict where nothing has to be checked."""
+        server, authenticator = self.server, self.server.authenticator
+        request.now, request.host, request.client = server.wall, self.host, self.client
+        if request.fields.forwarded:        # the peer's own, unless it may speak for others
+            request.host, request.client = server.proxies.find_client(
+                host_of(self.address), request.fields.forwarded)
+        if is_forward_auth(server.forward_auth, request.path):
+            request.asked = asked_about(request, server.forward_auth)
+            if not request.asked or not server.proxies.trusts(parse_address(host_of(self.address))):
+                return Verdict(403, reason="forward-auth: no --trusted-proxy, or not one method "
+                                           "and one URI")
+        elif authenticator is None or is_public(server.public, request.path):
             return PUBLIC
-        if len(request.authorization) != 1 or "basic" not in self.listener.schemes or (
-                request.client and authenticator.is_locked(request.client, self.server.now)):
+        if authenticator is None or len(request.authorization) != 1 or (
+                "basic" not in self.listener.schemes
+                or request.client and authenticator.is_locked(request.client, server.now)):
             return None
         return authenticator.recall(request.authorization[0])
 
@@ -2552,83 +2708,56 @@ class Connection:
         if sock.is_silent() and not sock.gone and not sock.is_shut:
             if sock.nonsense:
                 raise sock.nonsense
+            self.closing = True
             return Answer(500, (HTML,), error_page(500))
         self.closing = self.closing or self.server.draining or sock.ends_connection()
         self.lingers = self.closing and not body.done
-        request.status = sock.status
-        self.wait("idle")
-        self.server.log.access(request, sock.size)
-        self.server.answered += 1
+        self.note(request, sock.status, sock.size)
         return None
-
-    def take_buffer(self) -> bytes:
-        """Return what has been received, once."""
-        octets, self.buffer = self.buffer, b""
-        return octets
-
-    def turn_to(self, page: Page, request: Request) -> Answer:
-        """Return a page's answer; for what no page knows, ours."""
-        if request.method not in PAGE_METHODS:
-            fields = (("Allow", ", ".join(PAGE_METHODS)), HTML)
-            status = 405 if request.method in METHODS else 501
-            return Answer(status, fields, error_page(status))
-        if request.method == "OPTIONS":
-            return Answer(204, (("Allow", ", ".join(PAGE_METHODS)),))
-        try:
-            return page(request)
-        except Exception:
-            self.server.log.error(f"error: {request.line}: {traceback.format_exc()}")
-            return Answer(500, (HTML,), error_page(500))
-
-    def refusal(self, request: Request) -> Answer:
-        """Return the answer to a request that may not pass; the log is told why."""
-        verdict = request.verdict
-        if verdict.reason != "no credentials":
-            self.server.log.error(
-                f"{request.host}: refused {log_name(verdict.log_user)}: {verdict.reason}")
-        # nginx makes 500 of all else that its subrequest brings.
-        status = 403 if request.asked and verdict.status != 401 else verdict.status
-        return Answer(status, (HTML,), error_page(status))
 
     def finish(self, request: Request, answer: Answer, body: Body) -> None:
         """Put an answer into the output, and a line into the log."""
-        server, content = self.server, answer.body
+        fields, content = request.fields, answer.body
         size = content.length if isinstance(content, FilePart) else len(content)
         # What is large, or may be, nobody reads only to drop it; nor what waits for 100 Continue.
-        if not body.done and (request.fields.chunked or request.fields.expects
-                              or request.fields.length > IN_MEMORY):
+        if not body.done and (fields.chunked or fields.expects or fields.length > IN_MEMORY):
             self.lingers = self.closing = True
-        self.closing = self.closing or server.draining or not request.fields.keep_alive
-        connection = ("Connection: close\r\n" if self.closing
-                      else "" if request.minor else "Connection: keep-alive\r\n")
-        length = "" if answer.status in (204, 304) else f"Content-Length: {size}\r\n"
-        fields = "".join([f"{name}: {value}\r\n" for name, value in answer.fields])
-        proof = "".join([f"{name}: {value}\r\n" for name, value in request.verdict.fields])
-        head = (f"{STATUS_LINES[answer.status]}{server.stamp}{fields}{proof}{length}{connection}"
-                f"\r\n").encode("latin-1", "replace")
-        if request.method == "HEAD" or not length:
-            close_part(content)
-            size, content = 0, b""
-        if isinstance(content, FilePart):
-            self.output, self.part = self.output + head, content
+        if self.server.draining or not fields.keep_alive:
+            self.closing = True
+        length = "" if answer.status in NO_CONTENT else f"Content-Length: {size}\r\n"
+        ends = CLOSE if self.closing else "" if request.minor else "Connection: keep-alive\r\n"
+        head = (f"{STATUS_LINES[answer.status]}{self.server.stamp}{field_lines(answer.fields)}"
+                f"{field_lines(request.verdict.fields)}{length}{ends}\r\n")
+        self.output += head.encode("latin-1", "replace")
+        if not isinstance(content, FilePart):
+            size = 0 if request.method == "HEAD" else size
+            self.output += content[:size]
+        elif request.method == "HEAD" or not size:
+            size = 0
+            content.file.close()
         else:
-            self.output = self.output + head + content if self.output else head + content
-        request.status = answer.status
-        self.wait("idle")
-        server.answered += 1
-        if self.listener.logs:
-            server.log.access(request, size)
+            self.part = content
+        self.note(request, answer.status, size)
 
-    def refuse(self, error: BadRequest, request: Optional[Request] = None) -> None:
+    def note(self, request: Request, status: int, size: int) -> None:
+        """Put a line into the log: the request has been answered."""
+        request.status = status
+        self.wait("idle")
+        self.server.answered += 1
+        if self.listener.logs:
+            self.server.log.access(request, size)
+
+    def refuse(self, error: BadRequest, octets: bytes = b"",
+               request: Optional[Request] = None) -> None:
         """Answer what is no request, or not a whole one, and hang up."""
         if request is None:         # its first line is all that the log can show
-            line = self.buffer[:MAX_LINE].partition(b"\r\n")[0].decode("latin-1")
+            line = (octets or self.buffer)[:MAX_LINE].partition(b"\r\n")[0].decode("latin-1")
             request = Request("", "", "", escape(line))
             request.host = self.host
         # Whatever follows what we could not read is no request, so nothing of it is kept.
         self.buffer, self.closing, self.lingers = b"", True, True
         request.verdict = Verdict(error.status, reason=f"malformed: {error}")
-        self.finish(request, self.refusal(request), NO_BODY)
+        self.finish(request, refusal(self.server, request), NO_BODY)
 
     # -- its driver
 
@@ -2656,7 +2785,8 @@ class Connection:
             self.go_on(None, Busy("every thread is busy"))
             return
         server.selector.unregister(self.socket)
-        self.wait("thread")
+        # The reads and writes of a handler have deadlines of their own.
+        self.stage, self.deadline = "thread", float("inf")
 
     def do(self, work: Callable[[], Any]) -> None:
         """Do work, come what may; in a thread."""
@@ -2675,126 +2805,24 @@ class Connection:
         self.go_on(result, error)
         self.advance()
 
-    # -- bytes out
-
-    def send(self, octets: bytes) -> int:
-        """Return how many of these bytes the kernel took."""
-        try:
-            return int(self.socket.send(octets))
-        except (BlockingIOError, InterruptedError):
-            return 0
-
-    def send_part(self, part: FilePart) -> int:
-        """Return how many bytes of a file the kernel took.  See: sendfile(2)."""
-        try:
-            sent = os.sendfile(self.socket.fileno(), part.file.fileno(), part.offset,
-                               min(part.length, SENDFILE_SIZE))
-        except (BlockingIOError, InterruptedError):
-            return 0
-        # A file that was cut has no more; to pad it would be a lie, to go on an endless loop.
-        if not sent:
-            raise EOFError
-        return sent
-
-    def flush(self) -> None:
-        """Send the output; what the client does not take now waits, and so do its requests."""
-        sent = 0
-        try:
-            if self.output:
-                sent = self.send(self.output)
-                self.output = self.output[sent:]
-            if self.part and not self.output:
-                sent += self.flush_part(self.part)
-        except (OSError, EOFError):
-            self.close()
-            return
-        if self.output or self.part:
-            self.wait_to_write(sent)
-        elif self.closing:
-            self.hang_up()
-        elif self.writes:
-            self.watch(False)
-            self.wait(MORE if self.story is not None else "idle")
-            self.server.later[self] = None          # what came meanwhile
-
-    def flush_part(self, part: FilePart) -> int:
-        """Send as much of a file as one turn of the loop should."""
-        sent = self.send_part(part)
-        if sent < part.length:
-            self.part = FilePart(part.file, part.offset + sent, part.length - sent)
-        else:
-            self.part = None
-            part.file.close()
-        return sent
-
-    def wait_to_write(self, sent: int) -> None:
-        """Wait until the client takes more; who takes too little is cut off."""
-        if not self.writes:
-            self.watch(True)
-            self.wait("write")
-        # Haste is no credit for later: what the kernel took at once, the client may never read.
-        self.deadline = min(self.deadline + sent * PACE_SECONDS / IN_MEMORY,
-                            self.server.clock + WAITS["write"])
-
-    def watch(self, writes: bool) -> None:
-        """Wait for the moment to write, or to read."""
-        self.writes = writes
-        self.server.selector.modify(
-            self.socket, selectors.EVENT_WRITE if writes else selectors.EVENT_READ, self.ready)
-
-    # -- its end
-
-    def hang_up(self) -> None:
-        """Close; if the client may still be sending, let it finish and read the answer first.
-
-        Closing a socket with bytes unread sends a reset, and a reset makes the client's
-        kernel forget an answer that it has already received.
-
-        See: RFC 9112 section 9.6.
-        """
-        if (self.lingers or self.buffer) and self.stage != "linger":
-            with contextlib.suppress(OSError):
-                self.shut()
-                self.buffer = b""
-                self.watch(False)
-                self.wait("linger")
-                return
-        if self.stage != "linger":
-            self.close()
-
-    def shut(self) -> None:
-        """Say that nothing more will come."""
-        self.socket.shutdown(socket.SHUT_WR)
-
     def expire(self) -> None:
         """Close what took too long; who is in the middle of a request is told so."""
-        if self.stage in ("head", MORE):
-            slow = BadRequest(408, "too slow")
-            if self.story is None:
-                self.refuse(slow)
-            else:
-                self.go_on(None, slow)
-            self.advance()
+        if self.stage not in ("head", MORE):
+            (self.reset if self.writes else self.close)()
+            return
+        slow = BadRequest(408, "too slow")
+        if self.story is None:
+            self.refuse(slow)
         else:
-            self.close()
+            self.go_on(None, slow)
+        self.advance()
 
     def close(self) -> None:
-        """Forget the connection; harmless when it is repeated."""
-        if self in self.server.connections:
-            self.server.forget(self)
-            self.socket.close()
-        if self.part:
-            self.part.file.close()
+        """Forget the request as well."""
         if self.story is not None and self.stage != "thread":
             self.story.close()
-        self.story = self.part = None
-        self.closing, self.buffer, self.output = True, b"", b""
-
-
-def close_part(content: Union[bytes, FilePart]) -> None:
-    """Close the file of a body that is not sent."""
-    if isinstance(content, FilePart):
-        content.file.close()
+        self.story = None
+        super().close()
 
 
 # -- 10. The server -----------------------------------------------------------
@@ -2842,7 +2870,7 @@ class Log:
         """
         user = request.verdict.log_user
         self.waiting[1].append(
-            f'{request.host or "-"} - {"-" if user is None else log_name(user)} [{self.date}] '
+            f'{request.host} - {"-" if user is None else log_name(user)} [{self.date}] '
             f'"{request.line}" {request.status or "-"} {size} {request.fields.log_tail}\n')
 
     def error(self, text: str) -> None:
@@ -2935,7 +2963,7 @@ def host_of(address: Any) -> str:
     >>> host_of("/run/client")
     ''
     """
-    host = str(address[0]) if isinstance(address, tuple) else ""
+    host = str(address[0]) if isinstance(address, tuple) and address[0] != "unix:" else ""
     # IPv4 on a socket of both families. By parse_address it would take 5 us.
     return host[7:] if host.startswith("::ffff:") and "." in host else host
 
@@ -2947,116 +2975,34 @@ def count_cpus() -> int:
     return os.cpu_count() or 1      # macOS
 
 
-# Hooks of socketserver that assume one request at a time and a connection for each. Nobody
-# calls them here, and what is never called must not look as if it were.
-UNUSED_HOOKS = ("get_request", "process_request", "process_request_thread", "shutdown_request",
-                "close_request")
+class Loop:
+    """All connections, in one thread; the half of a server that waits.
 
-
-class AuthServer(http.server.HTTPServer):
-    """An HTTPServer that keeps every connection in one loop; see the head of this section.
-
-    answers is a page, or the class of a handler, which may have been through protect().
-
-    Methods for the caller: serve_forever, handle_request, shutdown, server_close.
-    Methods that may be overridden, as on any HTTPServer: verify_request, finish_request,
-    handle_error, handle_timeout, service_actions, server_bind, server_activate.
-    Methods for daemonize.py: hold, release, drain, probe, reload, status, abandon.
-    Instance variables: sockets, workers, greeting, legacy; authenticator, public, proxies.
+    Methods for the server: open, turn, close, call_soon.  For connections: forget, and what
+    they read: clock, now, wall, stamp; later.
     """
 
-    request_queue_size = BACKLOG
-    greeting = forward_auth = ""
-    workers = 1                 # a program's own; the command line says one per CPU
-    draining = stopping = serving = False
+    authenticator: Optional[Authenticator]
+    listeners: List[Listener]
+    draining = held = False     # it accepts nobody any more; nobody yet
 
-    def __init__(self, server_address: Any, answers: Any, bind_and_activate: bool = True,
-                 authenticator: Optional[Authenticator] = None,
-                 listeners: Sequence[Listener] = (), public: Sequence[str] = (),
-                 stream_threads: int = STREAM_THREADS) -> None:
-        for name in UNUSED_HOOKS:
-            if getattr(type(self), name, None) is not getattr(http.server.HTTPServer, name, None):
-                raise TypeError(f"{type(self).__name__}.{name}() would never be called: AuthServer "
-                                f"has a loop and threads of its own")
-        is_handler = isinstance(answers, (type, functools.partial))
-        self.page: Optional[Page] = None if is_handler else answers
-        self.authenticator = authenticator or find_attribute(answers, "authenticator")
-        self.public, self.proxies = public, find_attribute(answers, "proxies") or TrustedProxies()
-        if listeners:
-            socketserver.BaseServer.__init__(self, server_address, answers)
-            self.socket = listeners[0].socket
-        else:
-            super().__init__(server_address, answers, bind_and_activate)
-        self.listeners = list(listeners)        # of a program: made when it begins to serve
-        self.heads, self.log = HeadReader(), Log()
+    def __init__(self) -> None:
+        self.log, self.heads = Log(), HeadReader()
         self.connections: Set[Connection] = set()
         # connections with more requests in their buffers; who came first, comes first
-        self.later: Dict[Connection, None] = {}
+        self.later: Dict[Any, None] = {}
         self.calls: Deque[Callable[[], None]] = collections.deque()     # from other threads
-        self.handlers, self.hashers = Pool(stream_threads), Pool(SLOW_HASHES, SLOW_QUEUE)
         self.answered = self.counted = 0        # requests; those in the statistics already
         self.paused_until = self.offset = 0.0
-        self.second = 0                         # when tick() was last at work
-        self.held = False
-        self.reread: Callable[[], None] = lambda: None
-        self.abandon: Callable[[], None] = lambda: None
-        self.stopped = threading.Event()
+        self.second, self.rested = 0, 0.0       # the time in words; when rest() last was
         self.look_at_clock()
-        self.tick()
-
-    @property
-    def sockets(self) -> List[socket.socket]:
-        """What to hand over at a restart."""
-        return [listener.socket for listener in self.listeners] or [self.socket]
-
-    @property
-    def legacy(self) -> Optional[int]:
-        """The memory that an heir shares with us: with it no client notices a restart."""
-        return self.authenticator.table.fd if self.authenticator else None
-
-    def server_bind(self) -> None:
-        """Bind without asking the DNS for our own name, which HTTPServer does."""
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
-
-    # -- the loop
-
-    def serve_forever(self, poll_interval: float = 1.0) -> None:
-        """Serve until shutdown() or drain(), or until a signal handler raises."""
-        self.open()
-        try:
-            self.announce()
-            while not self.stopping and not (self.draining and not self.connections):
-                self.turn(poll_interval)
-        finally:
-            self.close()
-
-    def handle_request(self) -> None:
-        """Serve one request, or wait for `timeout` seconds in vain."""
-        self.open()
-        try:
-            end = float("inf") if self.timeout is None else self.clock + self.timeout
-            before = self.answered
-            while self.answered == before and self.clock < end:
-                self.turn(min(1.0, max(0.0, end - self.clock)))
-            if self.answered == before:
-                self.handle_timeout()
-            self.drain()        # whoever waits for the rest of an answer gets it
-            while self.connections:
-                self.turn(1.0)
-        finally:
-            self.draining = False
-            self.close()
 
     def open(self) -> None:
         """Begin to wait for whatever may happen."""
-        self.find_listeners()
         self.limit = max(BATCH, min(MAX_CONNECTIONS, raise_file_limit() - SPARE_FILES))
-        self.stopped.clear()
         self.wake, self.waker = socket.socketpair()
         self.selector = selectors.DefaultSelector()     # an epoll must not be shared by a fork
         self.selector.register(self.wake, selectors.EVENT_READ, self.make_calls)
-        self.serving = True
         self.accept_again()
 
     def close(self) -> None:
@@ -3066,55 +3012,45 @@ class AuthServer(http.server.HTTPServer):
             connection.close()
         for closable in (self.selector, self.wake, self.waker):
             closable.close()
-        self.serving = self.stopping = False
-        self.stopped.set()
 
-    def find_listeners(self) -> None:
-        """Make the listener of a program's own socket, which it may have wrapped for TLS."""
-        if not self.listeners or self.socket not in self.sockets:
-            context = getattr(self.socket, "context", None)
-            schemes = self.authenticator.schemes if self.authenticator else ()
-            if not (context or is_private(self.socket) or getattr(
-                    self.authenticator, "is_explicit", True)):
-                schemes = tuple(name for name in schemes if name != "basic")
-            self.listeners = [Listener(self.socket, schemes, context)]
-            if context:
-                load_ssl()
+    def service_actions(self) -> None:
+        """Do what a program wants done once in a while."""
 
-    def announce(self) -> None:
-        """Log the addresses; the first worker does it for all."""
-        authenticator = self.authenticator
-        if authenticator is None or not authenticator.table.statistics()["workers"]:
-            for address, listener in zip(self.addresses(), self.listeners):
-                self.log.error(f"listening on {address} ({', '.join(listener.schemes)})")
-            if authenticator and authenticator.max_failures[0]:
-                self.log.error("never locked out, for they may be many: clients on loopback, on "
-                               "unix sockets, and of proxies without X-Forwarded-For")
-        if authenticator:
-            authenticator.table.add("workers")
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Return whether to talk to a client at all."""
+        return True
 
     def turn(self, patience: float) -> None:
-        """Wait for something to do; do it."""
-        # Without connections no deadline runs: sleep until something happens.
-        busy = self.connections or self.paused_until
-        wait = 0.0 if self.later else PAUSE_SECONDS if self.paused_until else patience
+        """Do what there is to do; where there is nothing, wait for something."""
         events = self.selector.select(0)
-        if not events and wait:
-            self.rest()
-            events = self.selector.select(wait if busy or patience < 1 else None)
         self.look_at_clock()
+        if not events and not self.later:
+            self.rest()
+            # Without connections no deadline runs: sleep until something happens.
+            busy = self.connections or patience < 1
+            events = self.selector.select(PAUSE_SECONDS if self.paused_until else
+                                          patience if busy else None)
+            self.look_at_clock()
         for key, mask in events:
             self.call(key.data, mask)
         # As many as wait now; each gets one request answered, and may queue again.
         for connection in list(self.later):
             del self.later[connection]
             self.call(connection.advance)
-        # After the events: who was frozen answers what is in its sockets before it judges anybody.
-        self.tick()
+        if self.clock - self.rested > 1:
+            self.rest()
         self.service_actions()
 
     def rest(self) -> None:
-        """Do what can wait until there is nothing else to do: write the log, count."""
+        """Do what can wait until there is nothing else to do, or for a second.
+
+        Who is overdue is judged here, after all that had come was done: a process that was
+        frozen answers what is in its sockets first.
+        """
+        self.rested = self.clock
+        for connection in [item for item in self.connections
+                           if item.deadline < self.clock and item not in self.later]:
+            self.call(connection.expire)
         self.log.flush()
         if self.answered > self.counted and self.authenticator:
             self.authenticator.table.add("requests", self.answered - self.counted)
@@ -3130,30 +3066,20 @@ class AuthServer(http.server.HTTPServer):
                 function.__self__.close()       # type: ignore[attr-defined]
 
     def look_at_clock(self) -> None:
-        """Look at the clocks, once a turn."""
+        """Look at the clocks, once a turn; once a second, put the time into words."""
         self.wall, self.clock = time.time(), time.monotonic()
+        if int(self.wall) != self.second:
+            self.second = int(self.wall)
+            date = email.utils.formatdate(self.second, usegmt=True)
+            self.stamp = f"Server: authserver\r\nDate: {date}\r\n"
+            self.log.date = log_date(self.second)
+            if self.authenticator:
+                if self.authenticator.shares_nonces:
+                    self.authenticator.table.set_clock(self.wall)
+                self.offset = self.authenticator.table.offset
         self.now = self.clock + self.offset     # what the authenticator goes by
         if self.paused_until and self.paused_until < self.clock:
             self.accept_again()
-
-    def tick(self) -> None:
-        """Once a second, format the dates, write the log, close what is overdue."""
-        if int(self.wall) == self.second:
-            return
-        self.second = int(self.wall)
-        date = email.utils.formatdate(self.second, usegmt=True)
-        self.stamp = f"Server: authserver\r\nDate: {date}\r\n"
-        self.log.date = log_date(self.second)
-        self.rest()
-        if self.authenticator:
-            if self.authenticator.shares_nonces:
-                self.authenticator.table.set_clock(self.wall)
-            self.offset = self.authenticator.table.offset
-            self.now = self.clock + self.offset
-        # A list, made first: expire() takes connections out of the set.
-        for connection in [item for item in self.connections
-                           if item.deadline < self.clock and item not in self.later]:
-            self.call(connection.expire)
 
     def call_soon(self, call: Callable[[], None]) -> None:
         """Have call made by the loop; from any thread."""
@@ -3168,8 +3094,6 @@ class AuthServer(http.server.HTTPServer):
         while self.calls:
             self.call(self.calls.popleft())
 
-    # -- connections
-
     def accept_again(self) -> None:
         """Begin to accept connections, or go on after a pause; unless hold() is in force."""
         self.paused_until = 0.0
@@ -3181,8 +3105,9 @@ class AuthServer(http.server.HTTPServer):
             if listener.socket.family != socket.AF_UNIX:
                 # Accepted sockets inherit it: one call here instead of one per connection.
                 listener.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self.selector.register(listener.socket, selectors.EVENT_READ,
-                                   functools.partial(self.accept, listener))
+            with contextlib.suppress(KeyError):         # it is there already
+                self.selector.register(listener.socket, selectors.EVENT_READ,
+                                       functools.partial(self.accept, listener))
 
     def stop_accepting(self) -> None:
         """Leave new connections to the kernel's queue, or to another process."""
@@ -3213,7 +3138,7 @@ class AuthServer(http.server.HTTPServer):
             self.make_room()
         sock.setblocking(False)
         kind = TLSConnection if listener.context else Connection
-        connection = kind(self, listener, sock, address)
+        connection = kind(self, listener, sock, address)    # type: ignore[arg-type]
         self.connections.add(connection)
         self.selector.register(connection.socket, selectors.EVENT_READ, connection.ready)
 
@@ -3239,6 +3164,131 @@ class AuthServer(http.server.HTTPServer):
         if not idle and not self.paused_until:
             self.stop_accepting()
             self.paused_until = self.clock + PAUSE_SECONDS
+
+    def begin_drain(self) -> None:
+        """Do the loop's part of drain()."""
+        self.stop_accepting()
+        for connection in self.connections:
+            if connection.stage in ("first", "idle", "handshake"):
+                connection.deadline = min(connection.deadline, self.clock + DRAIN_SECONDS)
+
+
+# Hooks of socketserver that assume one request at a time and a connection for each. Nobody
+# calls them here, and what is never called must not look as if it were.
+UNUSED_HOOKS = ("get_request", "process_request", "process_request_thread", "shutdown_request",
+                "close_request")
+
+
+class AuthServer(Loop, http.server.HTTPServer):
+    """An HTTPServer that keeps every connection in one loop.
+
+    handler_class may have been through protect(); or it is no class at all, but a page.
+
+    Methods for the caller: serve_forever, handle_request, shutdown, server_close.
+    Methods that may be overridden, as on any HTTPServer: verify_request, finish_request,
+    handle_error, handle_timeout, service_actions, server_bind, server_activate.
+    Methods for daemonize.py: hold, release, drain, probe, reload, status, abandon.
+    Instance variables: sockets, workers, greeting, legacy; authenticator, public, proxies.
+    """
+
+    request_queue_size = BACKLOG
+    greeting = forward_auth = ""
+    workers = 1                 # a program's own; the command line says one per CPU
+    stopping = False
+
+    def __init__(self, server_address: Any, handler_class: Any, bind_and_activate: bool = True,
+                 authenticator: Optional[Authenticator] = None,
+                 listeners: Sequence[Listener] = (), public: Sequence[str] = (),
+                 stream_threads: int = STREAM_THREADS) -> None:
+        for name in UNUSED_HOOKS:
+            if getattr(type(self), name, None) is not getattr(http.server.HTTPServer, name, None):
+                raise TypeError(f"{type(self).__name__}.{name}() would never be called: AuthServer "
+                                f"has a loop and threads of its own")
+        is_handler = isinstance(handler_class, (type, functools.partial))
+        self.page: Optional[Page] = None if is_handler else handler_class
+        self.authenticator = authenticator or find_attribute(handler_class, "authenticator")
+        self.proxies = find_attribute(handler_class, "proxies") or TrustedProxies()
+        self.public, self.listeners = public, list(listeners)
+        if listeners:
+            socketserver.BaseServer.__init__(self, server_address, handler_class)
+            self.socket = listeners[0].socket
+        else:       # its listener is made when it begins to serve
+            http.server.HTTPServer.__init__(self, server_address, handler_class, bind_and_activate)
+        self.handlers, self.hashers = Pool(stream_threads), Pool(SLOW_HASHES, SLOW_QUEUE)
+        self.reread: Callable[[], None] = lambda: None
+        self.abandon: Callable[[], None] = lambda: None
+        self.stopped = threading.Event()
+        Loop.__init__(self)
+
+    @property
+    def sockets(self) -> List[socket.socket]:
+        """What to hand over at a restart."""
+        return [listener.socket for listener in self.listeners] or [self.socket]
+
+    @property
+    def legacy(self) -> Optional[int]:
+        """The memory that an heir shares with us: with it no client notices a restart."""
+        return self.authenticator.table.fd if self.authenticator else None
+
+    def server_bind(self) -> None:
+        """Bind without asking the DNS for our own name, which HTTPServer does."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+
+    def serve_forever(self, poll_interval: float = 1.0) -> None:
+        """Serve until shutdown() or drain(), or until a signal handler raises."""
+        self.begin()
+        try:
+            self.announce()
+            while not self.stopping and not (self.draining and not self.connections):
+                self.turn(poll_interval)
+        finally:
+            self.close()
+            self.stopping = False
+            self.stopped.set()
+
+    def handle_request(self) -> None:
+        """Serve one request, or wait for `timeout` seconds in vain."""
+        self.begin()
+        try:
+            end = float("inf") if self.timeout is None else self.clock + self.timeout
+            before = self.answered
+            while self.answered == before and self.clock < end:
+                self.turn(min(1.0, max(0.0, end - self.clock)))
+            if self.answered == before:
+                self.handle_timeout()
+            self.drain()        # whoever waits for the rest of an answer gets it
+            while self.connections:
+                self.turn(1.0)
+        finally:
+            self.draining = False
+            self.close()
+
+    def begin(self) -> None:
+        """Open the loop; for a program's own socket, which it may have wrapped for TLS."""
+        self.stopped.clear()
+        if not self.listeners or self.socket not in self.sockets:
+            context = getattr(self.socket, "context", None)
+            schemes = self.authenticator.schemes if self.authenticator else ()
+            if self.authenticator and not (self.authenticator.is_explicit or context
+                                           or is_private(self.socket)):
+                schemes = SCHEMES[:1]
+            self.listeners = [Listener(self.socket, schemes, context)]
+            if context:
+                load_ssl()
+        self.open()
+
+    def announce(self) -> None:
+        """Log the addresses; the first worker does it for all."""
+        authenticator = self.authenticator
+        if authenticator is None or not authenticator.table.statistics()["workers"]:
+            for address, listener in zip(self.addresses(), self.listeners):
+                self.log.error(f"listening on {address} ({', '.join(listener.schemes)})")
+            if authenticator and authenticator.max_failures[0]:
+                self.log.error("never locked out, for they may be many: clients on loopback, on "
+                               "unix sockets, and of proxies without X-Forwarded-For")
+        if authenticator:
+            authenticator.table.add("workers")
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what a handler raised."""
@@ -3268,13 +3318,6 @@ class AuthServer(http.server.HTTPServer):
         """Accept nobody, end connections after their next answer, then end serve_forever()."""
         self.draining = True
         self.call_soon(self.begin_drain)
-
-    def begin_drain(self) -> None:
-        """Do the loop's part of drain()."""
-        self.stop_accepting()
-        for connection in self.connections:
-            if connection.stage in ("first", "idle", "handshake"):
-                connection.deadline = min(connection.deadline, self.clock + DRAIN_SECONDS)
 
     def probe(self) -> None:
         """Ask for a page as a client would, in memory; raise Refusal if the answer is not right."""
@@ -3331,7 +3374,8 @@ class AuthServer(http.server.HTTPServer):
 
 # O_PATH: to walk through a folder takes only the right to search it. Linux alone has it.
 FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW
-# A FIFO must not block, a terminal not become ours. (os.open adds O_CLOEXEC: PEP 446.)
+# A FIFO must not block (though who waits to write sees a reader come and go), a terminal not
+# become ours. os.open adds O_CLOEXEC: PEP 446.
 LAST = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
 # What a symlink then is (ENOTDIR: with O_DIRECTORY; EMLINK: on FreeBSD), or may be.
 IS_LINK = (errno.ELOOP, errno.ENOTDIR, errno.EMLINK)
@@ -3426,9 +3470,9 @@ def read_date(values: Sequence[str]) -> float:
     See: RFC 9110 section 5.6.7; 13.1.3: a recipient "MUST ignore" what is no date.
     """
     try:
-        # Without its tenth part, the zone: that is GMT, also where none is written.
-        return float(calendar.timegm((email.utils.parsedate_tz(values[0]) or ())[:9]))
-    # By version of Python, these are what it makes of rubbish.
+        # Its zone is GMT, also where none is written.
+        return float(calendar.timegm(email.utils.parsedate(values[0]) or ()))
+    # By version of Python, that is what it makes of rubbish.
     except (IndexError, OverflowError, TypeError, ValueError):
         return math.nan
 
@@ -3663,7 +3707,8 @@ class Files:
             self.path = os.path.join("/", os.path.relpath(real, os.path.realpath(chroot)))
 
     def open(self) -> None:
-        """Open the folder: at the first request, as who serves it and in its jail."""
+        """Open the folder (again): as who serves it, in its jail, at the first request or before."""
+        self.close()
         try:
             # The dot: in a folder that may be read but not searched, no file can be opened.
             self.fd = os.open(os.path.join(self.path, "."), os.O_RDONLY | os.O_DIRECTORY)
@@ -3672,9 +3717,9 @@ class Files:
 
     def close(self) -> None:
         """Close the folder; the next request opens it again."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd = -1
 
     def note_secrets(self, paths: Sequence[str]) -> None:
         """Note device and inode of secrets, and when they were written."""
@@ -3903,10 +3948,10 @@ class TLSConnection(Connection):
     def give_up(self, reason: str) -> None:
         """End a handshake that failed: with words, where plain HTTP has come."""
         plain = reason == "HTTP_REQUEST"
-        self.server.log.error(f"{self.host or '-'}: refused -: " + (
+        self.server.log.error(f"{self.host}: refused -: " + (
             "plain HTTP, where HTTPS is spoken" if plain else f"TLS: {reason}"))
         if plain:
-            page = html_page("HTTPS only", "<h1>HTTPS only</h1><p>Ask again with https://</p>")
+            page = html_page("HTTPS only", "<p>Ask again with https://")
             head = (f"{STATUS_LINES[400]}{self.server.stamp}Content-Type: {HTML[1]}\r\n"
                     f"Content-Length: {len(page)}\r\nConnection: close\r\n\r\n")
             with contextlib.suppress(OSError):
@@ -3984,7 +4029,7 @@ class HandlerSocket:
     def __init__(self, connection: Connection, octets: bytes, request: Request, body: Body) -> None:
         self.connection, self.request, self.body = connection, request, body
         self.verdict = request.verdict
-        self.pending = octets + body.taken      # for the handler to read
+        self.pending = octets                   # for the handler to read
         self.head = b""                         # of the answer, until it is whole
         self.left: Optional[int] = None         # bytes of the answer still to come; None: all
         self.chunks: Optional[Body] = None      # of an answer that comes in chunks
@@ -4051,8 +4096,14 @@ class HandlerSocket:
     # -- reading
 
     def recv(self, size: int, flags: int = 0) -> bytes:
-        """Return some of what the client sent, for this request; b"" is its end."""
-        if not self.pending and (self.upgraded or not self.body.done):
+        """Return some of what the client sent, for this request; b"" is its end.
+
+        That comes with the answer's, if not before: http.server would read on, and take a body
+        that the handler did not want for the next request.
+        """
+        if not self.pending and self.body.taken and not self.is_answered():
+            self.pending, self.body.taken = self.body.taken, b""
+        elif not self.pending and (self.upgraded or not self.body.done and not self.is_answered()):
             self.pending = self.receive()
         piece, rest = self.pending[:size], self.pending[size:]
         if not flags & socket.MSG_PEEK:
@@ -4084,6 +4135,8 @@ class HandlerSocket:
         self.gone = not octets
         if self.gone or self.nonsense:      # nothing more can be read
             self.body.done, self.body.rest = True, bytearray()
+            if self.nonsense:               # ... and what came before it must not pass for all
+                raise ConnectionAbortedError(errno.ECONNABORTED, str(self.nonsense))
             return b""
         connection.buffer = self.body.take_rest() if self.body.done else b""
         return octets[:len(octets) - len(connection.buffer)]
@@ -4131,7 +4184,8 @@ class HandlerSocket:
                 return
             status = int(found.group(2))
             if status < 200 and status != 101:      # 100 Continue and its like: another follows
-                self.put(head)
+                # Who has sent its body, for auth-int, has been told so.
+                self.put(head if status != 100 or not self.body.taken else b"")
                 continue
             rest, self.head, self.status = self.head, b"", status
             self.put(self.complete(head, found.group(1) == b"1"))
@@ -4182,7 +4236,9 @@ class HandlerSocket:
                 self.set_timeout(PACE_SECONDS)      # of a whole sendall, since Python 3.5
                 self.connection.socket.sendall(view[start:start + IN_MEMORY])
         except OSError:
-            self.gone = True
+            self.gone = True            # or as good as gone: it does not read
+            with contextlib.suppress(OSError):
+                self.connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
             raise
 
     # -- its whole life, in a thread
@@ -4193,16 +4249,20 @@ class HandlerSocket:
         try:
             output, connection.output = connection.output, b""
             self.put(output)            # what earlier requests are still owed
-            server.finish_request(self, connection.address)     # type: ignore[arg-type]
+            server.finish_request(self, connection.address)     # type: ignore
         except BaseException:           # SystemExit, too: the loop goes on without this thread
             self.closes = True
-            if not self.gone:
-                server.handle_error(self, connection.address)   # type: ignore[arg-type]
+            if not self.gone and not self.nonsense:
+                server.handle_error(self, connection.address)
         if self.head:                   # what looked like the beginning of an answer
             with contextlib.suppress(OSError):
                 self.hand_out()
         if not self.gone and (self.left or self.chunks is not None and not self.chunks.done):
             self.fault = self.fault or "the handler sent less than it announced"
+
+    def is_answered(self) -> bool:
+        """Return whether the answer is complete, as far as it said when it would be."""
+        return bool(self.status) and (self.left == 0 or self.chunks is not None and self.chunks.done)
 
     def is_silent(self) -> bool:
         """Return whether certainly nothing has been answered."""
@@ -4214,11 +4274,11 @@ class HandlerSocket:
                     or self.bypassed or self.upgraded)
 
 
-def find_attribute(answers: Any, name: str) -> Any:
+def find_attribute(handler_class: Any, name: str) -> Any:
     """Return what protect() has put before a handler, also inside a functools.partial; or None."""
-    while isinstance(answers, functools.partial):
-        answers = answers.func
-    return getattr(answers, name, None)
+    while isinstance(handler_class, functools.partial):
+        handler_class = handler_class.func
+    return getattr(handler_class, name, None)
 
 
 # -- 11. protect() and protect_wsgi() -----------------------------------------
@@ -4426,6 +4486,13 @@ class Guard(http.server.BaseHTTPRequestHandler):
             while more:
                 self.connection.settimeout(max(0.01, end - time.monotonic()))
                 more = bool(self.connection.recv(IN_MEMORY)) and time.monotonic() < end
+
+    def log_request(self, code: Union[int, str] = "-", size: Union[int, str] = "-") -> None:
+        """Leave it to AuthServer's access log, unless the handler has a log of its own."""
+        base, own = http.server.BaseHTTPRequestHandler, super().log_request
+        if not hasattr(self.request, "verdict") or base.log_message is not type(
+                self).log_message or base.log_request is not getattr(own, "__func__", own):
+            own(code, size)
 
     def end_headers(self) -> None:
         """Add Authentication-Info to the handler's answer."""
