@@ -4319,8 +4319,10 @@ def open_shared_file(name: str, size: int) -> int:
                     os.unlink(other, dir_fd=folder)
         fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600, dir_fd=folder)
         fcntl.flock(fd, fcntl.LOCK_SH)          # for as long as any of us lives
-        # Now: later a full disk would be a page that is not there (SIGBUS).
-        os.posix_fallocate(fd, 0, size)
+        missing = size - os.fstat(fd).st_size
+        # Written, and now: of a hole a full disk would make a page that is not there (SIGBUS).
+        if os.pwrite(fd, bytes(missing), size - missing) < missing:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return fd
     finally:
         os.close(folder)
@@ -4445,12 +4447,12 @@ class Guard(http.server.BaseHTTPRequestHandler):
 
     def judge(self, request: Request) -> Verdict:
         """Return the verdict on a request that http.server and parse_head understand."""
-        server: Any = self.server
         self.unread = request.fields.chunked or request.fields.length > 0
         return self.gate.judge(
             request.method, request.target, request.authorization,
             self.client_address[0] if self.client_address else "", request.fields.forwarded,
-            hasattr(self.connection, "getpeercert") or is_private(server.socket),
+            hasattr(self.connection, "getpeercert")         # TLS
+            or is_private(getattr(self.server, "socket", self.connection)),
             functools.partial(self.read_content, request.fields))
 
     def read_content(self, fields: FieldBlock) -> bytes:
@@ -4556,9 +4558,8 @@ def body_of(environ: Dict[str, Any]) -> Iterator[bytes]:
     left = MAX_BODY if environ.get("wsgi.input_terminated") else 0
     if length:
         left, _ = framing({"content-length": [length]}, 1)
-    stream = environ["wsgi.input"]
     while left:
-        piece = stream.read(min(left, IN_MEMORY))
+        piece = environ["wsgi.input"].read(min(left, IN_MEMORY))
         left -= len(piece) or left
         yield piece
 
@@ -4595,7 +4596,8 @@ def judge_environ(gate: Gate, environ: Dict[str, Any]) -> Verdict:
         environ["REQUEST_METHOD"], str(target or ""), () if field is None else (field,), peer,
         environ.get("HTTP_X_FORWARDED_FOR", ""),
         # No peer is a unix socket.
-        not peer or environ["wsgi.url_scheme"] == "https" or bool(address and address.is_loopback),
+        not peer or environ.get("wsgi.url_scheme") == "https" or (
+            address is not None and address.is_loopback),
         functools.partial(read_signed, environ, body),
         is_same_target if target else functools.partial(is_same_resource, environ))
     if verdict.status != 200:
