@@ -975,22 +975,16 @@ def add_entry(entries: Dict[str, Entry], entry: Entry, realm: str) -> None:
     first.ha1.update(entry.ha1)
 
 
-class Found(NamedTuple):
-    """What is in a password file."""
+def parse_passwords(text: str, realm: str) -> Tuple[Dict[str, Entry], List[str], List[str]]:
+    """Return entries by user, mistakes by line, and whose mistakes a new password would cure.
 
-    entries: Dict[str, Entry]       # by user
-    mistakes: List[str]             # each with its line
-    curable: List[str]              # users whose mistakes a new password would cure
-    elsewhere: Set[str]             # realms that are not ours
+    Blanks at a line's ends are cut off, as Apache does.
 
-
-def parse_passwords(text: str, realm: str) -> Found:
-    """Return what is in a password file; blanks at a line's ends are cut off, as Apache does.
-
-    >>> parse_passwords("# staff\\njim:plain:secret\\n jim:plain:other \\n", "files").mistakes
-    ["line 3: user 'jim': again, after line 2"]
+    >>> parse_passwords("# staff\\njim:plain:secret\\n jim:plain:other \\n", "files")[1:]
+    (["line 3: user 'jim': again, after line 2"], ['jim'])
     """
-    found = Found({}, [], [], set())
+    entries: Dict[str, Entry] = {}
+    mistakes, curable, elsewhere = [], [], set()    # type: List[str], List[str], Set[str]
     # Not splitlines(): it also divides at a form feed or U+2028, and the numbers would be wrong.
     for line, content in enumerate(text.split("\n"), 1):
         content = content.strip(" \t\r")
@@ -1000,17 +994,16 @@ def parse_passwords(text: str, realm: str) -> Found:
         try:
             whose, place, value = split_line(content)
             if place in ("", "plain", realm) or not is_ha1(value):
-                add_entry(found.entries, make_entry(line, whose, realm, place, value), realm)
+                add_entry(entries, make_entry(line, whose, realm, place, value), realm)
             else:
-                found.elsewhere.add(place)
+                elsewhere.add(place)
         except Refusal as error:
-            found.mistakes.append(f"line {line}: " + f"user {whose!r}: " * bool(whose) + f"{error}")
-            found.curable.extend([whose] * (whose != "" and is_line_of(content, whose, realm)))
-    if not found.entries and not found.mistakes:
-        others = ", but of " * bool(found.elsewhere) + ", ".join(sorted(found.elsewhere))
-        found.mistakes.append(f"no user of realm {realm} in it" + others)
-        found.curable.append(FIRST_USER)
-    return found
+            mistakes.append(f"line {line}: " + f"user {whose!r}: " * bool(whose) + f"{error}")
+            curable.extend([whose] * (whose != "" and is_line_of(content, whose, realm)))
+    if not entries and not mistakes:
+        others = ", but of " * bool(elsewhere) + ", ".join(sorted(elsewhere))
+        return entries, [f"no user of realm {realm} in it" + others], [FIRST_USER]
+    return entries, mistakes, curable
 
 
 def refuse_file(what: str, mistakes: Sequence[str], cure: str) -> Refusal:
@@ -1083,14 +1076,14 @@ class Passwords:
     def read(cls, path: str, realm: str = REALM) -> "Passwords":
         """Read the password file at path ("-" = standard input), or name all its mistakes."""
         text, exposed = read_text(path, realm)
-        found = parse_passwords(text, realm)
+        entries, mistakes, curable = parse_passwords(text, realm)
         if exposed:
             raise refuse_file(f"use passwords {path}", ["everybody may read or change it"],
                               f"chmod 600 {shlex.quote(path)}")
-        if found.mistakes:
-            raise refuse_file(f"use passwords {path}", found.mistakes,
-                              passwd_command(path, found.curable, realm))
-        return cls(None, realm, found.entries, path)
+        if mistakes:
+            raise refuse_file(f"use passwords {path}", mistakes,
+                              passwd_command(path, curable, realm))
+        return cls(None, realm, entries, path)
 
     @property
     def warnings(self) -> List[str]:
