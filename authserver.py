@@ -934,7 +934,7 @@ def split_line(text: str) -> Tuple[str, str, str]:
     place, colon, value = rest.partition(":")
     if rest.startswith(("{", "$")):
         if colon:
-            raise Refusal(f"user {username!r}: field 3: nothing may follow a hash of htpasswd")
+            raise Refusal("field 3: nothing may follow a hash of htpasswd")
         return normal_username(username), "", rest
     if not place or not value:
         raise Refusal("expected user:realm:HA1, user:HASH or user:plain:PASSWORD, "
@@ -990,16 +990,16 @@ def parse_passwords(text: str, realm: str) -> Tuple[Dict[str, Entry], List[str],
         content = content.strip(" \t\r")
         if not content or content.startswith("#"):
             continue
-        whose = ""
         try:
-            whose, place, value = split_line(content)
+            username, place, value = split_line(content)
             if place in ("", "plain", realm) or not is_ha1(value):
-                add_entry(entries, make_entry(line, whose, realm, place, value), realm)
+                add_entry(entries, make_entry(line, username, realm, place, value), realm)
             else:
                 elsewhere.add(place)
         except Refusal as error:
-            mistakes.append(f"line {line}: " + f"user {whose!r}: " * bool(whose) + f"{error}")
-            curable.extend([whose] * (whose != "" and is_line_of(content, whose, realm)))
+            name = unicodedata.normalize("NFC", content.partition(":")[0])
+            mistakes.append(f"line {line}: user {name!r}: {error}")
+            curable.extend([name] * (bool(is_username(name)) and is_line_of(content, name, realm)))
     if not entries and not mistakes:
         others = ", but of " * bool(elsewhere) + ", ".join(sorted(elsewhere))
         return entries, [f"no user of realm {realm} in it" + others], [FIRST_USER]
