@@ -783,8 +783,6 @@ is_crypted = re.compile(rf"\{{SHA\}}{B64}{{27}}=|\{{SSHA\}}(?:{B64}{{4}}){{7,}}(
 # With rounds or cost and without the salt: what decides how long a hash is, and takes.
 match_kind = re.compile(r"\{[^}]*\}|\$[156]\$(?:rounds=\d+\$)?|\$[^$]*\$[^$]*\$").match
 is_ha1 = re.compile("[0-9a-fA-F]{32}(?:[0-9a-fA-F]{32})?").fullmatch
-# Most clients send a backslash bare: before the closing quotation mark it would escape that.
-is_username = re.compile(r'(?!-$|[# ])[^:"]{1,255}(?<![ \\])').fullmatch
 BCRYPT_BYTES = 72           # of a password; libcrypt does not read the rest
 SHA1 = find_hash("sha1")
 
@@ -817,13 +815,20 @@ def passwd_command(path: str, usernames: Sequence[str], realm: str) -> str:
     return command("passwd", path, usernames[0], *["--realm", realm][:2 * (realm != REALM)])
 
 
+def is_username(text: str) -> bool:
+    """Return whether a name is one that clients, log and readers of the file can handle."""
+    # Most clients send a backslash bare: before the closing quotation mark it would escape that.
+    found = re.fullmatch(r'(?!-$|[# ])[^:"]{1,255}(?<![ \\])', text)
+    return found is not None and text.isprintable()
+
+
 def normal_username(username: str) -> str:
-    r"""Return the normal form of a name that clients, log and readers of the file can handle.
+    r"""Return the normal form of a name, or raise Refusal.
 
     >>> normal_username("Ju\u0308rgen")
     'Jürgen'
     """
-    if not username.isprintable() or not is_username(username):
+    if not is_username(username):
         raise Refusal(f"unable to use user name {username!r}: it is -, empty or longer than 255, "
                       f"or has # or a blank at its start, \\ or a blank at its end, or a colon, \" "
                       f"or invisible character")
@@ -999,7 +1004,7 @@ def parse_passwords(text: str, realm: str) -> Tuple[Dict[str, Entry], List[str],
         except Refusal as error:
             name = unicodedata.normalize("NFC", content.partition(":")[0])
             mistakes.append(f"line {line}: user {name!r}: {error}")
-            curable.extend([name] * (bool(is_username(name)) and is_line_of(content, name, realm)))
+            curable.extend([name] * (is_username(name) and is_line_of(content, name, realm)))
     if not entries and not mistakes:
         others = ", but of " * bool(elsewhere) + ", ".join(sorted(elsewhere))
         return entries, [f"no user of realm {realm} in it" + others], [FIRST_USER]
