@@ -665,7 +665,7 @@ class SharedTable:
         if body[11:] != self._memory[ISSUERS:ISSUERS + 4] and self._is_foreign(body):
             return "stale"
         # The last two of the six random bytes: they are random, so no hash has to spread them.
-        offset = SLOTS + SLOT.size * (body[9] << 8 | body[10])
+        offset = SLOTS + SLOT.size * ((body[9] << 8 | body[10]) % NONCE_SLOTS)
         if self.alone:      # and with one thread, that of the loop
             return self._use_up(offset, body, nonce_count)
         with self._exclusively(offset):
@@ -1579,7 +1579,7 @@ class TrustedProxies:
             if hop is None:
                 break
             address = hop
-        shown = peer or "-" if address is None else str(address)
+        shown = peer if address is None else str(address)
         if address is None or address.is_loopback or self.trusts(address):
             return shown, None
         if address.version == 6:
@@ -2237,7 +2237,8 @@ def refusal(server: "AuthServer", request: Request) -> Answer:
     """Return the answer to a request that may not pass; the log is told why."""
     verdict = request.verdict
     if verdict.reason != "no credentials":
-        server.log.error(f"{request.host}: refused {log_name(verdict.log_user)}: {verdict.reason}")
+        server.log.error(f"{request.host or '-'}: refused {log_name(verdict.log_user)}: "
+                         f"{verdict.reason}")
     # nginx makes 500 of all else that its subrequest brings.
     status = 403 if request.asked and verdict.status != 401 else verdict.status
     return Answer(status, (HTML,), error_page(status))
@@ -2870,7 +2871,7 @@ class Log:
         """
         user = request.verdict.log_user
         self.waiting[1].append(
-            f'{request.host} - {"-" if user is None else log_name(user)} [{self.date}] '
+            f'{request.host or "-"} - {"-" if user is None else log_name(user)} [{self.date}] '
             f'"{request.line}" {request.status or "-"} {size} {request.fields.log_tail}\n')
 
     def error(self, text: str) -> None:
@@ -3289,6 +3290,8 @@ class AuthServer(Loop, http.server.HTTPServer):
                                "unix sockets, and of proxies without X-Forwarded-For")
         if authenticator:
             authenticator.table.add("workers")
+        else:
+            self.log.error("warning: no authenticator: everybody is let in")
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what a handler raised."""
@@ -3948,7 +3951,7 @@ class TLSConnection(Connection):
     def give_up(self, reason: str) -> None:
         """End a handshake that failed: with words, where plain HTTP has come."""
         plain = reason == "HTTP_REQUEST"
-        self.server.log.error(f"{self.host}: refused -: " + (
+        self.server.log.error(f"{self.host or '-'}: refused -: " + (
             "plain HTTP, where HTTPS is spoken" if plain else f"TLS: {reason}"))
         if plain:
             page = html_page("HTTPS only", "<p>Ask again with https://")
