@@ -66,7 +66,6 @@ import hmac
 import html
 import http.client
 import http.server
-import importlib
 import io
 import ipaddress
 import math
@@ -81,6 +80,7 @@ import shlex
 import signal
 import socket
 import socketserver
+import ssl              # at no cost: http.client, and so http.server, has it
 import stat
 import struct
 import sys
@@ -1844,6 +1844,10 @@ class Request:
         """The fields."""
         return self.fields.values
 
+    def has_body(self) -> bool:
+        """Return whether more follows than the head."""
+        return self.fields.chunked or self.fields.length > 0
+
 
 def parse_head(octets: bytes) -> Request:
     r"""Return the request whose head octets are, up to and with the empty line.
@@ -2621,7 +2625,7 @@ class Connection(Channel):
         answer: Optional[Answer] = None
         try:
             request = server.heads.read(octets)
-            if request.fields.chunked or request.fields.length > 0:
+            if request.has_body():
                 body = Body(request.fields.length, request.fields.chunked)
             verdict = request.verdict = self.recall(request) or (
                 yield from self.judge(request, body))
@@ -2644,13 +2648,7 @@ class Connection(Channel):
             answer = refusal(server, request)
         if answer is not None and request is not None:
             self.finish(request, answer, body)
-        # A small body that nobody wanted is read and dropped, and the connection goes on.
-        while not body.done and not self.closing:
-            body.feed(self.take_buffer())
-            if not body.done:
-                yield REST
-        if body.rest:
-            self.buffer = body.take_rest() + self.buffer
+        yield from self.skip(body)
 
     def recall(self, request: Request) -> Optional[Verdict]:
         """Find whose request it is; return the verdict where nothing has to be checked."""
@@ -2698,6 +2696,15 @@ class Connection(Channel):
             yield MORE
         body.taken = body.taken[:len(body.taken) - len(body.rest)]
         return content
+
+    def skip(self, body: Body) -> Story:
+        """Read and drop a small body that nobody wanted, so that the connection can go on."""
+        while not body.done and not self.closing:
+            body.feed(self.take_buffer())
+            if not body.done:
+                yield REST
+        if body.rest:
+            self.buffer = body.take_rest() + self.buffer
 
     def host_handler(self, octets: bytes, request: Request,
                      body: Body) -> Generator[Any, Any, Optional[Answer]]:
@@ -3275,8 +3282,6 @@ class AuthServer(Loop, http.server.HTTPServer):
                                            or is_private(self.socket)):
                 schemes = SCHEMES[:1]
             self.listeners = [Listener(self.socket, schemes, context)]
-            if context:
-                load_ssl()
         self.open()
 
     def announce(self) -> None:
@@ -3863,14 +3868,6 @@ class Files:
 
 # -- 11.1 HTTPS --------------------------------------------------------------
 
-ssl: Any = None             # 8 ms and 2 MiB, only for who serves HTTPS
-
-
-def load_ssl() -> None:
-    """Import ssl."""
-    globals()["ssl"] = importlib.import_module("ssl")
-
-
 def expiry_of(certificate: str) -> float:
     """Return when the first certificate of a PEM text ends, in seconds since the epoch."""
     der = ssl.PEM_cert_to_DER_cert(certificate[certificate.index("-----BEGIN CERT"):
@@ -3888,7 +3885,6 @@ def tls_context(certificate: str, key: Optional[str]) -> Any:
     One for all workers, made before they are forked: so each can go on with a session that
     another has begun, for they have the same keys of its tickets.
     """
-    load_ssl()
     try:
         with open(key or certificate, "rb") as stream:
             mode = os.fstat(stream.fileno()).st_mode
