@@ -4318,8 +4318,10 @@ def open_shared_file(name: str, size: int) -> int:
                     os.unlink(other, dir_fd=folder)
         fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600, dir_fd=folder)
         fcntl.flock(fd, fcntl.LOCK_SH)          # for as long as any of us lives
-        # Now: later a full disk would be a page that is not there (SIGBUS).
-        os.posix_fallocate(fd, 0, size)
+        missing = size - os.fstat(fd).st_size
+        # Written, and now: of a hole a full disk would make a page that is not there (SIGBUS).
+        if os.pwrite(fd, bytes(missing), size - missing) < missing:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return fd
     finally:
         os.close(folder)
@@ -4444,12 +4446,12 @@ class Guard(http.server.BaseHTTPRequestHandler):
 
     def judge(self, request: Request) -> Verdict:
         """Return the verdict on a request that http.server and parse_head understand."""
-        server: Any = self.server
         self.unread = request.fields.chunked or request.fields.length > 0
         return self.gate.judge(
             request.method, request.target, request.authorization,
             self.client_address[0] if self.client_address else "", request.fields.forwarded,
-            hasattr(self.connection, "getpeercert") or is_private(server.socket),
+            hasattr(self.connection, "getpeercert")         # TLS
+            or is_private(getattr(self.server, "socket", self.connection)),
             functools.partial(self.read_content, request.fields))
 
     def read_content(self, fields: FieldBlock) -> bytes:
@@ -4561,10 +4563,10 @@ def body_of(environ: Dict[str, Any]) -> Iterator[bytes]:
         yield piece
 
 
-def read_signed(environ: Dict[str, Any]) -> bytes:
+def read_signed(environ: Dict[str, Any], body: Iterator[bytes]) -> bytes:
     """Return the body, for qop=auth-int; the application reads it again."""
     content = b""
-    for piece in body_of(environ):
+    for piece in body:
         content += piece
         if len(content) > IN_MEMORY:
             raise BadRequest(413, "body too large for auth-int")
@@ -4572,31 +4574,33 @@ def read_signed(environ: Dict[str, Any]) -> bytes:
     return content
 
 
-def skip_body(environ: Dict[str, Any]) -> None:
+def skip(body: Iterator[bytes], in_chunks: bool) -> None:
     """Read what a refused client sends."""
     end = time.monotonic() + LINGER_SECONDS
-    for _ in body_of(environ):
-        if time.monotonic() > end:
-            # Of chunks cheroot does not find the end by itself: this ends the connection.
-            if not environ.get("CONTENT_LENGTH"):
+    with contextlib.suppress(BadRequest):           # a length that is none
+        for _ in body:
+            if in_chunks and time.monotonic() > end:
+                # Of chunks cheroot does not find the end by itself: this ends the connection.
                 raise ConnectionAbortedError("a refused client does not stop sending")
-            break
+            if time.monotonic() > end:
+                break
 
 
 def judge_environ(gate: Gate, environ: Dict[str, Any]) -> Verdict:
     """Return the verdict on the request that a WSGI environment describes."""
     peer, field = environ.get("REMOTE_ADDR", ""), environ.get("HTTP_AUTHORIZATION")
-    address = parse_address(peer)       # no peer: a unix socket
+    address, body = parse_address(peer), body_of(environ)
     target = environ.get("RAW_URI") or environ.get("REQUEST_URI")       # gunicorn; the others
     verdict = gate.judge(
         environ["REQUEST_METHOD"], str(target or ""), () if field is None else (field,), peer,
         environ.get("HTTP_X_FORWARDED_FOR", ""),
-        not peer or environ["wsgi.url_scheme"] == "https" or bool(address and address.is_loopback),
-        functools.partial(read_signed, environ),
+        # No peer is a unix socket.
+        not peer or environ.get("wsgi.url_scheme") == "https" or (
+            address is not None and address.is_loopback),
+        functools.partial(read_signed, environ, body),
         is_same_target if target else functools.partial(is_same_resource, environ))
     if verdict.status != 200:
-        with contextlib.suppress(BadRequest):       # a length that is none
-            skip_body(environ)
+        skip(body, not environ.get("CONTENT_LENGTH"))
     return verdict
 
 
