@@ -819,8 +819,9 @@ def passwd_command(path: str, usernames: Sequence[str], realm: str) -> str:
 def is_username(text: str) -> bool:
     """Return whether a name is one that clients, log and readers of the file can handle."""
     # Most clients send a backslash bare: before the closing quotation mark it would escape that.
-    found = re.fullmatch(r'(?!-$|[# ])[^:"]{1,255}(?<![ \\])', text)
-    return found is not None and text.isprintable()
+    found = re.fullmatch(r'(?!-$|[# ])[^:"]+(?<![ \\])', text)
+    # Percent-encoded, as some clients send it, a name is three times as long: MAX_TEXT.
+    return found is not None and text.isprintable() and len(text.encode("utf-8")) < 256
 
 
 def normal_username(username: str) -> str:
@@ -830,7 +831,7 @@ def normal_username(username: str) -> str:
     'Jürgen'
     """
     if not is_username(username):
-        raise Refusal(f"unable to use user name {username!r}: it is -, empty or longer than 255, "
+        raise Refusal(f"unable to use user name {username!r}: it is -, empty or longer than 255 bytes, "
                       f"or has # or a blank at its start, \\ or a blank at its end, or a colon, \" "
                       f"or invisible character")
     return unicodedata.normalize("NFC", username)
