@@ -831,9 +831,9 @@ def normal_username(username: str) -> str:
     'Jürgen'
     """
     if not is_username(username):
-        raise Refusal(f"unable to use user name {username!r}: it is -, empty or longer than 255 bytes, "
-                      f"or has # or a blank at its start, \\ or a blank at its end, or a colon, \" "
-                      f"or invisible character")
+        raise Refusal(f"unable to use user name {username!r}: it is -, empty or longer than 255 "
+                      f"bytes, or has # or a blank at its start, \\ or a blank at its end, or a "
+                      f"colon, \" or invisible character")
     return unicodedata.normalize("NFC", username)
 
 
@@ -4355,7 +4355,11 @@ class UnknownProxies(TrustedProxies):
 
 
 class Gate:
-    """The authenticator before other people's code, with what it needs to know of the host."""
+    """The authenticator before other people's code, with what it needs to know of the host.
+
+    Unless schemes says what is offered, Basic is not where it could be listened to: there the
+    password itself would be read, and not only what it protects.
+    """
 
     def __init__(self, passwords: Passwords, trusted_proxies: Optional[Sequence[str]],
                  offer: Dict[str, Any], share: bool = False) -> None:
@@ -4512,8 +4516,10 @@ def check_handler(handler: Any) -> None:
                         f"from BaseHTTPRequestHandler, and not protected yet")
     for name in ("handle", "handle_one_request"):
         method: Any = getattr(handler, name)
-        code = getattr(getattr(method, "__wrapped__", method), "__code__", None)
-        if not {"handle", "handle_one_request", "parse_request"} & set(code.co_names if code else ()):
+        # By the names in its code: what calls none of these cannot come to parse_request().
+        code: Any = getattr(getattr(method, "__wrapped__", method), "__code__", None)
+        calls = code.co_names if code else ()
+        if not {"handle", "handle_one_request", "parse_request"} & set(calls):
             raise TypeError(f"unable to protect {handler.__name__}: its {name}() does not call "
                             f"parse_request(), where the password is asked for")
 
