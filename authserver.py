@@ -2288,6 +2288,8 @@ def is_public(prefixes: Sequence[str], path: str) -> bool:
     Decoded once, as a page does. A path of which two readers could think differently (a dot
     segment, an empty one, an encoded slash, a backslash) is below none of them.
 
+    The prefixes are paths of bytes, as text by Latin-1.
+
     >>> [is_public(["/pub"], path) for path in ("/pub/a?b", "/pub", "/public", "/pub/%2e%2e/a")]
     [True, True, False, False]
     """
@@ -2300,8 +2302,7 @@ def is_public(prefixes: Sequence[str], path: str) -> bool:
     plain = "/".join(decoded)
     if plain.count("/") != len(names) - 1 or "\\" in plain or "\0" in plain:
         return False
-    return any(plain == prefix.rstrip("/") or plain.startswith(prefix.rstrip("/") + "/")
-               for prefix in prefixes)
+    return any((plain + "/").startswith(prefix.rstrip("/") + "/") for prefix in prefixes)
 
 
 # -- 9. One connection --------------------------------------------------------
@@ -3888,22 +3889,27 @@ def tls_context(certificate: str, key: Optional[str]) -> Any:
     One for all workers, made before they are forked: so each can go on with a session that
     another has begun, for they have the same keys of its tickets.
     """
+    key, what = key or certificate, f"certificate {certificate}"
     try:
-        with open(key or certificate, "rb") as stream:
-            mode = os.fstat(stream.fileno()).st_mode
         with open(certificate, encoding="ascii", errors="replace") as text:
             expiry = expiry_of(text.read())
+        what = f"key {key}"
+        with open(key, "rb") as stream:
+            mode = os.fstat(stream.fileno()).st_mode
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(certificate, key, password=lambda: "")
-    except (OSError, ValueError, IndexError) as error:      # ssl.SSLError is an OSError
-        reason = getattr(error, "strerror", None) or str(error)
-        if "KEY_VALUES_MISMATCH" in reason:
-            reason = "the key is not the certificate's"
-        raise Refusal(f"unable to use certificate {certificate} with key {key or certificate}: "
-                      f"{reason}")
+        context.load_cert_chain(certificate, key, password=lambda: "")     # ask no terminal
+    except ssl.SSLError as error:
+        raise Refusal(f"unable to use {what}: " + (
+            f"it is not that of {certificate}" if "MISMATCH" in str(error) else
+            f"there is none in it, or it is encrypted\n"
+            f"try: openssl pkey -in {shlex.quote(key)} -out NEW"))
+    except OSError as error:
+        raise Refusal(f"unable to use {what}: {error.strerror}")
+    except (ValueError, IndexError):
+        raise Refusal(f"unable to use {what}: there is none in it (PEM)")
     if mode & stat.S_IROTH:
-        raise Refusal(f"unable to use key {key or certificate}: everybody may read it\n"
-                      f"try: chmod 600 {shlex.quote(key or certificate)}")
+        raise Refusal(f"unable to use {what}: everybody may read it\n"
+                      f"try: chmod 600 {shlex.quote(key)}")
     if hasattr(context, "minimum_version"):     # since Python 3.7
         context.minimum_version = ssl.TLSVersion.TLSv1_2
     else:
@@ -4949,9 +4955,14 @@ def make_page(options: argparse.Namespace, path: str) -> Page:
 def bind(options: argparse.Namespace) -> AuthServer:
     """Open sockets and files, with full privileges; return the server that will use them."""
     proxies = TrustedProxies(options.trusted_proxy)
-    for prefix in options.public + ([options.forward_auth] if options.forward_auth else []):
-        if not prefix.startswith("/"):
-            raise Refusal(f"unable to use path {prefix}: it does not begin with /")
+    public = [os.fsencode(prefix).decode("latin-1") for prefix in options.public]
+    for prefix, said in zip(public, options.public):
+        if not prefix.startswith("/") or not is_public([prefix], urllib.parse.quote(
+                prefix, encoding="latin-1")):
+            raise Refusal(f"unable to make {said} public: no path, as it is once decoded, "
+                          f"begins with it")
+    if options.forward_auth and not options.forward_auth.startswith("/"):
+        raise Refusal(f"unable to answer at {options.forward_auth}: it does not begin with /")
     path, first = find_passwords(options)
     try:
         page = make_page(options, path)
@@ -4962,7 +4973,7 @@ def bind(options: argparse.Namespace) -> AuthServer:
         algorithms = parse_choice(options.algorithms, CANONICAL.values())
         read = functools.partial(read_passwords, path, options.realm, schemes, algorithms)
         server = AuthServer(None, page, True, make_authenticator(options, read(), schemes),
-                            listeners, options.public, options.stream_threads)
+                            listeners, public, options.stream_threads)
     # BaseException: Ctrl-C must not leave a file whose password nobody has seen.
     except BaseException:
         if first:
