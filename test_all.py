@@ -856,6 +856,12 @@ print([users.authenticate("GET", "/", [one], "192.0.2.1", users.clock()).status
 class Nonces(AuthTestCase):
     """A nonce cannot be forged, and each of its counts is good once"""
 
+    def crowded(self, slots: int) -> Any:
+        """Return a patch that makes all new nonces share so many places in the table."""
+        real = os.urandom
+        return mock.patch("os.urandom", lambda size: (
+            real(size)[:-2] + bytes([0, real(1)[0] % slots]) if size == 6 else real(size)))
+
     def used(self, client: Client, *counts: int) -> List[str]:
         """Return what is said to these counts: "200", "replay" or "stale"."""
         verdicts = [client.ask(client.field("%08x" % count)) for count in counts]
@@ -905,7 +911,7 @@ class Nonces(AuthTestCase):
 
     def test_no_use_counts_twice_however_small_the_table(self) -> None:
         """With nonces that push one another out, and a clock that is set: never one use twice."""
-        with mock.patch.object(authserver, "NONCE_SLOTS", 2):
+        with self.crowded(2):
             authenticator, chance, accepted = make(), Random(SEED), []  # type: Any, Random, List[str]
             now, clients = NOW, []  # type: float, List[Client]
             for _ in range(3000):
@@ -921,7 +927,7 @@ class Nonces(AuthTestCase):
 
     def test_a_newer_nonce_takes_the_place_and_an_older_one_never_does(self) -> None:
         """Of two nonces of one moment in one slot the second is stale; a later one evicts both."""
-        with mock.patch.object(authserver, "NONCE_SLOTS", 1):
+        with self.crowded(1):
             authenticator = make()
             first, second, late = (Client(authenticator, now=now) for now in (NOW, NOW, NOW + 1))
             said = [self.used(client, 1)[0] for client in (first, second, first, late, first, second)]
@@ -965,7 +971,8 @@ class Nonces(AuthTestCase):
     def test_challenges_leave_nothing_behind(self) -> None:
         """20,000 of them cost no memory (200,000 in the soak)."""
         authenticator = make()
-        attempt(authenticator)
+        for _ in range(5000):  # until the caches are full
+            attempt(authenticator)
         before = memory(os.getpid())
         for _ in range(20000):
             attempt(authenticator)
@@ -2491,7 +2498,7 @@ class FilesPageTests(FilesTest):
 # -- 2. HTTP, over real sockets ----------------------------------------------
 
 PRELUDE = r'''
-import functools, gc, http.server, io, os, socketserver, sys, threading, time
+import functools, gc, http.server, io, os, resource, socketserver, sys, threading, time
 sys.path.insert(0, %r)
 sys.dont_write_bytecode = True
 import authserver
@@ -2757,6 +2764,11 @@ class Echo(http.server.BaseHTTPRequestHandler):
     def get_open(self): gate.set(); self.answer(b"")
     def get_slow(self): self.answer(b"%r" % gate.wait(10))
     def get_big(self): self.answer(b"a" * 20000000)
+    def get_limit(self):
+        told, tell = os.pipe()
+        if not os.fork():
+            os.write(tell, b"%d" % resource.getrlimit(resource.RLIMIT_NOFILE)[0]); os._exit(0)
+        self.answer(os.read(told, 99))
     def get_rest(self): self.answer(repr([self.command, self.path, self.client_address[0]]).encode())
     def do_HEAD(self): self.answer(b"body of a HEAD")
     def do_UNREAD(self): self.answer(b"unread")
@@ -2794,7 +2806,7 @@ HANDLED = [
     ("more bytes than announced", head("/long"), [200], True),
     ("a body after a HEAD", head("/", "HEAD"), [200], True),
     ("a body after 204", head("/no204"), [204], True),
-    ("no answer at all", head("/none"), [500], False),
+    ("no answer at all", head("/none"), [500], True),
     ("a handler that closes the connection", head("/close"), [], True),
     ("a body by length, and a request at once", head("/", "POST", JIM, "Content-Length: 3") + b"abc",
      [200], False),
@@ -2922,6 +2934,12 @@ class HttpHandlers(HttpTest):
         self.assertEqual(self.ask("/slow").status, 200)
         self.assertNotIn("authserver.py", self.log()[len(before):])
 
+    @unittest.skipIf(sys.version_info < (3, 7), "needs os.register_at_fork")
+    def test_a_child_of_a_handler_has_the_old_limit_of_files(self) -> None:
+        """The server may have more open files than what it was started with; what it starts may not."""
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.assertEqual(int(self.ask("/limit").body), limits[0])
+
     def test_the_log_has_every_answer(self) -> None:
         """One line in Combined format per answer, with the bytes of the body."""
         self.ask("/logged", "GET", 'Referer: a"b', "User-Agent: me\xff")
@@ -3027,7 +3045,7 @@ def serving(server: Any) -> Iterator[str]:
     with contextlib.redirect_stderr(io.StringIO()):
         thread.start()
         try:
-            yield "127.0.0.1:%d" % server.server_address[1]
+            yield "127.0.0.1:%d" % getattr(server, "sockets", [server.socket])[0].getsockname()[1]
         finally:
             server.shutdown()
             thread.join()
@@ -3369,6 +3387,40 @@ class HttpHooks(BoxTest):
         thread.join(SOON)
         self.assertFalse(thread.is_alive())
 
+    def test_who_is_held_accepts_nobody_until_released(self) -> None:
+        """After hold() a client waits in the queue of the kernel, and is served after release()."""
+        server = AuthServer(("127.0.0.1", 0), protect(Idiom, USERS))
+        server.hold()
+        with serving(server) as at, Wire(at) as wire:
+            wire.sendall(head("/x"))
+            self.assertEqual(select.select([wire], [], [], 0.3)[0], [])
+            server.release()
+            self.assertEqual(wire.exchange(b"").status, 200)
+
+    @needs_crypt
+    def test_slow_hashes_are_bounded_and_keep_nobody_waiting(self) -> None:
+        """Two are made at a time, two more wait, the next is told 503 at once."""
+        path = self.box.write("hashed", "jim:%s\n" % crypted("secret", "$6$rounds=1000$saltsalt$"), 0o600)
+        authenticator = Authenticator(Passwords.read(path, "files"), schemes=["basic"])
+        with mock.patch.object(authserver, "SLOW_QUEUE", 2):
+            server = AuthServer(("127.0.0.1", 0), Idiom, authenticator=authenticator)
+        go, function = threading.Event(), authserver.load_crypt()[0]
+
+        def slow(phrase: bytes, setting: bytes) -> Any:
+            go.wait(PATIENCE)
+            return function(phrase, setting)
+        with mock.patch.object(authserver, "load_crypt", lambda: (slow, threading.Semaphore(2))), serving(server) as at, \
+                contextlib.ExitStack() as stack:
+            wires = [stack.enter_context(Wire(at)) for _ in range(6)]
+            for number, wire in enumerate(wires):
+                wire.sendall(head("/x", "GET", basic("jim", "w%d" % number)))
+            busy = until(lambda: len(select.select(wires, [], [], 0)[0]) > 1 and select.select(wires, [], [], 0)[0],
+                         "two refusals")
+            self.assertEqual([wire.exchange(b"").status for wire in busy], [503, 503])
+            self.assertEqual(request(at, "/x", "GET", basic("ann", "wrong")).status, 503)
+            go.set()
+            self.assertEqual({wire.exchange(b"").status for wire in wires if wire not in busy}, {401})
+
     @needs_crypt
     def test_a_deleted_user_is_out_whatever_is_under_way(self) -> None:
         """New passwords while a slow hash of the old ones is computed: no later request gets in."""
@@ -3454,6 +3506,15 @@ server = wsgiref.simple_server.make_server("127.0.0.1", 0, protect_wsgi(app, pas
             self.assertEqual((granted.status, refused.status, wire.ask("/a%20file").status), (200, 401, 200))
         self.assertIn("rspauth", granted.field("Authentication-Info") or "")
         self.assertIsNone(refused.field("Authentication-Info"))
+
+    def test_a_lock_out_works_on_a_stock_server(self) -> None:
+        """Ten wrong passwords from an address of the network: the right one is 429 then."""
+        def get_request(server: Any) -> Any:
+            return server.socket.accept()[0], ("192.0.2.1", 1)
+        server = type("Far", (StockServer,), {"get_request": get_request})(("127.0.0.1", 0), protect(Idiom, USERS))
+        with serving(server) as at:
+            said = [request(at, "/", "GET", auth, CLOSE).status for auth in [WRONG] * 10 + [JIM]]
+        self.assertEqual(said, [401] * 10 + [429])
 
     def test_nonsense_is_not_asked_for_a_password(self) -> None:
         """505 of http.server's own, without a challenge."""
@@ -3964,12 +4025,12 @@ def start(self):
     real(self)
 threading.Thread.start = start
 '''
-    script = HANDLERS.replace("def get_shut", r'''def get_full(self): refusals.extend(range(50)); self.answer(b"")
+    script = HANDLERS.replace("gate.wait(10)", "gate.wait(3)").replace("def get_shut", r'''def get_full(self): refusals.extend(range(50)); self.answer(b"")
     def get_search(self):
         secret, found, todo = self.path.partition("?")[2][::-1], 0, gc.get_objects()
         for depth in range(3):
             todo = [part for one in todo for part in gc.get_referents(one) if depth == 0 or type(one) in (tuple, dict)]
-            found += sum(secret in part for part in todo if isinstance(part, str))
+            found += sum(secret in part for part in todo if isinstance(part, str) and part is not secret)
             found += sum(secret.encode() in part for part in todo if isinstance(part, (bytes, bytearray)))
         self.answer(b"%d" % found)
     def get_shut''').replace('"auth-int"]))', '"auth-int"]), stream_threads=20)')
@@ -4185,6 +4246,22 @@ sys.exit(authserver.main(sys.argv[1:]))''')
             self.assertLess(cpu_seconds(self.box.server.pid) - before, 0.3)
         until(lambda: request(at).status == 200, "recovery")
 
+    def test_a_start_that_failed_takes_the_first_password_back(self) -> None:
+        """The file of a first start is removed by abandon(), and when bind() itself fails."""
+        path = self.box.path("x.passwords")
+        with taken_port() as port:
+            for options, fails in ((["--bind", "127.0.0.1:0"], False), (["--bind", "127.0.0.1:%d" % port], True)):
+                given = contract(options, may_create=True, config_prefix=self.box.path("x."))
+                if fails:
+                    self.assertRaises(Refusal, authserver.bind, given)
+                else:
+                    server = authserver.bind(given)
+                    self.assertIn("password: ", server.greeting)
+                    self.assertTrue(os.path.exists(path))
+                    server.abandon()
+                    server.server_close()
+                self.assertFalse(os.path.exists(path))
+
     def test_a_prefix_may_be_public(self) -> None:
         """Below --public no password is asked for; no spelling of a path crosses the line."""
         at = self.serve("--public", "/example/open")
@@ -4196,6 +4273,245 @@ sys.exit(authserver.main(sys.argv[1:]))''')
             with self.subTest(path):
                 got = request(at, path, "GET", "").status
                 self.assertIn(got, (status, 404) if status == 200 else (status, 400, 404))
+
+
+@needs("openssl")
+class HttpTls(SharedBoxTest):
+    """--tls-cert: the same over HTTPS, and nothing in clear"""
+    at: str
+
+    @classmethod
+    def set_up(cls) -> None:
+        cls.box.make("tree")
+        cls.box.write("tree/file", "0123456789" * 200000)
+        pem, passwords = make_certificate(cls.box), cls.box.write("users", "jim:plain:secret\n", 0o600)
+        path = cls.box.write("tls.py", PRELUDE + "authserver.WAITS.update(handshake=1, first=5)\n"
+                             "sys.exit(authserver.main(sys.argv[1:]))")
+        cls.at = cls.box.launch(sys.executable, path, "--bind", "127.0.0.1:0", "--passwords", passwords,
+                                "--tls-cert", pem, "--root", cls.box.path("tree"))
+
+    def secure(self, address: str = "") -> Any:
+        """Return a connection that has shaken hands."""
+        return trusting().wrap_socket(Wire(address or self.at))
+
+    def hear(self, sock: Any) -> bytes:
+        """Return all that comes, to a close that is announced."""
+        return b"".join(iter(lambda: sock.recv(65536), b""))
+
+    def test_requests_in_records_of_any_size(self) -> None:
+        """Three requests in one record, one request in many, the answers in order; the end is announced."""
+        with self.secure() as sock:
+            sock.sendall(head("/file", "HEAD") * 2 + head("/file", "HEAD", ""))
+            for octet in head("/none", "GET", JIM, CLOSE):
+                sock.sendall(bytes([octet]))
+            said = self.hear(sock)
+        self.assertEqual(statuses(said), [200, 200, 401, 404])
+        self.assertEqual(said.count(b"WWW-Authenticate: Basic"), 1)
+
+    def test_a_file_arrives_whole(self) -> None:
+        """2 MB, encrypted in pieces, to a reader that is slow to begin."""
+        with self.secure() as sock:
+            sock.sendall(head("/file", "GET", JIM, CLOSE))
+            with self.secure() as other:
+                other.sendall(head("/none", "GET", JIM, CLOSE))
+                self.assertEqual(statuses(self.hear(other)), [404])
+            self.assertEqual(self.hear(sock).partition(b"\r\n\r\n")[2], b"0123456789" * 200000)
+
+    def test_what_is_no_tls(self) -> None:
+        """Plain HTTP is told so, once; half a handshake, or none, has an end; nobody else waits."""
+        said = talk(self.at, head("/file"))
+        self.assertEqual(statuses(said), [400])
+        self.assertIn(b"https://", said)
+        for data in (b"", b"\x16\x03\x01\x02", b"\x16\x03\x01\x00\x05hello"):
+            with self.subTest(data), Wire(self.at) as wire:
+                wire.sendall(data)
+                with self.secure() as sock:
+                    sock.sendall(head("/file", "HEAD", JIM, CLOSE))
+                    self.assertEqual(statuses(self.hear(sock)), [200])
+                self.assertNotIn(b"HTTP", wire.hear())
+        self.assertEqual(read(self.box.output).count("plain HTTP, where HTTPS is spoken"), 1)
+
+    def test_old_protocols_are_off(self) -> None:
+        """TLS 1.0 and 1.1 are refused; 1.2 and 1.3 are not."""
+        for name in ("TLSv1", "TLSv1_1", "TLSv1_2", "TLSv1_3"):
+            with self.subTest(name):
+                if not hasattr(ssl, "TLSVersion"):
+                    self.skipTest("needs Python 3.7")
+                context = trusting()
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # that they are old
+                    context.minimum_version = context.maximum_version = getattr(ssl.TLSVersion, name)
+                with Wire(self.at) as wire, contextlib.ExitStack() as stack:
+                    if name in ("TLSv1", "TLSv1_1"):
+                        stack.enter_context(self.assertRaises(OSError))
+                    context.wrap_socket(wire).close()
+
+    def test_a_renewed_certificate_is_taken(self) -> None:
+        """reload() serves the new one, and keeps the old when the new is broken; mistakes are named."""
+        pem, key = make_certificate(self.box, "own"), make_certificate(self.box, "key")
+        passwords = self.box.write("users", "jim:plain:secret\n", 0o600)
+        options = contract(["--bind", "127.0.0.1:0", "--passwords", passwords, "--tls-cert", pem])
+        server = authserver.bind(options)
+        with serving(server) as at:
+            def fingerprint() -> str:
+                with self.secure(at) as sock:
+                    return hashed("SHA-256", sock.getpeercert(True))
+            before = fingerprint()
+            self.box.write("own", "-----BEGIN", 0o600)
+            self.assertRaises(Refusal, server.reload)
+            self.assertEqual(fingerprint(), before)
+            make_certificate(self.box, "own")
+            server.reload()
+            self.assertNotEqual(fingerprint(), before)
+        for arguments, said in ((["--tls-cert", pem, "--tls-key", key], "the key is not the certificate's"),
+                                (["--tls-cert", passwords], "unable to use certificate"),
+                                (["--tls-cert", self.box.path("none")], "No such file"),
+                                (["--tls-key", key], "tls-cert")):
+            with self.subTest(said):
+                argv = [sys.executable, AUTHSERVER, "--passwords", passwords] + arguments
+                self.assertRegex(run(argv, None).err, said)
+        os.chmod(pem, 0o644)
+        argv = [sys.executable, AUTHSERVER, "--passwords", passwords, "--tls-cert", pem]
+        self.assertRegex(run(argv, 2).err, "everybody may read it\ntry: chmod 600")
+
+
+def contract(words: Sequence[str], **more: Any) -> Any:
+    """Return what daemonize.py gives to bind(): the application's options, and those of the contract."""
+    parser = argparse.ArgumentParser()
+    authserver.add_arguments(parser)
+    options = parser.parse_args(list(words))
+    vars(options).update(dict(action="start", name="x", sockets=[], legacy=None, uid=None, gid=None, config_prefix="",
+                              may_create=False, chroot=None, workers=None), **more)
+    return options
+
+
+class HttpForwardAuth(HttpTest):
+    """--forward-auth answers what a proxy asks: may this request pass?"""
+    options = ["--forward-auth", "/auth", "--trusted-proxy", "127.0.0.1", "--max-failures", "3/60"]
+
+    def ask(self, auth: str = JIM, *fields: str, path: str = "/auth", source: str = "") -> Answer:
+        """Ask as a proxy does."""
+        with Wire(self.at, source=source) as wire:
+            return wire.ask(path, "GET", auth, *fields)
+
+    def test_says_who_may_pass(self) -> None:
+        """nginx's and Traefik's fields, Envoy's path; a Digest proof is for the request that is asked about."""
+        client = Digest(self.ask("", "X-Forwarded-Method: PUT", "X-Forwarded-Uri: /x").field("www-authenticate") or "")
+        nginx, traefik = ["X-Original-Method: PUT", "X-Original-URI: /x"], ["X-Forwarded-Method: PUT", "X-Forwarded-Uri: /x"]
+        for auth, fields, want in (
+                (JIM, nginx, 200), (JIM, traefik, 200), (WRONG, nginx, 401), ("", nginx, 401), (JIM, nginx + traefik, 200),
+                (client.field(method="PUT"), nginx, 200), (client.field(method="GET"), nginx, 401),
+                (client.field(method="PUT"), ["X-Original-Method: PUT", "X-Original-URI: /y"], 403),
+                (JIM, [], 403), (JIM, nginx[:1], 403), (JIM, nginx + ["X-Forwarded-Uri: /y"], 403),
+                (JIM, nginx + ["X-Original-URI: /y"], 403), ("Basic !", nginx, 403)):
+            with self.subTest(str(fields), auth=auth[:12], want=want):
+                answer = self.ask(auth, *fields, "X-Forwarded-For: 192.0.2.1")
+                self.assertEqual((answer.status, answer.field("Remote-User")), (want, "jim" if want == 200 else None))
+        self.assertEqual(self.ask(JIM, path="/auth/x?y", source="127.0.0.1").status, 200)
+
+    def test_believes_trusted_proxies_only(self) -> None:
+        """403 for others, whatever they know; a lock-out is 403 and hits the client that the proxy names."""
+        fields = ["X-Original-Method: GET", "X-Original-URI: /x", "X-Forwarded-For: 192.0.2.9"]
+        self.assertEqual(self.ask(JIM, *fields, source="127.0.0.2").status, 403)
+        said = [self.ask(auth, *fields).status for auth in (WRONG, WRONG, WRONG, JIM)]
+        self.assertEqual(said, [401, 401, 401, 403])
+        self.assertEqual(self.ask(JIM, *fields[:2], "X-Forwarded-For: 192.0.2.8").status, 200)
+        self.assertEqual(request(self.at, "/example/foo").status, 200)
+
+    @needs("nginx")
+    def test_behind_nginx(self) -> None:
+        """auth_request: curl by Basic and Digest gets the file that nginx has, with query and blank; else 401."""
+        port, folder = free_port(), tempfile.mkdtemp(dir=TEMP)
+        self.addCleanup(shutil.rmtree, folder)
+        os.chmod(folder, 0o755)
+        with open(folder + "/a b", "w") as file:
+            file.write("the file")
+        config = """daemon off; pid %(f)s/pid; error_log %(f)s/error; events {} http { access_log off;
+client_body_temp_path %(f)s/1; proxy_temp_path %(f)s/2; fastcgi_temp_path %(f)s/3; uwsgi_temp_path %(f)s/4;
+scgi_temp_path %(f)s/5; server { listen 127.0.0.1:%(p)d; root %(f)s; auth_request /auth;
+location = /auth { internal; proxy_pass http://%(a)s; proxy_pass_request_body off; proxy_set_header Content-Length "";
+proxy_set_header X-Original-Method $request_method; proxy_set_header X-Original-URI $request_uri;
+proxy_set_header X-Forwarded-For $remote_addr; } } }""" % {"f": folder, "p": port, "a": self.at}
+        with open(folder + "/conf", "w") as file:
+            file.write(config)
+        server = self.box.spawn("nginx", "-c", folder + "/conf")
+        until(lambda: not reach("127.0.0.1:%d" % port), "nginx")
+        at = "127.0.0.1:%d" % port
+        for auth, want in ((JIM, 200), (WRONG, 401), ("", 401)):
+            self.assertEqual(request(at, "/a%20b?c", "GET", auth).status, want)
+        challenge = request(at, "/a%20b?c", "GET", "").field("www-authenticate") or ""
+        client = Digest(challenge, uri="/a%20b?c")
+        self.assertEqual([request(at, "/a%20b?c", "GET", field).status for field in [client.field()] * 2], [200, 401])
+        server.terminate()
+        server.wait()
+
+
+class HttpRoot(HttpTest):
+    """--root serves a folder to the programs that people use"""
+    options = ["--root", "tree", "--public", "/open"]
+
+    @classmethod
+    def set_up(cls) -> None:
+        cls.tree = {"a b.txt": 10, "sub/ü.bin": 3000000, "sub/deep/small": 1, "open/free": 5, "index/index.html": 7}
+        for name, size in cls.tree.items():
+            path = cls.box.path("tree", name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "wb") as file:
+                file.write(Random(name).getrandbits(8 * size).to_bytes(size, "big"))
+        super().set_up()
+
+    tree: Dict[str, int]
+
+    def content(self, name: str) -> bytes:
+        """Return what is in a file."""
+        with open(self.box.path("tree", name), "rb") as file:
+            return file.read()
+
+    def test_answers_over_a_socket(self) -> None:
+        """A file, parts of it, HEAD, a listing, a redirection; 401 alike for what exists and what does not."""
+        with Wire(self.at) as wire:
+            whole = wire.ask("/sub/%C3%BC.bin")
+            self.assertEqual((whole.status, whole.body), (200, self.content("sub/ü.bin")))
+            part = wire.ask("/sub/%C3%BC.bin", "GET", JIM, "Range: bytes=1000-2499999")
+            self.assertEqual((part.status, part.body), (206, whole.body[1000:2500000]))
+            again = wire.ask("/sub/%C3%BC.bin", "GET", JIM, "If-None-Match: " + str(whole.field("ETag")), body=False)
+            self.assertEqual(again.status, 304)
+            self.assertEqual(wire.ask("/sub/%C3%BC.bin", "HEAD", body=False).field("Content-Length"), "3000000")
+            self.assertEqual(wire.ask("/sub").field("Location"), "/sub/")
+            self.assertIn(b'href="deep/"', wire.ask("/sub/").body)
+            self.assertEqual(wire.ask("/open/free", "GET", "").body, self.content("open/free"))
+            refused = [wire.ask(path, "GET", "") for path in ("/a%20b.txt", "/nothing")]
+        self.assertEqual(*[(one.status, one.body, len(one.fields)) for one in refused])
+
+    @needs("curl")
+    def test_curl_resumes(self) -> None:
+        """curl -C - gets the rest of a file that was cut."""
+        part = self.box.path("part")
+        with open(part, "wb") as file:
+            file.write(self.content("sub/ü.bin")[:1234567])
+        run(["curl", "-sf", "-C", "-", "-u", "jim:secret", "-o", part, "http://%s/sub/%%C3%%BC.bin" % self.at], 0)
+        with open(part, "rb") as file:
+            self.assertEqual(file.read(), self.content("sub/ü.bin"))
+
+    @needs("wget")
+    def test_wget_mirrors(self) -> None:
+        """wget -r finds every file by the listings, and its bytes are equal."""
+        run(["wget", "-q", "-r", "-np", "-nH", "--user=jim", "--password=secret", "-P", self.box.make("mirror"),
+             "http://%s/" % self.at])
+        for name in self.tree:
+            with open(self.box.path("mirror", name), "rb") as file:
+                self.assertEqual(file.read(), self.content(name), name)
+
+    @needs_linux
+    def test_a_secret_below_the_root_is_not_served(self) -> None:
+        """The password file in the folder is a warning at start, and 404."""
+        passwords = self.box.write("tree/users", "jim:plain:secret\n", 0o600)
+        at = self.box.launch(sys.executable, AUTHSERVER, "--bind", "127.0.0.1:0", "--passwords", passwords, "--root",
+                             self.box.path("tree"))
+        self.assertEqual(request(at, "/users").status, 404)
+        self.assertNotIn(b"users", request(at, "/").body)
+        self.assertRegex(self.log(), "warning: .*users")
+        os.unlink(passwords)
 
 
 # -- 2.9 The clients and hosts of other people ---------------------------------
