@@ -66,7 +66,6 @@ import hmac
 import html
 import http.client
 import http.server
-import importlib
 import io
 import ipaddress
 import math
@@ -81,6 +80,7 @@ import shlex
 import signal
 import socket
 import socketserver
+import ssl              # at no cost: http.client, and so http.server, has it
 import stat
 import struct
 import sys
@@ -665,7 +665,7 @@ class SharedTable:
         if body[11:] != self._memory[ISSUERS:ISSUERS + 4] and self._is_foreign(body):
             return "stale"
         # The last two of the six random bytes: they are random, so no hash has to spread them.
-        offset = SLOTS + SLOT.size * (body[9] << 8 | body[10])
+        offset = SLOTS + SLOT.size * ((body[9] << 8 | body[10]) % NONCE_SLOTS)
         if self.alone:      # and with one thread, that of the loop
             return self._use_up(offset, body, nonce_count)
         with self._exclusively(offset):
@@ -1579,7 +1579,7 @@ class TrustedProxies:
             if hop is None:
                 break
             address = hop
-        shown = peer or "-" if address is None else str(address)
+        shown = peer if address is None else str(address)
         if address is None or address.is_loopback or self.trusts(address):
             return shown, None
         if address.version == 6:
@@ -1843,6 +1843,10 @@ class Request:
     def values(self) -> Values:
         """The fields."""
         return self.fields.values
+
+    def has_body(self) -> bool:
+        """Return whether more follows than the head."""
+        return self.fields.chunked or self.fields.length > 0
 
 
 def parse_head(octets: bytes) -> Request:
@@ -2237,7 +2241,8 @@ def refusal(server: "AuthServer", request: Request) -> Answer:
     """Return the answer to a request that may not pass; the log is told why."""
     verdict = request.verdict
     if verdict.reason != "no credentials":
-        server.log.error(f"{request.host}: refused {log_name(verdict.log_user)}: {verdict.reason}")
+        server.log.error(f"{request.host or '-'}: refused {log_name(verdict.log_user)}: "
+                         f"{verdict.reason}")
     # nginx makes 500 of all else that its subrequest brings.
     status = 403 if request.asked and verdict.status != 401 else verdict.status
     return Answer(status, (HTML,), error_page(status))
@@ -2620,7 +2625,7 @@ class Connection(Channel):
         answer: Optional[Answer] = None
         try:
             request = server.heads.read(octets)
-            if request.fields.chunked or request.fields.length > 0:
+            if request.has_body():
                 body = Body(request.fields.length, request.fields.chunked)
             verdict = request.verdict = self.recall(request) or (
                 yield from self.judge(request, body))
@@ -2643,13 +2648,7 @@ class Connection(Channel):
             answer = refusal(server, request)
         if answer is not None and request is not None:
             self.finish(request, answer, body)
-        # A small body that nobody wanted is read and dropped, and the connection goes on.
-        while not body.done and not self.closing:
-            body.feed(self.take_buffer())
-            if not body.done:
-                yield REST
-        if body.rest:
-            self.buffer = body.take_rest() + self.buffer
+        yield from self.skip(body)
 
     def recall(self, request: Request) -> Optional[Verdict]:
         """Find whose request it is; return the verdict where nothing has to be checked."""
@@ -2697,6 +2696,15 @@ class Connection(Channel):
             yield MORE
         body.taken = body.taken[:len(body.taken) - len(body.rest)]
         return content
+
+    def skip(self, body: Body) -> Story:
+        """Read and drop a small body that nobody wanted, so that the connection can go on."""
+        while not body.done and not self.closing:
+            body.feed(self.take_buffer())
+            if not body.done:
+                yield REST
+        if body.rest:
+            self.buffer = body.take_rest() + self.buffer
 
     def host_handler(self, octets: bytes, request: Request,
                      body: Body) -> Generator[Any, Any, Optional[Answer]]:
@@ -2870,7 +2878,7 @@ class Log:
         """
         user = request.verdict.log_user
         self.waiting[1].append(
-            f'{request.host} - {"-" if user is None else log_name(user)} [{self.date}] '
+            f'{request.host or "-"} - {"-" if user is None else log_name(user)} [{self.date}] '
             f'"{request.line}" {request.status or "-"} {size} {request.fields.log_tail}\n')
 
     def error(self, text: str) -> None:
@@ -3274,8 +3282,6 @@ class AuthServer(Loop, http.server.HTTPServer):
                                            or is_private(self.socket)):
                 schemes = SCHEMES[:1]
             self.listeners = [Listener(self.socket, schemes, context)]
-            if context:
-                load_ssl()
         self.open()
 
     def announce(self) -> None:
@@ -3289,6 +3295,8 @@ class AuthServer(Loop, http.server.HTTPServer):
                                "unix sockets, and of proxies without X-Forwarded-For")
         if authenticator:
             authenticator.table.add("workers")
+        else:
+            self.log.error("warning: no authenticator: everybody is let in")
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what a handler raised."""
@@ -3860,14 +3868,6 @@ class Files:
 
 # -- 11.1 HTTPS --------------------------------------------------------------
 
-ssl: Any = None             # 8 ms and 2 MiB, only for who serves HTTPS
-
-
-def load_ssl() -> None:
-    """Import ssl."""
-    globals()["ssl"] = importlib.import_module("ssl")
-
-
 def expiry_of(certificate: str) -> float:
     """Return when the first certificate of a PEM text ends, in seconds since the epoch."""
     der = ssl.PEM_cert_to_DER_cert(certificate[certificate.index("-----BEGIN CERT"):
@@ -3885,7 +3885,6 @@ def tls_context(certificate: str, key: Optional[str]) -> Any:
     One for all workers, made before they are forked: so each can go on with a session that
     another has begun, for they have the same keys of its tickets.
     """
-    load_ssl()
     try:
         with open(key or certificate, "rb") as stream:
             mode = os.fstat(stream.fileno()).st_mode
@@ -3948,7 +3947,7 @@ class TLSConnection(Connection):
     def give_up(self, reason: str) -> None:
         """End a handshake that failed: with words, where plain HTTP has come."""
         plain = reason == "HTTP_REQUEST"
-        self.server.log.error(f"{self.host}: refused -: " + (
+        self.server.log.error(f"{self.host or '-'}: refused -: " + (
             "plain HTTP, where HTTPS is spoken" if plain else f"TLS: {reason}"))
         if plain:
             page = html_page("HTTPS only", "<p>Ask again with https://")
