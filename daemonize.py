@@ -86,8 +86,9 @@ __all__ = ["main", "startstop"]
 
 # Hosted unless --app or -- names another.  Resolved on import: before Python 3.9 a script's
 # __file__ may be relative, and a restart changes folder before it asks.
-HERE = os.path.abspath(__file__)
-APPLICATION = os.path.join(os.path.dirname(HERE), "authserver.py")
+APPLICATION = os.path.join(os.path.dirname(os.path.abspath(__file__)), "authserver.py")
+if not os.path.exists(APPLICATION):         # a link to this file, in ~/bin
+    APPLICATION = os.path.join(os.path.dirname(os.path.realpath(__file__)), "authserver.py")
 TIMEOUT = 10.0                  # seconds that stop and drain wait before SIGKILL
 START_TIMEOUT = 30.0            # seconds after which a start that is not ready has failed
 UMASK = 0o027                   # for the application's files: nothing for others
@@ -204,7 +205,7 @@ def warn(text: str) -> None:
 
 def tell(plan: "Plan", text: str) -> None:
     """Say what was done, unless cron is told only of failures (--quiet)."""
-    if not plan.quiet:
+    if not plan.options.quiet:
         emit(1, text + "\n")
 
 
@@ -238,22 +239,19 @@ class Identity(NamedTuple):
 MAX_ID = (1 << 32) - 2          # 2^32 - 1 is no id: to setresuid(2) it means "leave it as it is"
 
 
-def numeric_id(text: str, what: str) -> int:
-    """Return a uid or gid that was given as a number, since no such name is known."""
+def look_up(by_name: Callable[[str], Any], by_number: Callable[[int], Any], text: str) -> Any:
+    """Return a user's or group's entry in the database, or the number for which there is none.
+
+    As chown(1) does it: the name first, though it may consist of digits.
+    """
+    with contextlib.suppress(KeyError):
+        return by_name(text)
     # isdecimal(), not isdigit(): that one also accepts "²", which int() does not.
-    if not text.isdecimal():
-        raise Fatal("unable to switch to %s: no %s has that name" % (text, what))
-    if len(text) > 10 or int(text) > MAX_ID:        # int() refuses thousands of digits
-        raise Fatal("unable to switch to %s: no such number" % text)
+    if not text.isdecimal() or len(text) > 10 or int(text) > MAX_ID:
+        raise Fatal("unable to switch to %s: there is no such name or number" % text)
+    with contextlib.suppress(KeyError):
+        return by_number(int(text))
     return int(text)
-
-
-def look_up_group(group: str) -> int:
-    """Return a group's gid; a name that consists of digits goes before the number."""
-    try:
-        return grp.getgrnam(group).gr_gid
-    except KeyError:
-        return numeric_id(group, "group")
 
 
 def look_up_identity(user: Optional[str], group: Optional[str]) -> Optional[Identity]:
@@ -265,18 +263,13 @@ def look_up_identity(user: Optional[str], group: Optional[str]) -> Optional[Iden
         return None
     if os.geteuid() != 0:
         raise Fatal("unable to switch to %s: only root may" % (user or group))
-    gid = None if group is None else look_up_group(group)
-    try:
-        # As chown(1) does it: the name first, though it may consist of digits.
-        entry = pwd.getpwnam("root" if user is None else user)
-    except KeyError:
-        uid = numeric_id(str(user), "user")
-        try:
-            entry = pwd.getpwuid(uid)
-        except KeyError:
-            if gid is None:
-                raise Fatal("unable to switch to %s: no user has that number\ntry: --gid" % user)
-            return Identity(uid, gid, "", "/", [gid])
+    gid = None if group is None else look_up(grp.getgrnam, grp.getgrgid, group)
+    gid = getattr(gid, "gr_gid", gid)
+    entry = look_up(pwd.getpwnam, pwd.getpwuid, "root" if user is None else user)
+    if isinstance(entry, int):
+        if gid is None:
+            raise Fatal("unable to switch to %s: no user has that number\ntry: --gid" % user)
+        return Identity(entry, gid, "", "/", [gid])
     gid = entry.pw_gid if gid is None else gid
     groups = os.getgrouplist(entry.pw_name, gid)
     if not IS_LINUX:
@@ -319,15 +312,7 @@ class Plan(NamedTuple):
     identity: Optional[Identity]
     chroot: Optional[str]
     rundir: str                 # as it is called inside the chroot
-    umask: int
-    workers: Optional[int]      # as typed; None: as the application says
-    respawn: bool
-    timeout: float
-    start_timeout: float
-    log_bytes: int
-    log_keep: int
-    quiet: bool
-    json: bool
+    options: argparse.Namespace         # what was typed, and DEFAULTS, as they are
     stdin: str = os.devnull
     stderr: Optional[str] = None        # of a library's daemon, where it has a file of its own
     startmsg: str = ""
@@ -419,7 +404,15 @@ def look_at(pid: int) -> Optional[Process]:
         return None
     if not facts or facts[0] in (b"Z", b"X") and facts[17] == b"1":
         return None
-    return Process(pid, int(facts[1]), int(facts[2]), int(facts[3]), facts[19].decode())
+    return Process(pid, int(facts[1]), int(facts[2]), int(facts[3]), boot() + facts[19].decode())
+
+
+def boot(known: List[str] = []) -> str:     # noqa: B006  (one list for all calls: that is the point)
+    """Return the id of this boot: start times count from boot, two of them could show the same."""
+    if not known:
+        with contextlib.suppress(OSError), open(PROC + "/sys/kernel/random/boot_id") as stream:
+            known.append(stream.read().strip() + ":")
+    return known[0] if known else ""
 
 
 def processes() -> List[Process]:
@@ -430,48 +423,35 @@ def processes() -> List[Process]:
     return [process for process in found if process is not None]
 
 
+def status_of(pid: int, field: str) -> List[str]:
+    """Return a field of /proc/PID/status, [] where nobody tells.  See: proc(5)."""
+    with contextlib.suppress(OSError), open("%s/%d/status" % (PROC, pid), errors="replace") as stream:
+        found = re.findall(r"^%s:\s+(.*)" % field, stream.read(), re.MULTILINE)
+        return str(found[0]).split() if found else []
+    return []
+
+
 def ids_of(pid: int) -> Optional[Tuple[int, int]]:
     """Return real uid and gid of a process; None where nobody tells.
 
     Not the owner of /proc/PID: who changed its uid is not dumpable, and its folder is root's.
-    See: proc(5), /proc/pid/status; prctl(2), PR_SET_DUMPABLE.
+    See: prctl(2), PR_SET_DUMPABLE.
     """
-    try:
-        with open("%s/%d/status" % (PROC, pid), "rb") as stream:
-            uid, gid = re.findall(rb"^[UG]id:\s+(\d+)", stream.read(), re.MULTILINE)
-            return int(uid), int(gid)
-    except (OSError, ValueError):
-        return ids_by_ps(pid) if not has_proc() else None
+    ids = [status_of(pid, field)[:1] for field in ("Uid", "Gid")] if has_proc() else ids_by_ps(pid)
+    return (int(ids[0][0]), int(ids[1][0])) if all(ids) else None
 
 
 def handles(pid: int, signum: int) -> bool:
     """Tell whether a process has a handler for the signal; where nobody tells, believe it."""
-    try:
-        with open("%s/%d/status" % (PROC, pid), "rb") as stream:
-            caught = re.findall(rb"^SigCgt:\s+(\w+)", stream.read(), re.MULTILINE)
-    except OSError:
-        return True
+    caught = status_of(pid, "SigCgt")
     return not caught or bool(int(caught[0], 16) >> (signum - 1) & 1)
 
 
-def birth_of(pid: int) -> str:
-    """Return boot and birth of a living process, "" for a dead one, and where there is no /proc."""
-    process = look_at(pid)
-    try:
-        # Start times count from boot: without the boot's id, two boots could show the same one.
-        with open(PROC + "/sys/kernel/random/boot_id") as boot:
-            return boot.read().strip() + ":" + process.birth if process else ""
-    except OSError:
-        return ""
-
-
-def age_of(pid: int) -> float:
+def age_of(process: Optional[Process]) -> float:
     """Return for how many seconds a process lives: by its birth, for the wall clock may jump."""
-    process = look_at(pid)
-    with contextlib.suppress(OSError, ValueError), open(PROC + "/uptime") as uptime:
-        if process:
-            age = float(uptime.read().split()[0]) - int(process.birth) / os.sysconf("SC_CLK_TCK")
-            return max(0.0, round(age, 1))
+    with contextlib.suppress(OSError, ValueError, AttributeError), open(PROC + "/uptime") as uptime:
+        ticks = int(process.birth.rpartition(":")[2])       # type: ignore[union-attr]
+        return max(0.0, round(float(uptime.read().split()[0]) - ticks / os.sysconf("SC_CLK_TCK"), 1))
     return 0.0
 
 
@@ -532,13 +512,6 @@ def end_all(members: Callable[[], List[Process]], kill: Callable[[], None],
         pids = ", ".join(str(process.pid) for process in members())
         raise Fatal("unable to stop pids %s: SIGKILL had no effect" % pids)
     return True
-
-
-def end_family(session: Optional[int], timeout: float) -> bool:
-    """End what this process started; it was told already, and has timeout seconds to obey."""
-    return end_all(lambda: family(session),
-                   lambda: signal_each(family(session), signal.SIGKILL, session is not None),
-                   timeout)
 
 
 # -- 4. Files that root opens ------------------------------------------------
@@ -696,35 +669,21 @@ def rotation_obstacle(plan: Plan) -> str:
         return "uid %d may not write in %s" % (os.geteuid(), folder)
 
 
-@contextlib.contextmanager
-def working_in(folder: str) -> Iterator[None]:
-    """Enter folder for a moment: unix(7) addresses hold 108 bytes, on macOS and BSD 104."""
-    here = None
-    with contextlib.suppress(OSError):      # su nobody, in /root: nowhere to go back to
-        here = os.open(".", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.chdir(folder)
-        yield
-    finally:
-        if here is not None:
-            os.fchdir(here)
-            os.close(here)
-
-
 def bind_control(path: str) -> socket.socket:
     """Return a unix socket bound at path, 0600, not listening yet.  See: unix(7)."""
-    name = os.path.basename(path)
     with trying_to("bind %s" % path):
         control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        with working_in(os.path.dirname(path)):
-            umask = os.umask(0o177)         # and not chmod(2): the name may be another's by then
-            try:
-                # A dead daemon's socket is still there, and bind(2) takes no name that exists.
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(name)
-                control.bind(name)
-            finally:
-                os.umask(umask)
+        # From inside its folder: addresses hold 108 bytes, on macOS and BSD 104.  Nobody goes
+        # back: since step 1 nothing is relative.
+        os.chdir(os.path.dirname(path))
+        umask = os.umask(0o177)             # and not chmod(2): the name may be another's by then
+        try:
+            # A dead daemon's socket is still there, and bind(2) takes no name that exists.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.basename(path))
+            control.bind(os.path.basename(path))
+        finally:
+            os.umask(umask)
     return control
 
 
@@ -752,7 +711,7 @@ def open_files(plan: Plan, lock: int, control: Optional[socket.socket]) -> Opene
     pidfile = open_pidfile(files.pidfile)
     with trying_to("open %s" % plan.stdin):
         stdin = None if plan.action == "run" else os.open(plan.stdin, os.O_RDONLY | os.O_CLOEXEC)
-    obstacle = rotation_obstacle(plan) if plan.kind == "app" and plan.log_bytes else ""
+    obstacle = rotation_obstacle(plan) if plan.kind == "app" and plan.options.log_bytes else ""
     if obstacle:
         warn("unable to rotate %s: %s" % (files.logfile, obstacle))
     stderr = open_log(plan.stderr, plan.identity) if plan.stderr else output
@@ -895,16 +854,9 @@ def parse_record(text: str) -> Optional[Record]:
     True
     """
     import json
-    try:
-        facts = json.loads(text)
-        record = Record(**facts) if isinstance(facts, dict) else None
-    except (ValueError, TypeError, RecursionError):
-        return None
-    if record is None or not all(isinstance(getattr(record, field), kind) for field, kind in (
-            ("pidfile", str), ("name", str), ("kind", str), ("hosted", str), ("words", list),
-            ("cwd", str), ("detached", bool), ("pid", int), ("birth", str))):
-        return None
-    return record
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        return Record(**json.loads(text))
+    return None
 
 
 LockKind = TypeVar("LockKind", bound="Lock")
@@ -918,7 +870,7 @@ class Lock:
         self.plan, self.path = plan, plan.files.lock
         self.fd = open_regular(self.path, flags, 0o600)
 
-    def __enter__(self: LockKind) -> LockKind:
+    def __enter__(self: LockKind) -> LockKind:      # noqa: PYI019  (Self is 3.11's)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -944,8 +896,9 @@ class Lock:
                 raise Fatal("unable to see who runs %s: pid %s holds its lock, in another pid "
                             "namespace (a container), or without /proc" % (self.plan.name, pid))
             pid = None
-        if pid in (None, -1) and record and record.birth and birth_of(record.pid) == record.birth:
-            pid = record.pid
+        if pid in (None, -1) and record and record.birth:
+            process = look_at(record.pid)
+            pid = record.pid if process and process.birth == record.birth else None
         if pid in (None, -1):
             check_orphan(self.plan)
         return None if pid == -1 else pid
@@ -959,15 +912,13 @@ class Lock:
         is_its_own = record and record.pidfile == os.path.realpath(self.plan.files.pidfile)
         return record if is_its_own else None
 
-    def note(self, plan: Plan, pid: int) -> bytes:
-        """Note what a start was asked for, and whom it started; return what stood there."""
+    def note(self, plan: Plan, pid: int) -> None:
+        """Note what a start was asked for, and whom it started."""
         import json
         record = Record(os.path.realpath(plan.files.pidfile), plan.name, plan.kind, plan.hosted,
                         plan.words, plan.arguments, plan.cwd, plan.files.logfile,
-                        plan.action != "run", pid, birth_of(pid))
-        before = os.pread(self.fd, MAX_MESSAGE, 0)
+                        plan.action != "run", pid, getattr(look_at(pid), "birth", ""))
         self.write(json.dumps(record._asdict()).encode())
-        return before
 
     def write(self, data: bytes) -> None:
         """Replace the record."""
@@ -1002,7 +953,7 @@ class Turn(Lock):
         super().__init__(plan, os.O_RDWR)
         # After a moment, not at once: most waits are shorter than what there is to read.
         told_at = time.monotonic() + TICK
-        deadline = time.monotonic() + plan.start_timeout + plan.timeout
+        deadline = time.monotonic() + plan.options.start_timeout + plan.options.timeout
         while not self.take():
             holder = lock_holder(self.fd, TURN) or lock_holder(self.fd, UNDOING)
             if time.monotonic() > deadline:
@@ -1077,7 +1028,7 @@ class Channel:
 
     def __init__(self, end: socket.socket) -> None:
         self.end, self.buffer = end, b""
-        self.fds = []                   # type: List[int]  # that came along, whoever takes them
+        self.fds: List[int] = []  # that came along, whoever takes them
         self.born = time.monotonic()
 
     def send(self, event: str, fds: Sequence[int] = (), **facts: Any) -> None:
@@ -1140,7 +1091,7 @@ class Child:
         self.pid, self.channel = pid, channel
         self.born = time.monotonic()
         self.deadline = float("inf")        # when to kill it, once it was told to drain
-        self.result = None                  # type: Optional[int]  # of wait(2): then it is dead
+        self.result: Optional[int] = None  # of wait(2): then it is dead
 
     def tell(self, event: str, fds: Sequence[int] = ()) -> None:
         """Say something to it, if it still lives."""
@@ -1297,7 +1248,7 @@ def open_stdio() -> None:
     # For a stream that was closed Python has None, in which print() loses its text in silence.
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(number, "w" if number else "r", closefd=False))
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
 
 
 def close_inherited() -> None:
@@ -1451,8 +1402,7 @@ def watch_birth(daemon: int, leash: int, report: Channel, plan: Plan, server: An
         family(session), signal.SIGKILL, True))
     if not os.read(leash, 1):
         status = os.waitpid(daemon, 0)[1]
-        signal_each(family(session), signal.SIGTERM, True)
-        end_family(session, 0)
+        end_all(lambda: family(session), lambda: signal_each(family(session), signal.SIGKILL, True), 0)
         take_back(server)
         try:
             report.send("died", status=status)
@@ -1475,7 +1425,7 @@ def redirect(opened: Opened) -> None:
         for number, name in ((1, "stdout"), (2, "stderr")):
             # A line at a time: what is printed is in the log at once.  And in UTF-8, which never
             # fails: under env -i the caller's streams know ASCII only.
-            setattr(sys, name, open(number, "w", 1, "utf-8", "backslashreplace", closefd=False))
+            setattr(sys, name, os.fdopen(number, "w", 1, "utf-8", "backslashreplace", closefd=False))
 
 
 def point_log_at(fd: int) -> None:
@@ -1500,7 +1450,7 @@ def set_environment(plan: Plan) -> None:
             os.chdir("/")
     with trying_to("enter %s" % plan.rundir):
         os.chdir(plan.rundir)
-    os.umask(plan.umask)
+    os.umask(plan.options.umask)
     user = plan.identity
     if user is not None:
         os.environ.update(HOME=user.home, USER=user.name, LOGNAME=user.name)
@@ -1539,6 +1489,8 @@ def switch_user(identity: Optional[Identity]) -> None:
 
 def begin(start: Start) -> int:
     """Steps 5 to 8: jail, user, and a life; return its exit status."""
+    if start.plan.chroot is not None:   # what is imported late must be here before: a jail has no
+        import json, subprocess, threading, traceback       # noqa: F401  # library
     set_environment(start.plan)
     switch_user(start.plan.identity)
     return HOSTS[start.plan.kind].live(start)
@@ -1602,13 +1554,13 @@ class Host:
 
     def __init__(self, start: Start) -> None:
         self.start, self.plan, self.opened, self.server = start, start.plan, start.opened, start.server
-        self.children = []              # type: List[Child]
-        self.leaving = []               # type: List[Child]
+        self.children: List[Child] = []
+        self.leaving: List[Child] = []
         self.is_owner = self.is_over = False
         self.result = 0                 # exit status
         self.restarts, self.pause, self.next_start = 0, 0.0, 0.0
         self.last_error = ""
-        self.verbs = {}                 # type: Dict[str, Callable[[Channel], None]]
+        self.verbs: Dict[str, Callable[[Channel], None]] = {}
         talks = (start.report, start.inherited.talk)
         self.ends = [talk.end for talk in talks if talk is not None]
 
@@ -1737,7 +1689,7 @@ class Daemon:
     def __init__(self, start: Start, host: Host) -> None:
         self.start, self.plan, self.host = start, start.plan, host
         self.pid = os.getpid()
-        self.signals = set()            # type: Set[int]
+        self.signals: Set[int] = set()
         self.is_told = self.is_warned = False
         # Handlers only note a number; this pair wakes poll(2) up (signal.set_wakeup_fd).
         self.wake, self.waker = socket.socketpair()
@@ -1816,7 +1768,6 @@ class Daemon:
 
     def look_around(self) -> None:
         """Notice what gives no sign of its own."""
-        self.talks.hang_up_on_the_silent()
         if not self.is_warned and os.fstat(self.start.opened.lock).st_nlink == 0:
             self.is_warned = True
             self.host.complain("somebody removed %s: commands will not find us"
@@ -1849,8 +1800,8 @@ class Daemon:
         self.tell_family(signal.SIGTERM)
         try:
             kill = lambda: signal_each(self.family(), signal.SIGKILL, self.start.session is not None)
-            if end_all(self.family, kill, self.plan.timeout):
-                log("what did not end within %g s was killed" % self.plan.timeout)
+            if end_all(self.family, kill, self.plan.options.timeout):
+                log("what did not end within %g s was killed" % self.plan.options.timeout)
         finally:
             if self.host.is_owner:
                 finish(self.start.opened, self.pid)
@@ -1912,19 +1863,20 @@ def notify(start: Start, text: str) -> None:
 # close(2) waits as long as its owner likes.  exit(2) does not wait.
 
 class Talks:
-    """The daemon's end: open conversations, each with a deadline."""
+    """The daemon's end: open conversations, the longest silent first."""
 
     def __init__(self, control: socket.socket, verbs: Dict[str, Callable[[Channel], None]],
                  private: List[socket.socket]) -> None:
         self.control, self.verbs = control, verbs
         self.private = private          # sockets that no child may have
-        self.talks = {}                 # type: Dict[Channel, float]  # until when we wait for it
+        self.talks: List[Channel] = []
+        self.heir: Optional[Channel] = None  # who took our sockets
         control.setblocking(False)      # who called may have hung up before we accept
         private.append(control)
 
     def ends(self) -> List[socket.socket]:
         """Return all sockets that are waited for."""
-        return [self.control] * (self.control.fileno() >= 0) + [talk.end for talk in self.talks]
+        return [self.control] + [talk.end for talk in self.talks]
 
     def serve(self, end: socket.socket) -> None:
         """Do what can be done for a socket that has something to read."""
@@ -1943,11 +1895,12 @@ class Talks:
         if peer_of(end)[1] not in (None, 0, os.getuid()):
             end.close()
             return
-        if len(self.talks) >= MAX_TALKS:
-            self.hang_up(min(self.talks, key=lambda talk: self.talks[talk]))
         end.settimeout(ANSWER)
         self.private.append(end)
-        self.talks[Channel(end)] = time.monotonic() + ANSWER
+        self.talks.append(Channel(end))
+        silent = [talk for talk in self.talks if talk is not self.heir]
+        if len(silent) > MAX_TALKS:     # who says nothing shall keep nobody out
+            self.hang_up(silent[0])
 
     def answer(self, talk: Channel) -> None:
         """Do what a command asks for."""
@@ -1955,12 +1908,9 @@ class Talks:
         if event == LATE:               # half a line, so far
             return
         try:
-            if event in self.verbs:
-                if event == "sockets":      # what comes next may take a whole start
-                    self.talks[talk] = float("inf")
-                self.verbs[event](talk)
-            else:
-                self.hang_up(talk)
+            if event == "sockets":
+                self.heir = talk
+            self.verbs.get(event, self.hang_up)(talk)
         except OSError:                 # it hung up in mid-sentence
             self.hang_up(talk)
         for fd in talk.fds:
@@ -1968,16 +1918,13 @@ class Talks:
         talk.fds = []
 
     def hang_up(self, talk: Channel) -> None:
-        """End a conversation."""
-        is_kept = self.talks.pop(talk) == float("inf")
+        """End a conversation; the heir's tells the host that there will be none."""
         talk.end.close()
-        if is_kept and "" in self.verbs:        # the one that took our sockets
-            self.verbs[""](talk)
-
-    def hang_up_on_the_silent(self) -> None:
-        """End conversations that have said nothing for too long: they keep others out."""
-        for talk in [talk for talk, until in self.talks.items() if time.monotonic() > until]:
-            self.hang_up(talk)
+        if talk in self.talks:
+            self.talks.remove(talk)
+        if talk is self.heir:
+            self.heir = None
+            self.verbs["reclaim"](talk)
 
 
 def dial(files: Files) -> Channel:
@@ -1985,8 +1932,8 @@ def dial(files: Files) -> Channel:
     end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     end.settimeout(ANSWER)
     try:
-        with working_in(files.folder):
-            end.connect(os.path.basename(files.control))
+        os.chdir(files.folder)              # as in bind_control()
+        end.connect(os.path.basename(files.control))
     except OSError:
         end.close()
         raise
@@ -1994,13 +1941,14 @@ def dial(files: Files) -> Channel:
 
 
 def call_daemon(files: Files, pid: int) -> Channel:
-    """Dial; but talk to nobody who is neither root nor the user that the daemon runs as.
+    """Dial; but talk to nobody but the daemon, root and ourselves (a starter, in a restart).
 
-    Whoever owns the folder can bind a socket there.  The kernel says whose it is.
+    Whoever owns the folder can bind a socket there.  The kernel says who listens.
     """
-    talk, ids = dial(files), ids_of(pid)
-    if peer_of(talk.end)[1] not in (None, 0, os.geteuid(), ids and ids[0]):
-        raise ConnectionRefusedError(errno.ECONNREFUSED, "another user listens there")
+    talk = dial(files)
+    listener, uid = peer_of(talk.end)
+    if listener not in (None, pid) and uid not in (0, os.geteuid()):
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "another process listens there")
     return talk
 
 
@@ -2128,7 +2076,7 @@ class Program(Host):
         """Start it, and wait until it is executed."""
         child = self.fork(self.execute)
         # exec(2) closes its end: then there is nothing to read but the end.
-        message = child.channel.receive(self.plan.start_timeout)
+        message = child.channel.receive(self.plan.options.start_timeout)
         if message["event"] == "fatal":
             child.kill()
             raise failure(child, message)
@@ -2148,7 +2096,7 @@ class Program(Host):
     def on_death(self, child: Child, status: int) -> None:
         """End with the program, as it did; or start it again, with --respawn."""
         super().on_death(child, status)
-        if self.plan.respawn:
+        if self.plan.options.respawn:
             return
         self.is_over = True
         is_killed = os.WIFSIGNALED(status)
@@ -2213,7 +2161,7 @@ def tell_running(plan: Plan, record: Optional[Record], pid: int) -> None:
         raise Fatal("unable to start %s: the name is held by pid %d, which hosts %s\ntry: --name" % (
             plan.hosted, pid, record.hosted))
     tell(plan, "%s is already running with pid %d" % (plan.name, pid))
-    if record and not plan.quiet and (record.words, record.arguments) != (plan.words, plan.arguments):
+    if record and not plan.options.quiet and (record.words, record.arguments) != (plan.words, plan.arguments):
         emit(1, "it was started with other options\ntry: %s\n" % command_line("restart", plan))
 
 
@@ -2227,61 +2175,81 @@ def command_line(action: str, plan: Plan) -> str:
 
 def launch(plan: Plan, turn: Turn, inherited: Inherited) -> None:
     """Start the daemon, and see it to its place.  The picture is in section 7."""
-    logfile = plan.files.logfile
-    new = make_log_folder(plan) + [path for path in (
-        plan.files.pidfile, plan.files.control, logfile) if path and not exists(path)]
-    new += [plan.files.lock] * turn.is_new
-    logged = os.path.getsize(logfile) if logfile and exists(logfile) else 0
-    before = None
-    starter = fork(lambda report: be_starter(plan, report, turn, inherited))
+    made = Made(plan, turn)
     try:
-        facts = expect([starter], "ready", plan.start_timeout)
+        made.make_log_folder()
+        made.starter = fork(lambda report: be_starter(plan, report, turn, inherited))
+        facts = expect([made.starter], "ready", plan.options.start_timeout)
         # Before "go": a full disk can still be undone.  And afterwards this alone proves who a
         # script is that closes the lock's fd.
-        before = turn.note(plan, int(facts.get("pid", 0)))
+        made.note(int(facts.get("pid", 0)))
+    except Returned:                    # we are not the command: see fork()
+        raise
     except BaseException as error:
-        raise undo(error, plan, turn, new, starter, before, logged)
-    starter.channel.send("go")
+        raise made.undo(error)
+    made.starter.tell("go")
     # The point of no return.  What interrupts us now leaves the new daemon where it is.
     try:
-        expect([starter], "done", 2 * ANSWER)
+        expect([made.starter], "done", 2 * ANSWER)
     except Late:
-        raise Fatal("unable to tell whether %s has started\ntry: daemonize.py status" % plan.name)
+        raise Late("unable to tell whether %s has started\ntry: daemonize.py status" % plan.name)
     except Fatal as error:              # it says so itself, or is dead: that can be undone
-        raise undo(error, plan, turn, new, starter, before, logged)
-    starter.wait()
+        raise made.undo(error)
+    made.starter.wait()
+    made.starter.channel.end.close()
     greet(plan, facts)
 
 
-def undo(error: BaseException, plan: Plan, turn: Turn, new: List[str], starter: Child,
-         before: Optional[bytes], logged: int) -> BaseException:
-    """Take back a start that failed; return why, with what the log says of it."""
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, do_nothing)           # an impatient second Ctrl-C
-    # The starter ends the daemon, and takes back what bind() made.
-    if starter.result is None:
-        os.kill(starter.pid, signal.SIGTERM)
-    if not wait_until(lambda: starter.wait(os.WNOHANG) is not None, 2 * ANSWER):
-        # It hangs.  Its number, and its session's, is its own while nobody has waited for it.
-        signal_each([p for p in processes() if p.sid == starter.pid], signal.SIGKILL, False)
-        starter.kill()
-    if isinstance(error, Fatal) and not error.trace and error.status == 1:
-        error.trace = log_since(plan, logged)
-    if before is not None:
-        turn.write(before)
-    tidy(plan, new, turn.holder() is None)
-    return error
+class Made:
+    """What a start has made so far, and how it is taken back."""
 
+    def __init__(self, plan: Plan, turn: Turn) -> None:
+        files = plan.files
+        self.plan, self.turn, self.logfile = plan, turn, files.logfile
+        self.starter: Optional[Child] = None
+        self.before: Optional[bytes] = None         # the record of the last start
+        self.new = [path for path in (files.pidfile, files.control, files.logfile)
+                    if path and not exists(path)] + [files.lock] * turn.is_new
+        self.logged = os.path.getsize(self.logfile) if self.logfile and exists(self.logfile) else 0
 
-def make_log_folder(plan: Plan) -> List[str]:
-    """Make root's folder for the default log; it is the daemon user's, for rotation renames.
+    def make_log_folder(self) -> None:
+        """Make root's folder for the default log; it is the daemon user's, for rotation renames.
 
-    Returns what a start that fails has to remove: see rename(2), which needs the folder.
-    """
-    folder = "/var/log/" + plan.name
-    if os.geteuid() != 0 or os.path.dirname(plan.files.logfile or "") != folder:
-        return []
-    return [folder] * make_folder(folder, 0o750, plan.identity)
+        Under the turn: a start that finds its daemon running makes nothing.  See: rename(2).
+        """
+        if self.logfile == "":
+            default_files(self.plan.name)           # raises, and says why there is no place
+        folder = "/var/log/" + self.plan.name
+        if os.geteuid() == 0 and os.path.dirname(self.logfile or "") == folder:
+            self.new += [folder] * make_folder(folder, 0o750, self.plan.identity)
+
+    def note(self, pid: int) -> None:
+        """Note the start in the lock file, and keep what stood there."""
+        self.before = os.pread(self.turn.fd, MAX_MESSAGE, 0)
+        self.turn.note(self.plan, pid)
+
+    def undo(self, error: BaseException) -> BaseException:
+        """Take all back; return why the start failed, with what the log says of it."""
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signum, do_nothing)       # an impatient second Ctrl-C
+        if self.starter is not None:
+            self.end_starter(self.starter)
+        if isinstance(error, Fatal) and not error.trace and error.status == 1:
+            error.trace = log_since(self.plan, self.logged)
+        if self.before is not None:
+            self.turn.write(self.before)
+        tidy(self.plan, self.new, self.turn.holder() is None)
+        return error
+
+    def end_starter(self, starter: Child) -> None:
+        """Have the starter end the daemon, and take back what bind() made."""
+        if starter.result is None:
+            os.kill(starter.pid, signal.SIGTERM)
+        if not wait_until(lambda: starter.wait(os.WNOHANG) is not None, 2 * ANSWER):
+            # It hangs.  Its number, and its session's, is its own while nobody has waited for it.
+            signal_each([p for p in processes() if p.sid == starter.pid], signal.SIGKILL, False)
+            starter.kill()
+        starter.channel.end.close()
 
 
 def tidy(plan: Plan, new: List[str], is_alone: bool = True) -> None:
@@ -2338,9 +2306,8 @@ def stop(plan: Plan) -> int:
         else:
             stop_daemon(plan, turn, pid)
         for path in (plan.files.pidfile, plan.files.control):
-            with trying_to("remove %s" % path):
-                with contextlib.suppress(FileNotFoundError, IsADirectoryError):
-                    os.unlink(path)                 # a name; what it may link to stays as it is
+            with trying_to("remove %s" % path), contextlib.suppress(FileNotFoundError, IsADirectoryError):
+                os.unlink(path)                     # a name; what it may link to stays as it is
     return 0
 
 
@@ -2359,16 +2326,16 @@ def tell_stopped(plan: Plan) -> None:
 
 def stop_daemon(plan: Plan, turn: Turn, pid: int) -> None:
     """End the daemon, and whoever else holds its lock; say so, once it is so."""
-    was_killed = end_daemon(Target(turn, pid), plan.timeout)
+    was_killed = end_daemon(Target(turn, pid), plan.options.timeout)
     for _ in range(100):                            # its children, if it let them have the lock
         left = turn.holder()
         if left is None:
             break
-        end_daemon(Target(turn, left), plan.timeout)
+        end_daemon(Target(turn, left), plan.options.timeout)
     else:
         raise Fatal("unable to stop %s: pid %s holds its lock" % (plan.name, left))
     if was_killed:
-        emit(1, "%s did not end within %g s: killed\n" % (plan.name, plan.timeout))
+        emit(1, "%s did not end within %g s: killed\n" % (plan.name, plan.options.timeout))
     else:
         tell(plan, "%s is stopped" % plan.name)
 
@@ -2387,7 +2354,7 @@ def status(plan: Plan) -> int:
     """Say whether the daemon runs, and what it says of itself; exit status as LSB has it."""
     pid, record = holder_of(plan)
     facts = stopped_facts(plan) if pid is None else running_facts(plan, pid, record)
-    if plan.json:
+    if plan.options.json:
         import json
         emit(1, json.dumps(facts) + "\n")
     else:
@@ -2421,7 +2388,7 @@ def running_facts(plan: Plan, pid: int, record: Optional[Record]) -> Message:
         with contextlib.suppress(KeyError):
             user = pwd.getpwuid(ids[0]).pw_name
     known = {"name": plan.name, "state": "running", "pid": pid, "uid": ids and ids[0],
-             "user": user, "uptime": age_of(pid)}
+             "user": user, "uptime": age_of(look_at(pid))}
     return dict(known, **dict(facts, **known))      # the kernel's first, and not to be overruled
 
 
@@ -2479,7 +2446,7 @@ def reload(plan: Plan) -> int:
         # We open the log for it: it may have no right to do so (root's folder, another's jail).
         fd = open_log(record.logfile, identity_of(pid)) if record and record.logfile else None
         try:
-            message = ask(plan.files, pid, "reload", plan.start_timeout, [] if fd is None else [fd])
+            message = ask(plan.files, pid, "reload", plan.options.start_timeout, [] if fd is None else [fd])
             reason = str(message.get("reason", "it talks nonsense"))
         except OSError as error:
             reason = "%s\ntry: daemonize.py restart" % because(error)
@@ -2520,18 +2487,16 @@ def run(plan: Plan) -> int:
         pid = turn.holder()
         if pid is not None:
             raise Fatal("unable to run %s: already running with pid %d" % (plan.name, pid))
-        new = [path for path in (plan.files.pidfile, plan.files.control, plan.files.logfile)
-               if path and not exists(path)] + [plan.files.lock] * turn.is_new
+        made = Made(plan, turn)
         server = None
         try:
             lock = hold_undoing(plan)
             server = HOSTS[plan.kind].bind(plan, inherited)
             opened = open_files(plan, lock, None)
             turn.note(plan, os.getpid())
-        except BaseException:
+        except BaseException as error:
             take_back(server)
-            tidy(plan, new)
-            raise
+            raise made.undo(error)
     # That closed the turn's fd, and so dropped all our locks: for this moment, which is shorter
     # than any start, another command may begin.  It will be told that we run, or we that it does.
     reset_signals(spared=(signal.SIGHUP, signal.SIGINT))
@@ -2678,7 +2643,7 @@ def bind_application(plan: Plan, inherited: Inherited) -> Any:
     Runs as: root.  See: twistd: privilegedStartService.
     """
     enter_folder(plan)
-    umask = os.umask(plan.umask)        # for __pycache__; what bind() makes is private
+    umask = os.umask(plan.options.umask)        # for __pycache__; what bind() makes is private
     try:
         module = load(plan.hosted)
     finally:
@@ -2691,13 +2656,11 @@ def bind_application(plan: Plan, inherited: Inherited) -> Any:
 
 
 def enter_folder(plan: Plan) -> None:
-    """Be where the options were typed: in a restart the application's relative paths are theirs."""
-    if plan.action != "restart":
-        return
+    """Be where the options were typed: the application's relative paths are meant from there."""
     try:
         os.chdir(plan.cwd or "/")
     except OSError as error:
-        if isinstance(error, FileNotFoundError):
+        if not isinstance(error, PermissionError):      # su nobody, in /root: nothing relative works
             warn("the folder of the last start is gone: %s; relative paths mean /" % plan.cwd)
         os.chdir("/")
 
@@ -2710,8 +2673,8 @@ def options_for(module: ModuleType, plan: Plan, inherited: Inherited) -> argpars
     uid, gid = plan.identity[:2] if plan.identity else (None, None)
     ours = {"action": plan.action, "name": plan.name, "sockets": list(inherited.sockets),
             "legacy": inherited.legacy, "uid": uid, "gid": gid, "chroot": plan.chroot,
-            "workers": plan.workers, "config_prefix": plan.files.prefix,
-            "may_create": plan.action != "run" and not plan.quiet,
+            "workers": plan.options.workers, "config_prefix": plan.files.prefix,
+            "may_create": plan.action != "run" and not plan.options.quiet,
             "predecessor": inherited.predecessor}
     taken = set(parsed) & set(ours) - foreign
     if taken:
@@ -2746,7 +2709,11 @@ def inherited_sockets() -> List[socket.socket]:
     os.environ.pop("LISTEN_FDNAMES", None)
     fds = range(3, 3 + int(number)) if is_ours and number.isdecimal() else range(0)
     with trying_to("take over the %s fds of LISTEN_FDS" % number):
-        return [passed for passed in map(adopt, fds) if passed is not None]
+        found = [(fd, adopt(fd)) for fd in fds]
+        for fd, passed in found:
+            if passed is None:
+                os.close(fd)
+        return [passed for _, passed in found if passed is not None]
 
 
 # -- 16. Workers -------------------------------------------------------------
@@ -2767,12 +2734,12 @@ class Service(Host):
 
     def __init__(self, start: Start) -> None:
         super().__init__(start)
-        said = getattr(self.server, "workers", 1) if self.plan.workers is None else self.plan.workers
+        said = getattr(self.server, "workers", 1) if self.plan.options.workers is None else self.plan.options.workers
         self.size = max(1, int(said))
         self.is_leaving = False
         self.is_heir = start.inherited.talk is not None
         self.obstacle = self.opened.obstacle        # why the log is not rotated; "" if it is
-        self.verbs = {"sockets": self.hand_over, "leave": self.leave, "": self.reclaim}
+        self.verbs = {"sockets": self.hand_over, "leave": self.leave, "reclaim": self.reclaim}
 
     def bring_up(self) -> None:
         """Start the workers; an heir's accept nobody yet: no client shall meet both in turn."""
@@ -2782,11 +2749,11 @@ class Service(Host):
 
     def fresh(self) -> List[Child]:
         """Return a full set of new workers that have proved themselves; if one fails none stays."""
-        fresh = []                      # type: List[Child]
+        fresh: List[Child] = []
         try:
             for _ in range(self.size):
                 fresh.append(self.fork(self.work))
-            expect(fresh, "able", self.plan.start_timeout)
+            expect(fresh, "able", self.plan.options.start_timeout)
             self.prove(fresh)
         except BaseException as error:
             for child in fresh:
@@ -2804,7 +2771,7 @@ class Service(Host):
             return
         prober = self.fork(self.probe)
         try:
-            expect([prober], "able", self.plan.start_timeout, fresh)
+            expect([prober], "able", self.plan.options.start_timeout, fresh)
         finally:
             prober.kill()
 
@@ -2852,7 +2819,7 @@ class Service(Host):
     def retire(self) -> None:
         """Tell all workers to finish what they have, and go."""
         for child in self.children:
-            child.deadline = time.monotonic() + self.plan.timeout
+            child.deadline = time.monotonic() + self.plan.options.timeout
             child.tell("drain")
         self.leaving += self.children
         self.children = []
@@ -2922,15 +2889,15 @@ class Service(Host):
         The oldest is renamed over: nobody has had it open for LOG_KEEP rotations.
         """
         path = inside(self.plan.files.logfile or "", self.plan.chroot)
-        is_ours = self.is_owner and self.plan.log_bytes and not self.obstacle
-        if not path or not is_ours or os.fstat(1).st_size < self.plan.log_bytes:
+        is_ours = self.is_owner and self.plan.options.log_bytes and not self.obstacle
+        if not path or not is_ours or os.fstat(1).st_size < self.plan.options.log_bytes:
             return
         try:
-            elders = ["%s.%d" % (path, n) for n in range(self.plan.log_keep, 0, -1)] + [path]
+            elders = ["%s.%d" % (path, n) for n in range(self.plan.options.log_keep, 0, -1)] + [path]
             for older, name in zip(elders, elders[1:]):         # the oldest first
                 with contextlib.suppress(FileNotFoundError):
                     os.rename(name, older)
-            if not self.plan.log_keep:
+            if not self.plan.options.log_keep:
                 os.unlink(path)
             self.obstacle = self.reopen(None)       # to rename on would push the elders out
         except OSError as error:
@@ -3066,10 +3033,10 @@ def repeat(plan: Plan, record: Optional[Record]) -> Plan:
     dashes = [] if record.arguments is None else ["--"] + record.arguments
     # Relative paths in the old words meant the old folder; a link in it may lead elsewhere by now.
     again = parse(["restart"] + record.words + dashes, record.cwd)
-    is_typed = any(word.startswith("--timeout") for word in plan.spoken)
-    return again._replace(
-        files=again.files._replace(pidfile=plan.files.pidfile), quiet=plan.quiet,
-        timeout=plan.timeout if is_typed else again.timeout)
+    again.options.quiet = plan.options.quiet
+    if any(word.startswith("--timeout") for word in plan.spoken):
+        again.options.timeout = plan.options.timeout
+    return again._replace(files=again.files._replace(pidfile=plan.files.pidfile))
 
 
 def succeed(plan: Plan, turn: Turn, pid: int) -> bool:
@@ -3089,8 +3056,8 @@ def succeed(plan: Plan, turn: Turn, pid: int) -> bool:
             text = "the old one keeps serving with pid %d" % pid if is_old else "nothing runs now"
             fatal = Fatal("%s\ndaemonize: fatal: %s" % (fatal, text), fatal.status, fatal.trace)
         raise fatal
-    if end_daemon(target, plan.timeout, is_told=True):
-        warn("pid %d did not drain within %g s: killed" % (pid, plan.timeout))
+    if end_daemon(target, plan.options.timeout, is_told=True):
+        warn("pid %d did not drain within %g s: killed" % (pid, plan.options.timeout))
     return True
 
 
@@ -3148,8 +3115,8 @@ def stop_and_start(plan: Plan, turn: Turn, pid: int) -> None:
     """Restart what has nothing to hand over; look first whether there is something to start."""
     if plan.kind == "program" and plan.chroot is None:
         find_program(plan.command[0])
-    if end_daemon(Target(turn, pid), plan.timeout):
-        warn("pid %d did not end within %g s: killed" % (pid, plan.timeout))
+    if end_daemon(Target(turn, pid), plan.options.timeout):
+        warn("pid %d did not end within %g s: killed" % (pid, plan.options.timeout))
     try:
         launch(plan, turn, Inherited())
     except KeyboardInterrupt:
@@ -3177,7 +3144,7 @@ def ask_ps(*keys: str) -> Dict[int, List[str]]:
     try:
         with subprocess.Popen(command, stdout=subprocess.PIPE) as ps:
             lines = ps.communicate()[0].decode().splitlines()
-    except OSError:
+    except (ImportError, OSError):      # a jail has neither the module nor ps
         return {}
     rows = [line.split() for line in lines]
     # ps lists itself, too: a child of ours that is gone by now.
@@ -3196,10 +3163,9 @@ def by_ps() -> Dict[int, Process]:
     return found
 
 
-def ids_by_ps(pid: int) -> Optional[Tuple[int, int]]:
+def ids_by_ps(pid: int) -> List[List[str]]:
     """Return real uid and gid where there is no /proc."""
-    uid, gid = ask_ps("ruid", "rgid").get(pid, ["", ""])
-    return (int(uid), int(gid)) if uid else None
+    return [[number] for number in ask_ps("ruid", "rgid").get(pid, [])] or [[]]
 
 
 def prctl(option: int, value: int) -> None:
@@ -3292,7 +3258,7 @@ def build_parser(application: Optional[ModuleType] = None) -> argparse.ArgumentP
 
 def add_options(add: Callable[..., Any]) -> None:
     """Add the daemon's own options; what stands in brackets is the default."""
-    seconds = dict(metavar="SECONDS", type=bounded(float, 0, 1e6))      # type: Dict[str, Any]
+    seconds: Dict[str, Any] = dict(metavar="SECONDS", type=bounded(float, 0, 1e6))
     add("--app", metavar="FILE.py", help="application to host (%s)" % os.path.basename(APPLICATION))
     add("--name", help="name of the daemon and its files (that of what it hosts)")
     add("--pidfile", metavar="FILE", help="(root: /run/NAME.pid, others: ~/.NAME/pid)")
@@ -3381,44 +3347,31 @@ def name_of(given: Optional[str], hosted: str) -> str:
     return name
 
 
-def wanted_files(action: str, name: str, options: Dict[str, Any], folder: str) -> Files:
+def wanted_files(action: str, name: str, options: argparse.Namespace, folder: str) -> Files:
     """Return the default files, with what --pidfile and --logfile say instead."""
     try:
         files = default_files(name)
     except Fatal:
-        # A start cannot do without either; the others need only the pidfile.
-        if options["pidfile"] is None or options["logfile"] is None and action in ("start", "restart"):
+        if options.pidfile is None:
             raise
-        files = Files("", "", "")
-    logfile = None if action == "run" else files.logfile
-    if options["logfile"] is not None:
-        logfile = log_path(action, options["logfile"], folder)
-    if options["pidfile"] is not None:
-        files = files._replace(pidfile=absolute(options["pidfile"], folder))
-    return files._replace(logfile=logfile)
+        files = Files("", "", "")       # a start without --logfile is refused later: launch()
+    files = files._replace(logfile=None) if action == "run" else files
+    if options.logfile is not None:
+        files = files._replace(logfile=log_path(action, options.logfile, folder))
+    if options.pidfile is not None:
+        files = files._replace(pidfile=absolute(options.pidfile, folder))
+    return files
 
 
 def log_path(action: str, logfile: str, folder: str) -> Optional[str]:
     """Return the log's path; None for the caller's own streams, by any of their names."""
     streams = ("-", "/dev/stdout", "/dev/stderr", "/proc/self/fd/1", "/proc/self/fd/2")
-    path = logfile if logfile in streams else absolute(logfile, folder)
     # nginx' image has links to /dev/stdout for logs.
-    if path not in streams and not (os.path.islink(path) and os.readlink(path) in streams):
-        return path
+    if logfile not in streams and not (os.path.islink(logfile) and os.readlink(logfile) in streams):
+        return absolute(logfile, folder)
     if action == "run":
         return None
-    raise Fatal("unable to log to %s: a daemon has no standard output\ntry: daemonize.py run" % path, 2)
-
-
-def is_foreign(action: str, typed: List[str], extra: List[str]) -> bool:
-    """Refuse words that were typed and mean nothing; those of an @FILE may be for other actions."""
-    parser = build_parser()
-    foreign = parser.parse_known_args([word for word in typed if not word.startswith("@")])[1]
-    if foreign:
-        is_name = len(foreign) == 1 and not foreign[0].startswith("-")
-        refuse("unrecognized arguments: %s" % " ".join(foreign),
-               "daemonize.py %s --name %s" % (action, foreign[0]) if is_name else "daemonize.py -h")
-    return bool(extra)
+    raise Fatal("unable to log to %s: a daemon leaves it\ntry: daemonize.py run" % logfile, 2)
 
 
 def parse(argv: List[str], folder: Optional[str] = None) -> Plan:
@@ -3428,49 +3381,48 @@ def parse(argv: List[str], folder: Optional[str] = None) -> Plan:
     action, arguments = (argv + [""])[0], argv[cut + 1:] if "--" in argv else None
     if action not in COMMANDS:
         refuse("expected one of %s" % ", ".join(COMMANDS))
-    words, spoken = expand(argv[1:cut], folder)
-    typed, extra = build_parser().parse_known_args(spoken)
-    options = dict(DEFAULTS, **vars(typed))
-    is_program = arguments is not None and options["app"] is None
-    if is_program and not arguments:
-        refuse("no COMMAND after --")
-    is_bare = action == "restart" and arguments is None and not extra and set(vars(typed)) <= NEUTRAL
-    if action not in STARTING or is_program or is_bare:
-        if action in STARTING and extra:
-            refuse("unrecognized arguments: %s" % " ".join(extra))
-        is_foreign(action, argv[1:cut], extra)
-    elif options["app"] is not None:
-        check_application(absolute(options["app"], folder))
-    return settle(action, words, spoken, arguments, folder, options, is_bare)
+    parser, (words, spoken) = build_parser(), expand(argv[1:cut], folder)
+    typed, foreign = parser.parse_known_args(spoken)
+    options = argparse.Namespace(**dict(DEFAULTS, **vars(typed)))
+    is_program = arguments is not None and options.app is None
+    is_bare = action == "restart" and not is_program and not foreign and set(vars(typed)) <= NEUTRAL
+    if action in STARTING and not is_program and not is_bare:
+        foreign = []                        # the application's, which will say if they are not
+        if options.app is not None:
+            check_application(absolute(options.app, folder))
+    elif action not in STARTING:            # those of an @FILE may be for other actions
+        foreign = parser.parse_known_args([word for word in argv[1:cut] if word[:1] != "@"])[1]
+    if foreign:
+        is_name = len(foreign) == 1 and foreign[0][0] != "-" and not is_program
+        refuse("unrecognized arguments: %s" % " ".join(foreign),
+               "daemonize.py %s --name %s" % (action, foreign[0]) if is_name else "daemonize.py -h")
+    plan = settle(Plan(action, "", "app", "", [], words, spoken, arguments, folder, is_bare,
+                       Files("", None, ""), None, None, "/", options))
+    is_known = action in ("start", "run") or options.name or options.app or is_program
+    return plan if is_known or not options.pidfile else renamed(plan)
 
 
-def settle(action: str, words: List[str], spoken: List[str], arguments: Optional[List[str]],
-           folder: str, options: Dict[str, Any], is_bare: bool) -> Plan:
+def settle(plan: Plan) -> Plan:
     """Look up every path and name: after step 1 nothing is relative."""
-    kind, hosted = "app", absolute(options["app"], folder) if options["app"] else APPLICATION
-    command = []                        # type: List[str]
-    chroot = absolute(options["chroot"], folder) if options["chroot"] else None
-    if arguments is not None and options["app"] is None:
-        kind, script = "program", script_of(arguments)
-        hosted = absolute(script, folder) if script and not chroot else script or arguments[0]
+    options, folder, arguments = plan.options, plan.cwd, plan.arguments
+    chroot = absolute(options.chroot, folder) if options.chroot else None
+    plan = plan._replace(hosted=absolute(options.app, folder) if options.app else APPLICATION)
+    if arguments is not None and options.app is None:
+        if not arguments:
+            refuse("no COMMAND after --")
+        program, script = arguments[0], script_of(arguments)
         # A path is made absolute once: a virtual environment's python finds itself by argv[0].
         # In a jail it is the jail's, as in chroot(8).
-        program = arguments[0]
         program = absolute(program, "/" if chroot else folder) if "/" in program else program
-        command = [program] + arguments[1:]
-    name = name_of(options["name"], hosted)
-    rundir = "/" if options["rundir"] is None else inside(absolute(options["rundir"], folder), chroot)
+        hosted = absolute(script, "/" if chroot else folder) if script else program
+        plan = plan._replace(kind="program", hosted=hosted, command=[program] + arguments[1:])
+    rundir = "/" if options.rundir is None else inside(absolute(options.rundir, folder), chroot)
     if rundir is None:
-        raise Fatal("unable to use --rundir %s: it is not below --chroot" % options["rundir"], 2)
-    plan = Plan(
-        action, name, kind, hosted, command, words, spoken, arguments, folder, is_bare,
-        wanted_files(action, name, options, folder),
-        look_up_identity(options["uid"], options["gid"]) if action in STARTING else None,
-        chroot, rundir, options["umask"], options["workers"], options["respawn"],
-        options["timeout"], options["start_timeout"], options["log_bytes"], options["log_keep"],
-        options["quiet"], options["json"])
-    is_named = options["name"] or options["app"] or arguments is not None
-    return plan if is_named or action == "start" or action == "run" else renamed(plan)
+        raise Fatal("unable to use --rundir %s: it is not below --chroot" % options.rundir, 2)
+    name, is_start = name_of(options.name, plan.hosted), plan.action in STARTING
+    return plan._replace(
+        name=name, files=wanted_files(plan.action, name, options, folder), chroot=chroot,
+        identity=look_up_identity(options.uid, options.gid) if is_start else None, rundir=rundir)
 
 
 def renamed(plan: Plan) -> Plan:
@@ -3481,7 +3433,7 @@ def renamed(plan: Plan) -> Plan:
             with Lock(plan, os.O_RDONLY) as lock:
                 record = lock.record()
                 name = record.name if record else name
-    return plan if plan.files == default_files(plan.name) else plan._replace(name=name)
+    return plan._replace(name=name)
 
 
 def show_help(argv: List[str]) -> None:

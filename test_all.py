@@ -4728,7 +4728,7 @@ def descriptors():
 def facts():
     umask = os.umask(0)
     os.umask(umask)
-    return dict(pid=os.getpid(), ppid=os.getppid(), pgid=os.getpgrp(), sid=os.getsid(0),
+    return dict(pid=os.getppid(), worker=os.getpid(), pgid=os.getpgrp(), sid=os.getsid(0),
                 uids=os.getresuid(), gids=os.getresgid(), groups=os.getgroups(),
                 umask=umask, cwd=os.getcwd(), root=os.listdir("/"), env=dict(os.environ),
                 fds=descriptors(), argv=sys.argv, name=__name__, version=VERSION,
@@ -4783,7 +4783,7 @@ class Server:
 
     def do_sleep(self, rest):
         time.sleep(float(rest))
-        return os.getpid()
+        return os.getppid()
 
     def do_run(self, rest):
         return subprocess.Popen(["sh", "-c", CHILDREN[rest]]).pid
