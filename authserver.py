@@ -1342,7 +1342,7 @@ class Authenticator:
                      same_target: Callable[[str, str], bool] = is_same_target) -> Verdict:
         """Return the Verdict on a request, however long it takes."""
         def read() -> Generator[Any, Any, bytes]:
-            content: bytes = yield read_body
+            content: bytes = (yield read_body)
             return content
         attempt = Attempt(method, target, authorization, client, now, schemes or self.schemes)
         attempt.read_body, attempt.same_target = read, same_target
