@@ -175,8 +175,8 @@ TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 QDTEXT = r'[^"\\\x00-\x08\x0a-\x1f\x7f]*'
 QUOTED_STRING = rf'"({QDTEXT}(?:\\[\t\x20-\x7e\x80-\xff]{QDTEXT})*)"'
 # RFC 9110 section 11.2: auth-param = token BWS "=" BWS ( token / quoted-string )
-split_params = re.compile(
-    rf'[ \t,]*({TOKEN})[ \t]*=[ \t]*(?:({TOKEN})|{QUOTED_STRING})[ \t]*(?:,|\Z)').split
+match_param = re.compile(
+    rf'[ \t,]*({TOKEN})[ \t]*=[ \t]*(?:({TOKEN})|{QUOTED_STRING})[ \t]*(?:,|\Z)').match
 is_token = re.compile(TOKEN).fullmatch
 # RFC 9110 section 11.2: token68 = 1*( ALPHA / DIGIT / "-" / "." / "_" / "~" / "+" / "/" ) *"="
 is_token68 = re.compile(r"[A-Za-z0-9\-._~+/]+=*").fullmatch
@@ -223,14 +223,14 @@ def parse_authorization(value: str) -> Tuple[str, str, Dict[str, str]]:
         return scheme.lower(), rest, {}
     params: Dict[str, str] = {}
     # Commas at the end are empty elements, and those are no error: RFC 9110 section 5.6.1.2.
-    # What lies between the matches must be nothing: split() gives it, and each match's three groups.
-    parts = split_params(rest.rstrip(" \t,"))
-    if "".join(parts[::4]):
-        raise Malformed("parameter syntax")
-    params = dict(zip(map(str.lower, parts[1::4]),
-                      [token or quoted or "" for token, quoted in zip(parts[2::4], parts[3::4])]))
-    if len(params) < len(parts) // 4:
-        raise Malformed("a parameter twice")
+    position, end = 0, len(rest.rstrip(" \t,"))
+    # Match by match, each where the last one ended: to search would try each blank of thousands.
+    while position < end:
+        match = match_param(rest, position)
+        if match is None or match.group(1).lower() in params:
+            raise Malformed("parameter syntax" if match is None else "a parameter twice")
+        params[match.group(1).lower()] = match.group(2) or match.group(3) or ""
+        position = match.end()
     return scheme.lower(), "", params
 
 
@@ -2680,6 +2680,7 @@ class Connection(Channel):
                 return Verdict(403, reason="forward-auth: no --trusted-proxy, or not one method "
                                            "and one URI")
             request.method, request.target = asked
+            request.line = escape(f"{asked[0]} {asked[1]} HTTP/1.{request.minor}")
         elif authenticator is None or is_public(server.public, request.path):
             return PUBLIC
         if authenticator is None or len(request.authorization) != 1 or (
@@ -3021,6 +3022,7 @@ class Loop:
 
     def open(self) -> None:
         """Begin to wait for whatever may happen."""
+        self.calls.clear()          # what was asked for while nobody listened, the flags say as well
         self.limit = max(BATCH, min(MAX_CONNECTIONS, raise_file_limit() - SPARE_FILES))
         self.wake, self.waker = socket.socketpair()
         self.selector = selectors.DefaultSelector()     # an epoll must not be shared by a fork
@@ -3042,16 +3044,13 @@ class Loop:
         """Return whether to talk to a client at all."""
         return True
 
-    def turn(self, patience: float) -> None:
+    def turn(self, patience: Optional[float]) -> None:
         """Do what there is to do; where there is nothing, wait for something."""
         events = self.selector.select(0)
         self.look_at_clock()
         if not events and not self.later:
             self.rest()
-            # Without connections no deadline runs: sleep until something happens.
-            busy = self.connections or patience < 1
-            events = self.selector.select(PAUSE_SECONDS if self.paused_until else
-                                          patience if busy else None)
+            events = self.selector.select(PAUSE_SECONDS if self.paused_until else patience)
             self.look_at_clock()
         for key, mask in events:
             self.call(key.data, mask)
@@ -3228,6 +3227,7 @@ class AuthServer(Loop, http.server.HTTPServer):
                                 f"has a loop and threads of its own")
         is_handler = isinstance(handler_class, (type, functools.partial))
         self.page: Optional[Page] = None if is_handler else handler_class
+        handler_class = only_once(handler_class) if is_handler else handler_class
         self.authenticator = authenticator or find_attribute(handler_class, "authenticator")
         self.proxies = find_attribute(handler_class, "proxies") or TrustedProxies()
         self.public, self.listeners = public, list(listeners)
@@ -3260,10 +3260,12 @@ class AuthServer(Loop, http.server.HTTPServer):
     def serve_forever(self, poll_interval: float = 1.0) -> None:
         """Serve until shutdown() or drain(), or until a signal handler raises."""
         self.begin()
+        is_busy = getattr(self.service_actions, "__func__") is not Loop.service_actions
         try:
             self.announce()
             while not self.stopping and not (self.draining and not self.connections):
-                self.turn(poll_interval)
+                # Without connections no deadline runs: sleep until something happens.
+                self.turn(poll_interval if self.connections or is_busy else None)
         finally:
             self.close()
             self.stopping = False
@@ -4127,6 +4129,7 @@ class HandlerSocket:
         self.gone = self.is_shut = self.bypassed = self.failed = False
         self.timeout: Optional[float] = None    # as the handler wants it
         self.patience = PACE_SECONDS            # for bytes of the body
+        self.is_parsed = False                  # the handler has seen the request
         self._io_refs, self._closed = 0, False  # for makefile()
 
     # http.server's streams are the socket module's own: these are all that they need.
@@ -4279,6 +4282,37 @@ class HandlerSocket:
                     or self.failed or self.is_shut or self.bypassed)
 
 
+class Once(http.server.BaseHTTPRequestHandler):
+    """What goes before every handler: one verdict is for one request.
+
+    http.server would go on to read where the first request ends. There is its body, if the
+    handler did not want it: written by who knows whom, and let in by the first one's password.
+    """
+
+    remote_user: Optional[str] = None
+
+    def parse_request(self) -> bool:
+        """Parse the first request, and end the connection, as far as we know it, at the second."""
+        sock: Any = self.request
+        if isinstance(sock, HandlerSocket):
+            if sock.is_parsed:
+                self.close_connection = True
+                return False
+            sock.is_parsed, self.remote_user = True, sock.verdict.username
+        return super().parse_request()
+
+
+def only_once(handler_class: Any) -> Any:
+    """Return a class of handlers with Once before it; also inside a functools.partial."""
+    if isinstance(handler_class, functools.partial):
+        return functools.partial(only_once(handler_class.func), *handler_class.args,
+                                 **handler_class.keywords)
+    is_http = issubclass(handler_class, http.server.BaseHTTPRequestHandler)
+    if not is_http or issubclass(handler_class, Once):
+        return handler_class
+    return type(handler_class.__name__, (Once, handler_class), {})
+
+
 def find_attribute(handler_class: Any, name: str) -> Any:
     """Return what protect() has put before a handler, also inside a functools.partial; or None."""
     while isinstance(handler_class, functools.partial):
@@ -4400,7 +4434,7 @@ class Gate:
         return verdict
 
 
-class Guard(http.server.BaseHTTPRequestHandler):
+class Guard(Once):
     """What protect() puts before a handler; on AuthServer, which has asked already, idle.
 
     For handlers: remote_user and auth_type, the user and the scheme.
