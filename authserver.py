@@ -2283,27 +2283,17 @@ def log_name(username: Optional[str]) -> str:
     return urllib.parse.quote(username, "!$&'()*+,/:;=?@", errors="replace")
 
 
-def is_public(prefixes: Sequence[str], path: str) -> bool:
+def is_public(prefixes: Sequence[bytes], path: str) -> bool:
     """Return whether a path lies below one of these prefixes, whoever reads it.
 
-    Decoded once, as a page does. A path of which two readers could think differently (a dot
-    segment, an empty one, an encoded slash, a backslash) is below none of them.
-
-    The prefixes are paths of bytes, as text by Latin-1.
-
-    >>> [is_public(["/pub"], path) for path in ("/pub/a?b", "/pub", "/public", "/pub/%2e%2e/a")]
+    >>> [is_public([b"/pub"], path) for path in ("/pub/a?b", "/pub", "/public", "/pub/%2e%2e/a")]
     [True, True, False, False]
     """
     if not prefixes:
         return False
-    names = path.partition("?")[0].split("/")
-    decoded = [urllib.parse.unquote(name, "latin-1") for name in names]
-    if not {"", ".", ".."}.isdisjoint(decoded[1:-1]) or decoded[-1] in (".", ".."):
-        return False
-    plain = "/".join(decoded)
-    if plain.count("/") != len(names) - 1 or "\\" in plain or "\0" in plain:
-        return False
-    return any((plain + "/").startswith(prefix.rstrip("/") + "/") for prefix in prefixes)
+    decoded = decode_path(path)
+    return b"\\" not in decoded and any((decoded + b"/").startswith(prefix.rstrip(b"/") + b"/")
+                                        for prefix in prefixes)
 
 
 # -- 9. One connection --------------------------------------------------------
@@ -3219,7 +3209,7 @@ class AuthServer(Loop, http.server.HTTPServer):
 
     def __init__(self, server_address: Any, handler_class: Any, bind_and_activate: bool = True,
                  authenticator: Optional[Authenticator] = None,
-                 listeners: Sequence[Listener] = (), public: Sequence[str] = (),
+                 listeners: Sequence[Listener] = (), public: Sequence[bytes] = (),
                  stream_threads: int = STREAM_THREADS) -> None:
         for name in UNUSED_HOOKS:
             if getattr(type(self), name, None) is not getattr(http.server.HTTPServer, name, None):
@@ -3291,6 +3281,8 @@ class AuthServer(Loop, http.server.HTTPServer):
     def begin(self) -> None:
         """Open the loop; for a program's own socket, which it may have wrapped for TLS."""
         self.stopped.clear()
+        # A folder: now, in the jail and as who serves it, or nobody would know that it cannot be.
+        getattr(self.page, "open", lambda: None)()
         if not self.listeners or self.socket not in self.sockets:
             context = getattr(self.socket, "context", None)
             schemes = self.authenticator.schemes if self.authenticator else ()
@@ -4986,12 +4978,11 @@ def make_page(options: argparse.Namespace, path: str) -> Page:
 def bind(options: argparse.Namespace) -> AuthServer:
     """Open sockets and files, with full privileges; return the server that will use them."""
     proxies = TrustedProxies(options.trusted_proxy)
-    public = [os.fsencode(prefix).decode("latin-1") for prefix in options.public]
-    for prefix, said in zip(public, options.public):
-        if not prefix.startswith("/") or not is_public([prefix], urllib.parse.quote(
-                prefix, encoding="latin-1")):
-            raise Refusal(f"unable to make {said} public: no path, as it is once decoded, "
-                          f"begins with it")
+    public = [os.fsencode(prefix) for prefix in options.public]
+    for prefix in public:
+        if not is_public([prefix], urllib.parse.quote(prefix)):
+            raise Refusal(f"unable to make {os.fsdecode(prefix)} public: no path, as it is once "
+                          f"decoded, begins with it")
     if options.forward_auth and not options.forward_auth.startswith("/"):
         raise Refusal(f"unable to answer at {options.forward_auth}: it does not begin with /")
     path, first = find_passwords(options)
