@@ -4909,7 +4909,8 @@ def check_options(options: argparse.Namespace) -> None:
             (options.forward_auth and not options.forward_auth.startswith("/"),
              f"answer at {options.forward_auth}: it does not begin with /"),
             # A prefix is plain, a path encoded: one that does not fit itself fits no path.
-            *[(not is_public([os.fsencode(prefix)], urllib.parse.quote(os.fsencode(prefix))),
+            *[(not prefix.startswith("/") or not is_public(
+                [os.fsencode(prefix)], urllib.parse.quote(os.fsencode(prefix))),
                f"make {prefix} public: no path, as it is once decoded, begins with it")
               for prefix in options.public]):
         if is_wrong:
