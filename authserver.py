@@ -4314,6 +4314,9 @@ def find_attribute(handler_class: Any, name: str) -> Any:
 
 LINGER_SECONDS = 10.0       # for which a refused client may go on sending
 TABLES: "weakref.WeakValueDictionary[str, SharedTable]" = weakref.WeakValueDictionary()
+# Networks in which a peer may well be a proxy.
+INSIDE = TrustedProxies(["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10",
+                         "fc00::/7", "fe80::/10"])
 
 
 def open_shared_file(name: str, size: int) -> int:
@@ -4322,13 +4325,15 @@ def open_shared_file(name: str, size: int) -> int:
     path = os.path.join(base, f"authserver-{os.geteuid()}")
     with contextlib.suppress(FileExistsError):
         os.mkdir(path, 0o700)
+    # Opened first, then looked at: what is looked at by its name may be another one afterwards.
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         found = os.fstat(folder)
         # Where everybody may make a folder, somebody else may have been first.
         if found.st_uid != os.geteuid() or found.st_mode & 0o077:
             raise PermissionError(errno.EACCES, f"others have access to {path}")
-        fcntl.flock(folder, fcntl.LOCK_EX)      # until it is closed
+        # Until it is closed: between another's open and its lock, a file looks unused.
+        fcntl.flock(folder, fcntl.LOCK_EX)
         # Not those that we use: to close a file would end all our record locks on it.
         for other in set(os.listdir(folder)) - set(TABLES):
             with open(os.open(other, os.O_RDWR | os.O_NOFOLLOW, dir_fd=folder), "rb+") as stream:
@@ -4362,13 +4367,24 @@ class UnknownProxies(TrustedProxies):
     out: ten wrong passwords by a stranger would keep all others out.
     """
 
-    INSIDE = TrustedProxies(["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10",
-                             "fc00::/7", "fe80::/10"])
-
     def _find_client(self, peer: str, forwarded: str = "") -> Tuple[str, Optional[str]]:
         shown, client = super()._find_client(peer, forwarded)
-        is_inside = client and self.INSIDE.trusts(parse_address(peer))
-        return shown, None if is_inside else client
+        return shown, None if INSIDE.trusts(parse_address(peer)) else client
+
+
+def read_on(read: Callable[[], bytes]) -> bool:
+    """Read what a refused client still sends; return whether that has come to an end."""
+    end = time.monotonic() + LINGER_SECONDS
+    while time.monotonic() < end:
+        if not read():
+            return True
+    return False
+
+
+def call_for(read: Callable[[], bytes]) -> Generator[Any, Any, bytes]:
+    """Read a body as the authenticator wants it read: it asks, and we wait."""
+    content: bytes = (yield read)
+    return content
 
 
 class Gate:
@@ -4380,6 +4396,7 @@ class Gate:
 
     def __init__(self, passwords: Passwords, trusted_proxies: Optional[Sequence[str]],
                  offer: Dict[str, Any], share: bool = False) -> None:
+        # Before anything asks it something: a dict has no realm, and would say so less clearly.
         if not isinstance(passwords, Passwords):
             raise TypeError(f"unable to use {passwords!r:.40} as passwords: expected "
                             f'Passwords({{"jim": "secret"}}, realm="files")')
@@ -4391,25 +4408,23 @@ class Gate:
             except OSError as error:
                 self.log.warning("unable to share nonces with other processes: %s", error)
         self.authenticator = Authenticator(passwords, **offer)
-        self.schemes: Optional[Sequence[str]] = offer.get("schemes")
-        self.proxies = (UnknownProxies() if trusted_proxies is None else
-                        TrustedProxies(trusted_proxies))
         if trusted_proxies is None:
             self.log.info("never locked out: clients on loopback and with private addresses, which "
                           "may be proxies; trusted_proxies=[...] says which are")
+        self.proxies = (UnknownProxies() if trusted_proxies is None else
+                        TrustedProxies(trusted_proxies))
         for warning in passwords.warnings:
             self.log.warning(warning)
 
-    def judge(self, method: str, target: str, authorization: Sequence[str], peer: str,
-              forwarded: str, is_safe: bool, read_body: Callable[[], bytes],
-              same_target: Callable[[str, str], bool] = is_same_target) -> Verdict:
-        """Return the verdict on a request; is_safe: nobody can listen on its way."""
-        host, client = self.proxies.find_client(peer, forwarded)
-        schemes = self.schemes or (SCHEMES if is_safe else SCHEMES[:1])
+    def judge(self, attempt: Attempt, peer: str, forwarded: str, is_safe: bool) -> Verdict:
+        """Return the verdict on an attempt of peer; is_safe: nobody can listen on its way."""
+        authenticator = self.authenticator
+        host, attempt.client = self.proxies.find_client(peer, forwarded)
+        attempt.time, attempt.schemes = authenticator.clock(), authenticator.schemes
+        if not (is_safe or authenticator.is_explicit):
+            attempt.schemes = SCHEMES[:1]
         try:
-            verdict = self.authenticator.authenticate(
-                method, target, authorization, client, self.authenticator.clock(), schemes,
-                read_body, same_target)
+            verdict = at_once(authenticator.judge(attempt))
         except BadRequest as error:         # from read_body
             verdict = Verdict(error.status, reason=str(error))
         if verdict.status != 200 and verdict.reason != "no credentials":
@@ -4439,6 +4454,7 @@ class Guard(Once):
             verdict = self.ask()
             passes, self.info = verdict.status == 200, verdict.fields
         self.remote_user, self.auth_type = verdict.username, verdict.scheme
+        # Now, and not when http.server meets the field: to whom the password has been asked of.
         return passes and (not self.expects or super().handle_expect_100())
 
     def handle_expect_100(self) -> bool:
@@ -4452,6 +4468,8 @@ class Guard(Once):
         while line not in (b"\r\n", b"\n", b"") and len(octets) <= MAX_HEAD:
             line = self.rfile.readline(MAX_HEAD)
             octets += line
+        # http.server first: what it refuses, it refuses as it would without us. Then the strict
+        # parser, for what http.server has read may not be what the client meant.
         stream, self.rfile = self.rfile, io.BytesIO(octets.partition(b"\n")[2])
         try:
             if not super().parse_request():         # and has said why
@@ -4460,7 +4478,9 @@ class Guard(Once):
             self.rfile = stream
         self.unread = True                          # of a head that we cannot read, anything
         try:
-            verdict = self.judge(parse_head(octets))
+            request = parse_head(octets)
+            self.unread = request.has_body()
+            verdict = self.judge(request)
         except BadRequest as error:
             verdict = Verdict(error.status)
         if verdict.status != 200:
@@ -4469,13 +4489,12 @@ class Guard(Once):
 
     def judge(self, request: Request) -> Verdict:
         """Return the verdict on a request that http.server and parse_head understand."""
-        self.unread = request.fields.chunked or request.fields.length > 0
-        return self.gate.judge(
-            request.method, request.target, request.authorization,
-            self.client_address[0] if self.client_address else "", request.fields.forwarded,
-            hasattr(self.connection, "getpeercert")         # TLS
-            or is_private(getattr(self.server, "socket", self.connection)),
-            functools.partial(self.read_content, request.fields))
+        request.read_body = functools.partial(
+            call_for, functools.partial(self.read_content, request.fields))
+        is_safe = (hasattr(self.connection, "getpeercert")      # TLS
+                   or is_private(getattr(self.server, "socket", self.connection)))
+        return self.gate.judge(request, self.client_address[0] if self.client_address else "",
+                               request.fields.forwarded, is_safe)
 
     def read_content(self, fields: FieldBlock) -> bytes:
         """Return the body, for qop=auth-int; the handler reads it again, and is the last."""
@@ -4484,12 +4503,14 @@ class Guard(Once):
         if self.expects:
             self.expects = not super().handle_expect_100()
         content = self.rfile.read(max(0, fields.length))
+        # The last: what the client has sent after it lies in the stream that is replaced here.
         self.rfile, self.close_connection, self.unread = io.BytesIO(content), True, False
         return content
 
     def refuse(self, verdict: Verdict) -> None:
-        """Answer a request that may not pass."""
+        """Answer a request that may not pass; let a client that is still sending read it."""
         page = error_page(verdict.status)
+        # Before send_response(): a handler's own may look at it.
         self.close_connection = self.close_connection or self.unread
         self.send_response(verdict.status)
         for name, value in (*verdict.fields, HTML, ("Content-Length", str(len(page)))):
@@ -4499,17 +4520,10 @@ class Guard(Once):
         self.end_headers()
         self.wfile.write(page if self.command != "HEAD" else b"")
         if self.unread:
-            self.linger()
-
-    def linger(self) -> None:
-        """Let a client that is still sending read the answer, then leave."""
-        end = time.monotonic() + LINGER_SECONDS
-        with contextlib.suppress(OSError):          # it has left, or its time is over
-            self.connection.shutdown(socket.SHUT_WR)
-            more = True
-            while more:
-                self.connection.settimeout(max(0.01, end - time.monotonic()))
-                more = bool(self.connection.recv(IN_MEMORY)) and time.monotonic() < end
+            with contextlib.suppress(OSError):          # it has left, or says nothing
+                self.connection.shutdown(socket.SHUT_WR)
+                self.connection.settimeout(LINGER_SECONDS)
+                read_on(functools.partial(self.connection.recv, IN_MEMORY))
 
     def log_request(self, code: Union[int, str] = "-", size: Union[int, str] = "-") -> None:
         """Leave it to AuthServer's access log, unless the handler has a log of its own."""
@@ -4533,10 +4547,9 @@ def check_handler(handler: Any) -> None:
                         f"from BaseHTTPRequestHandler, and not protected yet")
     for name in ("handle", "handle_one_request"):
         method: Any = getattr(handler, name)
+        code = getattr(getattr(method, "__wrapped__", method), "__code__", None)
         # By the names in its code: what calls none of these cannot come to parse_request().
-        code: Any = getattr(getattr(method, "__wrapped__", method), "__code__", None)
-        calls = code.co_names if code else ()
-        if not {"handle", "handle_one_request", "parse_request"} & set(calls):
+        if not {"handle", "handle_one_request", "parse_request"} & {*getattr(code, "co_names", ())}:
             raise TypeError(f"unable to protect {handler.__name__}: its {name}() does not call "
                             f"parse_request(), where the password is asked for")
 
@@ -4578,10 +4591,11 @@ def is_same_resource(environ: Dict[str, Any], uri: str, target: str) -> bool:
 
 def body_of(environ: Dict[str, Any]) -> Iterator[bytes]:
     """Yield what the body of a request consists of, if it is known where it ends."""
-    length = environ.get("CONTENT_LENGTH")          # wsgiref tells what the client said
-    left = MAX_BODY if environ.get("wsgi.input_terminated") else 0
-    if length:
-        left, _ = framing({"content-length": [length]}, 1)
+    length = environ.get("CONTENT_LENGTH") or ""
+    # Not int() alone: wsgiref hands on what the client said. What is no length ends nowhere.
+    left = int(length) if re.fullmatch("[0-9]{1,15}", length) else 0
+    if not length and environ.get("wsgi.input_terminated"):
+        left = MAX_BODY                     # in chunks, whose end the server finds
     while left:
         piece = environ["wsgi.input"].read(min(left, IN_MEMORY))
         left -= len(piece) or left
@@ -4599,33 +4613,25 @@ def read_signed(environ: Dict[str, Any], body: Iterator[bytes]) -> bytes:
     return content
 
 
-def skip(body: Iterator[bytes], in_chunks: bool) -> None:
-    """Read what a refused client sends."""
-    end = time.monotonic() + LINGER_SECONDS
-    with contextlib.suppress(BadRequest):           # a length that is none
-        for _ in body:
-            if in_chunks and time.monotonic() > end:
-                # Of chunks cheroot does not find the end by itself: this ends the connection.
-                raise ConnectionAbortedError("a refused client does not stop sending")
-            if time.monotonic() > end:
-                break
-
-
 def judge_environ(gate: Gate, environ: Dict[str, Any]) -> Verdict:
     """Return the verdict on the request that a WSGI environment describes."""
     peer, field = environ.get("REMOTE_ADDR", ""), environ.get("HTTP_AUTHORIZATION")
     address, body = parse_address(peer), body_of(environ)
     target = environ.get("RAW_URI") or environ.get("REQUEST_URI")       # gunicorn; the others
-    verdict = gate.judge(
-        environ["REQUEST_METHOD"], str(target or ""), () if field is None else (field,), peer,
-        environ.get("HTTP_X_FORWARDED_FOR", ""),
-        # No peer is a unix socket.
-        not peer or environ.get("wsgi.url_scheme") == "https" or (
-            address is not None and address.is_loopback),
-        functools.partial(read_signed, environ, body),
-        is_same_target if target else functools.partial(is_same_resource, environ))
-    if verdict.status != 200:
-        skip(body, not environ.get("CONTENT_LENGTH"))
+    attempt = Attempt(environ["REQUEST_METHOD"], str(target or ""),
+                      () if field is None else (field,), None, 0.0, ())
+    attempt.read_body = functools.partial(
+        call_for, functools.partial(read_signed, environ, body))
+    if not target:
+        attempt.same_target = functools.partial(is_same_resource, environ)
+    is_safe = (not peer or environ.get("wsgi.url_scheme") == "https"    # no peer: a unix socket
+               or address is not None and address.is_loopback)
+    verdict = gate.judge(attempt, peer, environ.get("HTTP_X_FORWARDED_FOR", ""), is_safe)
+    # What read_signed() has left of the body, or all of it.
+    if verdict.status != 200 and not read_on(lambda: next(body, b"")) and (
+            not environ.get("CONTENT_LENGTH")):
+        # Of chunks cheroot does not find the end by itself: this ends the connection.
+        raise ConnectionAbortedError("a refused client does not stop sending")
     return verdict
 
 
