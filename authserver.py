@@ -802,6 +802,11 @@ class Entry(NamedTuple):
         match = match_kind(self.crypted)
         return match.group() if match else " and ".join(self.ha1) + " HA1"
 
+    @property
+    def is_slow(self) -> bool:
+        """Whether it takes long to verify a password: libcrypt's hashes are made for that."""
+        return self.crypted.startswith("$")
+
 
 def command(*words: str) -> str:
     """Return a command line for this file that can be pasted into a shell."""
@@ -867,23 +872,6 @@ def entry_of_password(username: str, line: int, realm: str, password: str) -> En
     return Entry(username, line, ha1, "")
 
 
-def matches(entry: Entry, realm: str, password: str) -> bool:
-    """Return whether an entry is of this password; at once, so for all but libcrypt's hashes.
-
-    >>> matches(Entry("jim", 1, {}, "{SHA}5en6G6MezRroT3XKqkdPOmY/BfQ="), "files", "secret")
-    True
-    """
-    if entry.crypted:
-        octets = base64.b64decode(entry.crypted.partition("}")[2])      # the hash, then the salt
-        phrase = password.encode("utf-8", "surrogatepass")
-        found = (SHA1 or hashlib.sha1)(phrase + octets[20:]).digest()
-        return hmac.compare_digest(found, octets[:20])
-    # The first line: it is the one that Apache's htdigest changes, and no other.
-    name = next(iter(entry.ha1))
-    return hmac.compare_digest(
-        digest_ha1(entry.username, realm, password, name), entry.ha1[name])
-
-
 @functools.lru_cache(maxsize=None)
 def load_crypt() -> Tuple[Callable[[bytes, bytes], Optional[bytes]], threading.Semaphore]:
     """Return crypt(phrase, setting) of the C library, and how many may call it at a time.
@@ -908,6 +896,30 @@ def load_crypt() -> Tuple[Callable[[bytes, bytes], Optional[bytes]], threading.S
     return (lambda phrase, setting: None), threading.Semaphore(1)
 
 
+def matches(entry: Entry, realm: str, password: str) -> bool:
+    """Return whether an entry is of this password; may wait for a slow hash.
+
+    >>> matches(Entry("jim", 1, {}, "{SHA}5en6G6MezRroT3XKqkdPOmY/BfQ="), "files", "secret")
+    True
+    """
+    phrase = password.encode("utf-8", "surrogatepass")
+    if entry.is_slow:
+        # All that begin with the same 72 bytes would be right: $2a$, $2b$, $2y$.
+        if entry.crypted.startswith("$2") and len(phrase) > BCRYPT_BYTES:
+            return False
+        setting, (function, turns) = entry.crypted.encode("ascii"), load_crypt()
+        with turns:
+            # crypt(3) returns setting and hash in one, and takes such a whole as setting.
+            return hmac.compare_digest(function(phrase, setting) or b"", setting)
+    if entry.crypted:
+        octets = base64.b64decode(entry.crypted.partition("}")[2])      # the hash, then the salt
+        found = (SHA1 or hashlib.sha1)(phrase + octets[20:]).digest()
+        return hmac.compare_digest(found, octets[:20])
+    # The first line: it is the one that Apache's htdigest changes, and no other.
+    name, ha1 = next(iter(entry.ha1.items()))
+    return hmac.compare_digest(digest_ha1(entry.username, realm, password, name), ha1)
+
+
 FORMS: Dict[Tuple[str, int], bool] = {}     # kind and length of a hash -> libcrypt makes such
 
 
@@ -924,7 +936,7 @@ def check_crypted(entry: Entry) -> Entry:
         raise Refusal(f"field 2: {entry.crypted[:5]}... is no hash we know (htpasswd -B makes one)")
     if kind[0] == "{" and SHA1 is None:
         raise Refusal(f"field 2: the hashlib of this Python lacks SHA-1, for {kind}")
-    if kind[0] == "$" and form not in FORMS:
+    if entry.is_slow and form not in FORMS:
         function, turns = load_crypt()
         with turns:
             made = function(b"probe", entry.crypted.encode("ascii"))
@@ -983,7 +995,7 @@ def make_entry(line: int, username: str, realm: str, place: str, value: str) -> 
 def add_entry(entries: Dict[str, Entry], entry: Entry, realm: str) -> None:
     """Add an entry, unless it lets everybody in, or contradicts an earlier one of its user."""
     # Without any password; slow hashes are not tried.
-    if not entry.crypted.startswith("$") and matches(entry, realm, ""):
+    if not entry.is_slow and matches(entry, realm, ""):
         raise Refusal("an empty password")
     first = entries.setdefault(entry.username, entry)
     # A second line may add the HA1 of another hash, and nothing else.
@@ -1071,7 +1083,7 @@ class Passwords:
 
     Passwords({"jim": "secret"}, realm="files") makes HA1s at once and forgets the passwords;
     Passwords.read() takes a file. Nothing in it changes afterwards: a reload makes a new
-    one, and with it go the remembered verdicts.
+    one, and with it go the verdicts that were remembered by its name.
     """
 
     def __init__(self, users: Optional[Mapping[str, str]] = None, realm: str = REALM,
@@ -1084,10 +1096,8 @@ class Passwords:
             self.entries[name] = entry_of_password(name, 0, realm, password)
         # What stands in for unknown users, so that they cost what others cost.
         # False < True: if any hash is slow, the decoy is.
-        self._decoy = max(self.entries.values(), key=lambda entry: entry.crypted[:1] == "$",
+        self._decoy = max(self.entries.values(), key=lambda entry: entry.is_slow,
                           default=Entry("", 0, {"SHA-256": ""}, ""))
-        self._secret = os.urandom(32)
-        self._remembered: Set[bytes] = set()
 
     @classmethod
     def read(cls, path: str, realm: str = REALM) -> "Passwords":
@@ -1140,49 +1150,15 @@ class Passwords:
         # libcrypt would stop reading at a NUL.
         return not has_control(password) and self.verify(username, password)
 
-    def _model(self, username: str) -> Entry:
-        """Return what a password of this user, or of a stranger, is checked against."""
-        return self.entries.get(username, self._decoy)
-
     def is_slow(self, username: str) -> bool:
         """Return whether to verify this user's password takes long; for unknown ones, too."""
-        return self._model(username).crypted.startswith("$")
-
-    def is_known(self, username: str, password: str) -> bool:
-        """Return whether this is remembered as right, so that to verify it takes no time."""
-        return self._key(self._model(username).crypted, password) in self._remembered
+        return self.entries.get(username, self._decoy).is_slow
 
     def verify(self, username: str, password: str) -> bool:
         """Do what check_password() does, for normal forms."""
-        model = self._model(username)
-        correct = (self._verify_slow(model.crypted, password) if self.is_slow(username) else
-                   matches(model, self.realm, password))
+        correct = matches(self.entries.get(username, self._decoy), self.realm, password)
         # Last, and after all the work: what fits the decoy is no password of a stranger.
         return correct and username in self.entries
-
-    def _key(self, crypted: str, password: str) -> bytes:
-        """Return what a verdict is remembered by: no password, and useless elsewhere."""
-        return sign(self._secret, f"{crypted}:{password}".encode("utf-8", "surrogatepass"))
-
-    def _verify_slow(self, crypted: str, password: str) -> bool:
-        """Return a remembered yes, or find out. A no is never kept."""
-        phrase, key = password.encode("utf-8", "surrogatepass"), self._key(crypted, password)
-        if key in self._remembered:
-            return True
-        # All that begin with the same 72 bytes would be right: $2a$, $2b$, $2y$.
-        if crypted.startswith("$2") and len(phrase) > BCRYPT_BYTES:
-            return False
-        setting, (function, turns) = crypted.encode("ascii"), load_crypt()
-        with turns:
-            # Another request with the same password may have gone before.
-            # crypt(3) returns setting and hash in one, and takes such a whole as setting.
-            correct = key in self._remembered or hmac.compare_digest(
-                function(phrase, setting) or b"", setting)
-        if correct:
-            if len(self._remembered) >= REMEMBERED:
-                self._remembered.clear()
-            self._remembered.add(key)
-        return correct
 
 
 # -- 5. The authenticator -----------------------------------------------------
@@ -1401,11 +1377,10 @@ class Authenticator:
         # Again, if a reload came while a slow hash was made: who is no longer in it is out.
         while passwords is not self.passwords:
             passwords = self.passwords
-            correct = passwords.is_known(username, password)
-            if not correct and passwords.is_slow(username):
-                correct = yield functools.partial(passwords.verify, username, password)
-            elif not correct:
-                correct = passwords.verify(username, password)
+            verify = functools.partial(passwords.verify, username, password)
+            # When its turn comes, another request with these credentials may have gone before.
+            correct = verify() if not passwords.is_slow(username) else (
+                yield lambda: self.recall(attempt.authorization[0]) is not None or verify())
         if not correct:
             known = username in self.passwords.entries
             return self._fail(attempt, username, "bad password" if known else "unknown user")
