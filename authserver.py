@@ -808,9 +808,10 @@ class Entry(NamedTuple):
         return self.crypted.startswith("$")
 
 
-def command(*words: str) -> str:
-    """Return a command line for this file that can be pasted into a shell."""
-    return " ".join(map(shlex.quote, ("python3", os.path.abspath(__file__)) + words))
+def command(*words: str, script: str = os.path.basename(__file__)) -> str:
+    """Return a command line, for this file or one beside it, that can be pasted into a shell."""
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), script)
+    return " ".join(map(shlex.quote, ("python3", path) + words))
 
 
 def passwd_command(path: str, usernames: Sequence[str], realm: str) -> str:
@@ -845,10 +846,10 @@ def normal_username(username: str) -> str:
 def normal_password(username: str, password: str) -> str:
     """Return the normal form of a password that this user can send under both schemes."""
     password = unicodedata.normalize("NFC", password)
-    # Surrogates stand for bytes that were no text: measured, so that they can be refused.
-    octets = f"{username}:{password}".encode("utf-8", "surrogatepass")
-    if (not password or has_control(password) or re.search("[\ud800-\udfff]", password)
-            or len(octets) > MAX_TEXT):
+    # Controls; and surrogates, which stand for bytes that were no text.
+    spoilt = {"Cc", "Cs"} & set(map(unicodedata.category, password))
+    size = len(f"{username}:{password}".encode("utf-8", "surrogatepass"))
+    if not password or spoilt or size > MAX_TEXT:
         raise Refusal(f"unable to use this password: empty, control characters in it, no UTF-8, or "
                       f"too long: Basic carries {MAX_TEXT} bytes of name, colon and password")
     return password
@@ -1083,7 +1084,7 @@ class Passwords:
 
     Passwords({"jim": "secret"}, realm="files") makes HA1s at once and forgets the passwords;
     Passwords.read() takes a file. Nothing in it changes afterwards: a reload makes a new
-    one, and with it go the verdicts that were remembered by its name.
+    one, and with the old one goes what it has granted.
     """
 
     def __init__(self, users: Optional[Mapping[str, str]] = None, realm: str = REALM,
@@ -1098,6 +1099,7 @@ class Passwords:
         # False < True: if any hash is slow, the decoy is.
         self._decoy = max(self.entries.values(), key=lambda entry: entry.is_slow,
                           default=Entry("", 0, {"SHA-256": ""}, ""))
+        self.granted: Dict[bytes, Any] = {}     # authenticators' Verdicts on Basic's tokens
 
     @classmethod
     def read(cls, path: str, realm: str = REALM) -> "Passwords":
@@ -1307,8 +1309,6 @@ class Authenticator:
                              "sha256").digest()
         self._nobody = os.urandom(16).hex()         # the HA1 of strangers, which nobody has
         self._memo_key = os.urandom(16)
-        self._granted: Dict[bytes, Verdict] = {}    # by Basic's token; of self._granted_by
-        self._granted_by = passwords
 
     def clock(self) -> float:
         """Return the time that nonces and lock-outs go by."""
@@ -1361,15 +1361,15 @@ class Authenticator:
 
     def recall(self, authorization: str) -> Optional[Verdict]:
         """Return the verdict on Basic credentials that this dictionary has found right."""
-        if authorization[:1] not in "Bb" or self._granted_by is not self.passwords:
+        if authorization[:1] not in "Bb":
             return None
-        return self._granted.get(sign(self._memo_key, authorization.encode("latin-1")))
+        return self.passwords.granted.get(sign(self._memo_key, authorization.encode("latin-1")))
 
     def _remember(self, passwords: Passwords, authorization: str, verdict: Verdict) -> None:
-        """Keep a verdict by the name of the dictionary that it was checked against."""
-        if self._granted_by is not passwords or len(self._granted) >= REMEMBERED:
-            self._granted, self._granted_by = {}, passwords
-        self._granted[sign(self._memo_key, authorization.encode("latin-1"))] = verdict
+        """Keep a verdict with the dictionary that it was checked against: both go at a reload."""
+        if len(passwords.granted) >= REMEMBERED:
+            passwords.granted.clear()
+        passwords.granted[sign(self._memo_key, authorization.encode("latin-1"))] = verdict
 
     def _judge_basic(self, attempt: Attempt, username: str, password: str) -> Asking:
         """Look at Basic credentials."""
@@ -1382,10 +1382,10 @@ class Authenticator:
             correct = verify() if not passwords.is_slow(username) else (
                 yield lambda: self.recall(attempt.authorization[0]) is not None or verify())
         if not correct:
-            known = username in self.passwords.entries
+            known = username in passwords.entries
             return self._fail(attempt, username, "bad password" if known else "unknown user")
         verdict = Verdict(200, username, username, "", (), "Basic")
-        self._remember(self.passwords, attempt.authorization[0], verdict)
+        self._remember(passwords, attempt.authorization[0], verdict)
         return verdict
 
     def _judge_digest(self, attempt: Attempt, credentials: DigestCredentials,
@@ -4383,9 +4383,6 @@ class Gate:
             except OSError as error:
                 self.log.warning("unable to share nonces with other processes: %s", error)
         self.authenticator = Authenticator(passwords, **offer)
-        if trusted_proxies is None:
-            self.log.info("never locked out: clients on loopback and with private addresses, which "
-                          "may be proxies; trusted_proxies=[...] says which are")
         self.proxies = (UnknownProxies() if trusted_proxies is None else
                         TrustedProxies(trusted_proxies))
         for warning in passwords.warnings:
@@ -4705,10 +4702,9 @@ class Place(NamedTuple):
     def fits(self, sock: socket.socket) -> bool:
         """Return whether a socket that was handed over listens where we want to."""
         theirs, ours = sock.getsockname(), self.where
-        if sock.family != self.family or self.family == socket.AF_UNIX:
-            return sock.family == self.family and bool(theirs == ours)
-        # Port 0 is any port.
-        return bool(theirs[:1] + theirs[2:] == ours[:1] + ours[2:] and ours[1] in (0, theirs[1]))
+        if sock.family == self.family != socket.AF_UNIX and ours[1] == 0:       # any port
+            ours = ours[:1] + theirs[1:2] + ours[2:]
+        return bool(sock.family == self.family and theirs == ours)
 
 
 def has_ipv6() -> bool:
@@ -4839,8 +4835,8 @@ def open_sockets(options: argparse.Namespace) -> List[socket.socket]:
 
 # What daemonize.py adds to our own options, and what that is where nobody has added it.
 UNHOSTED: Dict[str, Any] = {
-    "sockets": (), "predecessor": None, "legacy": None, "config_prefix": "", "may_create": False,
-    "uid": None, "gid": None, "chroot": None, "private_files": ()}
+    "name": "authserver", "sockets": (), "predecessor": None, "legacy": None, "uid": None,
+    "gid": None, "chroot": None, "config_prefix": "", "may_create": False, "private_files": ()}
 
 
 def add_arguments(parser: Any) -> None:
@@ -4923,9 +4919,9 @@ def read_passwords(path: str, realm: str) -> Passwords:
     return passwords
 
 
-def greet(user: str, password: str, path: str, server: AuthServer) -> str:
+def greet(user: str, password: str, path: str, options: argparse.Namespace,
+          server: AuthServer) -> str:
     """Return what the first start says, once."""
-    assert server.authenticator is not None
     # Where a client on this machine gets to what listens everywhere.
     url = server.addresses()[0].replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")
     if url.startswith("unix:"):
@@ -4933,10 +4929,11 @@ def greet(user: str, password: str, path: str, server: AuthServer) -> str:
     url += "" if isinstance(server.page, Files) else "example/foo"
     # No client knows who signed a certificate for 127.0.0.1.
     insecure = "--insecure " if url.startswith("https:") else ""
-    daemonize = os.path.join(os.path.dirname(os.path.abspath(__file__)), "daemonize.py")
-    change = passwd_command(path, [user], server.authenticator.passwords.realm)
+    # Who has a name of its own answers to no other.
+    name = [] if options.name == "authserver" else ["--name", options.name]
+    reload = command("reload", *name, script="daemonize.py")
     return (f"user: {user}\npassword: {password}\nkept in: {path}\n"
-            f"change it: {change} && python3 {shlex.quote(daemonize)} reload\n"
+            f"change it: {passwd_command(path, [user], options.realm)} && {reload}\n"
             f"try: curl {insecure}--digest -u {user} {url}")
 
 
@@ -5007,17 +5004,15 @@ def bind(options: argparse.Namespace) -> AuthServer:
     options = argparse.Namespace(**dict(UNHOSTED, **vars(options)))
     check_options(options)
     path, first = find_passwords(options)
+    abandon: Callable[[], None] = functools.partial(os.unlink, path) if first else lambda: None
     try:
         server = make_server(options, path)
         # Inside: should this fail, nobody has seen the password either.
-        server.greeting = greet(*first, path, server) if first else ""
-    # BaseException: nor has anybody after Ctrl-C.
-    except BaseException:
-        if first:
-            os.unlink(path)
+        server.greeting = greet(*first, path, options, server) if first else ""
+    except BaseException:       # nor has anybody after Ctrl-C
+        abandon()
         raise
-    if first:
-        server.abandon = functools.partial(os.unlink, path)
+    server.abandon = abandon
     return server
 
 
@@ -5094,16 +5089,13 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         if words[:1] == ["passwd"]:
             say(passwd(words[1:]), sys.stdout)
             return 0
-        server = bind(build_parser().parse_args(words))
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))   # the log gets its last lines
-        if server.authenticator:
-            server.authenticator.table.alone = True     # we fork nobody
-        try:
+        with bind(build_parser().parse_args(words)) as server:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))   # the log gets its last lines
+            if server.authenticator:
+                server.authenticator.table.alone = True     # we fork nobody
             server.serve_forever()
-        finally:
-            server.server_close()
     except KeyboardInterrupt:
-        return 0
+        pass
     except (OSError, Refusal) as error:
         say(f"authserver: fatal: {error}", sys.stderr)
         return int(getattr(error, "status", 1))
