@@ -1885,28 +1885,30 @@ class Known(NamedTuple):
     credentials: Optional[DigestCredentials]        # ... which are these, with other values in them
 
 
-def cut_holes(block: bytes) -> Tuple[bytes, List[str]]:
-    """Return a block without what varies in Digest credentials, and that: uri, cnonce, nc, response.
+def cut_holes(block: bytes) -> Tuple[List[bytes], List[int], List[str]]:
+    """Return what lies round the holes in Digest credentials, in which order they come, what fills them.
 
-    A guess at the syntax: who uses it lets the strict parser look at the first such block,
-    and see whether it finds the same.
+    The holes are uri, cnonce, nc and response; order says which comes first, and so on. It is
+    a guess at the syntax, and HeadReader has the strict parser see whether it is right.
     """
-    start = block.find(b"uthorization: Digest ")
+    start = block.find(b"\r\nAuthorization: Digest ")
     if start < 0:
-        return block, []
-    uri, cnonce = block.find(b' uri="', start) + 6, block.find(b' cnonce="', start) + 9
-    nc, response = block.find(b" nc=", start) + 4, block.find(b' response="', start) + 11
-    uri_end, cnonce_end = block.find(b'"', uri), block.find(b'"', cnonce)
-    response_end = block.find(b'"', response)
-    filling = b"\n".join((block[uri:uri_end], block[cnonce:cnonce_end], block[nc:nc + 8],
-                          block[response:response_end]))
-    (a, b), (c, d), (e, f), (g, h) = sorted((
-        (uri, uri_end), (cnonce, cnonce_end), (nc, nc + 8), (response, response_end)))
+        start = block.find(b"\r\nauthorization: Digest ")
+    if start < 0:
+        return [block], [], []
+    end = block.find(b"\r\n", start + 2)
+    uri, cnonce = block.find(b' uri="', start, end) + 6, block.find(b' cnonce="', start, end) + 9
+    nc, response = block.find(b" nc=", start, end) + 4, block.find(b' response="', start, end) + 11
+    holes = ((uri, block.find(b'"', uri, end)), (cnonce, block.find(b'"', cnonce, end)),
+             (nc, nc + 8), (response, block.find(b'"', response, end)))
+    filling = b"\n".join([block[a:b] for a, b in holes])
     # What was not found "begins" before the credentials.
-    if a < start or not match_filling(filling):
-        return block, []
-    rest = block[:a] + block[b:c] + block[d:e] + block[f:g] + block[h:]
-    return rest, filling.decode("ascii").split("\n")
+    if not match_filling(filling) or min(uri, cnonce, nc, response) < start:
+        return [block], [], []
+    order = sorted(range(4), key=holes.__getitem__)
+    (a, b), (c, d), (e, f), (g, h) = [holes[number] for number in order]
+    return ([block[:a], block[b:c], block[d:e], block[f:g], block[h:]], order,
+            filling.decode("ascii").split("\n"))
 
 
 class HeadReader:
@@ -1926,11 +1928,11 @@ class HeadReader:
         if len(octets) > MAX_HEAD:
             return parse_head(octets)           # which refuses it
         # With the digit before it: the version is part of what the fields mean.
-        block, filling = cut_holes(octets[end - 1:])
-        key = sign(self._key, block)
+        pieces, order, filling = cut_holes(octets[end - 1:])
+        key = sign(self._key, b"\0".join(pieces))
         known = self._known.get(key)
-        if known is None:
-            return self._learn(key, block, filling, parse_head(octets))
+        if known is None or bool(known.credentials) != bool(filling):
+            return self._learn(key, octets, end, pieces, order)
         parse = recall_request_line if end < SHORT else parse_request_line
         method, target, path, shown, minor = parse(octets[:end].decode("latin-1"))
         if not minor:
@@ -1942,19 +1944,19 @@ class HeadReader:
             request.credentials = DigestCredentials(names, realm, nonce, uri, response, algorithm,
                                                     qop, nc, cnonce)
         elif known.start:
-            request.authorization = (block[known.start:known.end].decode("latin-1"),)
+            request.authorization = (octets[end - 1 + known.start:
+                                            end - 1 + known.end].decode("latin-1"),)
         return request
 
-    def _learn(self, key: bytes, block: bytes, filling: List[str], request: Request) -> Request:
-        """Keep what a block of fields meant, if it has come before; return the request."""
-        credentials, start, said = None, 0, request.authorization
-        if filling and len(said) == 1:
-            with contextlib.suppress(Malformed):        # the authenticator will say so
-                found = parse_digest(parse_authorization(said[0])[2])
-                if [found.uri, found.cnonce, found.nc, found.response] == filling:
-                    credentials = found
+    def _learn(self, key: bytes, octets: bytes, end: int, pieces: List[bytes],
+               order: List[int]) -> Request:
+        """Read a head in full; keep what its block of fields meant, if that has come before."""
+        request = parse_head(octets)
+        said, credentials, start = request.authorization, None, 0
+        if order:
+            credentials = prove_guess(octets[:end - 1], pieces, order, request)
         elif len(said) == 1:
-            start = block.find(said[0].encode("latin-1"))
+            start = pieces[0].find(said[0].encode("latin-1"))
         # What was not understood, or guessed wrongly, is read by the strict parser each time.
         if bool(said) == bool(credentials or start):
             if len(self._known) >= MAX_MEMOS:
@@ -1963,6 +1965,27 @@ class HeadReader:
             self._known[key] = Known(request.fields, start, start + len("".join(said)),
                                      credentials) if key in self._known else None
         return request
+
+
+def prove_guess(line: bytes, pieces: List[bytes], order: List[int],
+                request: Request) -> Optional[DigestCredentials]:
+    """Return the credentials of a request, if the holes are holes.
+
+    They are if the strict parser finds what they are filled with, whatever it is, and reads
+    nothing else otherwise.
+    """
+    others: Dict[str, Any] = dict(uri="/other", cnonce="another", nc="0000beef", response="f00d" * 8)
+    fillings = [list(others.values())[number].encode("ascii") for number in order]
+    head = line + pieces[0] + b"".join(map(b"".join, zip(fillings, pieces[1:])))
+    with contextlib.suppress(BadRequest, Malformed):
+        again = parse_head(head)
+        if again.fields == request.fields and len(request.authorization) == 1:
+            (scheme, _, before), (_, _, after) = [parse_authorization(text) for text in (
+                request.authorization[0], again.authorization[0])]
+            credentials = parse_digest(before)
+            if scheme == "digest" and parse_digest(after) == credentials._replace(**others):
+                return credentials
+    return None
 
 
 def parse_fields(block: str, minor: int) -> FieldBlock:
@@ -2554,7 +2577,8 @@ class Channel:
         """Forget the connection; harmless when it is repeated."""
         if self in self.server.connections:
             self.server.forget(self)
-            self.socket.close()
+            with contextlib.suppress(OSError):      # a handler has closed it by its number
+                self.socket.close()
         if self.part:
             self.part.file.close()
         self.closing, self.buffer, self.output, self.part = True, b"", b"", None
@@ -2811,12 +2835,16 @@ class Connection(Channel):
         self.server.call_soon(functools.partial(self.come_back, result, error))
 
     def come_back(self, result: Any, error: Optional[BaseException]) -> None:
-        """Come back from a thread, and go on."""
-        self.socket.setblocking(False)
-        self.server.selector.register(self.socket, selectors.EVENT_READ, self.ready)
-        self.wait("idle")
-        self.go_on(result, error)
-        self.advance()
+        """Come back from a thread, and go on; if anything is left to go on with."""
+        try:
+            self.socket.setblocking(False)
+            self.server.selector.register(self.socket, selectors.EVENT_READ, self.ready)
+            self.wait("idle")
+            self.go_on(result, error)
+            self.advance()
+        except Exception:       # a handler has closed the descriptor itself; a hash has failed
+            self.server.log.error(f"error: {traceback.format_exc()}")
+            self.close()
 
     def expire(self) -> None:
         """Close what took too long; who is in the middle of a request is told so."""
@@ -3157,7 +3185,7 @@ class Loop:
         """Strike a connection off the books."""
         self.connections.remove(connection)
         self.later.pop(connection, None)
-        if connection.stage != "thread":
+        with contextlib.suppress(KeyError, ValueError):     # it is with a thread
             self.selector.unregister(connection.socket)
 
     def make_room(self) -> None:
@@ -4282,6 +4310,7 @@ class Once(http.server.BaseHTTPRequestHandler):
     """
 
     remote_user: Optional[str] = None
+    needs_server = True         # which asks for the password; protect() needs none
 
     def parse_request(self) -> bool:
         """Parse the first request, and end the connection, as far as we know it, at the second."""
@@ -4291,6 +4320,8 @@ class Once(http.server.BaseHTTPRequestHandler):
                 self.close_connection = True
                 return False
             sock.is_parsed, self.remote_user = True, sock.verdict.username
+        elif self.needs_server:
+            raise PermissionError("nobody has been asked for a password: AuthServer was gone round")
         return super().parse_request()
 
 
@@ -4433,7 +4464,7 @@ class Guard(Once):
     """
 
     gate: Gate
-    remote_user: Optional[str] = None
+    needs_server = False
     auth_type = ""
     info: Fields = ()           # for the handler's answer
     expects = unread = False    # a client that waits for 100 Continue; a body nobody has read
