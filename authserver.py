@@ -784,8 +784,6 @@ is_crypted = re.compile(rf"\{{SHA\}}{B64}{{27}}=|\{{SSHA\}}(?:{B64}{{4}}){{7,}}(
 # With rounds or cost and without the salt: what decides how long a hash is, and takes.
 match_kind = re.compile(r"\{[^}]*\}|\$[156]\$(?:rounds=\d+\$)?|\$[^$]*\$[^$]*\$").match
 is_ha1 = re.compile("[0-9a-fA-F]{32}(?:[0-9a-fA-F]{32})?").fullmatch
-# Most clients send a backslash bare: before the closing quotation mark it would escape that.
-is_username = re.compile(r'(?!-$|[# ])[^:"]{1,255}(?<![ \\])').fullmatch
 BCRYPT_BYTES = 72           # of a password; libcrypt does not read the rest
 SHA1 = find_hash("sha1")
 
@@ -818,16 +816,24 @@ def passwd_command(path: str, usernames: Sequence[str], realm: str) -> str:
     return command("passwd", path, usernames[0], *["--realm", realm][:2 * (realm != REALM)])
 
 
+def is_username(text: str) -> bool:
+    """Return whether a name is one that clients, log and readers of the file can handle."""
+    # Most clients send a backslash bare: before the closing quotation mark it would escape that.
+    found = re.fullmatch(r'(?!-$|[# ])[^:"]+(?<![ \\])', text)
+    # Percent-encoded, as some clients send it, a name is three times as long: MAX_TEXT.
+    return found is not None and text.isprintable() and len(text.encode("utf-8")) < 256
+
+
 def normal_username(username: str) -> str:
-    r"""Return the normal form of a name that clients, log and readers of the file can handle.
+    r"""Return the normal form of a name, or raise Refusal.
 
     >>> normal_username("Ju\u0308rgen")
     'Jürgen'
     """
-    if not username.isprintable() or not is_username(username):
-        raise Refusal(f"unable to use user name {username!r}: it is -, empty or longer than 255, "
-                      f"or has # or a blank at its start, \\ or a blank at its end, or a colon, \" "
-                      f"or invisible character")
+    if not is_username(username):
+        raise Refusal(f"unable to use user name {username!r}: it is -, empty or longer than 255 "
+                      f"bytes, or has # or a blank at its start, \\ or a blank at its end, or a "
+                      f"colon, \" or invisible character")
     return unicodedata.normalize("NFC", username)
 
 
@@ -935,7 +941,7 @@ def split_line(text: str) -> Tuple[str, str, str]:
     place, colon, value = rest.partition(":")
     if rest.startswith(("{", "$")):
         if colon:
-            raise Refusal(f"user {username!r}: field 3: nothing may follow a hash of htpasswd")
+            raise Refusal("field 3: nothing may follow a hash of htpasswd")
         return normal_username(username), "", rest
     if not place or not value:
         raise Refusal("expected user:realm:HA1, user:HASH or user:plain:PASSWORD, "
@@ -976,42 +982,35 @@ def add_entry(entries: Dict[str, Entry], entry: Entry, realm: str) -> None:
     first.ha1.update(entry.ha1)
 
 
-class Found(NamedTuple):
-    """What is in a password file."""
+def parse_passwords(text: str, realm: str) -> Tuple[Dict[str, Entry], List[str], List[str]]:
+    """Return entries by user, mistakes by line, and whose mistakes a new password would cure.
 
-    entries: Dict[str, Entry]       # by user
-    mistakes: List[str]             # each with its line
-    curable: List[str]              # users whose mistakes a new password would cure
-    elsewhere: Set[str]             # realms that are not ours
+    Blanks at a line's ends are cut off, as Apache does.
 
-
-def parse_passwords(text: str, realm: str) -> Found:
-    """Return what is in a password file; blanks at a line's ends are cut off, as Apache does.
-
-    >>> parse_passwords("# staff\\njim:plain:secret\\n jim:plain:other \\n", "files").mistakes
-    ["line 3: user 'jim': again, after line 2"]
+    >>> parse_passwords("# staff\\njim:plain:secret\\n jim:plain:other \\n", "files")[1:]
+    (["line 3: user 'jim': again, after line 2"], ['jim'])
     """
-    found = Found({}, [], [], set())
+    entries: Dict[str, Entry] = {}
+    mistakes, curable, elsewhere = [], [], set()    # type: List[str], List[str], Set[str]
     # Not splitlines(): it also divides at a form feed or U+2028, and the numbers would be wrong.
     for line, content in enumerate(text.split("\n"), 1):
         content = content.strip(" \t\r")
         if not content or content.startswith("#"):
             continue
-        whose = ""
         try:
-            whose, place, value = split_line(content)
+            username, place, value = split_line(content)
             if place in ("", "plain", realm) or not is_ha1(value):
-                add_entry(found.entries, make_entry(line, whose, realm, place, value), realm)
+                add_entry(entries, make_entry(line, username, realm, place, value), realm)
             else:
-                found.elsewhere.add(place)
+                elsewhere.add(place)
         except Refusal as error:
-            found.mistakes.append(f"line {line}: " + f"user {whose!r}: " * bool(whose) + f"{error}")
-            found.curable.extend([whose] * (whose != "" and is_line_of(content, whose, realm)))
-    if not found.entries and not found.mistakes:
-        others = ", but of " * bool(found.elsewhere) + ", ".join(sorted(found.elsewhere))
-        found.mistakes.append(f"no user of realm {realm} in it" + others)
-        found.curable.append(FIRST_USER)
-    return found
+            name = unicodedata.normalize("NFC", content.partition(":")[0])
+            mistakes.append(f"line {line}: user {name!r}: {error}")
+            curable.extend([name] * (is_username(name) and is_line_of(content, name, realm)))
+    if not entries and not mistakes:
+        others = ", but of " * bool(elsewhere) + ", ".join(sorted(elsewhere))
+        return entries, [f"no user of realm {realm} in it" + others], [FIRST_USER]
+    return entries, mistakes, curable
 
 
 def refuse_file(what: str, mistakes: Sequence[str], cure: str) -> Refusal:
@@ -1084,14 +1083,14 @@ class Passwords:
     def read(cls, path: str, realm: str = REALM) -> "Passwords":
         """Read the password file at path ("-" = standard input), or name all its mistakes."""
         text, exposed = read_text(path, realm)
-        found = parse_passwords(text, realm)
+        entries, mistakes, curable = parse_passwords(text, realm)
         if exposed:
             raise refuse_file(f"use passwords {path}", ["everybody may read or change it"],
                               f"chmod 600 {shlex.quote(path)}")
-        if found.mistakes:
-            raise refuse_file(f"use passwords {path}", found.mistakes,
-                              passwd_command(path, found.curable, realm))
-        return cls(None, realm, found.entries, path)
+        if mistakes:
+            raise refuse_file(f"use passwords {path}", mistakes,
+                              passwd_command(path, curable, realm))
+        return cls(None, realm, entries, path)
 
     @property
     def warnings(self) -> List[str]:
@@ -4416,7 +4415,11 @@ class UnknownProxies(TrustedProxies):
 
 
 class Gate:
-    """The authenticator before other people's code, with what it needs to know of the host."""
+    """The authenticator before other people's code, with what it needs to know of the host.
+
+    Unless schemes says what is offered, Basic is not where it could be listened to: there the
+    password itself would be read, and not only what it protects.
+    """
 
     def __init__(self, passwords: Passwords, trusted_proxies: Optional[Sequence[str]],
                  offer: Dict[str, Any], share: bool = False) -> None:
@@ -4573,8 +4576,10 @@ def check_handler(handler: Any) -> None:
                         f"from BaseHTTPRequestHandler, and not protected yet")
     for name in ("handle", "handle_one_request"):
         method: Any = getattr(handler, name)
-        code = getattr(getattr(method, "__wrapped__", method), "__code__", None)
-        if not {"handle", "handle_one_request", "parse_request"} & set(code.co_names if code else ()):
+        # By the names in its code: what calls none of these cannot come to parse_request().
+        code: Any = getattr(getattr(method, "__wrapped__", method), "__code__", None)
+        calls = code.co_names if code else ()
+        if not {"handle", "handle_one_request", "parse_request"} & set(calls):
             raise TypeError(f"unable to protect {handler.__name__}: its {name}() does not call "
                             f"parse_request(), where the password is asked for")
 
