@@ -1342,7 +1342,7 @@ class Authenticator:
                      same_target: Callable[[str, str], bool] = is_same_target) -> Verdict:
         """Return the Verdict on a request, however long it takes."""
         def read() -> Generator[Any, Any, bytes]:
-            content: bytes = yield read_body
+            content: bytes = (yield read_body)
             return content
         attempt = Attempt(method, target, authorization, client, now, schemes or self.schemes)
         attempt.read_body, attempt.same_target = read, same_target
@@ -1838,6 +1838,7 @@ class Request(Attempt):
     now = time = 0.0
     host = ""                           # of the client, for the log
     asked = False                       # a proxy asks, and method and target are its client's
+    is_read = False                     # its body has been, for qop=auth-int
     status = 0                          # of the answer
 
     def __init__(self, method: str = "GET", target: str = "/", path: str = "/", line: str = "",
@@ -2288,6 +2289,8 @@ def is_public(prefixes: Sequence[str], path: str) -> bool:
     Decoded once, as a page does. A path of which two readers could think differently (a dot
     segment, an empty one, an encoded slash, a backslash) is below none of them.
 
+    The prefixes are paths of bytes, as text by Latin-1.
+
     >>> [is_public(["/pub"], path) for path in ("/pub/a?b", "/pub", "/public", "/pub/%2e%2e/a")]
     [True, True, False, False]
     """
@@ -2300,8 +2303,7 @@ def is_public(prefixes: Sequence[str], path: str) -> bool:
     plain = "/".join(decoded)
     if plain.count("/") != len(names) - 1 or "\\" in plain or "\0" in plain:
         return False
-    return any(plain == prefix.rstrip("/") or plain.startswith(prefix.rstrip("/") + "/")
-               for prefix in prefixes)
+    return any((plain + "/").startswith(prefix.rstrip("/") + "/") for prefix in prefixes)
 
 
 # -- 9. One connection --------------------------------------------------------
@@ -2706,6 +2708,7 @@ class Connection(Channel):
                 break
             yield MORE
         body.taken = body.taken[:len(body.taken) - len(body.rest)]
+        request.is_read = True
         return content
 
     def skip(self, body: Body) -> Story:
@@ -2722,16 +2725,16 @@ class Connection(Channel):
         """Have a handler answer, in a thread; return our own answer where it sent none."""
         sock = HandlerSocket(self, octets, request, body)
         yield sock
-        if sock.fault:
-            self.server.log.error(f"{request.host}: {request.line}: {sock.fault}")
-        if sock.is_silent() and not sock.gone and not sock.is_shut:
+        if sock.answer.fault:
+            self.server.log.error(f"{request.host}: {request.line}: {sock.answer.fault}")
+        if sock.is_silent():
             if sock.nonsense:
                 raise sock.nonsense
             self.closing = True
             return Answer(500, (HTML,), error_page(500))
         self.closing = self.closing or self.server.draining or sock.ends_connection()
         self.lingers = self.closing and not body.done
-        self.note(request, sock.status, sock.size)
+        self.note(request, sock.answer.status, sock.answer.size)
         return None
 
     def finish(self, request: Request, answer: Answer, body: Body) -> None:
@@ -3888,22 +3891,27 @@ def tls_context(certificate: str, key: Optional[str]) -> Any:
     One for all workers, made before they are forked: so each can go on with a session that
     another has begun, for they have the same keys of its tickets.
     """
+    key, what = key or certificate, f"certificate {certificate}"
     try:
-        with open(key or certificate, "rb") as stream:
-            mode = os.fstat(stream.fileno()).st_mode
         with open(certificate, encoding="ascii", errors="replace") as text:
             expiry = expiry_of(text.read())
+        what = f"key {key}"
+        with open(key, "rb") as stream:
+            mode = os.fstat(stream.fileno()).st_mode
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(certificate, key, password=lambda: "")
-    except (OSError, ValueError, IndexError) as error:      # ssl.SSLError is an OSError
-        reason = getattr(error, "strerror", None) or str(error)
-        if "KEY_VALUES_MISMATCH" in reason:
-            reason = "the key is not the certificate's"
-        raise Refusal(f"unable to use certificate {certificate} with key {key or certificate}: "
-                      f"{reason}")
+        context.load_cert_chain(certificate, key, password=lambda: "")     # ask no terminal
+    except ssl.SSLError as error:
+        raise Refusal(f"unable to use {what}: " + (
+            f"it is not that of {certificate}" if "MISMATCH" in str(error) else
+            f"there is none in it, or it is encrypted\n"
+            f"try: openssl pkey -in {shlex.quote(key)} -out NEW"))
+    except OSError as error:
+        raise Refusal(f"unable to use {what}: {error.strerror}")
+    except (ValueError, IndexError):
+        raise Refusal(f"unable to use {what}: there is none in it (PEM)")
     if mode & stat.S_IROTH:
-        raise Refusal(f"unable to use key {key or certificate}: everybody may read it\n"
-                      f"try: chmod 600 {shlex.quote(key or certificate)}")
+        raise Refusal(f"unable to use {what}: everybody may read it\n"
+                      f"try: chmod 600 {shlex.quote(key)}")
     if hasattr(context, "minimum_version"):     # since Python 3.7
         context.minimum_version = ssl.TLSVersion.TLSv1_2
     else:
@@ -4019,29 +4027,104 @@ is_chunked = re.compile(rb"(?i)\ntransfer-encoding:[^\n]*chunked[ \t]*\r").searc
 says_close = re.compile(rb"(?i)\nconnection:(?:[^\n]*,)?[ \t]*close[ \t]*[,\r]").search
 
 
+class Follower:
+    """Reads an answer along, as the bytes of it pass.
+
+    Instance variables: status; size, of the body so far; fault, what was wrong with it; closes,
+    it is the last one on its connection; upgraded, what follows is another protocol.
+    """
+
+    def __init__(self, request: Request, draining: bool) -> None:
+        self.request = request
+        self.closes = draining or not (request.minor and request.fields.keep_alive)
+        self.head = b""                         # of the answer, until it is whole
+        self.left: Optional[int] = None         # bytes of the answer still to come; None: all
+        self.chunks: Optional[Body] = None      # of an answer that comes in chunks
+        self.status, self.size, self.fault = 0, 0, ""
+        self.upgraded = self.raw = False        # raw: it is not to be understood
+
+    def take(self, octets: bytes) -> bytes:
+        """Return what of these bytes is to go to the client: nothing of a head that is not whole."""
+        if self.status or self.raw:
+            return self.cut(octets)
+        self.head, passed = self.head + octets, b""
+        while self.head and not self.status:
+            end = self.head.find(b"\r\n\r\n") + 4
+            found = match_status_line(self.head)
+            if end < 4 and len(self.head) <= MAX_HEAD and (found or len(self.head) < 16):
+                break
+            if end < 4 or not found:
+                self.fault = "the handler's answer has no head to be read"
+                return passed + self.give_up()
+            head, self.head, status = self.head[:end], self.head[end:], int(found.group(2))
+            if status >= 200 or status == 101:
+                rest, self.head, self.status = self.head, b"", status
+                passed += self.complete(head, found.group(1) == b"1") + self.cut(rest)
+            # 100 Continue and its like: another follows. Who has sent its body has been told so.
+            elif status != 100 or not self.request.is_read:
+                passed += head
+        return passed
+
+    def give_up(self) -> bytes:
+        """Return what was held back; from now on nothing is."""
+        head, self.head, self.raw = self.head, b"", bool(self.head) or self.raw
+        return head
+
+    def complete(self, head: bytes, is_new: bool) -> bytes:
+        """Return the head with what verdict and connection have to say; find the answer's end."""
+        length, status, request = find_length(head), self.status, self.request
+        self.upgraded = status == 101 or request.method == "CONNECT" and status < 300
+        if self.upgraded:
+            return head
+        if request.method == "HEAD" or status in NO_CONTENT:
+            self.left = 0
+        elif is_chunked(head):
+            self.chunks = Body(-1, True)
+        else:
+            self.left = int(length.group(1)) if length else None
+        ends = self.left is not None or self.chunks is not None
+        says_so = bool(says_close(head))
+        self.closes = self.closes or says_so or not (is_new and ends)
+        fields = field_lines(request.verdict.fields) + CLOSE * (self.closes and not says_so)
+        line = head.find(b"\r\n") + 2
+        return head[:line] + fields.encode("latin-1", "replace") + head[line:]
+
+    def cut(self, octets: bytes) -> bytes:
+        """Return bytes of the answer's body, without those that nobody has announced."""
+        if self.left is not None:
+            if len(octets) > self.left:
+                self.fault = "the handler sent more than it announced"
+            octets = octets[:self.left]
+            self.left -= len(octets)
+        elif self.chunks is not None and octets:
+            try:
+                self.chunks.feed(octets)
+            except BadRequest as error:
+                self.fault, self.chunks = f"the handler sent a malformed {error}", None
+        self.size += len(octets)
+        return octets
+
+    def is_complete(self) -> bool:
+        """Return whether the answer has ended, where it said that it would."""
+        return bool(self.status) and (self.left == 0 or self.chunks is not None and self.chunks.done)
+
+
 class HandlerSocket:
     """What a handler takes for the client's socket.
 
     Reading gives the head, the body as it came, and then its end.  Writing goes to the client.
 
-    Instance variables for the server: verdict; status and size of the answer; fault: why the
-    connection cannot be used again; nonsense: what was wrong with the body; gone: the client.
+    Instance variables for the server: verdict; answer, as far as it could be followed; nonsense,
+    what was wrong with the body; gone, the client; is_shut, bypassed, failed: what became of it.
     """
 
     def __init__(self, connection: Connection, octets: bytes, request: Request, body: Body) -> None:
-        self.connection, self.request, self.body = connection, request, body
-        self.verdict = request.verdict
+        self.connection, self.body, self.verdict = connection, body, request.verdict
         self.pending = octets                   # for the handler to read
-        self.head = b""                         # of the answer, until it is whole
-        self.left: Optional[int] = None         # bytes of the answer still to come; None: all
-        self.chunks: Optional[Body] = None      # of an answer that comes in chunks
-        self.status = self.size = 0
-        self.fault = ""
+        self.answer = Follower(request, connection.server.draining)
         self.nonsense: Optional[BadRequest] = None
-        self.gone = False
-        self.upgraded = self.is_shut = False    # another protocol; the handler has closed it
-        self.bypassed = self.closes = False     # others may write to it; it ends with this answer
-        self.raw = False                        # what is written is not read along
+        # The client has left; the handler has closed it, has handed it out, has raised.
+        self.gone = self.is_shut = self.bypassed = self.failed = False
         self.timeout: Optional[float] = None    # as the handler wants it
         self.patience = PACE_SECONDS            # for bytes of the body
         self._io_refs, self._closed = 0, False  # for makefile()
@@ -4056,8 +4139,7 @@ class HandlerSocket:
     def close(self) -> None:
         """Close it as socket.close does: when the last file made of it is closed."""
         self._closed = True
-        if self._io_refs <= 0:
-            self.is_shut = True
+        self.is_shut = self.is_shut or self._io_refs <= 0
 
     def shutdown(self, how: int) -> None:
         """End one direction, or both; the client sees it when the handler returns."""
@@ -4067,10 +4149,6 @@ class HandlerSocket:
         """Set how long a handler wants to wait; we do not wait longer than PACE_SECONDS."""
         self.timeout = seconds
 
-    def gettimeout(self) -> Optional[float]:
-        """Return that."""
-        return self.timeout
-
     def setblocking(self, blocking: bool) -> None:
         """Set whether it wants to wait at all."""
         self.timeout = None if blocking else 0.0
@@ -4078,22 +4156,10 @@ class HandlerSocket:
     def __getattr__(self, name: str) -> Any:
         """Return what the real socket has; what could carry bytes past us is the last we know."""
         if name not in ("family", "type", "proto", "getsockname", "getpeername", "getsockopt",
-                        "setsockopt", "cipher", "version", "getpeercert", "context",
-                        "selected_alpn_protocol"):
-            self.hand_out()
+                        "setsockopt", "cipher", "version", "getpeercert", "context", "gettimeout"):
+            self.bypassed = True
+            self.put(self.answer.give_up())
         return getattr(self.connection.socket, name)
-
-    def hand_out(self) -> None:
-        """Have everything sent that is ours to send: from now on others may write."""
-        self.bypassed = True
-        if self.head:
-            head, self.head, self.raw = self.head, b"", True
-            self.put(head)
-
-    def fileno(self) -> int:
-        """Return the descriptor, for a child process to write to."""
-        self.hand_out()
-        return int(self.connection.socket.fileno())
 
     # -- reading
 
@@ -4103,10 +4169,10 @@ class HandlerSocket:
         That comes with the answer's, if not before: http.server would read on, and take a body
         that the handler did not want for the next request.
         """
-        if not self.pending and self.body.taken and not self.is_answered():
-            self.pending, self.body.taken = self.body.taken, b""
-        elif not self.pending and (self.upgraded or not self.body.done and not self.is_answered()):
-            self.pending = self.receive()
+        if not self.pending and self.answer.upgraded:
+            self.pending = self.receive(None)
+        elif not self.pending and not self.answer.is_complete():
+            self.pending, self.body.taken = self.body.taken or self.receive_body(), b""
         piece, rest = self.pending[:size], self.pending[size:]
         if not flags & socket.MSG_PEEK:
             self.pending = rest
@@ -4119,29 +4185,33 @@ class HandlerSocket:
         view[:len(piece)] = piece
         return len(piece)
 
-    def receive(self) -> bytes:
-        """Return what comes next from the client; as it came, chunks and all."""
-        connection, start = self.connection, time.monotonic()
-        octets = connection.take_buffer()
+    def receive(self, patience: Optional[float]) -> bytes:
+        """Return what comes next from the client."""
+        octets = self.connection.take_buffer()
         if not octets:
-            self.set_timeout(None if self.upgraded else self.patience)
-            octets = connection.socket.recv(IN_MEMORY)
-        if self.upgraded:
-            return octets
+            self.set_timeout(patience)
+            octets = self.connection.socket.recv(IN_MEMORY)
+        return octets
+
+    def receive_body(self) -> bytes:
+        """Return what comes next of the body; as it came, chunks and all."""
+        if self.body.done:
+            return b""
+        start, octets = time.monotonic(), self.receive(self.patience)
         self.patience += len(octets) * PACE_SECONDS / IN_MEMORY - (time.monotonic() - start)
         self.patience = min(self.patience, PACE_SECONDS)
         try:
             self.body.feed(octets)
-        except BadRequest as error:
+        except BadRequest as error:             # what came before it must not pass for all
             self.nonsense = error
-        self.gone = not octets
-        if self.gone or self.nonsense:      # nothing more can be read
-            self.body.done, self.body.rest = True, bytearray()
-            if self.nonsense:               # ... and what came before it must not pass for all
-                raise ConnectionAbortedError(errno.ECONNABORTED, str(self.nonsense))
-            return b""
-        connection.buffer = self.body.take_rest() if self.body.done else b""
-        return octets[:len(octets) - len(connection.buffer)]
+            raise ConnectionAbortedError(errno.ECONNABORTED, str(error))
+        finally:
+            self.gone = not octets
+            if self.gone or self.nonsense:      # nothing more can be read
+                self.body.done, self.body.rest = True, bytearray()
+        rest = self.body.take_rest() if self.body.done else b""
+        self.connection.buffer = rest
+        return octets[:len(octets) - len(rest)]
 
     def set_timeout(self, seconds: Optional[float]) -> None:
         """Have the real socket wait for so long, or less if the handler wants it so."""
@@ -4152,14 +4222,10 @@ class HandlerSocket:
 
     def send(self, data: Any, flags: int = 0) -> int:
         """Send all of it: who writes here waits for the client anyway."""
-        octets = bytes(data)
         if self.is_shut:
             raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
-        if self.status or self.raw:
-            self.pass_on(octets)
-        else:
-            self.head += octets
-            self.read_head()
+        octets = bytes(data)
+        self.put(self.answer.take(octets))
         return len(octets)
 
     def sendall(self, data: Any, flags: int = 0) -> None:
@@ -4169,66 +4235,7 @@ class HandlerSocket:
     def sendfile(self, file: Any, offset: int = 0, count: Optional[int] = None) -> int:
         """Send a file, or a part of it.  See: socket.socket.sendfile."""
         file.seek(offset)
-        octets = file.read(-1 if count is None else count)
-        return self.send(octets)
-
-    def read_head(self) -> None:
-        """Read the head of the answer along, once it is whole."""
-        while self.head and not self.status:
-            end = self.head.find(b"\r\n\r\n") + 4
-            found = match_status_line(self.head)
-            if end < 4 and len(self.head) <= MAX_HEAD and (found or len(self.head) < 16):
-                return
-            head, self.head = self.head[:end], self.head[end:]
-            if end < 4 or not found:
-                self.fault, self.head = "the handler's answer has no head to be read", head + self.head
-                self.hand_out()
-                return
-            status = int(found.group(2))
-            if status < 200 and status != 101:      # 100 Continue and its like: another follows
-                # Who has sent its body, for auth-int, has been told so.
-                self.put(head if status != 100 or not self.body.taken else b"")
-                continue
-            rest, self.head, self.status = self.head, b"", status
-            self.put(self.complete(head, found.group(1) == b"1"))
-            self.pass_on(rest)
-
-    def complete(self, head: bytes, is_new: bool) -> bytes:
-        """Return the head with what verdict and connection have to say; find the answer's end."""
-        request, server = self.request, self.connection.server
-        length, status = find_length(head), self.status
-        self.upgraded = status == 101 or request.method == "CONNECT" and status < 300
-        if self.upgraded:
-            return head
-        if request.method == "HEAD" or status in (204, 304):
-            self.left = 0
-        elif is_chunked(head):
-            self.chunks = Body(0, True)
-        else:
-            self.left = int(length.group(1)) if length else None
-        ends = self.left is not None or self.chunks is not None
-        fields = "".join([f"{name}: {value}\r\n" for name, value in self.verdict.fields])
-        if not (is_new and request.minor and ends and request.fields.keep_alive
-                and not server.draining and not says_close(head)):
-            self.closes = True
-            fields += "" if says_close(head) else "Connection: close\r\n"
-        line = head.find(b"\r\n") + 2
-        return head[:line] + fields.encode("latin-1", "replace") + head[line:]
-
-    def pass_on(self, octets: bytes) -> None:
-        """Send bytes of the answer's body; not those that nobody has announced."""
-        if self.left is not None and len(octets) > self.left:
-            self.fault = self.fault or "the handler sent more than it announced"
-            octets = octets[:self.left]
-        if self.left is not None:
-            self.left -= len(octets)
-        elif self.chunks is not None and octets:
-            try:
-                self.chunks.feed(octets)
-            except BadRequest as error:
-                self.fault, self.chunks = f"the handler sent a malformed {error}", None
-        self.put(octets)
-        self.size += len(octets)
+        return self.send(file.read(-1 if count is None else count))
 
     def put(self, octets: bytes) -> None:
         """Send bytes at the client's pace, if that is not too slow."""
@@ -4239,41 +4246,37 @@ class HandlerSocket:
                 self.connection.socket.sendall(view[start:start + IN_MEMORY])
         except OSError:
             self.gone = True            # or as good as gone: it does not read
-            with contextlib.suppress(OSError):
-                self.connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
             raise
 
     # -- its whole life, in a thread
 
     def __call__(self) -> None:
         """Run the handler, however long it takes."""
-        server, connection = self.connection.server, self.connection
+        server, connection, answer = self.connection.server, self.connection, self.answer
         try:
             output, connection.output = connection.output, b""
             self.put(output)            # what earlier requests are still owed
             server.finish_request(self, connection.address)     # type: ignore[arg-type]
         except BaseException:           # SystemExit, too: the loop goes on without this thread
-            self.closes = True
+            self.failed = True
             if not self.gone and not self.nonsense:
                 server.handle_error(self, connection.address)
-        if self.head:                   # what looked like the beginning of an answer
+        if answer.head:                 # what looked like the beginning of an answer
             with contextlib.suppress(OSError):
-                self.hand_out()
-        if not self.gone and (self.left or self.chunks is not None and not self.chunks.done):
-            self.fault = self.fault or "the handler sent less than it announced"
-
-    def is_answered(self) -> bool:
-        """Return whether the answer is complete, as far as it said when it would be."""
-        return bool(self.status) and (self.left == 0 or self.chunks is not None and self.chunks.done)
+                self.put(answer.give_up())
+        if not self.gone and (answer.left or answer.chunks is not None and not answer.chunks.done):
+            answer.fault = answer.fault or "the handler sent less than it announced"
 
     def is_silent(self) -> bool:
-        """Return whether certainly nothing has been answered."""
-        return not (self.status or self.raw or self.bypassed)
+        """Return whether nothing has been answered, and somebody is there to be told."""
+        answer = self.answer
+        return not (answer.status or answer.raw or self.bypassed or self.gone or self.is_shut)
 
     def ends_connection(self) -> bool:
         """Return whether nobody knows, or everybody, that this answer was the last one here."""
-        return bool(self.fault or self.nonsense or self.gone or self.closes or self.is_shut
-                    or self.bypassed or self.upgraded)
+        answer = self.answer
+        return bool(answer.fault or answer.closes or answer.upgraded or self.nonsense or self.gone
+                    or self.failed or self.is_shut or self.bypassed)
 
 
 def find_attribute(handler_class: Any, name: str) -> Any:
@@ -4949,9 +4952,14 @@ def make_page(options: argparse.Namespace, path: str) -> Page:
 def bind(options: argparse.Namespace) -> AuthServer:
     """Open sockets and files, with full privileges; return the server that will use them."""
     proxies = TrustedProxies(options.trusted_proxy)
-    for prefix in options.public + ([options.forward_auth] if options.forward_auth else []):
-        if not prefix.startswith("/"):
-            raise Refusal(f"unable to use path {prefix}: it does not begin with /")
+    public = [os.fsencode(prefix).decode("latin-1") for prefix in options.public]
+    for prefix, said in zip(public, options.public):
+        if not prefix.startswith("/") or not is_public([prefix], urllib.parse.quote(
+                prefix, encoding="latin-1")):
+            raise Refusal(f"unable to make {said} public: no path, as it is once decoded, "
+                          f"begins with it")
+    if options.forward_auth and not options.forward_auth.startswith("/"):
+        raise Refusal(f"unable to answer at {options.forward_auth}: it does not begin with /")
     path, first = find_passwords(options)
     try:
         page = make_page(options, path)
@@ -4962,7 +4970,7 @@ def bind(options: argparse.Namespace) -> AuthServer:
         algorithms = parse_choice(options.algorithms, CANONICAL.values())
         read = functools.partial(read_passwords, path, options.realm, schemes, algorithms)
         server = AuthServer(None, page, True, make_authenticator(options, read(), schemes),
-                            listeners, options.public, options.stream_threads)
+                            listeners, public, options.stream_threads)
     # BaseException: Ctrl-C must not leave a file whose password nobody has seen.
     except BaseException:
         if first:
