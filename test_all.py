@@ -4120,105 +4120,6 @@ sys.exit(authserver.main(sys.argv[1:]))''')
                 self.assertIn(got, (status, 404) if status == 200 else (status, 400, 404))
 
 
-@needs("openssl")
-class HttpTls(SharedBoxTest):
-    """--tls-cert: the same over HTTPS, and nothing in clear"""
-    at: str
-
-    @classmethod
-    def set_up(cls) -> None:
-        cls.box.make("tree")
-        cls.box.write("tree/file", "0123456789" * 200000)
-        pem, passwords = make_certificate(cls.box), cls.box.write("users", "jim:plain:secret\n", 0o600)
-        path = cls.box.write("tls.py", PRELUDE + "authserver.WAITS.update(handshake=1, first=5)\n"
-                             "sys.exit(authserver.main(sys.argv[1:]))")
-        cls.at = cls.box.launch(sys.executable, path, "--bind", "127.0.0.1:0", "--passwords", passwords,
-                                "--tls-cert", pem, "--root", cls.box.path("tree"))
-
-    def secure(self, address: str = "") -> Any:
-        """Return a connection that has shaken hands."""
-        return trusting().wrap_socket(Wire(address or self.at))
-
-    def hear(self, sock: Any) -> bytes:
-        """Return all that comes, to a close that is announced."""
-        return b"".join(iter(lambda: sock.recv(65536), b""))
-
-    def test_requests_in_records_of_any_size(self) -> None:
-        """Three requests in one record, one request in many, the answers in order; the end is announced."""
-        with self.secure() as sock:
-            sock.sendall(head("/file", "HEAD") * 2 + head("/file", "HEAD", ""))
-            for octet in head("/none", "GET", JIM, CLOSE):
-                sock.sendall(bytes([octet]))
-            said = self.hear(sock)
-        self.assertEqual(statuses(said), [200, 200, 401, 404])
-        self.assertEqual(said.count(b"WWW-Authenticate: Basic"), 1)
-
-    def test_a_file_arrives_whole(self) -> None:
-        """2 MB, encrypted in pieces, to a reader that is slow to begin."""
-        with self.secure() as sock:
-            sock.sendall(head("/file", "GET", JIM, CLOSE))
-            with self.secure() as other:
-                other.sendall(head("/none", "GET", JIM, CLOSE))
-                self.assertEqual(statuses(self.hear(other)), [404])
-            self.assertEqual(self.hear(sock).partition(b"\r\n\r\n")[2], b"0123456789" * 200000)
-
-    def test_what_is_no_tls(self) -> None:
-        """Plain HTTP is told so, once; half a handshake, or none, has an end; nobody else waits."""
-        said = talk(self.at, head("/file"))
-        self.assertEqual(statuses(said), [400])
-        self.assertIn(b"https://", said)
-        for data in (b"", b"\x16\x03\x01\x02", b"\x16\x03\x01\x00\x05hello"):
-            with self.subTest(data), Wire(self.at) as wire:
-                wire.sendall(data)
-                with self.secure() as sock:
-                    sock.sendall(head("/file", "HEAD", JIM, CLOSE))
-                    self.assertEqual(statuses(self.hear(sock)), [200])
-                self.assertNotIn(b"HTTP", wire.hear())
-        self.assertEqual(read(self.box.output).count("plain HTTP, where HTTPS is spoken"), 1)
-
-    def test_old_protocols_are_off(self) -> None:
-        """TLS 1.0 and 1.1 are refused; 1.2 and 1.3 are not."""
-        for name in ("TLSv1", "TLSv1_1", "TLSv1_2", "TLSv1_3"):
-            with self.subTest(name):
-                if not hasattr(ssl, "TLSVersion"):
-                    self.skipTest("needs Python 3.7")
-                context = trusting()
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # that they are old
-                    context.minimum_version = context.maximum_version = getattr(ssl.TLSVersion, name)
-                with Wire(self.at) as wire, contextlib.ExitStack() as stack:
-                    if name in ("TLSv1", "TLSv1_1"):
-                        stack.enter_context(self.assertRaises(OSError))
-                    context.wrap_socket(wire).close()
-
-    def test_a_renewed_certificate_is_taken(self) -> None:
-        """reload() serves the new one, and keeps the old when the new is broken; mistakes are named."""
-        pem, key = make_certificate(self.box, "own"), make_certificate(self.box, "key")
-        passwords = self.box.write("users", "jim:plain:secret\n", 0o600)
-        options = contract(["--bind", "127.0.0.1:0", "--passwords", passwords, "--tls-cert", pem])
-
-        def fingerprint(server: Any) -> str:
-            with serving(server) as at, self.secure(at) as sock:
-                return hashed("SHA-256", sock.getpeercert(True))
-        before, broken, renewed = (authserver.bind(options) for _ in range(3))
-        self.box.write("own", "-----BEGIN", 0o600)
-        self.assertRaises(Refusal, broken.reload)
-        make_certificate(self.box, "own")
-        renewed.reload()
-        prints = [fingerprint(server) for server in (before, broken, renewed)]
-        self.assertEqual((prints[0] == prints[1], prints[0] == prints[2]), (True, False))
-        for arguments, said in ((["--tls-cert", pem, "--tls-key", key], "the key is not the certificate's"),
-                                (["--tls-cert", passwords], "unable to use certificate"),
-                                (["--tls-cert", self.box.path("none")], "No such file"),
-                                (["--tls-key", key], "tls-cert")):
-            with self.subTest(said):
-                argv = [sys.executable, AUTHSERVER, "--passwords", passwords] + arguments
-                self.assertRegex(run(argv, None).err, said)
-        os.chmod(pem, 0o644)
-        argv = [sys.executable, AUTHSERVER, "--passwords", passwords, "--tls-cert", pem]
-        self.assertRegex(run(argv, 2).err, "everybody may read it\ntry: chmod 600")
-
-
 def contract(words: Sequence[str], **more: Any) -> Any:
     """Return what daemonize.py gives to bind(): the application's options, and those of the contract."""
     parser = argparse.ArgumentParser()
@@ -4227,67 +4128,6 @@ def contract(words: Sequence[str], **more: Any) -> Any:
     vars(options).update(dict(action="start", name="x", sockets=[], legacy=None, uid=None, gid=None, config_prefix="",
                               may_create=False, chroot=None, workers=None), **more)
     return options
-
-
-class HttpForwardAuth(HttpTest):
-    """--forward-auth answers what a proxy asks: may this request pass?"""
-    options = ["--forward-auth", "/auth", "--trusted-proxy", "127.0.0.1", "--max-failures", "3/60"]
-
-    def ask(self, auth: str = JIM, *fields: str, path: str = "/auth", source: str = "") -> Answer:
-        """Ask as a proxy does."""
-        with Wire(self.at, source=source) as wire:
-            return wire.ask(path, "GET", auth, *fields)
-
-    def test_says_who_may_pass(self) -> None:
-        """nginx's and Traefik's fields, Envoy's path; a Digest proof is for the request that is asked about."""
-        client = Digest(self.ask("", "X-Forwarded-Method: PUT", "X-Forwarded-Uri: /x").field("www-authenticate") or "")
-        nginx, traefik = ["X-Original-Method: PUT", "X-Original-URI: /x"], ["X-Forwarded-Method: PUT", "X-Forwarded-Uri: /x"]
-        for auth, fields, want in (
-                (JIM, nginx, 200), (JIM, traefik, 200), (WRONG, nginx, 401), ("", nginx, 401), (JIM, nginx + traefik, 200),
-                (client.field(method="PUT"), nginx, 200), (client.field(method="GET"), nginx, 401),
-                (client.field(method="PUT"), ["X-Original-Method: PUT", "X-Original-URI: /y"], 403),
-                (JIM, [], 403), (JIM, nginx[:1], 403), (JIM, nginx + ["X-Forwarded-Uri: /y"], 403),
-                (JIM, nginx + ["X-Original-URI: /y"], 403), ("Basic !", nginx, 403)):
-            with self.subTest(str(fields), auth=auth[:12], want=want):
-                answer = self.ask(auth, *fields, "X-Forwarded-For: 192.0.2.1")
-                self.assertEqual((answer.status, answer.field("Remote-User")), (want, "jim" if want == 200 else None))
-        self.assertEqual(self.ask(JIM, path="/auth/x?y", source="127.0.0.1").status, 200)
-
-    def test_believes_trusted_proxies_only(self) -> None:
-        """403 for others, whatever they know; a lock-out is 403 and hits the client that the proxy names."""
-        fields = ["X-Original-Method: GET", "X-Original-URI: /x", "X-Forwarded-For: 192.0.2.9"]
-        self.assertEqual(self.ask(JIM, *fields, source="127.0.0.2").status, 403)
-        said = [self.ask(auth, *fields).status for auth in (WRONG, WRONG, WRONG, JIM)]
-        self.assertEqual(said, [401, 401, 401, 403])
-        self.assertEqual(self.ask(JIM, *fields[:2], "X-Forwarded-For: 192.0.2.8").status, 200)
-        self.assertEqual(request(self.at, "/example/foo").status, 200)
-
-    @needs("nginx")
-    def test_behind_nginx(self) -> None:
-        """auth_request: curl by Basic and Digest gets the file that nginx has, with query and blank; else 401."""
-        port, folder = free_port(), tempfile.mkdtemp(dir=TEMP)
-        self.addCleanup(shutil.rmtree, folder)
-        os.chmod(folder, 0o755)
-        with open(folder + "/a b", "w") as file:
-            file.write("the file")
-        config = """daemon off; pid %(f)s/pid; error_log %(f)s/error; events {} http { access_log off;
-client_body_temp_path %(f)s/1; proxy_temp_path %(f)s/2; fastcgi_temp_path %(f)s/3; uwsgi_temp_path %(f)s/4;
-scgi_temp_path %(f)s/5; server { listen 127.0.0.1:%(p)d; root %(f)s; auth_request /auth;
-location = /auth { internal; proxy_pass http://%(a)s; proxy_pass_request_body off; proxy_set_header Content-Length "";
-proxy_set_header X-Original-Method $request_method; proxy_set_header X-Original-URI $request_uri;
-proxy_set_header X-Forwarded-For $remote_addr; } } }""" % {"f": folder, "p": port, "a": self.at}
-        with open(folder + "/conf", "w") as file:
-            file.write(config)
-        server = self.box.spawn("nginx", "-c", folder + "/conf")
-        until(lambda: not reach("127.0.0.1:%d" % port), "nginx")
-        at = "127.0.0.1:%d" % port
-        for auth, want in ((JIM, 200), (WRONG, 401), ("", 401)):
-            self.assertEqual(request(at, "/a%20b?c", "GET", auth).status, want)
-        challenge = request(at, "/a%20b?c", "GET", "").field("www-authenticate") or ""
-        client = Digest(challenge, uri="/a%20b?c")
-        self.assertEqual([request(at, "/a%20b?c", "GET", field).status for field in [client.field()] * 2], [200, 401])
-        server.terminate()
-        server.wait()
 
 
 class HttpRoot(HttpTest):
@@ -4491,7 +4331,7 @@ class RealClients(HttpTest):
         self.assertRegex(said, r"Failregex: 3 total")
 
 
-class Hosts(BoxTest):
+class RealHosts(BoxTest):
     """protect_wsgi() under the WSGI servers that people use, with several processes and no option"""
 
     HOSTS = {"gunicorn": "-m gunicorn -w 4 -b ADDRESS --log-level error app",
@@ -7854,7 +7694,7 @@ class Bench:
         """Measure start to first answer, a daemon's memory, and status of nothing."""
         port, began = free_port(), time.monotonic()
         at = "127.0.0.1:%d" % port
-        self.box.start("--bind", at, "--workers", "1", "--passwords", self.passwords)
+        self.box.start("--bind", at, "--workers", "1", "--realm", BENCH_REALM, "--passwords", self.passwords)
         request(at, "/", "GET", "")
         self.note("start to first answer, ms", "", "daemonize", 1e3 * (time.monotonic() - began), 0.0,
                   memory(self.box.pid()))
