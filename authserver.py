@@ -175,8 +175,8 @@ TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 QDTEXT = r'[^"\\\x00-\x08\x0a-\x1f\x7f]*'
 QUOTED_STRING = rf'"({QDTEXT}(?:\\[\t\x20-\x7e\x80-\xff]{QDTEXT})*)"'
 # RFC 9110 section 11.2: auth-param = token BWS "=" BWS ( token / quoted-string )
-split_params = re.compile(
-    rf'[ \t,]*({TOKEN})[ \t]*=[ \t]*(?:({TOKEN})|{QUOTED_STRING})[ \t]*(?:,|\Z)').split
+match_param = re.compile(
+    rf'[ \t,]*({TOKEN})[ \t]*=[ \t]*(?:({TOKEN})|{QUOTED_STRING})[ \t]*(?:,|\Z)').match
 is_token = re.compile(TOKEN).fullmatch
 # RFC 9110 section 11.2: token68 = 1*( ALPHA / DIGIT / "-" / "." / "_" / "~" / "+" / "/" ) *"="
 is_token68 = re.compile(r"[A-Za-z0-9\-._~+/]+=*").fullmatch
@@ -223,14 +223,14 @@ def parse_authorization(value: str) -> Tuple[str, str, Dict[str, str]]:
         return scheme.lower(), rest, {}
     params: Dict[str, str] = {}
     # Commas at the end are empty elements, and those are no error: RFC 9110 section 5.6.1.2.
-    # What lies between the matches must be nothing: split() gives it, and each match's three groups.
-    parts = split_params(rest.rstrip(" \t,"))
-    if "".join(parts[::4]):
-        raise Malformed("parameter syntax")
-    params = dict(zip(map(str.lower, parts[1::4]),
-                      [token or quoted or "" for token, quoted in zip(parts[2::4], parts[3::4])]))
-    if len(params) < len(parts) // 4:
-        raise Malformed("a parameter twice")
+    position, end = 0, len(rest.rstrip(" \t,"))
+    # Match by match, each where the last one ended: to search would try each blank of thousands.
+    while position < end:
+        match = match_param(rest, position)
+        if match is None or match.group(1).lower() in params:
+            raise Malformed("parameter syntax" if match is None else "a parameter twice")
+        params[match.group(1).lower()] = match.group(2) or match.group(3) or ""
+        position = match.end()
     return scheme.lower(), "", params
 
 
@@ -2283,27 +2283,17 @@ def log_name(username: Optional[str]) -> str:
     return urllib.parse.quote(username, "!$&'()*+,/:;=?@", errors="replace")
 
 
-def is_public(prefixes: Sequence[str], path: str) -> bool:
+def is_public(prefixes: Sequence[bytes], path: str) -> bool:
     """Return whether a path lies below one of these prefixes, whoever reads it.
 
-    Decoded once, as a page does. A path of which two readers could think differently (a dot
-    segment, an empty one, an encoded slash, a backslash) is below none of them.
-
-    The prefixes are paths of bytes, as text by Latin-1.
-
-    >>> [is_public(["/pub"], path) for path in ("/pub/a?b", "/pub", "/public", "/pub/%2e%2e/a")]
+    >>> [is_public([b"/pub"], path) for path in ("/pub/a?b", "/pub", "/public", "/pub/%2e%2e/a")]
     [True, True, False, False]
     """
     if not prefixes:
         return False
-    names = path.partition("?")[0].split("/")
-    decoded = [urllib.parse.unquote(name, "latin-1") for name in names]
-    if not {"", ".", ".."}.isdisjoint(decoded[1:-1]) or decoded[-1] in (".", ".."):
-        return False
-    plain = "/".join(decoded)
-    if plain.count("/") != len(names) - 1 or "\\" in plain or "\0" in plain:
-        return False
-    return any((plain + "/").startswith(prefix.rstrip("/") + "/") for prefix in prefixes)
+    decoded = decode_path(path)
+    return b"\\" not in decoded and any((decoded + b"/").startswith(prefix.rstrip(b"/") + b"/")
+                                        for prefix in prefixes)
 
 
 # -- 9. One connection --------------------------------------------------------
@@ -2680,6 +2670,7 @@ class Connection(Channel):
                 return Verdict(403, reason="forward-auth: no --trusted-proxy, or not one method "
                                            "and one URI")
             request.method, request.target = asked
+            request.line = escape(f"{asked[0]} {asked[1]} HTTP/1.{request.minor}")
         elif authenticator is None or is_public(server.public, request.path):
             return PUBLIC
         if authenticator is None or len(request.authorization) != 1 or (
@@ -3021,6 +3012,7 @@ class Loop:
 
     def open(self) -> None:
         """Begin to wait for whatever may happen."""
+        self.calls.clear()          # what was asked for while nobody listened, the flags say as well
         self.limit = max(BATCH, min(MAX_CONNECTIONS, raise_file_limit() - SPARE_FILES))
         self.wake, self.waker = socket.socketpair()
         self.selector = selectors.DefaultSelector()     # an epoll must not be shared by a fork
@@ -3042,16 +3034,13 @@ class Loop:
         """Return whether to talk to a client at all."""
         return True
 
-    def turn(self, patience: float) -> None:
+    def turn(self, patience: Optional[float]) -> None:
         """Do what there is to do; where there is nothing, wait for something."""
         events = self.selector.select(0)
         self.look_at_clock()
         if not events and not self.later:
             self.rest()
-            # Without connections no deadline runs: sleep until something happens.
-            busy = self.connections or patience < 1
-            events = self.selector.select(PAUSE_SECONDS if self.paused_until else
-                                          patience if busy else None)
+            events = self.selector.select(PAUSE_SECONDS if self.paused_until else patience)
             self.look_at_clock()
         for key, mask in events:
             self.call(key.data, mask)
@@ -3220,7 +3209,7 @@ class AuthServer(Loop, http.server.HTTPServer):
 
     def __init__(self, server_address: Any, handler_class: Any, bind_and_activate: bool = True,
                  authenticator: Optional[Authenticator] = None,
-                 listeners: Sequence[Listener] = (), public: Sequence[str] = (),
+                 listeners: Sequence[Listener] = (), public: Sequence[bytes] = (),
                  stream_threads: int = STREAM_THREADS) -> None:
         for name in UNUSED_HOOKS:
             if getattr(type(self), name, None) is not getattr(http.server.HTTPServer, name, None):
@@ -3228,6 +3217,7 @@ class AuthServer(Loop, http.server.HTTPServer):
                                 f"has a loop and threads of its own")
         is_handler = isinstance(handler_class, (type, functools.partial))
         self.page: Optional[Page] = None if is_handler else handler_class
+        handler_class = only_once(handler_class) if is_handler else handler_class
         self.authenticator = authenticator or find_attribute(handler_class, "authenticator")
         self.proxies = find_attribute(handler_class, "proxies") or TrustedProxies()
         self.public, self.listeners = public, list(listeners)
@@ -3260,10 +3250,12 @@ class AuthServer(Loop, http.server.HTTPServer):
     def serve_forever(self, poll_interval: float = 1.0) -> None:
         """Serve until shutdown() or drain(), or until a signal handler raises."""
         self.begin()
+        is_busy = getattr(self.service_actions, "__func__") is not Loop.service_actions
         try:
             self.announce()
             while not self.stopping and not (self.draining and not self.connections):
-                self.turn(poll_interval)
+                # Without connections no deadline runs: sleep until something happens.
+                self.turn(poll_interval if self.connections or is_busy else None)
         finally:
             self.close()
             self.stopping = False
@@ -3289,6 +3281,8 @@ class AuthServer(Loop, http.server.HTTPServer):
     def begin(self) -> None:
         """Open the loop; for a program's own socket, which it may have wrapped for TLS."""
         self.stopped.clear()
+        # A folder: now, in the jail and as who serves it, or nobody would know that it cannot be.
+        getattr(self.page, "open", lambda: None)()
         if not self.listeners or self.socket not in self.sockets:
             context = getattr(self.socket, "context", None)
             schemes = self.authenticator.schemes if self.authenticator else ()
@@ -4127,6 +4121,7 @@ class HandlerSocket:
         self.gone = self.is_shut = self.bypassed = self.failed = False
         self.timeout: Optional[float] = None    # as the handler wants it
         self.patience = PACE_SECONDS            # for bytes of the body
+        self.is_parsed = False                  # the handler has seen the request
         self._io_refs, self._closed = 0, False  # for makefile()
 
     # http.server's streams are the socket module's own: these are all that they need.
@@ -4279,6 +4274,37 @@ class HandlerSocket:
                     or self.failed or self.is_shut or self.bypassed)
 
 
+class Once(http.server.BaseHTTPRequestHandler):
+    """What goes before every handler: one verdict is for one request.
+
+    http.server would go on to read where the first request ends. There is its body, if the
+    handler did not want it: written by who knows whom, and let in by the first one's password.
+    """
+
+    remote_user: Optional[str] = None
+
+    def parse_request(self) -> bool:
+        """Parse the first request, and end the connection, as far as we know it, at the second."""
+        sock: Any = self.request
+        if isinstance(sock, HandlerSocket):
+            if sock.is_parsed:
+                self.close_connection = True
+                return False
+            sock.is_parsed, self.remote_user = True, sock.verdict.username
+        return super().parse_request()
+
+
+def only_once(handler_class: Any) -> Any:
+    """Return a class of handlers with Once before it; also inside a functools.partial."""
+    if isinstance(handler_class, functools.partial):
+        return functools.partial(only_once(handler_class.func), *handler_class.args,
+                                 **handler_class.keywords)
+    is_http = issubclass(handler_class, http.server.BaseHTTPRequestHandler)
+    if not is_http or issubclass(handler_class, Once):
+        return handler_class
+    return type(handler_class.__name__, (Once, handler_class), {})
+
+
 def find_attribute(handler_class: Any, name: str) -> Any:
     """Return what protect() has put before a handler, also inside a functools.partial; or None."""
     while isinstance(handler_class, functools.partial):
@@ -4400,7 +4426,7 @@ class Gate:
         return verdict
 
 
-class Guard(http.server.BaseHTTPRequestHandler):
+class Guard(Once):
     """What protect() puts before a handler; on AuthServer, which has asked already, idle.
 
     For handlers: remote_user and auth_type, the user and the scheme.
@@ -4952,12 +4978,11 @@ def make_page(options: argparse.Namespace, path: str) -> Page:
 def bind(options: argparse.Namespace) -> AuthServer:
     """Open sockets and files, with full privileges; return the server that will use them."""
     proxies = TrustedProxies(options.trusted_proxy)
-    public = [os.fsencode(prefix).decode("latin-1") for prefix in options.public]
-    for prefix, said in zip(public, options.public):
-        if not prefix.startswith("/") or not is_public([prefix], urllib.parse.quote(
-                prefix, encoding="latin-1")):
-            raise Refusal(f"unable to make {said} public: no path, as it is once decoded, "
-                          f"begins with it")
+    public = [os.fsencode(prefix) for prefix in options.public]
+    for prefix in public:
+        if not is_public([prefix], urllib.parse.quote(prefix)):
+            raise Refusal(f"unable to make {os.fsdecode(prefix)} public: no path, as it is once "
+                          f"decoded, begins with it")
     if options.forward_auth and not options.forward_auth.startswith("/"):
         raise Refusal(f"unable to answer at {options.forward_auth}: it does not begin with /")
     path, first = find_passwords(options)
