@@ -3048,7 +3048,7 @@ class Loop:
 
     def close(self) -> None:
         """Write the log, end all connections."""
-        self.log.flush()
+        self.save()
         for connection in list(self.connections):
             connection.close()
         for closable in (self.selector, self.wake, self.waker):
@@ -3089,6 +3089,10 @@ class Loop:
         for connection in [item for item in self.connections
                            if item.deadline < self.clock and item not in self.later]:
             self.call(connection.expire)
+        self.save()
+
+    def save(self) -> None:
+        """Write the log, and count what has been answered."""
         self.log.flush()
         if self.answered > self.counted and self.authenticator:
             self.authenticator.table.add("requests", self.answered - self.counted)
@@ -3371,6 +3375,8 @@ class AuthServer(Loop, http.server.HTTPServer):
         waits = next(story, None) is not None
         story.close()
         line = client.output.partition(b"\r\n")[0].decode("latin-1")
+        if self.authenticator and line.startswith("HTTP/1.1 401"):
+            self.authenticator.table.add("challenges", -1)      # nobody was there
         if not waits and not re.match("HTTP/1.1 [1-4]", line):
             raise Refusal(f"unable to probe the server: it answered {escape(line)}")
 
