@@ -618,7 +618,7 @@ class SharedTable:
             if self._memory[:8] != LAYOUT:
                 offset = time.time() - time.monotonic()
                 HEADER.pack_into(self._memory, 0, LAYOUT, os.urandom(32), os.urandom(16),
-                                 os.urandom(4), offset, time.time() + CLOCK_SKEW)
+                                 os.urandom(4), offset, time.time())
         _, self.key, self._salt, *_ = HEADER.unpack_from(self._memory)
         self._buckets_of = functools.lru_cache(maxsize=1024)(self._find_buckets)
 
@@ -656,7 +656,7 @@ class SharedTable:
             layout, key, salt, issuers, offset, started = HEADER.unpack_from(self._memory)
             if abs(wall - time.monotonic() - offset) > CLOCK_SKEW:
                 HEADER.pack_into(self._memory, 0, layout, key, salt, os.urandom(4) + issuers[:28],
-                                 wall - time.monotonic(), wall + CLOCK_SKEW)
+                                 wall - time.monotonic(), wall)
                 self._memory[SLOTS:BUCKETS] = bytes(BUCKETS - SLOTS)
 
     # -- nonces
@@ -676,7 +676,8 @@ class SharedTable:
         """Return whether nobody here can know that this nonce has not been used.
 
         Another issuer with our key is ourselves in a former era, or another machine, whose
-        nonces count from when we began to watch: by its clock, which may be ahead of ours.
+        nonces count from when we began to watch. Where its clock is ahead of ours, one that was
+        used before that can pass once more: README says so.
         """
         issuers = self.issuers
         former = [issuers[i:i + 4] for i in range(4, 32, 4)]
@@ -3071,7 +3072,8 @@ class Loop:
         """Do what there is to do; where there is nothing, wait for something."""
         events = self.selector.select(0)
         self.look_at_clock()
-        if not events and not self.later:
+        is_busy = events or self.later
+        if not is_busy:
             self.rest()
             events = self.selector.select(PAUSE_SECONDS if self.paused_until else patience)
             self.look_at_clock()
@@ -3081,7 +3083,7 @@ class Loop:
         for connection in list(self.later):
             del self.later[connection]
             self.call(connection.advance)
-        if self.clock - self.rested > 1:
+        if is_busy and self.clock - self.rested > 1:
             self.rest()
         self.service_actions()
 
