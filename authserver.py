@@ -1888,7 +1888,7 @@ class Known(NamedTuple):
 
 
 def cut_holes(block: bytes) -> Tuple[List[bytes], List[int], List[str]]:
-    """Return what lies round the holes in Digest credentials, in which order they come, what fills them.
+    """Return what lies round the holes in Digest credentials, their order, and what fills them.
 
     The holes are uri, cnonce, nc and response; order says which comes first, and so on. It is
     a guess at the syntax, and HeadReader has the strict parser see whether it is right.
@@ -1976,7 +1976,8 @@ def prove_guess(line: bytes, pieces: List[bytes], order: List[int],
     They are if the strict parser finds what they are filled with, whatever it is, and reads
     nothing else otherwise.
     """
-    others: Dict[str, Any] = dict(uri="/other", cnonce="another", nc="0000beef", response="f00d" * 8)
+    others: Dict[str, Any] = dict(uri="/other", cnonce="another", nc="0000beef",
+                                  response="f00d" * 8)
     fillings = [list(others.values())[number].encode("ascii") for number in order]
     head = line + pieces[0] + b"".join(map(b"".join, zip(fillings, pieces[1:])))
     with contextlib.suppress(BadRequest, Malformed):
@@ -2335,11 +2336,27 @@ def is_public(prefixes: Sequence[bytes], path: str) -> bool:
 #           answer()         read -> admit -> the page, or the handler -> finish -> skip
 #       flush()              one write for the answer; a file's part by sendfile(2)
 #
-# It reads one request at a time: the next one waits in the buffer, and its connection in
-# server.later, until other clients had their turn.
+# Why a generator? What a request waits for (a body, a slow hash, a handler) lies in the middle
+# of what is done for it. Callbacks would cut it there: this story was 25 hops once, over
+# three classes and two threads, and which came after which nobody could read anywhere. A
+# thread for each connection would keep it whole, and cost 230 us for a new connection and 10,000
+# threads for as many idle ones. A generator is a function that can wait without a thread.
+#
+# It answers one request at a time, and one in each turn of the loop: the next one waits in the
+# buffer, and its connection in server.later, until other clients had their turn. So nobody gets
+# more by pipelining, and answers leave in the order of the requests (RFC 9112 section 9.3.2).
 #
 # To be fair is to have a deadline for everything. WAITS has them, by what a connection waits
-# for; none is moved by a single byte, or a client could make one last for ever.
+# for; none is moved by a single byte, or a client could make one last for ever. A connection
+# is always in exactly one of these stages:
+#
+#     (handshake) -> first -> [head] -> [body] [thread] -> write -> [rest] -> idle -> [head] ...
+#                                                          or -> linger -> closed
+#
+# Two sides of a connection end apart. We say that nothing more will come (FIN) as soon as the
+# last answer has left; but a client that is still sending has not read it yet, and close(2) with
+# unread bytes would send a reset, on which its kernel throws the answer away. So who was refused
+# in the middle of an upload may linger for a while: it is read, and nothing is kept of it.
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 MORE, REST = "body", "rest"     # what a story yields when it waits for bytes; that is its stage
@@ -2382,7 +2399,7 @@ class Body:
 
     def feed(self, octets: bytes) -> bytes:
         """Take octets as they came, return what they mean."""
-        self.rest += octets
+        self.rest += octets         # a size may have come in two halves
         pieces: List[bytes] = []
         while not self.done and self.rest:
             if self.left:
@@ -2395,7 +2412,11 @@ class Body:
         return b"".join(pieces)
 
     def take_line(self) -> bool:
-        """Take the line that is due, if it is there: take_end, take_size or take_trailer."""
+        """Take the line that is due, if it is there: take_end, take_size or take_trailer.
+
+        Each of them says which comes next: the grammar of RFC 9112 section 7.1 as a machine of
+        three states.
+        """
         end = self.rest.find(b"\r\n")
         if end > MAX_LINE or end < 0 and len(self.rest) > MAX_LINE:
             raise BadRequest(400, "chunk line too long")
@@ -2447,6 +2468,11 @@ class Channel:
 
     For whoever talks: receive, wait; output and part, which flush() sends; hang_up, close.
     TLSConnection (11) overrides receive, send, send_part and shut.
+
+    Bytes go out in two forms: output, which lies in memory, and then part, which lies in a
+    file and never comes here, unless it has to be encrypted. While either waits for the client,
+    nothing is read from it (writes): a client that asks and does not take what it asked for
+    finds its own requests waiting, and not our memory filling.
     """
 
     # Of thousands nearly all are idle, so an idle one is small.
@@ -2505,7 +2531,11 @@ class Channel:
         return sent
 
     def flush(self) -> None:
-        """Send the output; what the client does not take now waits, and so do its requests."""
+        """Send the output; what the client does not take now waits, and so do its requests.
+
+        At first without asking whether the client is ready: nearly always it is, and then no
+        turn of the loop is needed. Only what is left over waits for the selector.
+        """
         sent = 0
         try:
             if self.output:
@@ -2531,7 +2561,11 @@ class Channel:
             self.server.later[self] = None          # what came meanwhile
 
     def wait_to_write(self, sent: int) -> None:
-        """Wait until the client takes more; who takes too little is cut off."""
+        """Wait until the client takes more; who takes too little is cut off.
+
+        The deadline moves by what was taken, so a slow line gets a large file in the end, and a
+        client that takes a byte now and then does not hold our memory for ever.
+        """
         if not self.writes:
             self.watch(True)
             self.wait("write")
@@ -2540,7 +2574,7 @@ class Channel:
                             self.server.clock + WAITS["write"])
 
     def watch(self, writes: bool) -> None:
-        """Wait for the moment to write, or to read."""
+        """Wait for the moment to write, or to read; never for both: an event means one thing."""
         self.writes = writes
         self.server.selector.modify(
             self.socket, selectors.EVENT_WRITE if writes else selectors.EVENT_READ, self.ready)
@@ -2593,6 +2627,9 @@ class Connection(Channel):
     """A connection as far as it is requests: the story of each, and its driver.
 
     For the loop: ready, advance, expire, close.
+
+    host is whom the log names, client whom a lock-out would hit. They are found once: what is
+    known of an address does not change while it is connected.
     """
 
     __slots__ = ("host", "client", "story")
@@ -2605,7 +2642,11 @@ class Connection(Channel):
             host_of(address))
 
     def ready(self, events: int) -> None:
-        """Send what waits, or else read what came; then work."""
+        """Send what waits, or else read what came; then work.
+
+        The end of what a client sends is looked at last: it may ask, say that it has no more
+        to ask, and read (`nc` does). While requests wait in the buffer nothing is read.
+        """
         if self.writes:
             self.flush()
         elif self not in self.server.later:     # else it has sent enough for now
@@ -2620,7 +2661,11 @@ class Connection(Channel):
         self.advance()
 
     def advance(self) -> None:
-        """Go on with the request at hand, or with the next one if its head is there."""
+        """Go on with the request at hand, or with the next one if its head is there.
+
+        Nothing is parsed before the empty line has come, so a head that comes byte by byte
+        costs a search per byte and no more; check_partial_head() bounds how long it may be.
+        """
         if self.story is not None:
             if self.stage != "thread" and not self.writes:
                 self.go_on()
@@ -2654,7 +2699,13 @@ class Connection(Channel):
     # -- the story of a request
 
     def answer(self, octets: bytes) -> Story:
-        """Answer the request whose head octets are: everything that happens to it, in order."""
+        """Answer the request whose head octets are: everything that happens to it, in order.
+
+        The order is the server's promise. Who it is comes before what it wants: a stranger does
+        not learn whether a page exists, which methods it has, or how large a body may be. The
+        answer comes before the rest of the body: what nobody wanted must not delay it. And
+        the body comes before the next request, for only its end says where that one begins.
+        """
         server, request, body = self.server, None, NO_BODY
         answer: Optional[Answer] = None
         try:
@@ -2686,7 +2737,12 @@ class Connection(Channel):
         yield from self.skip(body)
 
     def recall(self, request: Request) -> Optional[Verdict]:
-        """Find whose request it is; return the verdict where nothing has to be checked."""
+        """Find whose request it is; return the verdict where nothing has to be checked.
+
+        That is where everybody may come in, or where these very Basic credentials were found
+        right before: no generator has to be made for them. The lock-out is asked first, or a
+        right guess would show in spite of it.
+        """
         server, authenticator = self.server, self.server.authenticator
         request.now, request.host, request.client = server.wall, self.host, self.client
         request.time, request.schemes = server.now, self.listener.schemes
@@ -2714,7 +2770,11 @@ class Connection(Channel):
         return self.server.authenticator.judge(request)
 
     def read(self, request: Request, body: Body) -> Generator[Any, Any, bytes]:
-        """Return the whole of a body; one that the loop cannot hold is refused."""
+        """Return the whole of a body; one that the loop cannot hold is refused.
+
+        For qop=auth-int alone, where the proof is about the body. What was read stays in
+        body.taken, as it came: a handler has a right to read it as well.
+        """
         # If something has come after the head, the client is not waiting: RFC 9110 section 10.1.1.
         if request.fields.expects and not self.buffer:
             self.output += CONTINUE
@@ -2743,7 +2803,12 @@ class Connection(Channel):
 
     def host_handler(self, octets: bytes, request: Request,
                      body: Body) -> Generator[Any, Any, Optional[Answer]]:
-        """Have a handler answer, in a thread; return our own answer where it sent none."""
+        """Have a handler answer, in a thread; return our own answer where it sent none.
+
+        What the handler wrote has gone to the client already. All that is left to find out is
+        whether both sides know where it ended: only then may another request follow. To be
+        wrong here would hand the next client of a proxy the answer that this one was owed.
+        """
         sock = HandlerSocket(self, octets, request, body)
         yield sock
         if sock.answer.fault:
@@ -2759,7 +2824,12 @@ class Connection(Channel):
         return None
 
     def finish(self, request: Request, answer: Answer, body: Body) -> None:
-        """Put an answer into the output, and a line into the log."""
+        """Put an answer into the output, and a line into the log.
+
+        Head and body leave together. In two writes Nagle's algorithm would hold the second one
+        back until the client has acknowledged the first, and the client waits 40 ms with that:
+        http.server's default took 44 ms a request.
+        """
         fields, content = request.fields, answer.body
         size = content.length if isinstance(content, FilePart) else len(content)
         # What is large, or may be, nobody reads only to drop it; nor what waits for 100 Continue.
@@ -2805,7 +2875,12 @@ class Connection(Channel):
     # -- its driver
 
     def go_on(self, value: Any = None, error: Optional[BaseException] = None) -> None:
-        """Tell the story on, with what it waited for, until it ends or waits again."""
+        """Tell the story on, with what it waited for, until it ends or waits again.
+
+        A wish is a stage (more bytes, please), or a function for a thread. Each is granted by
+        calling this again: by advance() when bytes have come, by come_back() from the thread,
+        by expire() with an error when it took too long.
+        """
         story = self.story
         assert story is not None
         try:
@@ -2821,7 +2896,11 @@ class Connection(Channel):
             self.wait(wish)
 
     def lend(self, work: Callable[[], Any]) -> None:
-        """Lend the connection to a thread; the loop goes on with what work returns."""
+        """Lend the connection to a thread; the loop goes on with what work returns.
+
+        From here to come_back() the socket is the thread's. It is out of the selector, since
+        two readers of one socket would each get half of what comes.
+        """
         server = self.server
         pool = server.handlers if isinstance(work, HandlerSocket) else server.hashers
         if not pool.lend(functools.partial(self.do, work)):
@@ -2853,7 +2932,11 @@ class Connection(Channel):
             self.close()
 
     def expire(self) -> None:
-        """Close what took too long; who is in the middle of a request is told so."""
+        """Close what took too long; who is in the middle of a request is told so.
+
+        408 in the idle stage would be an answer to a question that nobody asked; some clients
+        take it for that of their next one.
+        """
         if self.stage not in ("head", MORE):
             (self.reset if self.writes else self.close)()
             return
@@ -2884,7 +2967,13 @@ class Connection(Channel):
 #         accept()   ... a new connection
 #         make_calls()   what other threads want done here: come_back(), drain(), release()
 #
-# The log is written when there is nothing else to do, or once a second.
+# Why not more threads, for more CPUs? They would share one interpreter, and with it one lock;
+# processes do not. daemonize.py forks several workers, each with a loop of its own, and they
+# accept from the same sockets: the kernel gives each connection to whoever asks first.
+#
+# What is done in a turn is done for somebody who waits. What nobody waits for (the log, the
+# counters, to look for who is overdue) is put off until a turn has nothing else to do, or a
+# second is over: that is rest(). Under load it is paid once for hundreds of requests.
 
 
 class Listener(NamedTuple):
@@ -2898,6 +2987,9 @@ class Listener(NamedTuple):
 
 class Log:
     """The access log (descriptor 1) and the error log (descriptor 2), of whole lines.
+
+    Descriptors, not files: whoever started us has put them where they belong, and may put them
+    elsewhere while we run (daemonize.py does, when the log is rotated). Only write(2) sees that.
 
     One write(2) for many requests, so that several workers can append to one file. A
     full disk stops the log and nothing else: the lost lines are counted, and said as soon as
@@ -2957,7 +3049,11 @@ class Pool:
         self.mutex = threading.Lock()
 
     def lend(self, work: Callable[[], None]) -> bool:
-        """Have work done soon; return False where too much is to be done already."""
+        """Have work done soon; return False where too much is to be done already.
+
+        A queue without an end would only move the waiting to where nobody sees it, and answer
+        clients that have left long ago. So there is a limit, and beyond it the truth: 503.
+        """
         with self.mutex:
             if self.work >= self.limit:
                 return False
@@ -3046,7 +3142,7 @@ class Loop:
 
     def open(self) -> None:
         """Begin to wait for whatever may happen."""
-        self.calls.clear()          # what was asked for while nobody listened, the flags say as well
+        self.calls.clear()          # what was asked for while nobody listened, the flags say, too
         self.limit = max(BATCH, min(MAX_CONNECTIONS, raise_file_limit() - SPARE_FILES))
         self.wake, self.waker = socket.socketpair()
         self.selector = selectors.DefaultSelector()     # an epoll must not be shared by a fork
@@ -3069,7 +3165,12 @@ class Loop:
         return True
 
     def turn(self, patience: Optional[float]) -> None:
-        """Do what there is to do; where there is nothing, wait for something."""
+        """Do what there is to do; where there is nothing, wait for something.
+
+        It looks twice. The first look does not wait; only if it finds nothing, and nobody is in
+        `later`, there is time to rest, and then to wait. One call more in a quiet turn, so that
+        a busy one never writes a log.
+        """
         events = self.selector.select(0)
         self.look_at_clock()
         is_busy = events or self.later
@@ -3116,7 +3217,11 @@ class Loop:
                 function.__self__.close()       # type: ignore[attr-defined]
 
     def look_at_clock(self) -> None:
-        """Look at the clocks, once a turn; once a second, put the time into words."""
+        """Look at the clocks, once a turn; once a second, put the time into words.
+
+        Three clocks: clock, for deadlines, never jumps; wall is what people and HTTP call the
+        time; now is the authenticator's, which all who share its table must agree on.
+        """
         self.wall, self.clock = time.time(), time.monotonic()
         if int(self.wall) != self.second:
             self.second = int(self.wall)
@@ -3132,7 +3237,11 @@ class Loop:
             self.accept_again()
 
     def call_soon(self, call: Callable[[], None]) -> None:
-        """Have call made by the loop; from any thread."""
+        """Have call made by the loop; from any thread.
+
+        The only thing that other threads may do to it: all else here is the loop's alone, and
+        needs no lock.
+        """
         self.calls.append(call)
         with contextlib.suppress(OSError, AttributeError):      # awake anyway, or not running
             self.waker.send(b"x", socket.MSG_DONTWAIT)
@@ -3166,7 +3275,11 @@ class Loop:
                 self.selector.unregister(listener.socket)
 
     def accept(self, listener: Listener, events: int) -> None:
-        """Accept some connections."""
+        """Accept some connections.
+
+        Some, not all: who connects 10,000 times must not keep those waiting who are connected.
+        The socket stays readable, and the next turn goes on.
+        """
         for _ in range(BATCH):
             if self.draining:       # at once: our successor begins to accept
                 return
@@ -3180,7 +3293,11 @@ class Loop:
             self.admit(listener, sock, address or ("unix:", 0))
 
     def admit(self, listener: Listener, sock: socket.socket, address: Any) -> None:
-        """Take a connection; make room for the next one."""
+        """Take a connection; make room for the next one.
+
+        Where all places are taken somebody has to go, and it is who has done nothing for the
+        longest time: a flood of idle connections pushes out itself, and refuses nobody new.
+        """
         if not self.verify_request(sock, address):
             sock.close()
             return
@@ -3370,12 +3487,21 @@ class AuthServer(Loop, http.server.HTTPServer):
         self.call_soon(self.accept_again)
 
     def drain(self) -> None:
-        """Accept nobody, end connections after their next answer, then end serve_forever()."""
+        """Accept nobody, end connections after their next answer, then end serve_forever().
+
+        Whoever is connected gets one more answer, with Connection: close in it, and knows that
+        it has to connect again. An idle connection is closed after DRAIN_SECONDS; a request
+        that crosses that close on its way is the client's to repeat (RFC 9112 section 9.3.1).
+        """
         self.draining = True
         self.call_soon(self.begin_drain)
 
     def probe(self) -> None:
-        """Ask for a page as a client would, in memory; raise Refusal if the answer is not right."""
+        """Ask for a page as a client would, in memory; raise Refusal if the answer is not right.
+
+        Without a socket: what can be broken (a folder that cannot be opened, a table that is
+        not there, a mistake in this file) shows in the story of a request, wherever it is told.
+        """
         getattr(self.page, "open", lambda: None)()
         listener = self.listeners[0]._replace(logs=False)
         client = Connection(self, listener, None, ("unix:", 0))
@@ -3960,6 +4086,11 @@ def tls_context(certificate: str, key: Optional[str]) -> Any:
 class TLSConnection(Connection):
     """A connection whose bytes are encrypted; what it adds is how to wait.
 
+    Three things are different. Before the first byte there is a handshake, of which each half
+    may have to wait for the other side. To read may need a write, and the other way round
+    (SSLWantReadError, SSLWantWriteError). And bytes can lie decrypted in the TLS layer, where
+    no selector sees them: whoever reads must read until nothing is left.
+
     See: ssl, "Notes on non-blocking sockets".
     """
 
@@ -3976,7 +4107,11 @@ class TLSConnection(Connection):
             super().ready(events)
 
     def shake_hands(self) -> bool:
-        """Go on with the handshake as far as it goes; return whether it is done."""
+        """Go on with the handshake as far as it goes; return whether it is done.
+
+        In the loop, since a thread could be kept by a client that says nothing. The arithmetic
+        of it (1 ms with a key of 2048 bits) is all that others wait for.
+        """
         try:
             self.socket.do_handshake()
         except ssl.SSLWantReadError:
@@ -4025,14 +4160,22 @@ class TLSConnection(Connection):
             return 0
 
     def send_part(self, part: FilePart) -> int:
-        """Return how many bytes of a file went: through our memory, to be encrypted."""
+        """Return how many bytes of a file went: through our memory, to be encrypted.
+
+        By pread(2), at an offset: several answers may be sending the same open file.
+        """
         octets = os.pread(part.file.fileno(), min(part.length, IN_MEMORY), part.offset)
         if not octets:
             raise EOFError
         return self.send(octets)
 
     def shut(self) -> None:
-        """Say that nothing more will come, as TLS says it (close_notify)."""
+        """Say that nothing more will come, as TLS says it (close_notify).
+
+        Without it a client cannot tell our end from that of somebody who cut the line, and an
+        answer without a length would look whole. For the client's own we do not wait.
+        See: RFC 8446 section 6.1.
+        """
         with contextlib.suppress(OSError, ValueError):      # it wants to wait for the client's
             self.socket.unwrap()
         super().shut()
@@ -4055,6 +4198,11 @@ class TLSConnection(Connection):
 #
 # What cannot be followed (a descriptor that was handed out, another protocol, more or fewer
 # bytes than announced) ends the connection after the handler, with nothing added.
+#
+# Why not derive from the handler, and put our own methods in the place of http.server's? The
+# first version did. Each handler that names a base class (SimpleHTTPRequestHandler.end_headers(
+# self)) went past us, into code that expected a socket; one that wrote to the socket was answered
+# twice. At the socket there is no way past: whatever a handler does, it does by bytes.
 
 # RFC 9112 section 4: status-line = HTTP-version SP status-code SP [ reason-phrase ]
 match_status_line = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])[ \r]").match
@@ -4065,6 +4213,10 @@ says_close = re.compile(rb"(?i)\nconnection:(?:[^\n]*,)?[ \t]*close[ \t]*[,\r]")
 
 class Follower:
     """Reads an answer along, as the bytes of it pass.
+
+    It changes two things: it adds fields to the head (the proof that we know HA1, Connection:
+    close where we mean it), and it cuts off bytes that were not announced, for the client would
+    take them for the beginning of the next answer.
 
     Instance variables: status; size, of the body so far; fault, what was wrong with it; closes,
     it is the last one on its connection; upgraded, what follows is another protocol.
@@ -4080,7 +4232,7 @@ class Follower:
         self.upgraded = self.raw = False        # raw: it is not to be understood
 
     def take(self, octets: bytes) -> bytes:
-        """Return what of these bytes is to go to the client: nothing of a head that is not whole."""
+        """Return what of these bytes goes to the client; of a head that is not whole, nothing."""
         if self.status or self.raw:
             return self.cut(octets)
         self.head, passed = self.head + octets, b""
@@ -4142,7 +4294,8 @@ class Follower:
 
     def is_complete(self) -> bool:
         """Return whether the answer has ended, where it said that it would."""
-        return bool(self.status) and (self.left == 0 or self.chunks is not None and self.chunks.done)
+        has_ended = self.left == 0 or self.chunks is not None and self.chunks.done
+        return bool(self.status) and has_ended
 
 
 class HandlerSocket:
