@@ -125,7 +125,8 @@ MAX_BODY = 1 << 30      # bytes of request body, for handlers that take uploads;
 READ_SIZE = 1 << 14     # bytes per recv(2) in the loop: nearly every head comes in one
 IN_MEMORY = 1 << 16     # bytes of body, and of answers, that the loop holds for a connection
 SENDFILE_SIZE = 1 << 20     # bytes of a file per sendfile(2): then others get their turn
-MAX_MEMOS = 512         # blocks of fields whose meaning is remembered, 1 to 3 KiB each
+MAX_MEMOS = 512         # blocks of fields whose meaning is remembered
+MAX_MEMO = 4096         # bytes of a head that is worth it
 MAX_CONNECTIONS = 20000     # per worker, where the limit of open files allows; about 20 MiB
 SPARE_FILES = 64        # descriptors kept back, for logs and for what handlers open
 BACKLOG = 1024          # connections that the kernel queues; http.server's 5 loses SYNs
@@ -468,7 +469,7 @@ def find_mac() -> Callable[[bytes, bytes], bytes]:
     """Return sign(key, data): 12 bytes that only a holder of the key can make."""
     try:
         hashlib.blake2s(b"", key=b"key", digest_size=12)
-    except ValueError:      # FIPS mode knows no BLAKE2
+    except (AttributeError, TypeError, ValueError):     # FIPS mode knows no BLAKE2, or no key to it
         return lambda key, data: hmac.new(key, data, "sha256").digest()[:12]
     # BLAKE2 takes a key, so this is a MAC by itself: a third of the time of HMAC with SHA-256.
     return lambda key, data: hashlib.blake2s(data, key=key, digest_size=12).digest()
@@ -1927,8 +1928,8 @@ class HeadReader:
         '/a'
         """
         end = octets.find(b"\r\n")
-        if len(octets) > MAX_HEAD:
-            return parse_head(octets)           # which refuses it
+        if len(octets) > MAX_MEMO:
+            return parse_head(octets)           # which refuses what is larger still
         # With the digit before it: the version is part of what the fields mean.
         pieces, order, filling = cut_holes(octets[end - 1:])
         key = sign(self._key, b"\0".join(pieces))
@@ -2269,8 +2270,8 @@ def page_answer(server: "AuthServer", request: Request) -> Answer:
     try:
         assert server.page is not None
         answer = server.page(request)
-        if not isinstance(answer, Answer):
-            raise TypeError(f"expected an Answer, not {answer!r:.40}")
+        if not isinstance(answer, Answer) or answer.status not in STATUS_LINES:
+            raise TypeError(f"expected an Answer with a status of HTTP, not {answer!r:.40}")
     except Exception:
         server.log.error(f"error: {request.line}: {traceback.format_exc()}")
         answer = Answer(500, (HTML,), error_page(500))
@@ -2746,12 +2747,14 @@ class Connection(Channel):
         server, authenticator = self.server, self.server.authenticator
         request.now, request.host, request.client = server.wall, self.host, self.client
         request.time, request.schemes = server.now, self.listener.schemes
-        if request.fields.forwarded:        # the peer's own, unless it may speak for others
-            request.host, request.client = server.proxies.find_client(
-                host_of(self.address), request.fields.forwarded)
-        if is_forward_auth(server.forward_auth, request.path):
-            asked, request.asked = asked_about(request, server.forward_auth), True
-            if not asked or not server.proxies.trusts(parse_address(host_of(self.address))):
+        peer, said = host_of(self.address), request.fields.forwarded[-MAX_TEXT:]
+        request.asked = is_forward_auth(server.forward_auth, request.path)
+        is_trusted = bool(said or request.asked) and server.proxies.trusts(parse_address(peer))
+        if is_trusted:                      # it may speak for others
+            request.host, request.client = server.proxies.find_client(peer, said)
+        if request.asked:
+            asked = asked_about(request, server.forward_auth)
+            if not asked or not is_trusted:
                 return Verdict(403, reason="forward-auth: no --trusted-proxy, or not one method "
                                            "and one URI")
             request.method, request.target = asked
@@ -2843,9 +2846,9 @@ class Connection(Channel):
                 f"{field_lines(request.verdict.fields)}{length}{ends}\r\n")
         self.output += head.encode("latin-1", "replace")
         if not isinstance(content, FilePart):
-            size = 0 if request.method == "HEAD" else size
+            size = size if length and request.method != "HEAD" else 0
             self.output += content[:size]
-        elif request.method == "HEAD" or not size:
+        elif not (length and size and request.method != "HEAD"):
             size = 0
             content.file.close()
         else:
@@ -2887,6 +2890,8 @@ class Connection(Channel):
             wish = story.throw(error) if error else story.send(value)
         except StopIteration:
             self.story = None
+            if self.stage == REST:
+                self.wait("idle")
             if self.buffer:
                 self.server.later[self] = None      # other clients first
             return
@@ -3305,7 +3310,11 @@ class Loop:
             self.make_room()
         sock.setblocking(False)
         kind = TLSConnection if listener.context else Connection
-        connection = kind(self, listener, sock, address)    # type: ignore[arg-type]
+        try:
+            connection = kind(self, listener, sock, address)    # type: ignore[arg-type]
+        except OSError:             # it has left already: a look at the port, no more
+            sock.close()
+            return
         self.connections.add(connection)
         self.selector.register(connection.socket, selectors.EVENT_READ, connection.ready)
 
@@ -4136,8 +4145,10 @@ class TLSConnection(Connection):
             head = (f"{STATUS_LINES[400]}{self.server.stamp}Content-Type: {HTML[1]}\r\n"
                     f"Content-Length: {len(page)}\r\nConnection: close\r\n\r\n")
             with contextlib.suppress(OSError):
-                # Under the encryption; it is 1 KiB, which an empty buffer takes at once.
+                # Under the encryption; it is 1 KiB, which an empty buffer takes at once. And
+                # what has come is read, or to close would be a reset, and the answer lost.
                 socket.socket.send(self.socket, head.encode("ascii") + page)
+                socket.socket.recv(self.socket, READ_SIZE)
         self.close()
 
     def receive(self) -> Optional[bytes]:
@@ -4478,6 +4489,12 @@ class Once(http.server.BaseHTTPRequestHandler):
 
     remote_user: Optional[str] = None
     needs_server = True         # which asks for the password; protect() needs none
+
+    def handle_one_request(self) -> None:
+        """Handle it, and no more: to handle() this was the last one."""
+        super().handle_one_request()
+        if isinstance(self.request, HandlerSocket):
+            self.close_connection = True
 
     def parse_request(self) -> bool:
         """Parse the first request, and end the connection, as far as we know it, at the second."""
