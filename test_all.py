@@ -675,7 +675,7 @@ class AuthTestCase(unittest.TestCase):
     def write(self, text: str, mode: int = 0o600) -> str:
         """Return the path of a new password file."""
         path = os.path.join(self.folder(), "passwords")
-        with open(path, "w", encoding="utf-8") as stream:
+        with open(path, "w", encoding="utf-8", errors="surrogateescape") as stream:
             stream.write(text)
         os.chmod(path, mode)
         return path
@@ -974,26 +974,29 @@ class PasswordFiles(AuthTestCase):
     """A password file is read as Apache reads it; a mistake names line, field and cure"""
 
     # A line of its own, after jim's; what is said of it; whether passwd cures it.
-    MISTAKES = (("bob", "expected user:realm:HA1.*a field is missing", False),
-        ("bob:", "a field is missing", False), ("bob::" + HEX, "a field is missing", False),
-        ("bob:secret", "a field is missing", False), ("bob:plain:", "a field is missing", False),
-        ("bob:%s:Bob" % SHA, "user 'bob': field 3: nothing may follow", False),
-        ("bob:$2y$05$%s:Bob" % ("x" * 53), "user 'bob': field 3: nothing may follow", False),
-        ("bob:$6$salt$%s:" % ("x" * 86), "user 'bob': field 3: nothing may follow", False),
+    MISTAKES = (
+        ("bob", "user 'bob': expected user:realm:HA1.*a field is missing", True),
+        ("bob:", "a field is missing", True), ("bob::" + HEX, "field 2: 00000... is no hash", True),
+        ("bob:secret", "a field is missing", True), ("bob:plain:", "a field is missing", True),
+        ("bob:%s:Bob" % SHA, "user 'bob': field 3: nothing may follow", True),
+        ("bob:$2y$05$%s:Bob" % ("x" * 53), "user 'bob': field 3: nothing may follow", True),
+        ("bob:$6$salt$%s:" % ("x" * 86), "user 'bob': field 3: nothing may follow", True),
         ("bob:files:%s0" % HEX, "user 'bob': field 3: neither 32 nor 64 hex digits", True),
         ("bob:files:%s:x" % HEX, "user 'bob': field 3: neither 32 nor 64 hex digits", True),
         ("bob:pass:word", "user 'bob': field 3: neither 32 nor 64 hex digits", False),
         ("bob:{MD5}x", "user 'bob': field 2: {MD5}... is no hash we know", True),
         ("bob:$apr1$a$b", "field 2: [$]apr1... is no hash we know", True),
         ("bob:$99$x$y", "field 2: the libcrypt of this machine does not know [$]99[$]", True),
-        ("bob:" + crypted("x", "$6$rounds=1000$salt$")[:-1], "field 2: .*of the wrong length|does not know", True),
+        ("bob:" + crypted("x", "$6$rounds=1000$salt$")[:-1], "field 2: the libcrypt of this machine does not know .*of the wrong length", True),
         ("jim:plain:x", "user 'jim': again, after line 1", True),
         ("jim:" + SHA, "user 'jim': again, after line 1", True), (LINE, "again, after line 1", True),
         ("bob:{SHA}2jmj7l5rSw0yVb/vlWAYkK/YBwk=", "user 'bob': an empty password", True),
         ("bob:files:" + authserver.digest_ha1("bob", "files", ""), "user 'bob': an empty password", True),
         ("bob:plain:a\tb", "user 'bob': unable to use this password", True),
-        ("bob:plain:" + "p" * 1021, "user 'bob': unable to use this password: too long", True),
+        ("bob:plain:" + "p" * 1021, "user 'bob': unable to use this password: .*too long", True),
         ("\u200bbob:plain:x", "unable to use user name '.u200bbob'", False),
+        ("b\udce4b:plain:x", r"user 'b.udce4b': unable to use user name .* no UTF-8", False),
+        ("bob:plain:b\udce4b", "unable to use this password: .*no UTF-8", True),
         ("bo\ufeffb:plain:x", "unable to use user name", False), ("bob\u00a0:plain:x", "unable to use user", False),
         ("bob :plain:x", "unable to use user name 'bob '", False), ("bob\\:" + SHA, "unable to use user", False),
         ("-:plain:x", "unable to use user name '-'", False), (":files:" + HEX, "unable to use user name ''", False),
@@ -1202,7 +1205,7 @@ class SlowHashes(AuthTestCase):
             self.assertEqual(made, function(b"phrase", b"setting"))
             self.assertEqual([True] * count + [False], [turns.acquire(blocking=False) for _ in range(count + 1)])
         with mock.patch.object(authserver, "load_crypt", lambda: (function, threading.Semaphore(1))), \
-                mock.patch.dict(authserver.ENDINGS, clear=True):
+                mock.patch.dict(authserver.FORMS, clear=True):
             path = self.write("u0:$6$rounds=1000$saltsalt$" + "x" * 86)
             self.refuses("libcrypt", Passwords.read, path, "files")
 
@@ -3973,6 +3976,45 @@ class HttpCommand(BoxTest):
                 self.assertEqual(request(address, "/").status, want)
                 self.assertEqual(request(address, "/", "GET", digest(address, "/")).status, 200)
 
+    @needs("openssl")
+    def test_what_a_network_reads_is_told_once(self) -> None:
+        """One warning for all addresses without TLS; its try: line makes a certificate that is taken."""
+        self.serve("--bind", "0.0.0.0:0", "--bind", ":0", "--bind", "127.0.0.1:0")
+        said = self.logged(r"warning: (a network reaches .+), without TLS: Basic is off there.*\ntry: (.+)   # .*(--.+)\n")
+        self.assertEqual(len(said), 1)
+        self.assertEqual(len(re.findall(r"http://", said[0][0])), 2)
+        self.assertEqual(read(self.box.output).count("try:"), 1)
+        run(["sh", "-c", "cd %s && %s" % (shlex.quote(self.box.folder), said[0][1])], 0)
+        self.box.kill(self.box.server)
+        at = self.serve("--bind", "0.0.0.0:0", "--tls-cert", self.box.path(said[0][2].split()[1]))
+        self.assertTrue(at)
+        self.assertNotIn("try:", read(self.box.output))
+
+    @needs_root
+    @needs("ip")
+    @needs("unshare")
+    def test_a_link_local_address_keeps_its_zone(self) -> None:
+        """[fe80::1%lo]:0 is bound, in a network of its own that has it."""
+        script = ("ip link set lo up && ip -6 addr add fe80::1/64 dev lo nodad && exec " +
+                  " ".join(map(shlex.quote, self.argv("--bind", "[fe80::1%lo]:0"))))
+        self.box.spawn("unshare", "-n", "sh", "-c", script)
+        self.assertRegex(self.logged(r"listening on (\S+)")[0], r"fe80::1%(25)?lo\]:\d+")
+
+    def test_a_kernel_without_IPv6(self) -> None:
+        """:PORT is IPv4 alone there, whatever Python was compiled with."""
+        path = self.box.write("four.py", PRELUDE + '''
+import errno, socket
+real = socket.socket
+class Four(real):
+    def __init__(self, family=socket.AF_INET, *rest, **keys):
+        if family == socket.AF_INET6: raise OSError(errno.EAFNOSUPPORT, "not supported")
+        super().__init__(family, *rest, **keys)
+socket.socket = Four
+sys.exit(authserver.main(sys.argv[1:]))
+''')
+        at = self.box.launch(sys.executable, path, *self.argv("--bind", ":0")[2:])
+        self.assertEqual(request("127.0.0.1:" + at.rpartition(":")[2], "/", "GET", "").status, 401)
+
     def test_a_unix_socket_is_replaced_when_nobody_listens(self) -> None:
         """A socket file of a dead server is no obstacle, one of a living server is."""
         place = "unix:" + self.box.path("sock")
@@ -3991,6 +4033,9 @@ class HttpCommand(BoxTest):
                 (2, ["--schemes", "basic,basic"], "basic"), (2, ["--realm", 'a"b'], "realm"),
                 (2, ["--max-failures", "x"], "max-failures"), (2, ["--trusted-proxy", "x"], "proxy"),
                 (2, ["--nonce-lifetime", "0"], "nonce-lifetime"),
+                (2, ["--stream-threads", "0"], "stream-threads 0: expected at least 1"),
+                (2, ["--stream-threads", "-1"], "stream-threads"), (2, ["--public", "x"], "public"),
+                (2, ["--forward-auth", "x"], "answer at x"),
                 (2, ["--nonce-lifetime", "nan"], "nonce-lifetime"), (2, ["--allow-partial"], "partial"),
                 (2, ["--bind", "x" * 64 + ":0"], "unable to bind"),
                 (1, ["--bind", "unix:" + precious], "unable to bind unix:"),
@@ -7415,7 +7460,7 @@ class FirstStart(DefaultFilesTest):
         """start prints user, password and a curl line; they work; a second start does not repeat it."""
         result = self.action("start", "--bind", "127.0.0.1:0")
         address = self.box.address(result)
-        told = re.search(r"(?m)^user: admin\npassword: (\S+)\n(try: curl --digest -u admin http://%s/example/foo)$"
+        told = re.search(r"(?m)^user: admin\npassword: (\S+)\nkept in: .+\nchange it: .+\n(try: curl --digest -u admin http://%s/example/foo)$"
                          % re.escape(address), result.out)
         self.assertTrue(told, result.out)
         password = told.group(1) if told else ""
@@ -7454,6 +7499,14 @@ class FirstStart(DefaultFilesTest):
             self.assertRegex(result.err, r"(?m)^try: .*authserver\.py passwd \S+ \S+$")
             self.assertFalse(os.path.exists(self.passwords))
 
+    def test_the_command_that_changes_it_knows_the_realm(self) -> None:
+        """With --realm, what the first start says to change the password changes that user."""
+        said = self.action("start", "--bind", "127.0.0.1:0", "--realm", "a b").out
+        command = re.findall(r"(?m)^change it: (.+) && ", said)[0]
+        self.assertIn("changed", run(["sh", "-c", command + " --stdin"], 0, b"new\n").out)
+        self.assertRegex(self.box.daemonize("start", "--quiet", "--name", self.name + "2", "--realm", "c", want=2).err,
+                         "(?m)^try: .* --realm c$")
+
     def test_restart_of_what_never_ran_is_a_first_start(self) -> None:
         """restart on a fresh box is start."""
         self.action("restart", "--bind", "127.0.0.1:0")
@@ -7463,8 +7516,8 @@ class FirstStart(DefaultFilesTest):
         """start --bind unix:PATH prints a curl line with --unix-socket."""
         path = self.box.path("sock")
         said = self.action("start", "--bind", "unix:" + path).out
-        self.assertIn("\ntry: curl --digest -u admin --unix-socket %s http://localhost/example/foo\n" % path,
-                      said)
+        self.assertIn("\ntry: curl --digest -u admin --unix-socket %s http://localhost/example/foo\n" % (
+            shlex.quote(path)), said)
 
 
 @unittest.skipUnless(os.path.exists(README), "needs README")
