@@ -106,7 +106,7 @@ NEXT_NONCE = 0.9            # of that life; then answers bring the next nonce al
 CLOCK_SKEW = 30.0           # seconds that machines with one nonce secret may differ
 NC_WINDOW = 64              # uses of a nonce that may overtake one another: a 64-bit word
 NONCE_SLOTS = 1 << 16       # nonces in use whose counts are kept, 24 bytes each
-CLIENT_BUCKETS = 1 << 13    # of clients whose failures are counted, 16 bytes each
+CLIENT_BUCKETS = 1 << 16    # of clients whose failures are counted, 16 bytes each
 MAX_ROWS = 64               # processes that count for themselves
 MAX_FAILURES = (10, 60.0)   # wrong passwords in so many seconds: more than a person mistypes
 MAX_CREDENTIALS = 16384     # characters of an Authorization field: a uri of 8 KiB fits
@@ -618,7 +618,7 @@ class SharedTable:
             if self._memory[:8] != LAYOUT:
                 offset = time.time() - time.monotonic()
                 HEADER.pack_into(self._memory, 0, LAYOUT, os.urandom(32), os.urandom(16),
-                                 os.urandom(4), offset, offset + time.monotonic())
+                                 os.urandom(4), offset, time.time())
         _, self.key, self._salt, *_ = HEADER.unpack_from(self._memory)
         self._buckets_of = functools.lru_cache(maxsize=1024)(self._find_buckets)
 
@@ -676,7 +676,8 @@ class SharedTable:
         """Return whether nobody here can know that this nonce has not been used.
 
         Another issuer with our key is ourselves in a former era, or another machine, whose
-        nonces count from when we began to watch.
+        nonces count from when we began to watch. Where its clock is ahead of ours, one that was
+        used before that can pass once more: README says so.
         """
         issuers = self.issuers
         former = [issuers[i:i + 4] for i in range(4, 32, 4)]
@@ -1363,7 +1364,9 @@ class Authenticator:
             if credentials is None:
                 return self.recall(attempt.authorization[0]) or (
                     yield from self._judge_basic(attempt, *decode_basic(token)))
-            body = (yield from attempt.read_body()) if credentials.qop == "auth-int" else None
+            # What is not offered is refused below; nobody without a password has a body read.
+            is_signed = credentials.qop == "auth-int" and "auth-int" in self.qop
+            body = (yield from attempt.read_body()) if is_signed else None
             return self._judge_digest(attempt, credentials, body)
         except NoNonce:
             return self._refuse(attempt, "no nonce yet")
@@ -2462,7 +2465,10 @@ class Channel:
 
     def wait(self, stage: str) -> None:
         """Set what is waited for, and for how long."""
-        self.stage, self.deadline = stage, self.server.clock + WAITS[stage]
+        patience = WAITS[stage]
+        if self.server.draining and stage in ("first", "idle"):
+            patience = DRAIN_SECONDS
+        self.stage, self.deadline = stage, self.server.clock + patience
 
     def receive(self) -> Optional[bytes]:
         """Return what has come; b"" when nothing will come any more, None when nothing has yet."""
@@ -2716,7 +2722,8 @@ class Connection(Channel):
         while True:
             body.taken += self.buffer
             content += body.feed(self.take_buffer())
-            if max(len(content), request.fields.length) > IN_MEMORY:
+            # Twice, for chunks: what says how long they are may be as long as they.
+            if max(len(content), len(body.taken) // 2, request.fields.length) > IN_MEMORY:
                 raise BadRequest(413, "body too large")
             if body.done:
                 break
@@ -2959,9 +2966,8 @@ class Pool:
                     # daemon: a handler that never returns must not keep the process from ending.
                     threading.Thread(target=self.run, daemon=True).start()
                     self.threads += 1       # only now: start() fails where processes are full
-                except RuntimeError:
-                    if not self.threads:
-                        return False
+                except RuntimeError:        # and nobody else is free
+                    return False
             self.work += 1
         self.queue.put(work)
         return True
@@ -2982,16 +2988,17 @@ def log_date(second: int) -> str:
     return f"{local.tm_mday:02d}/{month}/" + time.strftime("%Y:%H:%M:%S %z", local)
 
 
+@functools.lru_cache(maxsize=None)
 def raise_file_limit() -> int:
-    """Raise the limit of open files to what is allowed, but not for children; return it."""
+    """Raise the limit of open files to what is allowed, but not for forked children; return it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     except (OSError, ValueError):       # macOS: "unlimited" is refused
         return soft
-    at_fork = getattr(os, "register_at_fork", None)     # since Python 3.7
-    if at_fork:
-        at_fork(after_in_child=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard)))
+    # By os.fork(), that is (since Python 3.7): what subprocess starts keeps our limit.
+    getattr(os, "register_at_fork", dict)(
+        after_in_child=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard)))
     return hard
 
 
@@ -3065,7 +3072,8 @@ class Loop:
         """Do what there is to do; where there is nothing, wait for something."""
         events = self.selector.select(0)
         self.look_at_clock()
-        if not events and not self.later:
+        is_busy = events or self.later
+        if not is_busy:
             self.rest()
             events = self.selector.select(PAUSE_SECONDS if self.paused_until else patience)
             self.look_at_clock()
@@ -3075,7 +3083,7 @@ class Loop:
         for connection in list(self.later):
             del self.later[connection]
             self.call(connection.advance)
-        if self.clock - self.rested > 1:
+        if is_busy and self.clock - self.rested > 1:
             self.rest()
         self.service_actions()
 
@@ -3368,6 +3376,7 @@ class AuthServer(Loop, http.server.HTTPServer):
 
     def probe(self) -> None:
         """Ask for a page as a client would, in memory; raise Refusal if the answer is not right."""
+        getattr(self.page, "open", lambda: None)()
         listener = self.listeners[0]._replace(logs=False)
         client = Connection(self, listener, None, ("unix:", 0))
         story = client.answer(b"GET / HTTP/1.1\r\nHost: probe\r\n\r\n")
