@@ -6305,6 +6305,593 @@ def refusal(address: str, scheme: str, user: str, password: str) -> int:
     return 0
 
 
+# -- 5.1 Beside other programs: proxies, several machines, hosts of many kinds --
+#
+# Real ones, each skipped where it is not installed; of Traefik and Envoy what they send.
+
+NGINX_FRAME = """daemon off; master_process off; pid nginx.pid; error_log error.log; events { }
+http { access_log off; client_body_temp_path t1; proxy_temp_path t2; fastcgi_temp_path t3;
+uwsgi_temp_path t4; scgi_temp_path t5; %s }
+"""
+NGINX_ASKS = """server { listen %(front)s;
+location / { auth_request /_auth; auth_request_set $user $upstream_http_remote_user;
+  proxy_set_header Remote-User $user; proxy_set_header X-Remote-User ""; proxy_pass http://%(behind)s; }
+location = /_auth { internal; proxy_pass http://%(at)s/auth;
+  proxy_pass_request_body off; proxy_set_header Content-Length "";
+  proxy_set_header X-Original-Method $request_method; proxy_set_header X-Original-URI $request_uri;
+  proxy_set_header X-Forwarded-Method ""; proxy_set_header X-Forwarded-Uri "";
+  proxy_set_header X-Forwarded-For $remote_addr; } }"""
+CADDY_ASKS = """{
+ admin off
+ auto_https off
+ http_port %(port)s
+}
+http:// {
+ bind 127.0.0.1
+ request_header -Remote_User
+ request_header -X-Remote-User
+ forward_auth %(at)s {
+  uri /auth
+  copy_headers Remote-User
+ }
+ reverse_proxy %(behind)s
+}
+"""
+NGINX_BALANCES = """upstream nodes { %(nodes)s keepalive 8; } server { listen %(front)s; location / {
+proxy_pass http://nodes; proxy_http_version 1.1; proxy_set_header Connection "";
+proxy_set_header Host $http_host; proxy_set_header X-Forwarded-For $remote_addr; } }"""
+HAPROXY_BALANCES = """global
+ stats socket "%(stats)s"
+defaults
+ mode http
+ timeout connect 2s
+ timeout client 20s
+ timeout server 20s
+ option redispatch 1
+ retry-on conn-failure empty-response
+listen nodes
+ bind %(front)s
+ balance roundrobin
+ option forwardfor
+ %(check)s
+%(nodes)s"""
+PROXIES = {"nginx": ["nginx", "-e", "stderr", "-p", "FOLDER", "-c", "FILE"],
+           "haproxy": ["haproxy", "-db", "-q", "-f", "FILE"],
+           "caddy": ["caddy", "run", "--adapter", "caddyfile", "--config", "FILE"]}
+
+
+def proxy(box: Box, program: str, text: str, **words: str) -> str:
+    """Run a proxy with a configuration until it listens, and return its address."""
+    port = str(free_port())
+    front = "127.0.0.1:" + port
+    words = dict(words, front=front, port=port, stats=box.path("stats"))
+    file = box.write(program + ".conf", (NGINX_FRAME % text if program == "nginx" else text) % words)
+    box.server = box.spawn(*[word.replace("FILE", file).replace("FOLDER", box.folder)
+                             for word in PROXIES[program]])
+    until(lambda: not reach(front) or box.server.poll() is not None, program)
+    assert box.server.poll() is None, read(box.output)
+    return front
+
+
+def has_new_nginx() -> bool:
+    """Tell whether nginx passes on all lines of WWW-Authenticate: since 1.23."""
+    return [int(number) for number in re.findall(r"\d+", run(["nginx", "-v"]).err)[:2]] >= [1, 23]
+
+
+class Behind(http.server.BaseHTTPRequestHandler):
+    """A backend without a password, that answers what has reached it."""
+    protocol_version = "HTTP/1.1"
+
+    def answer(self) -> None:
+        """Answer method, path, fields and body as JSON."""
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+        text = json.dumps([self.command, self.path, self.headers.items(), body]).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    do_GET = do_POST = answer
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+ASKING = {"nginx": NGINX_ASKS, "caddy": CADDY_ASKS}
+ASKED = ["X-Original-Method: GET", "X-Original-URI: /x"]
+SHAPES = [  # METHOD and TARGET stand for themselves
+    ("nginx", "GET", "/auth", ["X-Original-Method: METHOD", "X-Original-URI: TARGET"]),
+    ("Traefik", "GET", "/auth", [
+        "X-Forwarded-Method: METHOD", "X-Forwarded-Proto: https", "X-Forwarded-Host: a.example",
+        "X-Forwarded-Uri: TARGET", "X-Forwarded-For: 192.0.2.1", "Accept-Encoding: gzip"]),
+    ("Caddy", "GET", "/auth?query", [
+        "X-Forwarded-For: 192.0.2.1", "X-Forwarded-Host: a.example", "X-Forwarded-Method: METHOD",
+        "X-Forwarded-Proto: https", "X-Forwarded-Uri: TARGET"]),
+    ("two that agree", "GET", "/auth", [
+        "X-Original-Method: METHOD", "X-Original-URI: TARGET", "X-Forwarded-Method: METHOD",
+        "X-Forwarded-Uri: TARGET"]),
+    ("Envoy", "METHOD", "/authTARGET", [
+        "Content-Length: 0", "X-Forwarded-For: 192.0.2.1", "X-Forwarded-Proto: https",
+        "X-Envoy-Expected-Rq-Timeout-Ms: 200"])]
+UNCLEAR = [
+    ("nothing", []), ("an URI without a method", ASKED[1:]), ("a method without an URI", ASKED[:1]),
+    ("two URIs", ASKED + ["X-Original-URI: /y"]), ("two methods", ASKED + ["X-Original-Method: POST"]),
+    ("an URI of two minds", ASKED + ["X-Forwarded-Uri: /y"]),
+    ("a method of two minds", ASKED + ["X-Forwarded-Method: POST"]),
+    ("a method from here, an URI from there, and another", ASKED[:1] + [
+        "X-Forwarded-Uri: /x", "X-Original-URI: /y"]),
+    ("an empty URI", ASKED[:1] + ["X-Original-URI:"]),
+    ("an empty URI beside one", ASKED + ["X-Forwarded-Uri:"])]
+
+
+class ForwardAuth(HttpTest):
+    """--forward-auth: a proxy asks whether a request may pass"""
+    options = ("--forward-auth", "/auth", "--trusted-proxy", "127.0.0.1")
+    behind: StockServer
+    fronts: Dict[str, str]
+
+    @classmethod
+    def set_up(cls) -> None:
+        super().set_up()
+        cls.behind = StockServer(("127.0.0.1", 0), Behind)
+        threading.Thread(target=cls.behind.serve_forever, daemon=True).start()
+        words = {"at": cls.at, "behind": "127.0.0.1:%d" % cls.behind.server_address[1]}
+        server, cls.fronts = cls.box.server, {}
+        for program, text in ASKING.items():
+            if shutil.which(program):
+                cls.fronts[program] = proxy(cls.box, program, text, **words)
+        cls.box.server = server
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        super().tearDownClass()
+        cls.behind.shutdown()
+        cls.behind.server_close()
+
+    @contextlib.contextmanager
+    def through(self, program: str) -> Iterator[str]:
+        """Give the body the address of a proxy, in a subTest."""
+        with self.subTest(program):
+            if program not in self.fronts:
+                self.skipTest("needs " + program)
+            yield self.fronts[program]
+
+    def test_curl_gets_through(self) -> None:
+        """curl --digest, --basic and --anyauth, GET and POST with a body; with a wrong password 401."""
+        for program in ASKING:
+            with self.through(program) as at:
+                for kind, data in [(kind, data) for kind in ("--digest", "--basic", "--anyauth")
+                                   for data in ([], ["--data", "a=b"])]:
+                    for password, status in (("secret", "200"), ("wrong", "401")):
+                        argv = ["curl", "-s", kind, "-u", "jim:" + password, "-w", "\n%{http_code}"] + data
+                        text, _, got = run(argv + ["http://%s/a%%20b?c=d" % at], 0).out.rpartition("\n")
+                        self.assertEqual(got, status)
+                        if status == "200":
+                            method, path, fields, body = json.loads(text)
+                            self.assertEqual((method, path, body), ("POST" if data else "GET", "/a%20b?c=d",
+                                                                    "".join(data[1:])))
+                            self.assertIn(["Remote-User", "jim"], fields)
+
+    @needs("chromium")
+    def test_a_browser_gets_through(self) -> None:
+        """Chromium shows the page behind."""
+        argv = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
+                "--user-data-dir=" + self.box.path("profile")]
+        if "hello" not in run(argv + ["data:text/html,hello"], env=self.box.env).out:
+            self.skipTest("needs a Chromium that starts")
+        for program in ASKING:
+            with self.through(program) as at:
+                said = run(argv + ["http://jim:secret@%s/page" % at], env=self.box.env).out
+                self.assertIn('"Remote-User", "jim"', said)
+
+    def test_each_challenge_arrives_and_each_proof_counts_once(self) -> None:
+        """Two WWW-Authenticate lines through the proxy; a replay is 401, another path 403."""
+        for program in ASKING:
+            with self.through(program) as at:
+                fields = [value for name, value in request(at, "/p", "GET", "").fields
+                          if name == "www-authenticate"]
+                self.assertEqual([value.split()[0] for value in fields],
+                                 ["Digest", "Basic"][:1 + (program != "nginx" or has_new_nginx())])
+                proof = digest(at, "/p")
+                self.assertEqual([request(at, "/p", "GET", proof).status for _ in range(2)], [200, 401])
+                self.assertEqual(request(at, "/q", "GET", digest(at, "/p")).status, 403)
+
+    def test_a_name_that_a_client_brings_reaches_nobody(self) -> None:
+        """Remote-User, its aliases and fields of the question, sent by a client: 200 as jim, or 403."""
+        for program in ASKING:
+            with self.through(program) as at:
+                for name in ("Remote-User", "Remote_User", "REMOTE-USER", "X-Remote-User"):
+                    answer = request(at, "/p", "GET", JIM, name + ": root")
+                    names = [value for field, value in json.loads(answer.body)[2]
+                             if re.fullmatch("(?i)(x[-_])?remote[-_]user", field)]
+                    self.assertEqual(names, ["jim"], name)
+                for name in ("X-Original-URI", "X-Forwarded-Uri", "X-Original-Method", "X-Forwarded-Method"):
+                    self.assertIn(request(at, "/p", "GET", digest(at, "/q"), name + ": /q").status, (401, 403))
+                    self.assertEqual(request(at, "/p", "GET", "", name + ": /q").status in (401, 403), True)
+
+    def test_what_proxies_send(self) -> None:
+        """nginx, Traefik, Caddy, Envoy: a proof for the method and target that they say, once, as jim."""
+        for who, method, path, fields in SHAPES:
+            for verb, target in (("GET", "/"), ("POST", "/a%20b?c=d"), ("DELETE", "/auth/x"), ("PROPFIND", "/x/")):
+                with self.subTest("%s %s %s" % (who, verb, target)):
+                    words = [word.replace("METHOD", verb).replace("TARGET", target)
+                             for word in [path, method] + fields]
+                    path_, method_, rest = words[0], words[1], words[2:]
+
+                    def ask(auth: str) -> Answer:
+                        return request(self.at, path_, method_, auth, *rest)
+                    challenge = ask("")
+                    proof = Digest(challenge.field("WWW-Authenticate") or "", uri=target).field(method=verb)
+                    answers = [challenge, ask(proof), ask(proof), ask(JIM), ask(digest(self.at, "/other"))]
+                    self.assertEqual([answer.status for answer in answers], [401, 200, 401, 200, 403])
+                    self.assertEqual([answer.field("Remote-User") for answer in answers[:4]],
+                                     [None, "jim", None, "jim"])
+
+    def test_what_is_unclear_is_refused(self) -> None:
+        """Not one method and one URI, or a peer that nobody trusts: 403, whatever password, and the reason."""
+        for count, (sentence, fields) in enumerate(UNCLEAR, 1):
+            with self.subTest(sentence):
+                for auth in (JIM, ""):
+                    self.assertEqual(request(self.at, "/auth", "GET", auth, *fields).status, 403)
+                self.logged("forward-auth without one method and one URI", 2 * count)
+        with Wire(self.at, source="127.0.0.2") as wire:
+            self.assertEqual(wire.ask("/auth", "GET", JIM, *ASKED).status, 403)
+        self.logged("127.0.0.2.* forward-auth by a peer that is no --trusted-proxy")
+
+    def test_only_what_proxies_pass_on_is_answered(self) -> None:
+        """A malformed field and a lock-out are 403 (nginx makes 500 of 400 and 429)."""
+        def ask(auth: str, client: str) -> int:
+            return request(self.at, "/auth", "GET", auth, "X-Forwarded-For: " + client, *ASKED).status
+        for auth in ("Basic %", "Basic amlt", digest(self.at, "/other")):
+            self.assertEqual(ask(auth, "192.0.2.1"), 403)
+        self.assertEqual([ask(WRONG, "192.0.2.9") for _ in range(10)], [401] * 10)
+        self.assertEqual([ask(JIM, client) for client in ("192.0.2.9", "192.0.2.10")], [403, 200])
+
+
+class Caller(threading.Thread):
+    """A client that asks until it is told to end; it knows its password, and counts what it hears."""
+
+    def __init__(self, address: str, scheme: str, keeps: bool, end: threading.Event) -> None:
+        super().__init__()
+        self.address, self.keeps, self.end = address, keeps, end
+        self.digest = Digest("", uri="/example/foo") if scheme == "digest" else None
+        self.answers = self.challenges = self.stale = 0
+        self.failures: List[str] = []
+        self.start()
+
+    def run(self) -> None:
+        """Ask on one connection as long as it lasts, then on another."""
+        while not self.end.is_set():
+            try:
+                with Wire(self.address) as wire:
+                    while self.ask(wire) and not self.end.is_set():
+                        pass
+            except (OSError, ValueError, IndexError) as error:
+                self.failures.append(repr(error))
+
+    def ask(self, wire: Wire) -> bool:
+        """Ask once and count the answer; tell whether the connection goes on."""
+        field = JIM if not self.digest else self.digest.field() if "nonce" in self.digest.values else ""
+        answer = wire.ask("/example/foo", "GET", field, *[CLOSE] * (not self.keeps))
+        self.answers += answer.status == 200
+        challenge = answer.field("WWW-Authenticate") or ""
+        if answer.status == 401 and self.digest:
+            self.stale += "stale=true" in challenge
+            self.challenges += "stale=true" not in challenge
+            self.digest.hear(challenge)
+        elif answer.status != 200:
+            self.failures.append(str(answer.status))
+        return self.keeps and (answer.field("Connection") or "").lower() != "close"
+
+
+class Machines(unittest.TestCase):
+    """Three machines (addresses of loopback) that share a password file and a nonce secret"""
+
+    def setUp(self) -> None:
+        self.nodes = [Box() for _ in range(3)]
+        for node in self.nodes:
+            self.addCleanup(node.close)
+        shared = self.nodes[0]
+        os.makedirs(shared.path("www", "example"))
+        for name in ("example/foo", "healthz"):
+            shared.write("www/" + name, name)
+        self.options = ["--root", shared.path("www"), "--public", "/healthz", "--workers", "1",
+                        "--passwords", shared.write("passwords", ha1_line("jim", "secret"), 0o600),
+                        "--nonce-secret", shared.path("secret"), "--trusted-proxy", "127.0.0.1"]
+        self.places = ["127.0.0.%d:%d" % (number, free_port()) for number in (1, 2, 3)]
+        for number in range(3):
+            self.start(number)
+
+    def start(self, number: int) -> None:
+        """Start the daemon of a node."""
+        self.nodes[number].start("--bind", self.places[number], *self.options)
+
+    def balance(self, program: str, check: str = "option httpchk GET /healthz") -> str:
+        """Run a balancer before the nodes and return its address."""
+        if not shutil.which(program):
+            self.skipTest("needs " + program)
+        if program == "nginx":
+            servers = ["server %s max_fails=1 fail_timeout=1s;" % place for place in self.places]
+            return proxy(self.nodes[0], program, NGINX_BALANCES, nodes=" ".join(servers))
+        servers = [" server n%d %s check inter 100ms fall 2 rise 1\n" % pair
+                   for pair in enumerate(self.places)]
+        return proxy(self.nodes[0], program, HAPROXY_BALANCES, nodes="".join(servers), check=check)
+
+    def sees(self, *want: str) -> None:
+        """Wait until HAProxy sees the nodes so."""
+        stats = "unix:" + self.nodes[0].path("stats")
+        until(lambda: re.findall(r"(?m)^nodes,n\d,(?:[^,]*,){15}(\w+)",
+                                 talk(stats, b"show stat\n").decode()) == list(want), "nodes %s" % (want,))
+
+    @contextlib.contextmanager
+    def load(self, address: str) -> Iterator[List[Caller]]:
+        """Let eight clients ask, each kind twice, until the end of the body."""
+        end = threading.Event()
+        callers = [Caller(address, scheme, keeps, end) for scheme in ("basic", "digest")
+                   for keeps in (True, False) for _ in range(2)]
+        try:
+            self.progress(callers)
+            yield callers
+            self.progress(callers)
+        finally:
+            end.set()
+            for caller in callers:
+                caller.join()
+
+    def progress(self, callers: Sequence[Caller]) -> None:
+        """Wait until each client has had another thirty answers: from every node."""
+        goals = [caller.answers + 30 for caller in callers]
+        until(lambda: all(caller.answers >= goal for caller, goal in zip(callers, goals)), "answers")
+
+    def check(self, callers: Sequence[Caller], challenges: int = 1) -> None:
+        """Assert that no request was lost, and that nobody was asked again."""
+        self.assertEqual([caller.failures for caller in callers], [[]] * len(callers))
+        for caller in callers:
+            self.assertEqual(caller.challenges, challenges if caller.digest else 0)
+
+    def test_any_node_answers_and_restarts_cost_nothing(self) -> None:
+        """Round-robin under load: one challenge to each Digest client; nothing lost in a rolling restart."""
+        for program in ("haproxy", "nginx"):
+            with self.subTest(program):
+                before = [node.status()["requests"] for node in self.nodes]
+                with self.load(self.balance(program)) as callers:
+                    for node in self.nodes:
+                        node.command("restart")
+                        self.progress(callers)
+                self.check(callers)
+                self.assertEqual(sum(caller.stale for caller in callers), 0)
+                for node, count in zip(self.nodes, before):
+                    self.assertGreater(node.status()["requests"], count)
+
+    def test_a_node_that_dies_costs_what_it_had_in_hand(self) -> None:
+        """SIGKILL of a daemon under load: no more than a failure per client; it comes back, nobody is asked."""
+        for program in ("haproxy", "nginx"):
+            with self.subTest(program):
+                with self.load(self.balance(program)) as callers:
+                    os.kill(self.nodes[1].pid(), signal.SIGKILL)
+                    self.progress(callers)
+                    failures = [caller.failures[:] for caller in callers]
+                    self.start(1)
+                    self.progress(callers)
+                self.assertLessEqual(max(map(len, failures)), 1, failures)
+                for caller, lost in zip(callers, failures):
+                    self.assertEqual(caller.failures, lost)
+                    self.assertEqual(caller.challenges, 1 if caller.digest else 0)
+
+    def test_health_checks_see_a_node_go_and_come(self) -> None:
+        """A public path, or the 401 itself, is up; a stop under load loses nothing and is seen, as is a start."""
+        for check in ("option httpchk GET /healthz",
+                      "option httpchk GET /\n http-check expect status 401"):
+            with self.subTest(check):
+                with self.load(self.balance("haproxy", check)) as callers:
+                    self.sees("UP", "UP", "UP")
+                    self.nodes[2].command("stop")
+                    self.sees("UP", "UP", "DOWN")
+                    self.progress(callers)
+                    self.start(2)
+                    self.sees("UP", "UP", "UP")
+                self.check(callers)
+                self.nodes[0].kill(self.nodes[0].server)
+
+    def test_a_proof_counts_once_on_each_machine(self) -> None:
+        """What is promised, and what is not: a replay is refused where it was used, not elsewhere."""
+        proof = digest(self.places[0], "/example/foo")
+        said = [request(place, "/example/foo", "GET", proof).status for place in self.places * 2]
+        self.assertEqual(said, [200, 200, 200, 401, 401, 401])
+
+
+UNIT = """[Unit]
+Description=a folder, behind a password
+After=network.target
+[Service]
+Type=notify
+ExecStart=%(run)s
+ExecReload=%(reload)s
+Restart=on-failure
+RestartPreventExitStatus=2
+[Install]
+WantedBy=multi-user.target
+"""
+SOCKET_UNIT = "[Socket]\nListenStream=127.0.0.1:8081\n[Install]\nWantedBy=sockets.target\n"
+LOGROTATE = """"%(log)s" {
+ daily
+ rotate 7
+ missingok
+ nocreate
+ postrotate
+  '%(python)s' '%(daemonize)s' reload --quiet --pidfile '%(pidfile)s'
+ endscript
+}
+"""
+SUPERVISORD = """[supervisord]
+nodaemon=true
+logfile=/dev/null
+logfile_maxbytes=0
+pidfile=%(pidfile)s.supervisord
+[program:authserver]
+command=%(run)s
+autorestart=unexpected
+exitcodes=0,2
+stdout_logfile=%(output)s
+redirect_stderr=true
+"""
+CONTAINER = r'''
+mount -t tmpfs -o mode=1777 none "$1" && cp "$2" "$1/users" && chmod 0444 "$1/users" &&
+mount -o remount,ro,bind "$1" && mount -t tmpfs -o mode=1777 none "$3" &&
+mount -o remount,ro,bind / && shift 3 && exec "$@"
+'''
+
+
+class Hosts(BoxTest):
+    """What people run it under"""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.at = "127.0.0.1:%d" % free_port()
+        self.passwords = self.box.write("passwords", ha1_line("jim", "secret"), 0o600)
+        self.options = ["--bind", self.at, "--passwords", self.passwords, "--workers", "1"]
+
+    def words(self, action: str = "run", *options: str) -> str:
+        """Return a command line as a shell, systemd or supervisord reads it."""
+        with_log = ["--logfile", self.box.log] if action == "run" else []
+        return " ".join(map(shlex.quote, self.box.argv(action, *with_log, *options)))
+
+    def settings(self, **more: str) -> Dict[str, str]:
+        """Return what stands in the files of hosts."""
+        return dict(more, run=self.words("run", *self.options), reload=self.words("reload"),
+                    python=sys.executable, daemonize=DAEMONIZE, pidfile=self.box.pidfile,
+                    log=self.box.log, output=self.box.output)
+
+    def answers(self, what: str) -> None:
+        """Wait until jim is let in."""
+        until(lambda: not reach(self.at), what)
+        self.assertEqual(request(self.at).status, 200)
+
+    def comes_back(self, what: str) -> None:
+        """Kill the daemon, and wait for another one that answers."""
+        old = int(until(self.box.pid, "a pidfile"))
+        os.kill(old, signal.SIGKILL)
+        until(lambda: self.box.pid() not in (0, old) and not reach(self.at), what)
+        self.answers(what)
+
+    def test_cron(self) -> None:
+        """@reboot, each minute, at night, in cron's empty environment: not a word, and always a daemon."""
+        conf = self.box.write("d.conf", "# options\n%s --logfile %s\n" % (
+            " ".join(map(shlex.quote, self.options)), shlex.quote(self.box.log)))
+        def cron(action: str) -> Tuple[int, str, str]:
+            line = self.words(action, "--quiet", "@" + conf)
+            return run(["env", "-i", "SHELL=/bin/sh", "HOME=/", "LOGNAME=x", "/bin/sh", "-c", line],
+                       cwd="/")[:3]
+        pids = []
+        for action in ("start", "start", "restart", "start"):
+            self.assertEqual(cron(action), (0, "", ""))
+            self.answers(action)
+            pids.append(self.box.pid())
+        self.assertEqual((pids[0] == pids[1], pids[1] == pids[2], pids[2] == pids[3]), (True, False, True))
+        os.kill(self.box.pid(), signal.SIGKILL)
+        code, said, warned = cron("start")
+        self.assertEqual((code, said), (0, ""))
+        self.answers("the next minute")
+
+    @needs("systemd-analyze")
+    def test_systemd_understands_the_units(self) -> None:
+        """systemd-analyze verify has nothing to say about service and socket."""
+        folder = tempfile.mkdtemp(dir=TEMP)
+        self.addCleanup(shutil.rmtree, folder)
+        names = [os.path.join(folder, "authserver." + kind) for kind in ("service", "socket")]
+        for name, text in zip(names, (UNIT % self.settings(), SOCKET_UNIT)):
+            with open(name, "w", encoding="utf-8") as file:
+                file.write(text.replace("'", '"'))
+        said = run(["systemd-analyze", "verify", "--man=no"] + names)
+        self.assertEqual([line for line in (said.out + said.err).splitlines() if "authserver" in line], [])
+
+    @needs_other_user
+    @needs("logrotate")
+    def test_logrotate_in_a_folder_of_roots(self) -> None:
+        """Rename and reload under load, the log in a folder where only root may create: no line lost."""
+        self.box.make("log")
+        self.box.log = self.box.path("log", "d.log")
+        self.box.write("passwords", ha1_line("jim", "secret"), 0o640, NOBODY)
+        self.box.start(*self.options, "--uid", str(NOBODY), "--log-bytes", "0")
+        conf = self.box.write("rotate.conf", LOGROTATE % self.settings())
+        end = threading.Event()
+        callers = [Caller(self.at, "basic", keeps, end) for keeps in (True, False)]
+        try:
+            for number in range(1, 5):
+                goal = callers[0].answers + 50
+                until(lambda: callers[0].answers > goal, "answers")
+                run(["logrotate", "-f", "-s", self.box.path("state"), conf], 0)
+                self.assertTrue(os.path.exists("%s.%d" % (self.box.log, number)))
+        finally:
+            end.set()
+            for caller in callers:
+                caller.join()
+        self.assertEqual([caller.failures for caller in callers], [[], []])
+        self.box.command("stop")
+        texts = [read(path) for path in glob.glob(glob.escape(self.box.log) + "*")]
+        self.assertEqual(sum(text.count('"GET /example/foo ') for text in texts), sum(
+            caller.answers for caller in callers))
+        self.assertEqual(os.stat(self.box.log).st_uid, NOBODY)
+
+    @needs("fail2ban-client")
+    def test_fail2ban_takes_the_jail(self) -> None:
+        """fail2ban --test accepts the jail, with its own filter and our log."""
+        folder = self.box.path("fail2ban")
+        shutil.copytree("/etc/fail2ban", folder)
+        self.box.write("d.log", "")
+        for name in os.listdir(folder + "/jail.d"):
+            os.unlink(os.path.join(folder, "jail.d", name))
+        self.box.write("fail2ban/jail.local", "[authserver]\nenabled = true\nport = 8081\n"
+                       "filter = traefik-auth\nbackend = auto\nlogpath = %s\n" % self.box.log)
+        said = run(["fail2ban-client", "-c", folder, "-d"], 0).out
+        self.assertIn("'add', 'authserver'", said)
+
+    @needs("supervisord")
+    def test_supervisord(self) -> None:
+        """supervisord starts it, starts it again when it is killed, and ends it."""
+        conf = self.box.write("s.conf", SUPERVISORD % self.settings())
+        child = self.box.spawn("supervisord", "-c", conf)
+        self.answers("supervisord")
+        self.comes_back("supervisord")
+        child.terminate()
+        self.assertEqual(child.wait(PATIENCE), 0)
+        self.assertEqual(self.box.processes(), [])
+
+    @needs("runsv")
+    def test_runit(self) -> None:
+        """runsv starts it, starts it again when it is killed, and ends it."""
+        self.box.make("service")
+        self.box.write("service/run", "#!/bin/sh\nexec 2>&1\nexec %(run)s\n" % self.settings(), 0o755)
+        child = self.box.spawn("runsv", self.box.path("service"))
+        self.answers("runsv")
+        self.comes_back("runsv")
+        child.terminate()
+        self.assertEqual(child.wait(PATIENCE), 0)
+        self.assertEqual(self.box.processes(), [])
+
+    @needs_other_user
+    @needs("unshare")
+    @needs("setpriv")
+    def test_a_container(self) -> None:
+        """pid 1, a user without a name, a root that is read-only, a secret of mode 0444: it serves, and ends."""
+        secrets = self.box.make("secrets")
+        self.box.pidfile = self.box.path("tmp", "d.pid")
+        argv = self.box.argv("run", "--bind", self.at, "--passwords", secrets + "/users")
+        child = self.box.spawn("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc",
+                               "sh", "-c", CONTAINER, "sh", secrets, self.passwords,
+                               self.box.make("tmp"), "setpriv", "--reuid", "10001", "--regid", "10001", "--clear-groups", *argv)
+        until(lambda: not reach(self.at) or child.poll() is not None, "a container")
+        self.assertIsNone(child.poll(), read(self.box.output))
+        self.answers("a container")
+        first = [pid for pid in family(child.pid)
+                 if re.search(r"(?m)^NSpid:\t\d+\t1$", read("/proc/%d/status" % pid))]
+        os.kill(first[0], signal.SIGTERM)
+        self.assertEqual(child.wait(PATIENCE), 0, read(self.box.output))
+
+
+# -- 5.2 daemonize.py with authserver.py ----------------------------------------
+
+
 class Together(BoxTest):
     """daemonize.py with authserver.py"""
 
