@@ -369,7 +369,8 @@ CANONICAL = {(name + sess).lower(): name + sess for name in FOUND for sess in ("
 
 def to_hex(algorithm: str, octets: bytes) -> str:
     """Return the algorithm's hash of octets in hexadecimal digits."""
-    return str(HASHES[algorithm](octets).hexdigest())
+    digits: str = HASHES[algorithm](octets).hexdigest()
+    return digits
 
 
 def hash_name(algorithm: str) -> str:
@@ -577,6 +578,26 @@ def open_memory(size: int) -> int:
     return fd
 
 
+class Exclusively:
+    """Keep all other threads and processes from what lies at an offset.
+
+    A class: contextlib's generator would take half as long again as what it guards.
+    """
+
+    __slots__ = ("mutex", "fd", "offset")
+
+    def __init__(self, mutex: Any, fd: int, offset: int) -> None:
+        self.mutex, self.fd, self.offset = mutex, fd, offset
+
+    def __enter__(self) -> None:
+        self.mutex.acquire()
+        fcntl.lockf(self.fd, fcntl.LOCK_EX, 1, self.offset)
+
+    def __exit__(self, *error: Any) -> None:
+        fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, self.offset)
+        self.mutex.release()
+
+
 class SharedTable:
     """What all workers must agree on: the nonce key, uses of nonces, failures, the clock.
 
@@ -604,15 +625,8 @@ class SharedTable:
         if self.fd >= 0:
             os.close(self.fd)
 
-    @contextlib.contextmanager
-    def _exclusively(self, offset: int) -> Iterator[None]:
-        """Keep everybody else from what lies at offset."""
-        with self._mutex:
-            fcntl.lockf(self.fd, fcntl.LOCK_EX, 1, offset)
-            try:
-                yield
-            finally:
-                fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, offset)
+    def _exclusively(self, offset: int) -> Exclusively:
+        return Exclusively(self._mutex, self.fd, offset)
 
     # -- the clock
 
@@ -651,16 +665,11 @@ class SharedTable:
         if body[11:] != self._memory[ISSUERS:ISSUERS + 4] and self._is_foreign(body):
             return "stale"
         # The last two of the six random bytes: they are random, so no hash has to spread them.
-        offset = SLOTS + SLOT.size * (int.from_bytes(body[9:11], "big") % NONCE_SLOTS)
-        if self.alone:
-            with self._mutex:
-                return self._use_up(offset, body, nonce_count)
-        with self._mutex:
-            fcntl.lockf(self.fd, fcntl.LOCK_EX, 1, offset)
-            try:
-                return self._use_up(offset, body, nonce_count)
-            finally:
-                fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, offset)
+        offset = SLOTS + SLOT.size * ((body[9] << 8 | body[10]) % NONCE_SLOTS)
+        if self.alone:      # and with one thread, that of the loop
+            return self._use_up(offset, body, nonce_count)
+        with self._exclusively(offset):
+            return self._use_up(offset, body, nonce_count)
 
     def _is_foreign(self, body: bytes) -> bool:
         """Return whether nobody here can know that this nonce has not been used.
@@ -674,7 +683,8 @@ class SharedTable:
 
     def _use_up(self, offset: int, body: bytes, nonce_count: int) -> str:
         identity, highest, seen = SLOT.unpack_from(self._memory, offset)
-        if identity != body[:11]:
+        nonce = body[:11]
+        if identity != nonce:
             # <=, not <: two nonces of one hundredth of a second could take the slot from each other
             # in turn, and with it their counts: the same nc would pass again and again.
             if body[:5] <= identity[:5]:
@@ -683,7 +693,7 @@ class SharedTable:
         window = advance_window(highest, seen, nonce_count)
         if window is None:
             return "replay"
-        SLOT.pack_into(self._memory, offset, body[:11], *window)
+        SLOT.pack_into(self._memory, offset, nonce, *window)
         return ""
 
     # -- clients who guess: each counts in two buckets, and is locked out when both are full. Two
@@ -1569,7 +1579,7 @@ class TrustedProxies:
             if hop is None:
                 break
             address = hop
-        shown = peer or "-" if address is None else str(address)
+        shown = peer if address is None else str(address)
         if address is None or address.is_loopback or self.trusts(address):
             return shown, None
         if address.version == 6:
@@ -2112,6 +2122,7 @@ NO_FIELDS = FieldBlock({}, -1, False, False, False, "", '"-" "-"')
 STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n"
                 for status in http.HTTPStatus}
 PAGE_METHODS = ("GET", "HEAD", "OPTIONS")
+ALLOW = ("Allow", ", ".join(PAGE_METHODS))
 METHODS = ("CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE")
 
 
@@ -2204,6 +2215,44 @@ def example(request: Request) -> Answer:
     return example_answer(request.path, request.username or "everybody")
 
 
+def page_answer(server: "AuthServer", request: Request) -> Answer:
+    """Return a page's answer; for what no page knows, ours."""
+    if request.method not in PAGE_METHODS:
+        status = 405 if request.method in METHODS else 501
+        return Answer(status, (ALLOW, HTML), error_page(status))
+    if request.method == "OPTIONS":
+        return Answer(204, (ALLOW,))
+    try:
+        assert server.page is not None
+        answer = server.page(request)
+        if not isinstance(answer, Answer):
+            raise TypeError(f"expected an Answer, not {answer!r:.40}")
+    except Exception:
+        server.log.error(f"error: {request.line}: {traceback.format_exc()}")
+        answer = Answer(500, (HTML,), error_page(500))
+    return answer
+
+
+def refusal(server: "AuthServer", request: Request) -> Answer:
+    """Return the answer to a request that may not pass; the log is told why."""
+    verdict = request.verdict
+    if verdict.reason != "no credentials":
+        server.log.error(f"{request.host or '-'}: refused {log_name(verdict.log_user)}: "
+                         f"{verdict.reason}")
+    # nginx makes 500 of all else that its subrequest brings.
+    status = 403 if request.asked and verdict.status != 401 else verdict.status
+    return Answer(status, (HTML,), error_page(status))
+
+
+def field_lines(fields: Fields) -> str:
+    """Return header fields as they go over the wire.
+
+    >>> field_lines([("Allow", "GET")])
+    'Allow: GET\\r\\n'
+    """
+    return "".join([f"{name}: {value}\r\n" for name, value in fields]) if fields else ""
+
+
 @functools.lru_cache(maxsize=256)
 def log_name(username: Optional[str]) -> str:
     """Return a user's name as one word of the log; nobody is -, and no name is mistaken for it.
@@ -2270,6 +2319,8 @@ WAITS = {                   # seconds that a connection may spend
     "idle": 75.0,           # between two requests; browsers wait for 60 to 120 s
     "linger": 10.0,         # sending, though it has been refused
 }
+CLOSE = "Connection: close\r\n"
+NO_CONTENT = (204, 304)     # statuses without a body: RFC 9110 section 6.4.1
 NO_LINGER = struct.pack("ii", 1, 0)     # close(2) resets, and forgets what was not sent
 Story = Generator[Any, Any, None]
 
@@ -2357,27 +2408,22 @@ class Body:
 NO_BODY = Body(0, False)
 
 
-class Connection:
-    """One client's connection, from accept to close: bytes in, bytes out, one deadline.
+class Channel:
+    """A client's connection as far as it is bytes: in, out, and one deadline for either.
 
-    For the loop: ready, advance, expire, close.  For a story: read, wait.  For a handler's
-    thread (12): listener, socket, buffer, output.
+    For whoever talks: receive, wait; output and part, which flush() sends; hang_up, close.
+    TLSConnection (11) overrides receive, send, send_part and shut.
     """
 
     # Of thousands nearly all are idle, so an idle one is small.
-    __slots__ = ("server", "listener", "socket", "address", "host", "client", "buffer", "output",
-                 "part", "stage", "deadline", "writes", "story", "closing", "lingers")
+    __slots__ = ("server", "listener", "socket", "address", "buffer", "output", "part", "stage",
+                 "deadline", "writes", "closing", "lingers")
 
     def __init__(self, server: "AuthServer", listener: "Listener", sock: Any, address: Any) -> None:
-        self.server, self.listener, self.socket = server, listener, sock
-        self.address = address      # for handlers
-        # For the log, and for a lock-out; another one's, when a proxy speaks for others.
-        self.host, self.client = server.proxies.find_client(     # type: str, Optional[str]
-            host_of(address))
+        self.server, self.listener, self.socket, self.address = server, listener, sock, address
         self.buffer = b""           # received, and not understood yet
         self.output = b""           # not sent yet
         self.part: Optional[FilePart] = None        # ... and after it this
-        self.story: Optional[Story] = None          # of the request that is being answered
         self.writes = False         # it waits for the client: nothing is read meanwhile
         self.closing = False        # after the output
         self.lingers = False        # ... because the client may still be sending
@@ -2386,8 +2432,6 @@ class Connection:
     def wait(self, stage: str) -> None:
         """Set what is waited for, and for how long."""
         self.stage, self.deadline = stage, self.server.clock + WAITS[stage]
-
-    # -- bytes in
 
     def receive(self) -> Optional[bytes]:
         """Return what has come; b"" when nothing will come any more, None when nothing has yet."""
@@ -2398,6 +2442,129 @@ class Connection:
         except OSError:
             return b""
         return octets
+
+    def take_buffer(self) -> bytes:
+        """Return what has been received, once."""
+        octets, self.buffer = self.buffer, b""
+        return octets
+
+    def send(self, octets: bytes) -> int:
+        """Return how many of these bytes the kernel took."""
+        try:
+            return int(self.socket.send(octets))
+        except (BlockingIOError, InterruptedError):
+            return 0
+
+    def send_part(self, part: FilePart) -> int:
+        """Return how many bytes of a file the kernel took.  See: sendfile(2)."""
+        try:
+            sent = os.sendfile(self.socket.fileno(), part.file.fileno(), part.offset,
+                               min(part.length, SENDFILE_SIZE))
+        except (BlockingIOError, InterruptedError):
+            return 0
+        # A file that was cut has no more; to pad it would be a lie, to go on an endless loop.
+        if not sent:
+            raise EOFError
+        return sent
+
+    def flush(self) -> None:
+        """Send the output; what the client does not take now waits, and so do its requests."""
+        sent = 0
+        try:
+            if self.output:
+                sent = self.send(self.output)
+                self.output = self.output[sent:]
+            if self.part and not self.output:
+                part, size = self.part, self.send_part(self.part)
+                self.part = part._replace(offset=part.offset + size, length=part.length - size)
+                sent += size
+                if not self.part.length:
+                    part.file.close()
+                    self.part = None
+        except (OSError, EOFError):
+            self.close()
+            return
+        if self.output or self.part:
+            self.wait_to_write(sent)
+        elif self.closing:
+            self.hang_up()
+        elif self.writes:
+            self.watch(False)
+            self.wait("idle")
+            self.server.later[self] = None          # what came meanwhile
+
+    def wait_to_write(self, sent: int) -> None:
+        """Wait until the client takes more; who takes too little is cut off."""
+        if not self.writes:
+            self.watch(True)
+            self.wait("write")
+        # Haste is no credit for later: what the kernel took at once, the client may never read.
+        self.deadline = min(self.deadline + sent * PACE_SECONDS / IN_MEMORY,
+                            self.server.clock + WAITS["write"])
+
+    def watch(self, writes: bool) -> None:
+        """Wait for the moment to write, or to read."""
+        self.writes = writes
+        self.server.selector.modify(
+            self.socket, selectors.EVENT_WRITE if writes else selectors.EVENT_READ, self.ready)
+
+    def ready(self, events: int) -> None:
+        """Do what can be done now."""
+        raise NotImplementedError
+
+    def hang_up(self) -> None:
+        """Close; if the client may still be sending, let it finish and read the answer first.
+
+        Closing a socket with bytes unread sends a reset, and a reset makes the client's
+        kernel forget an answer that it has already received.
+
+        See: RFC 9112 section 9.6.
+        """
+        if self.stage == "linger":
+            return
+        if self.lingers or self.buffer:
+            with contextlib.suppress(OSError):
+                self.shut()
+                self.buffer = b""
+                self.watch(False)
+                self.wait("linger")
+                return
+        self.close()
+
+    def shut(self) -> None:
+        """Say that nothing more will come."""
+        self.socket.shutdown(socket.SHUT_WR)
+
+    def reset(self) -> None:
+        """Close; what the kernel still holds for a client that does not read is forgotten."""
+        with contextlib.suppress(OSError):
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
+        self.close()
+
+    def close(self) -> None:
+        """Forget the connection; harmless when it is repeated."""
+        if self in self.server.connections:
+            self.server.forget(self)
+            self.socket.close()
+        if self.part:
+            self.part.file.close()
+        self.closing, self.buffer, self.output, self.part = True, b"", b"", None
+
+
+class Connection(Channel):
+    """A connection as far as it is requests: the story of each, and its driver.
+
+    For the loop: ready, advance, expire, close.
+    """
+
+    __slots__ = ("host", "client", "story")
+
+    def __init__(self, server: "AuthServer", listener: "Listener", sock: Any, address: Any) -> None:
+        super().__init__(server, listener, sock, address)
+        self.story: Optional[Story] = None          # of the request that is being answered
+        # For the log, and for a lock-out; another one's, when a proxy speaks for others.
+        self.host, self.client = server.proxies.find_client(     # type: str, Optional[str]
+            host_of(address))
 
     def ready(self, events: int) -> None:
         """Send what waits, or else read what came; then work."""
@@ -2417,7 +2584,7 @@ class Connection:
     def advance(self) -> None:
         """Go on with the request at hand, or with the next one if its head is there."""
         if self.story is not None:
-            if self.stage in (MORE, REST):
+            if self.stage != "thread" and not self.writes:
                 self.go_on()
         elif self.buffer and not self.writes and not self.closing:
             end = self.buffer.find(b"\r\n\r\n") + 4
@@ -2451,36 +2618,32 @@ class Connection:
     def answer(self, octets: bytes) -> Story:
         """Answer the request whose head octets are: everything that happens to it, in order."""
         server, request, body = self.server, None, NO_BODY
+        answer: Optional[Answer] = None
         try:
             request = server.heads.read(octets)
             if request.fields.chunked or request.fields.length > 0:
                 body = Body(request.fields.length, request.fields.chunked)
-            self.ask_who(request)
-            is_asked = is_forward_auth(server.forward_auth, request.path)
-            verdict = request.verdict = is_asked and self.look_behind(request) or self.recall(
-                request) or (yield from self.judge(request, body))
+            verdict = request.verdict = self.recall(request) or (
+                yield from self.judge(request, body))
             request.username = verdict.username
-            answer: Optional[Answer]
             if verdict.status != 200:
-                answer = self.refusal(request)
+                answer = refusal(server, request)
             elif request.fields.length > MAX_BODY:
                 raise BadRequest(413, "body too large")
-            elif is_asked:
+            elif request.asked:
                 answer = grant(request)
             elif server.page is not None:
-                answer = self.turn_to(server.page, request)
+                answer = page_answer(server, request)
             else:
                 answer = yield from self.host_handler(octets, request, body)
-            if answer is not None:
-                self.finish(request, answer, body)
         except BadRequest as error:
-            self.refuse(error, request)
+            self.refuse(error, octets, request)
         except Busy as error:           # nobody is there to whom it could be lent
             assert request is not None
-            if server.authenticator:
-                server.authenticator.table.add("busy")
             request.verdict = Verdict(503, reason=str(error), fields=(("Retry-After", "1"),))
-            self.finish(request, self.refusal(request), body)
+            answer = refusal(server, request)
+        if answer is not None and request is not None:
+            self.finish(request, answer, body)
         # A small body that nobody wanted is read and dropped, and the connection goes on.
         while not body.done and not self.closing:
             body.feed(self.take_buffer())
@@ -2489,31 +2652,23 @@ class Connection:
         if body.rest:
             self.buffer = body.take_rest() + self.buffer
 
-    def ask_who(self, request: Request) -> None:
-        """Find whose request it is: the peer's, or whom a proxy names."""
-        request.now = self.server.wall
-        request.host, request.client = self.host, self.client
-        if request.fields.forwarded:
-            request.host, request.client = self.server.proxies.find_client(
-                host_of(self.address), request.fields.forwarded)
-
-    def look_behind(self, request: Request) -> Optional[Verdict]:
-        """Take what a proxy asks about for the request; return a verdict if that cannot be."""
-        if not self.server.proxies.trusts(parse_address(host_of(self.address))):
-            return Verdict(403, reason="forward-auth by a peer that is no --trusted-proxy")
-        asked = asked_about(request, self.server.forward_auth)
-        if asked is None:
-            return Verdict(403, reason="forward-auth without one method and one URI")
-        request.asked = asked
-        return None
-
     def recall(self, request: Request) -> Optional[Verdict]:
-        """Return the verdict where there is nothing to check: nothing is asked, or all known."""
-        authenticator = self.server.authenticator
-        if authenticator is None or is_public(self.server.public, request.path):
+        """Find whose request it is; return the verdict where nothing has to be checked."""
+        server, authenticator = self.server, self.server.authenticator
+        request.now, request.host, request.client = server.wall, self.host, self.client
+        if request.fields.forwarded:        # the peer's own, unless it may speak for others
+            request.host, request.client = server.proxies.find_client(
+                host_of(self.address), request.fields.forwarded)
+        if is_forward_auth(server.forward_auth, request.path):
+            request.asked = asked_about(request, server.forward_auth)
+            if not request.asked or not server.proxies.trusts(parse_address(host_of(self.address))):
+                return Verdict(403, reason="forward-auth: no --trusted-proxy, or not one method "
+                                           "and one URI")
+        elif authenticator is None or is_public(server.public, request.path):
             return PUBLIC
-        if len(request.authorization) != 1 or "basic" not in self.listener.schemes or (
-                request.client and authenticator.is_locked(request.client, self.server.now)):
+        if authenticator is None or len(request.authorization) != 1 or (
+                "basic" not in self.listener.schemes
+                or request.client and authenticator.is_locked(request.client, server.now)):
             return None
         return authenticator.recall(request.authorization[0])
 
@@ -2558,83 +2713,52 @@ class Connection:
             return Answer(500, (HTML,), error_page(500))
         self.closing = self.closing or self.server.draining or sock.ends_connection()
         self.lingers = self.closing and not body.done
-        request.status = sock.status
-        self.wait("idle")
-        self.server.log.access(request, sock.size)
-        self.server.answered += 1
+        self.note(request, sock.status, sock.size)
         return None
-
-    def take_buffer(self) -> bytes:
-        """Return what has been received, once."""
-        octets, self.buffer = self.buffer, b""
-        return octets
-
-    def turn_to(self, page: Page, request: Request) -> Answer:
-        """Return a page's answer; for what no page knows, ours."""
-        if request.method not in PAGE_METHODS:
-            fields = (("Allow", ", ".join(PAGE_METHODS)), HTML)
-            status = 405 if request.method in METHODS else 501
-            return Answer(status, fields, error_page(status))
-        if request.method == "OPTIONS":
-            return Answer(204, (("Allow", ", ".join(PAGE_METHODS)),))
-        try:
-            answer = page(request)
-            if isinstance(answer, Answer):
-                return answer
-            raise TypeError(f"expected an Answer, not {answer!r:.40}")
-        except Exception:
-            self.server.log.error(f"error: {request.line}: {traceback.format_exc()}")
-            return Answer(500, (HTML,), error_page(500))
-
-    def refusal(self, request: Request) -> Answer:
-        """Return the answer to a request that may not pass; the log is told why."""
-        verdict = request.verdict
-        if verdict.reason != "no credentials":
-            self.server.log.error(
-                f"{request.host}: refused {log_name(verdict.log_user)}: {verdict.reason}")
-        # nginx makes 500 of all else that its subrequest brings.
-        status = 403 if request.asked and verdict.status != 401 else verdict.status
-        return Answer(status, (HTML,), error_page(status))
 
     def finish(self, request: Request, answer: Answer, body: Body) -> None:
         """Put an answer into the output, and a line into the log."""
-        server, content = self.server, answer.body
+        fields, content = request.fields, answer.body
         size = content.length if isinstance(content, FilePart) else len(content)
         # What is large, or may be, nobody reads only to drop it; nor what waits for 100 Continue.
-        if not body.done and (request.fields.chunked or request.fields.expects
-                              or request.fields.length > IN_MEMORY):
+        if not body.done and (fields.chunked or fields.expects or fields.length > IN_MEMORY):
             self.lingers = self.closing = True
-        self.closing = self.closing or server.draining or not request.fields.keep_alive
-        connection = ("Connection: close\r\n" if self.closing
-                      else "" if request.minor else "Connection: keep-alive\r\n")
-        length = "" if answer.status in (204, 304) else f"Content-Length: {size}\r\n"
-        fields = "".join([f"{name}: {value}\r\n" for name, value in answer.fields])
-        proof = "".join([f"{name}: {value}\r\n" for name, value in request.verdict.fields])
-        head = (f"{STATUS_LINES[answer.status]}{server.stamp}{fields}{proof}{length}{connection}"
-                f"\r\n").encode("latin-1", "replace")
-        if request.method == "HEAD" or not length or not size:
-            close_part(content)
-            size, content = 0, b""
-        if isinstance(content, FilePart):
-            self.output, self.part = self.output + head, content
+        if self.server.draining or not fields.keep_alive:
+            self.closing = True
+        length = "" if answer.status in NO_CONTENT else f"Content-Length: {size}\r\n"
+        ends = CLOSE if self.closing else "" if request.minor else "Connection: keep-alive\r\n"
+        head = (f"{STATUS_LINES[answer.status]}{self.server.stamp}{field_lines(answer.fields)}"
+                f"{field_lines(request.verdict.fields)}{length}{ends}\r\n")
+        self.output += head.encode("latin-1", "replace")
+        if not isinstance(content, FilePart):
+            size = 0 if request.method == "HEAD" else size
+            self.output += content[:size]
+        elif request.method == "HEAD" or not size:
+            size = 0
+            content.file.close()
         else:
-            self.output = self.output + head + content if self.output else head + content
-        request.status = answer.status
-        self.wait("idle")
-        server.answered += 1
-        if self.listener.logs:
-            server.log.access(request, size)
+            self.part = content
+        self.note(request, answer.status, size)
 
-    def refuse(self, error: BadRequest, request: Optional[Request] = None) -> None:
+    def note(self, request: Request, status: int, size: int) -> None:
+        """Put a line into the log: the request has been answered."""
+        request.status = status
+        self.wait("idle")
+        self.server.answered += 1
+        if self.listener.logs:
+            self.server.log.access(request, size)
+
+    def refuse(self, error: BadRequest, octets: bytes = b"",
+               request: Optional[Request] = None) -> None:
         """Answer what is no request, or not a whole one, and hang up."""
         if request is None:         # its first line is all that the log can show
-            line = self.buffer[:MAX_LINE].partition(b"\r\n")[0].decode("latin-1")
+            line = (octets or self.buffer)[:MAX_LINE].partition(b"\r\n")[0].decode("latin-1")
             request = Request("", "", "", escape(line))
             request.host = self.host
         # Whatever follows what we could not read is no request, so nothing of it is kept.
         self.buffer, self.closing, self.lingers = b"", True, True
         request.verdict = Verdict(error.status, reason=f"malformed: {error}")
-        self.finish(request, self.refusal(request), NO_BODY)
+        self.finish(request, refusal(self.server, request), NO_BODY)
 
     # -- its driver
 
@@ -2682,129 +2806,24 @@ class Connection:
         self.go_on(result, error)
         self.advance()
 
-    # -- bytes out
-
-    def send(self, octets: bytes) -> int:
-        """Return how many of these bytes the kernel took."""
-        try:
-            return int(self.socket.send(octets))
-        except (BlockingIOError, InterruptedError):
-            return 0
-
-    def send_part(self, part: FilePart) -> int:
-        """Return how many bytes of a file the kernel took.  See: sendfile(2)."""
-        try:
-            sent = os.sendfile(self.socket.fileno(), part.file.fileno(), part.offset,
-                               min(part.length, SENDFILE_SIZE))
-        except (BlockingIOError, InterruptedError):
-            return 0
-        # A file that was cut has no more; to pad it would be a lie, to go on an endless loop.
-        if not sent:
-            raise EOFError
-        return sent
-
-    def flush(self) -> None:
-        """Send the output; what the client does not take now waits, and so do its requests."""
-        sent = 0
-        try:
-            if self.output:
-                sent = self.send(self.output)
-                self.output = self.output[sent:]
-            if self.part and not self.output:
-                sent += self.flush_part(self.part)
-        except (OSError, EOFError):
-            self.close()
-            return
-        if self.output or self.part:
-            self.wait_to_write(sent)
-        elif self.closing:
-            self.hang_up()
-        elif self.writes:
-            self.watch(False)
-            self.wait(MORE if self.story is not None else "idle")
-            self.server.later[self] = None          # what came meanwhile
-
-    def flush_part(self, part: FilePart) -> int:
-        """Send as much of a file as one turn of the loop should."""
-        sent = self.send_part(part)
-        if sent < part.length:
-            self.part = FilePart(part.file, part.offset + sent, part.length - sent)
-        else:
-            self.part = None
-            part.file.close()
-        return sent
-
-    def wait_to_write(self, sent: int) -> None:
-        """Wait until the client takes more; who takes too little is cut off."""
-        if not self.writes:
-            self.watch(True)
-            self.wait("write")
-        # Haste is no credit for later: what the kernel took at once, the client may never read.
-        self.deadline = min(self.deadline + sent * PACE_SECONDS / IN_MEMORY,
-                            self.server.clock + WAITS["write"])
-
-    def watch(self, writes: bool) -> None:
-        """Wait for the moment to write, or to read."""
-        self.writes = writes
-        self.server.selector.modify(
-            self.socket, selectors.EVENT_WRITE if writes else selectors.EVENT_READ, self.ready)
-
-    # -- its end
-
-    def hang_up(self) -> None:
-        """Close; if the client may still be sending, let it finish and read the answer first.
-
-        Closing a socket with bytes unread sends a reset, and a reset makes the client's
-        kernel forget an answer that it has already received.
-
-        See: RFC 9112 section 9.6.
-        """
-        if (self.lingers or self.buffer) and self.stage != "linger":
-            with contextlib.suppress(OSError):
-                self.shut()
-                self.buffer = b""
-                self.watch(False)
-                self.wait("linger")
-                return
-        if self.stage != "linger":
-            self.close()
-
-    def shut(self) -> None:
-        """Say that nothing more will come."""
-        self.socket.shutdown(socket.SHUT_WR)
-
     def expire(self) -> None:
         """Close what took too long; who is in the middle of a request is told so."""
-        if self.stage in ("head", MORE):
-            slow = BadRequest(408, "too slow")
-            if self.story is None:
-                self.refuse(slow)
-            else:
-                self.go_on(None, slow)
-            self.advance()
+        if self.stage not in ("head", MORE):
+            (self.reset if self.writes else self.close)()
+            return
+        slow = BadRequest(408, "too slow")
+        if self.story is None:
+            self.refuse(slow)
         else:
-            if self.writes:     # what the kernel still holds for it would be held for ever
-                with contextlib.suppress(OSError):
-                    self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
-            self.close()
+            self.go_on(None, slow)
+        self.advance()
 
     def close(self) -> None:
-        """Forget the connection; harmless when it is repeated."""
-        if self in self.server.connections:
-            self.server.forget(self)
-            self.socket.close()
-        if self.part:
-            self.part.file.close()
+        """Forget the request as well."""
         if self.story is not None and self.stage != "thread":
             self.story.close()
-        self.story = self.part = None
-        self.closing, self.buffer, self.output = True, b"", b""
-
-
-def close_part(content: Union[bytes, FilePart]) -> None:
-    """Close the file of a body that is not sent."""
-    if isinstance(content, FilePart):
-        content.file.close()
+        self.story = None
+        super().close()
 
 
 # -- 10. The server -----------------------------------------------------------
@@ -2852,7 +2871,7 @@ class Log:
         """
         user = request.verdict.log_user
         self.waiting[1].append(
-            f'{request.host} - {"-" if user is None else log_name(user)} [{self.date}] '
+            f'{request.host or "-"} - {"-" if user is None else log_name(user)} [{self.date}] '
             f'"{request.line}" {request.status or "-"} {size} {request.fields.log_tail}\n')
 
     def error(self, text: str) -> None:
@@ -2957,115 +2976,34 @@ def count_cpus() -> int:
     return os.cpu_count() or 1      # macOS
 
 
-# Hooks of socketserver that assume one request at a time and a connection for each. Nobody
-# calls them here, and what is never called must not look as if it were.
-UNUSED_HOOKS = ("get_request", "process_request", "process_request_thread", "shutdown_request",
-                "close_request")
+class Loop:
+    """All connections, in one thread; the half of a server that waits.
 
-
-class AuthServer(http.server.HTTPServer):
-    """An HTTPServer that keeps every connection in one loop; see the head of this section.
-
-    handler_class may have been through protect(); or it is no class at all, but a page.
-
-    Methods for the caller: serve_forever, handle_request, shutdown, server_close.
-    Methods that may be overridden, as on any HTTPServer: verify_request, finish_request,
-    handle_error, handle_timeout, service_actions, server_bind, server_activate.
-    Methods for daemonize.py: hold, release, drain, probe, reload, status, abandon.
-    Instance variables: sockets, workers, greeting, legacy; authenticator, public, proxies.
+    Methods for the server: open, turn, close, call_soon.  For connections: forget, and what
+    they read: clock, now, wall, stamp; later.
     """
 
-    request_queue_size = BACKLOG
-    greeting = forward_auth = ""
-    workers = 1                 # a program's own; the command line says one per CPU
-    draining = stopping = serving = False
+    authenticator: Optional[Authenticator]
+    listeners: List[Listener]
+    draining = held = False     # it accepts nobody any more; nobody yet
 
-    def __init__(self, server_address: Any, handler_class: Any, bind_and_activate: bool = True,
-                 authenticator: Optional[Authenticator] = None,
-                 listeners: Sequence[Listener] = (), public: Sequence[str] = (),
-                 stream_threads: int = STREAM_THREADS) -> None:
-        for name in UNUSED_HOOKS:
-            if getattr(type(self), name, None) is not getattr(http.server.HTTPServer, name, None):
-                raise TypeError(f"{type(self).__name__}.{name}() would never be called: AuthServer "
-                                f"has a loop and threads of its own")
-        is_handler = isinstance(handler_class, (type, functools.partial))
-        self.page: Optional[Page] = None if is_handler else handler_class
-        self.authenticator = authenticator or find_attribute(handler_class, "authenticator")
-        self.proxies = find_attribute(handler_class, "proxies") or TrustedProxies()
-        self.public, self.listeners = public, list(listeners)
-        if listeners:
-            socketserver.BaseServer.__init__(self, server_address, handler_class)
-            self.socket = listeners[0].socket
-        else:       # its listener is made when it begins to serve
-            super().__init__(server_address, handler_class, bind_and_activate)
-        self.heads, self.log = HeadReader(), Log()
+    def __init__(self) -> None:
+        self.log, self.heads = Log(), HeadReader()
         self.connections: Set[Connection] = set()
         # connections with more requests in their buffers; who came first, comes first
-        self.later: Dict[Connection, None] = {}
+        self.later: Dict[Any, None] = {}
         self.calls: Deque[Callable[[], None]] = collections.deque()     # from other threads
-        self.handlers, self.hashers = Pool(stream_threads), Pool(SLOW_HASHES, SLOW_QUEUE)
         self.answered = self.counted = 0        # requests; those in the statistics already
         self.paused_until = self.offset = 0.0
         self.second, self.rested = 0, 0.0       # the time in words; when rest() last was
-        self.held = False
-        self.reread: Callable[[], None] = lambda: None
-        self.abandon: Callable[[], None] = lambda: None
-        self.stopped = threading.Event()
         self.look_at_clock()
-
-    @property
-    def sockets(self) -> List[socket.socket]:
-        """What to hand over at a restart."""
-        return [listener.socket for listener in self.listeners] or [self.socket]
-
-    @property
-    def legacy(self) -> Optional[int]:
-        """The memory that an heir shares with us: with it no client notices a restart."""
-        return self.authenticator.table.fd if self.authenticator else None
-
-    def server_bind(self) -> None:
-        """Bind without asking the DNS for our own name, which HTTPServer does."""
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
-
-    # -- the loop
-
-    def serve_forever(self, poll_interval: float = 1.0) -> None:
-        """Serve until shutdown() or drain(), or until a signal handler raises."""
-        self.open()
-        try:
-            self.announce()
-            while not self.stopping and not (self.draining and not self.connections):
-                self.turn(poll_interval)
-        finally:
-            self.close()
-
-    def handle_request(self) -> None:
-        """Serve one request, or wait for `timeout` seconds in vain."""
-        self.open()
-        try:
-            end = float("inf") if self.timeout is None else self.clock + self.timeout
-            before = self.answered
-            while self.answered == before and self.clock < end:
-                self.turn(min(1.0, max(0.0, end - self.clock)))
-            if self.answered == before:
-                self.handle_timeout()
-            self.drain()        # whoever waits for the rest of an answer gets it
-            while self.connections:
-                self.turn(1.0)
-        finally:
-            self.draining = False
-            self.close()
 
     def open(self) -> None:
         """Begin to wait for whatever may happen."""
-        self.find_listeners()
         self.limit = max(BATCH, min(MAX_CONNECTIONS, raise_file_limit() - SPARE_FILES))
-        self.stopped.clear()
         self.wake, self.waker = socket.socketpair()
         self.selector = selectors.DefaultSelector()     # an epoll must not be shared by a fork
         self.selector.register(self.wake, selectors.EVENT_READ, self.make_calls)
-        self.serving = True
         self.accept_again()
 
     def close(self) -> None:
@@ -3075,32 +3013,13 @@ class AuthServer(http.server.HTTPServer):
             connection.close()
         for closable in (self.selector, self.wake, self.waker):
             closable.close()
-        self.serving = self.stopping = False
-        self.stopped.set()
 
-    def find_listeners(self) -> None:
-        """Make the listener of a program's own socket, which it may have wrapped for TLS."""
-        if not self.listeners or self.socket not in self.sockets:
-            context = getattr(self.socket, "context", None)
-            schemes = self.authenticator.schemes if self.authenticator else ()
-            if self.authenticator and not (self.authenticator.is_explicit or context
-                                           or is_private(self.socket)):
-                schemes = SCHEMES[:1]
-            self.listeners = [Listener(self.socket, schemes, context)]
-            if context:
-                load_ssl()
+    def service_actions(self) -> None:
+        """Do what a program wants done once in a while."""
 
-    def announce(self) -> None:
-        """Log the addresses; the first worker does it for all."""
-        authenticator = self.authenticator
-        if authenticator is None or not authenticator.table.statistics()["workers"]:
-            for address, listener in zip(self.addresses(), self.listeners):
-                self.log.error(f"listening on {address} ({', '.join(listener.schemes)})")
-            if authenticator and authenticator.max_failures[0]:
-                self.log.error("never locked out, for they may be many: clients on loopback, on "
-                               "unix sockets, and of proxies without X-Forwarded-For")
-        if authenticator:
-            authenticator.table.add("workers")
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Return whether to talk to a client at all."""
+        return True
 
     def turn(self, patience: float) -> None:
         """Do what there is to do; where there is nothing, wait for something."""
@@ -3176,8 +3095,6 @@ class AuthServer(http.server.HTTPServer):
         while self.calls:
             self.call(self.calls.popleft())
 
-    # -- connections
-
     def accept_again(self) -> None:
         """Begin to accept connections, or go on after a pause; unless hold() is in force."""
         self.paused_until = 0.0
@@ -3189,8 +3106,9 @@ class AuthServer(http.server.HTTPServer):
             if listener.socket.family != socket.AF_UNIX:
                 # Accepted sockets inherit it: one call here instead of one per connection.
                 listener.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self.selector.register(listener.socket, selectors.EVENT_READ,
-                                   functools.partial(self.accept, listener))
+            with contextlib.suppress(KeyError):         # it is there already
+                self.selector.register(listener.socket, selectors.EVENT_READ,
+                                       functools.partial(self.accept, listener))
 
     def stop_accepting(self) -> None:
         """Leave new connections to the kernel's queue, or to another process."""
@@ -3221,7 +3139,7 @@ class AuthServer(http.server.HTTPServer):
             self.make_room()
         sock.setblocking(False)
         kind = TLSConnection if listener.context else Connection
-        connection = kind(self, listener, sock, address)
+        connection = kind(self, listener, sock, address)    # type: ignore[arg-type]
         self.connections.add(connection)
         self.selector.register(connection.socket, selectors.EVENT_READ, connection.ready)
 
@@ -3247,6 +3165,133 @@ class AuthServer(http.server.HTTPServer):
         if not idle and not self.paused_until:
             self.stop_accepting()
             self.paused_until = self.clock + PAUSE_SECONDS
+
+    def begin_drain(self) -> None:
+        """Do the loop's part of drain()."""
+        self.stop_accepting()
+        for connection in self.connections:
+            if connection.stage in ("first", "idle", "handshake"):
+                connection.deadline = min(connection.deadline, self.clock + DRAIN_SECONDS)
+
+
+# Hooks of socketserver that assume one request at a time and a connection for each. Nobody
+# calls them here, and what is never called must not look as if it were.
+UNUSED_HOOKS = ("get_request", "process_request", "process_request_thread", "shutdown_request",
+                "close_request")
+
+
+class AuthServer(Loop, http.server.HTTPServer):
+    """An HTTPServer that keeps every connection in one loop.
+
+    handler_class may have been through protect(); or it is no class at all, but a page.
+
+    Methods for the caller: serve_forever, handle_request, shutdown, server_close.
+    Methods that may be overridden, as on any HTTPServer: verify_request, finish_request,
+    handle_error, handle_timeout, service_actions, server_bind, server_activate.
+    Methods for daemonize.py: hold, release, drain, probe, reload, status, abandon.
+    Instance variables: sockets, workers, greeting, legacy; authenticator, public, proxies.
+    """
+
+    request_queue_size = BACKLOG
+    greeting = forward_auth = ""
+    workers = 1                 # a program's own; the command line says one per CPU
+    stopping = False
+
+    def __init__(self, server_address: Any, handler_class: Any, bind_and_activate: bool = True,
+                 authenticator: Optional[Authenticator] = None,
+                 listeners: Sequence[Listener] = (), public: Sequence[str] = (),
+                 stream_threads: int = STREAM_THREADS) -> None:
+        for name in UNUSED_HOOKS:
+            if getattr(type(self), name, None) is not getattr(http.server.HTTPServer, name, None):
+                raise TypeError(f"{type(self).__name__}.{name}() would never be called: AuthServer "
+                                f"has a loop and threads of its own")
+        is_handler = isinstance(handler_class, (type, functools.partial))
+        self.page: Optional[Page] = None if is_handler else handler_class
+        self.authenticator = authenticator or find_attribute(handler_class, "authenticator")
+        self.proxies = find_attribute(handler_class, "proxies") or TrustedProxies()
+        self.public, self.listeners = public, list(listeners)
+        if listeners:
+            socketserver.BaseServer.__init__(self, server_address, handler_class)
+            self.socket = listeners[0].socket
+        else:       # its listener is made when it begins to serve
+            http.server.HTTPServer.__init__(self, server_address, handler_class, bind_and_activate)
+        self.handlers, self.hashers = Pool(stream_threads), Pool(SLOW_HASHES, SLOW_QUEUE)
+        self.reread: Callable[[], None] = lambda: None
+        self.abandon: Callable[[], None] = lambda: None
+        self.stopped = threading.Event()
+        Loop.__init__(self)
+
+    @property
+    def sockets(self) -> List[socket.socket]:
+        """What to hand over at a restart."""
+        return [listener.socket for listener in self.listeners] or [self.socket]
+
+    @property
+    def legacy(self) -> Optional[int]:
+        """The memory that an heir shares with us: with it no client notices a restart."""
+        return self.authenticator.table.fd if self.authenticator else None
+
+    def server_bind(self) -> None:
+        """Bind without asking the DNS for our own name, which HTTPServer does."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+
+    def serve_forever(self, poll_interval: float = 1.0) -> None:
+        """Serve until shutdown() or drain(), or until a signal handler raises."""
+        self.begin()
+        try:
+            self.announce()
+            while not self.stopping and not (self.draining and not self.connections):
+                self.turn(poll_interval)
+        finally:
+            self.close()
+            self.stopping = False
+            self.stopped.set()
+
+    def handle_request(self) -> None:
+        """Serve one request, or wait for `timeout` seconds in vain."""
+        self.begin()
+        try:
+            end = float("inf") if self.timeout is None else self.clock + self.timeout
+            before = self.answered
+            while self.answered == before and self.clock < end:
+                self.turn(min(1.0, max(0.0, end - self.clock)))
+            if self.answered == before:
+                self.handle_timeout()
+            self.drain()        # whoever waits for the rest of an answer gets it
+            while self.connections:
+                self.turn(1.0)
+        finally:
+            self.draining = False
+            self.close()
+
+    def begin(self) -> None:
+        """Open the loop; for a program's own socket, which it may have wrapped for TLS."""
+        self.stopped.clear()
+        if not self.listeners or self.socket not in self.sockets:
+            context = getattr(self.socket, "context", None)
+            schemes = self.authenticator.schemes if self.authenticator else ()
+            if self.authenticator and not (self.authenticator.is_explicit or context
+                                           or is_private(self.socket)):
+                schemes = SCHEMES[:1]
+            self.listeners = [Listener(self.socket, schemes, context)]
+            if context:
+                load_ssl()
+        self.open()
+
+    def announce(self) -> None:
+        """Log the addresses; the first worker does it for all."""
+        authenticator = self.authenticator
+        if authenticator is None or not authenticator.table.statistics()["workers"]:
+            for address, listener in zip(self.addresses(), self.listeners):
+                self.log.error(f"listening on {address} ({', '.join(listener.schemes)})")
+            if authenticator and authenticator.max_failures[0]:
+                self.log.error("never locked out, for they may be many: clients on loopback, on "
+                               "unix sockets, and of proxies without X-Forwarded-For")
+        if authenticator:
+            authenticator.table.add("workers")
+        else:
+            self.log.error("warning: no authenticator: everybody is let in")
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what a handler raised."""
@@ -3276,13 +3321,6 @@ class AuthServer(http.server.HTTPServer):
         """Accept nobody, end connections after their next answer, then end serve_forever()."""
         self.draining = True
         self.call_soon(self.begin_drain)
-
-    def begin_drain(self) -> None:
-        """Do the loop's part of drain()."""
-        self.stop_accepting()
-        for connection in self.connections:
-            if connection.stage in ("first", "idle", "handshake"):
-                connection.deadline = min(connection.deadline, self.clock + DRAIN_SECONDS)
 
     def probe(self) -> None:
         """Ask for a page as a client would, in memory; raise Refusal if the answer is not right."""
@@ -3913,10 +3951,10 @@ class TLSConnection(Connection):
     def give_up(self, reason: str) -> None:
         """End a handshake that failed: with words, where plain HTTP has come."""
         plain = reason == "HTTP_REQUEST"
-        self.server.log.error(f"{self.host}: refused -: " + (
+        self.server.log.error(f"{self.host or '-'}: refused -: " + (
             "plain HTTP, where HTTPS is spoken" if plain else f"TLS: {reason}"))
         if plain:
-            page = html_page("HTTPS only", "<h1>HTTPS only</h1><p>Ask again with https://</p>")
+            page = html_page("HTTPS only", "<p>Ask again with https://")
             head = (f"{STATUS_LINES[400]}{self.server.stamp}Content-Type: {HTML[1]}\r\n"
                     f"Content-Length: {len(page)}\r\nConnection: close\r\n\r\n")
             with contextlib.suppress(OSError):
@@ -4521,16 +4559,17 @@ def body_of(environ: Dict[str, Any]) -> Iterator[bytes]:
     left = MAX_BODY if environ.get("wsgi.input_terminated") else 0
     if length:
         left, _ = framing({"content-length": [length]}, 1)
+    stream = environ["wsgi.input"]
     while left:
-        piece = environ["wsgi.input"].read(min(left, IN_MEMORY))
+        piece = stream.read(min(left, IN_MEMORY))
         left -= len(piece) or left
         yield piece
 
 
-def read_signed(environ: Dict[str, Any]) -> bytes:
+def read_signed(environ: Dict[str, Any], body: Iterator[bytes]) -> bytes:
     """Return the body, for qop=auth-int; the application reads it again."""
     content = b""
-    for piece in body_of(environ):
+    for piece in body:
         content += piece
         if len(content) > IN_MEMORY:
             raise BadRequest(413, "body too large for auth-int")
@@ -4538,31 +4577,32 @@ def read_signed(environ: Dict[str, Any]) -> bytes:
     return content
 
 
-def skip_body(environ: Dict[str, Any]) -> None:
+def skip(body: Iterator[bytes], in_chunks: bool) -> None:
     """Read what a refused client sends."""
     end = time.monotonic() + LINGER_SECONDS
-    for _ in body_of(environ):
-        if time.monotonic() > end:
-            # Of chunks cheroot does not find the end by itself: this ends the connection.
-            if not environ.get("CONTENT_LENGTH"):
+    with contextlib.suppress(BadRequest):           # a length that is none
+        for _ in body:
+            if in_chunks and time.monotonic() > end:
+                # Of chunks cheroot does not find the end by itself: this ends the connection.
                 raise ConnectionAbortedError("a refused client does not stop sending")
-            break
+            if time.monotonic() > end:
+                break
 
 
 def judge_environ(gate: Gate, environ: Dict[str, Any]) -> Verdict:
     """Return the verdict on the request that a WSGI environment describes."""
     peer, field = environ.get("REMOTE_ADDR", ""), environ.get("HTTP_AUTHORIZATION")
-    address = parse_address(peer)       # no peer: a unix socket
+    address, body = parse_address(peer), body_of(environ)
     target = environ.get("RAW_URI") or environ.get("REQUEST_URI")       # gunicorn; the others
     verdict = gate.judge(
         environ["REQUEST_METHOD"], str(target or ""), () if field is None else (field,), peer,
         environ.get("HTTP_X_FORWARDED_FOR", ""),
+        # No peer is a unix socket.
         not peer or environ["wsgi.url_scheme"] == "https" or bool(address and address.is_loopback),
-        functools.partial(read_signed, environ),
+        functools.partial(read_signed, environ, body),
         is_same_target if target else functools.partial(is_same_resource, environ))
     if verdict.status != 200:
-        with contextlib.suppress(BadRequest):       # a length that is none
-            skip_body(environ)
+        skip(body, not environ.get("CONTENT_LENGTH"))
     return verdict
 
 

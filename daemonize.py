@@ -86,8 +86,9 @@ __all__ = ["main", "startstop"]
 
 # Hosted unless --app or -- names another.  Resolved on import: before Python 3.9 a script's
 # __file__ may be relative, and a restart changes folder before it asks.
-HERE = os.path.abspath(__file__)
-APPLICATION = os.path.join(os.path.dirname(HERE), "authserver.py")
+APPLICATION = os.path.join(os.path.dirname(os.path.abspath(__file__)), "authserver.py")
+if not os.path.exists(APPLICATION):         # a link to this file, in ~/bin
+    APPLICATION = os.path.join(os.path.dirname(os.path.realpath(__file__)), "authserver.py")
 TIMEOUT = 10.0                  # seconds that stop and drain wait before SIGKILL
 START_TIMEOUT = 30.0            # seconds after which a start that is not ready has failed
 UMASK = 0o027                   # for the application's files: nothing for others
@@ -911,15 +912,13 @@ class Lock:
         is_its_own = record and record.pidfile == os.path.realpath(self.plan.files.pidfile)
         return record if is_its_own else None
 
-    def note(self, plan: Plan, pid: int) -> bytes:
-        """Note what a start was asked for, and whom it started; return what stood there."""
+    def note(self, plan: Plan, pid: int) -> None:
+        """Note what a start was asked for, and whom it started."""
         import json
         record = Record(os.path.realpath(plan.files.pidfile), plan.name, plan.kind, plan.hosted,
                         plan.words, plan.arguments, plan.cwd, plan.files.logfile,
                         plan.action != "run", pid, getattr(look_at(pid), "birth", ""))
-        before = os.pread(self.fd, MAX_MESSAGE, 0)
         self.write(json.dumps(record._asdict()).encode())
-        return before
 
     def write(self, data: bytes) -> None:
         """Replace the record."""
@@ -1490,6 +1489,8 @@ def switch_user(identity: Optional[Identity]) -> None:
 
 def begin(start: Start) -> int:
     """Steps 5 to 8: jail, user, and a life; return its exit status."""
+    if start.plan.chroot is not None:   # what is imported late must be here before: a jail has no
+        import json, subprocess, threading, traceback       # noqa: F401  # library
     set_environment(start.plan)
     switch_user(start.plan.identity)
     return HOSTS[start.plan.kind].live(start)
@@ -1940,13 +1941,14 @@ def dial(files: Files) -> Channel:
 
 
 def call_daemon(files: Files, pid: int) -> Channel:
-    """Dial; but talk to nobody who is neither root nor the user that the daemon runs as.
+    """Dial; but talk to nobody but the daemon, root and ourselves (a starter, in a restart).
 
-    Whoever owns the folder can bind a socket there.  The kernel says whose it is.
+    Whoever owns the folder can bind a socket there.  The kernel says who listens.
     """
-    talk, ids = dial(files), ids_of(pid)
-    if peer_of(talk.end)[1] not in (None, 0, os.geteuid(), ids and ids[0]):
-        raise ConnectionRefusedError(errno.ECONNREFUSED, "another user listens there")
+    talk = dial(files)
+    listener, uid = peer_of(talk.end)
+    if listener not in (None, pid) and uid not in (0, os.geteuid()):
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "another process listens there")
     return talk
 
 
@@ -2173,61 +2175,81 @@ def command_line(action: str, plan: Plan) -> str:
 
 def launch(plan: Plan, turn: Turn, inherited: Inherited) -> None:
     """Start the daemon, and see it to its place.  The picture is in section 7."""
-    logfile = plan.files.logfile
-    new = make_log_folder(plan) + [path for path in (
-        plan.files.pidfile, plan.files.control, logfile) if path and not exists(path)]
-    new += [plan.files.lock] * turn.is_new
-    logged = os.path.getsize(logfile) if logfile and exists(logfile) else 0
-    before = None
-    starter = fork(lambda report: be_starter(plan, report, turn, inherited))
+    made = Made(plan, turn)
     try:
-        facts = expect([starter], "ready", plan.options.start_timeout)
+        made.make_log_folder()
+        made.starter = fork(lambda report: be_starter(plan, report, turn, inherited))
+        facts = expect([made.starter], "ready", plan.options.start_timeout)
         # Before "go": a full disk can still be undone.  And afterwards this alone proves who a
         # script is that closes the lock's fd.
-        before = turn.note(plan, int(facts.get("pid", 0)))
+        made.note(int(facts.get("pid", 0)))
+    except Returned:                    # we are not the command: see fork()
+        raise
     except BaseException as error:
-        raise undo(error, plan, turn, new, starter, before, logged)
-    starter.channel.send("go")
+        raise made.undo(error)
+    made.starter.tell("go")
     # The point of no return.  What interrupts us now leaves the new daemon where it is.
     try:
-        expect([starter], "done", 2 * ANSWER)
+        expect([made.starter], "done", 2 * ANSWER)
     except Late:
-        raise Fatal("unable to tell whether %s has started\ntry: daemonize.py status" % plan.name)
+        raise Late("unable to tell whether %s has started\ntry: daemonize.py status" % plan.name)
     except Fatal as error:              # it says so itself, or is dead: that can be undone
-        raise undo(error, plan, turn, new, starter, before, logged)
-    starter.wait()
+        raise made.undo(error)
+    made.starter.wait()
+    made.starter.channel.end.close()
     greet(plan, facts)
 
 
-def undo(error: BaseException, plan: Plan, turn: Turn, new: List[str], starter: Child,
-         before: Optional[bytes], logged: int) -> BaseException:
-    """Take back a start that failed; return why, with what the log says of it."""
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, do_nothing)           # an impatient second Ctrl-C
-    # The starter ends the daemon, and takes back what bind() made.
-    if starter.result is None:
-        os.kill(starter.pid, signal.SIGTERM)
-    if not wait_until(lambda: starter.wait(os.WNOHANG) is not None, 2 * ANSWER):
-        # It hangs.  Its number, and its session's, is its own while nobody has waited for it.
-        signal_each([p for p in processes() if p.sid == starter.pid], signal.SIGKILL, False)
-        starter.kill()
-    if isinstance(error, Fatal) and not error.trace and error.status == 1:
-        error.trace = log_since(plan, logged)
-    if before is not None:
-        turn.write(before)
-    tidy(plan, new, turn.holder() is None)
-    return error
+class Made:
+    """What a start has made so far, and how it is taken back."""
 
+    def __init__(self, plan: Plan, turn: Turn) -> None:
+        files = plan.files
+        self.plan, self.turn, self.logfile = plan, turn, files.logfile
+        self.starter: Optional[Child] = None
+        self.before: Optional[bytes] = None         # the record of the last start
+        self.new = [path for path in (files.pidfile, files.control, files.logfile)
+                    if path and not exists(path)] + [files.lock] * turn.is_new
+        self.logged = os.path.getsize(self.logfile) if self.logfile and exists(self.logfile) else 0
 
-def make_log_folder(plan: Plan) -> List[str]:
-    """Make root's folder for the default log; it is the daemon user's, for rotation renames.
+    def make_log_folder(self) -> None:
+        """Make root's folder for the default log; it is the daemon user's, for rotation renames.
 
-    Returns what a start that fails has to remove: see rename(2), which needs the folder.
-    """
-    folder = "/var/log/" + plan.name
-    if os.geteuid() != 0 or os.path.dirname(plan.files.logfile or "") != folder:
-        return []
-    return [folder] * make_folder(folder, 0o750, plan.identity)
+        Under the turn: a start that finds its daemon running makes nothing.  See: rename(2).
+        """
+        if self.logfile == "":
+            default_files(self.plan.name)           # raises, and says why there is no place
+        folder = "/var/log/" + self.plan.name
+        if os.geteuid() == 0 and os.path.dirname(self.logfile or "") == folder:
+            self.new += [folder] * make_folder(folder, 0o750, self.plan.identity)
+
+    def note(self, pid: int) -> None:
+        """Note the start in the lock file, and keep what stood there."""
+        self.before = os.pread(self.turn.fd, MAX_MESSAGE, 0)
+        self.turn.note(self.plan, pid)
+
+    def undo(self, error: BaseException) -> BaseException:
+        """Take all back; return why the start failed, with what the log says of it."""
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signum, do_nothing)       # an impatient second Ctrl-C
+        if self.starter is not None:
+            self.end_starter(self.starter)
+        if isinstance(error, Fatal) and not error.trace and error.status == 1:
+            error.trace = log_since(self.plan, self.logged)
+        if self.before is not None:
+            self.turn.write(self.before)
+        tidy(self.plan, self.new, self.turn.holder() is None)
+        return error
+
+    def end_starter(self, starter: Child) -> None:
+        """Have the starter end the daemon, and take back what bind() made."""
+        if starter.result is None:
+            os.kill(starter.pid, signal.SIGTERM)
+        if not wait_until(lambda: starter.wait(os.WNOHANG) is not None, 2 * ANSWER):
+            # It hangs.  Its number, and its session's, is its own while nobody has waited for it.
+            signal_each([p for p in processes() if p.sid == starter.pid], signal.SIGKILL, False)
+            starter.kill()
+        starter.channel.end.close()
 
 
 def tidy(plan: Plan, new: List[str], is_alone: bool = True) -> None:
@@ -2465,18 +2487,16 @@ def run(plan: Plan) -> int:
         pid = turn.holder()
         if pid is not None:
             raise Fatal("unable to run %s: already running with pid %d" % (plan.name, pid))
-        new = [path for path in (plan.files.pidfile, plan.files.control, plan.files.logfile)
-               if path and not exists(path)] + [plan.files.lock] * turn.is_new
+        made = Made(plan, turn)
         server = None
         try:
             lock = hold_undoing(plan)
             server = HOSTS[plan.kind].bind(plan, inherited)
             opened = open_files(plan, lock, None)
             turn.note(plan, os.getpid())
-        except BaseException:
+        except BaseException as error:
             take_back(server)
-            tidy(plan, new)
-            raise
+            raise made.undo(error)
     # That closed the turn's fd, and so dropped all our locks: for this moment, which is shorter
     # than any start, another command may begin.  It will be told that we run, or we that it does.
     reset_signals(spared=(signal.SIGHUP, signal.SIGINT))
@@ -2689,7 +2709,11 @@ def inherited_sockets() -> List[socket.socket]:
     os.environ.pop("LISTEN_FDNAMES", None)
     fds = range(3, 3 + int(number)) if is_ours and number.isdecimal() else range(0)
     with trying_to("take over the %s fds of LISTEN_FDS" % number):
-        return [passed for passed in map(adopt, fds) if passed is not None]
+        found = [(fd, adopt(fd)) for fd in fds]
+        for fd, passed in found:
+            if passed is None:
+                os.close(fd)
+        return [passed for _, passed in found if passed is not None]
 
 
 # -- 16. Workers -------------------------------------------------------------
@@ -3120,7 +3144,7 @@ def ask_ps(*keys: str) -> Dict[int, List[str]]:
     try:
         with subprocess.Popen(command, stdout=subprocess.PIPE) as ps:
             lines = ps.communicate()[0].decode().splitlines()
-    except OSError:
+    except (ImportError, OSError):      # a jail has neither the module nor ps
         return {}
     rows = [line.split() for line in lines]
     # ps lists itself, too: a child of ours that is gone by now.
@@ -3328,10 +3352,9 @@ def wanted_files(action: str, name: str, options: argparse.Namespace, folder: st
     try:
         files = default_files(name)
     except Fatal:
-        # A start cannot do without either; the others need only the pidfile.
-        if options.pidfile is None or options.logfile is None and action in ("start", "restart"):
+        if options.pidfile is None:
             raise
-        files = Files("", "", "")
+        files = Files("", "", "")       # a start without --logfile is refused later: launch()
     files = files._replace(logfile=None) if action == "run" else files
     if options.logfile is not None:
         files = files._replace(logfile=log_path(action, options.logfile, folder))
@@ -3375,8 +3398,8 @@ def parse(argv: List[str], folder: Optional[str] = None) -> Plan:
                "daemonize.py %s --name %s" % (action, foreign[0]) if is_name else "daemonize.py -h")
     plan = settle(Plan(action, "", "app", "", [], words, spoken, arguments, folder, is_bare,
                        Files("", None, ""), None, None, "/", options))
-    is_named = action in ("start", "run") or options.name or options.app or is_program
-    return plan if is_named else renamed(plan)
+    is_known = action in ("start", "run") or options.name or options.app or is_program
+    return plan if is_known or not options.pidfile else renamed(plan)
 
 
 def settle(plan: Plan) -> Plan:
@@ -3410,7 +3433,7 @@ def renamed(plan: Plan) -> Plan:
             with Lock(plan, os.O_RDONLY) as lock:
                 record = lock.record()
                 name = record.name if record else name
-    return plan if plan.files == default_files(plan.name) else plan._replace(name=name)
+    return plan._replace(name=name)
 
 
 def show_help(argv: List[str]) -> None:
