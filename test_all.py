@@ -7768,8 +7768,7 @@ def calling(*addresses: str) -> Iterator[Tuple[List[Caller], Callable[[], None]]
 class Machines(SharedBoxTest):
     """Three machines (addresses of loopback) that share a password file and a nonce secret"""
     nodes: List[Box]
-    places: List[str]
-    options: List[str]
+    places, options = [], []  # type: List[str], List[str]
 
     @classmethod
     def set_up(cls) -> None:
@@ -7826,7 +7825,8 @@ class Machines(SharedBoxTest):
             for node in self.nodes:
                 node.command("restart")
         self.check(callers)
-        self.assertEqual(sum(caller.stale for caller in callers), 0)
+        if hasattr(os, "memfd_create"):  # without it no counts are handed over: `stale`, once a restart
+            self.assertEqual(sum(caller.stale for caller in callers), 0)
         self.assertTrue(all(map(int.__lt__, before, middle)), (before, middle))
 
     def test_a_node_that_dies_costs_what_it_had_in_hand(self) -> None:
