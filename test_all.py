@@ -4690,6 +4690,15 @@ def peer_has(module: str) -> bool:
     return run([PEER_PYTHON, "-c", "import " + module]).code == 0
 
 
+def browse(box: Box, url: str) -> str:
+    """Return the page that Chromium makes of an URL."""
+    argv = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
+            "--user-data-dir=" + box.path("profile")]
+    if "hello" not in run(argv + ["data:text/html,hello"], env=box.env).out:
+        raise unittest.SkipTest("needs a Chromium that starts")
+    return run(argv + [url], env=box.env).out
+
+
 class RealClients(HttpTest):
     """Programs that people use get in with the right password, and only with it"""
 
@@ -4734,12 +4743,8 @@ class RealClients(HttpTest):
     @needs("chromium")
     def test_a_browser(self) -> None:
         """Chromium, which is offered Digest and Basic, shows the page."""
-        argv = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
-                "--user-data-dir=" + self.box.path("p")]
-        if "hello" not in run(argv + ["data:text/html,hello"], env=self.box.env).out:
-            self.skipTest("needs a Chromium that starts")
-        said = run(argv + [self.url.replace("//", "//jim:secret@")], env=self.box.env)
-        self.assertIn("This is foo, for jim.", said.out)
+        said = browse(self.box, self.url.replace("//", "//jim:secret@"))
+        self.assertIn("This is foo, for jim.", said)
 
     @needs("ab")
     def test_ab(self) -> None:
@@ -7629,6 +7634,429 @@ def refusal(address: str, scheme: str, user: str, password: str) -> int:
             error.close()
         return error.code
     return 0
+
+
+# -- 5.1 Beside other programs: proxies, several machines, hosts of many kinds --
+#
+# Real ones, where installed; what Traefik and Envoy send.  Words in capitals are replaced.
+
+NGINX_FRAME = """daemon off; master_process off; pid nginx.pid; error_log error.log; events { }
+http { access_log off; client_body_temp_path t1; proxy_temp_path t2; fastcgi_temp_path t3;
+uwsgi_temp_path t4; scgi_temp_path t5; %s }
+"""
+ASKING = {"nginx": NGINX_FRAME % """server { listen FRONT;
+location / { auth_request /_auth; auth_request_set $user $upstream_http_remote_user;
+  proxy_set_header Remote-User $user; proxy_set_header X-Remote-User ""; proxy_pass http://BEHIND; }
+location = /_auth { internal; proxy_pass http://AT/auth; proxy_pass_request_body off;
+  proxy_set_header Content-Length ""; proxy_set_header X-Forwarded-For $remote_addr;
+  proxy_set_header X-Original-Method $request_method; proxy_set_header X-Original-URI $request_uri; } }""",
+          "caddy": """{
+ admin off
+}
+http://:PORT {
+ bind 127.0.0.1
+ forward_auth AT {
+  uri /auth
+  copy_headers Remote-User
+ }
+ request_header -Remote_User
+ request_header -X-Remote-User
+ reverse_proxy BEHIND
+}
+"""}
+BALANCING = {"nginx": NGINX_FRAME % """upstream nodes { NODES keepalive 8; } server { listen FRONT; location / {
+proxy_pass http://nodes; proxy_http_version 1.1; proxy_set_header Connection "";
+proxy_set_header Host $http_host; proxy_set_header X-Forwarded-For $remote_addr; } }""",
+             "haproxy": """global
+ stats socket "STATS"
+listen nodes
+ mode http
+ bind FRONT
+ timeout connect 2s
+ option redispatch 1
+ retry-on conn-failure empty-response
+ balance roundrobin
+ option forwardfor
+ CHECK
+NODES"""}
+PROXIES = {"nginx": ["nginx", "-e", "stderr", "-p", "FOLDER", "-c", "FILE"],
+           "haproxy": ["haproxy", "-db", "-q", "-f", "FILE"],
+           "caddy": ["caddy", "run", "--adapter", "caddyfile", "--config", "FILE"]}
+
+
+def proxy(box: Box, program: str, text: str, **words: str) -> str:
+    """Run a proxy with a configuration until it listens, and return its address."""
+    words.update(PORT=str(free_port()), STATS=box.path("stats"), FOLDER=box.folder)
+    words["FRONT"] = front = "127.0.0.1:" + words["PORT"]
+    text = functools.reduce(lambda all, word: all.replace(word, words[word]), words, text)
+    words["FILE"] = box.write(program + ".conf", text)
+    box.server = box.spawn(*[words.get(word, word) for word in PROXIES[program]])
+    until(lambda: not reach(front) or box.server.poll() is not None, program)
+    assert box.server.poll() is None, read(box.output)
+    return front
+
+
+BEHIND = r'''
+import http.server, json
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+        text = json.dumps([self.command, self.path, self.headers.items(), body]).encode()
+        self.send_response(200); self.send_header("Content-Length", str(len(text))); self.end_headers()
+        self.wfile.write(text)
+    do_POST = do_GET
+server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+print("listening on 127.0.0.1:%d" % server.server_address[1], flush=True)
+server.serve_forever()
+'''
+ASKED = ["X-Original-Method: GET", "X-Original-URI: /x"]
+SHAPES = {  # what is sent with METHOD of TARGET
+    "nginx": "GET /auth|X-Original-Method: METHOD|X-Original-URI: TARGET",
+    "Traefik": "GET /auth?query|X-Forwarded-Method: METHOD|X-Forwarded-Proto: https|X-Forwarded-Host: a.example|"
+               "X-Forwarded-Uri: TARGET|X-Forwarded-For: 192.0.2.1|Accept-Encoding: gzip",
+    "Envoy": "METHOD /authTARGET|Content-Length: 0|X-Forwarded-For: 192.0.2.1|X-Forwarded-Proto: https",
+    "two that agree": "GET /auth|X-Original-Method: METHOD|X-Original-URI: TARGET|"
+                      "X-Forwarded-Method: METHOD|X-Forwarded-Uri: TARGET"}
+UNCLEAR = {
+    "nothing": [], "an URI without a method": ASKED[1:], "a method without an URI": ASKED[:1],
+    "two URIs": ASKED + ["X-Original-URI: /y"], "two methods": ASKED + ["X-Original-Method: POST"],
+    "an URI of two minds": ASKED + ["X-Forwarded-Uri: /y"],
+    "a method of two minds": ASKED + ["X-Forwarded-Method: POST"],
+    "an empty URI": ASKED[:1] + ["X-Original-URI:"], "an empty URI beside one": ASKED + ["X-Forwarded-Uri:"]}
+
+
+class ForwardAuth(HttpTest):
+    """--forward-auth: a proxy asks whether a request may pass"""
+    options = ("--forward-auth", "/auth", "--trusted-proxy", "127.0.0.1")
+    fronts: Dict[str, str]
+
+    @classmethod
+    def set_up(cls) -> None:
+        super().set_up()
+        behind = cls.box.launch(sys.executable, cls.box.write("behind.py", BEHIND))
+        cls.fronts = {program: proxy(cls.box, program, text, AT=cls.at, BEHIND=behind)
+                      for program, text in ASKING.items() if shutil.which(program)}
+
+    @contextlib.contextmanager
+    def through(self, program: str) -> Iterator[str]:
+        """Give the body the address of a proxy, in a subTest."""
+        with self.subTest(program):
+            if program not in self.fronts:
+                self.skipTest("needs " + program)
+            yield self.fronts[program]
+
+    @needs("curl")
+    def test_curl_gets_through(self) -> None:
+        """curl --digest, --basic and --anyauth, GET and POST with a body; with a wrong password 401."""
+        for program in ASKING:
+            with self.through(program) as at:
+                for kind in ("--digest", "--basic", "--anyauth"):
+                    for data in ("", "a=b"):
+                        argv = ["curl", "-s", "http://%s/a%%20b?c=d" % at, kind, "-w", "\n%{http_code}"]
+                        argv += ["--data", data] * bool(data)
+                        self.assertTrue(run(argv + ["-u", "jim:wrong"], 0).out.endswith("\n401"))
+                        text, _, status = run(argv + ["-u", "jim:secret"], 0).out.rpartition("\n")
+                        self.assertEqual(status, "200", text)
+                        method, path, fields, body = json.loads(text)
+                        self.assertEqual((method, path, body), ("POST" if data else "GET", "/a%20b?c=d", data))
+                        self.assertIn(["Remote-User", "jim"], fields)
+
+    @needs("chromium")
+    def test_a_browser_gets_through(self) -> None:
+        """Chromium shows the page behind."""
+        for program in ASKING:
+            with self.through(program) as at:
+                self.assertIn('"Remote-User", "jim"', browse(self.box, "http://jim:secret@%s/page" % at))
+
+    def test_each_challenge_arrives_and_each_proof_counts_once(self) -> None:
+        """Two WWW-Authenticate lines through the proxy; a replay is 401, another path 403."""
+        for program in ASKING:
+            with self.through(program) as at:
+                offers = [value.split()[0] for name, value in request(at, "/p", "GET", "").fields
+                          if name == "www-authenticate"]
+                old = program == "nginx" and re.search(r"/1\.(1?\d|2[0-2])\.", run(["nginx", "-v"]).err)
+                self.assertEqual(offers, ["Digest", "Basic"][:1 if old else 2])  # nginx passes on both since 1.23
+                proof = digest(at, "/p")
+                self.assertEqual([request(at, "/p", "GET", proof).status for _ in range(2)], [200, 401])
+                self.assertEqual(request(at, "/q", "GET", digest(at, "/p")).status, 403)
+
+    def test_a_name_that_a_client_brings_reaches_nobody(self) -> None:
+        """Remote-User and its aliases never reach the backend; what a proxy would say opens nothing."""
+        for program in ASKING:
+            with self.through(program) as at:
+                for name in ("Remote-User", "Remote_User", "REMOTE-USER", "X-Remote-User"):
+                    fields = json.loads(request(at, "/p", "GET", JIM, name + ": root").body)[2]
+                    self.assertEqual([value for field, value in fields if re.fullmatch(
+                        "(?i)(x[-_])?remote[-_]user", field)], ["jim"], name)
+                for name in ("X-Original-URI", "X-Forwarded-Uri"):
+                    for auth in (digest(at, "/q"), ""):
+                        self.assertIn(request(at, "/p", "GET", auth, name + ": /q").status, (401, 403))
+
+    def test_what_proxies_send(self) -> None:
+        """nginx, Traefik, Caddy, Envoy: a proof for the method and target that they say, once, as jim."""
+        for who, shape in SHAPES.items():
+            for method, target in (("GET", "/"), ("POST", "/a%20b?c=d"), ("PROPFIND", "/auth/x/")):
+                with self.subTest("%s %s %s" % (who, method, target)):
+                    line, *fields = shape.replace("METHOD", method).replace("TARGET", target).split("|")
+                    words = line.split()[::-1]
+                    challenge = request(self.at, *words, "", *fields)
+                    proof = Digest(challenge.field("WWW-Authenticate") or "", uri=target).field(method=method)
+                    answers = [challenge] + [request(self.at, *words, auth, *fields) for auth in (
+                        proof, proof, JIM, digest(self.at, "/other"))]
+                    self.assertEqual([(answer.status, answer.field("Remote-User")) for answer in answers],
+                                     [(401, None), (200, "jim"), (401, None), (200, "jim"), (403, None)])
+
+    def test_what_is_unclear_is_refused(self) -> None:
+        """Not one method and one URI, or a peer that nobody trusts: 403, whatever password, and a log line."""
+        for sentence, fields in UNCLEAR.items():
+            with self.subTest(sentence):
+                for auth in (JIM, ""):
+                    self.assertEqual(request(self.at, "/auth", "GET", auth, *fields).status, 403)
+        with Wire(self.at, source="127.0.0.2") as wire:
+            self.assertEqual(wire.ask("/auth", "GET", JIM, *ASKED).status, 403)
+        self.logged("refused .*forward-auth.* method", 2 * len(UNCLEAR))
+        self.logged(r"127\.0\.0\.2: refused .*--trusted-proxy")
+
+    def test_only_what_proxies_pass_on_is_answered(self) -> None:
+        """A malformed field and a lock-out are 403: nginx makes 500 of 400 and 429."""
+        def ask(auth: str, client: str) -> int:
+            return request(self.at, "/auth", "GET", auth, "X-Forwarded-For: " + client, *ASKED).status
+        for auth in ("Basic %", "Basic amlt", digest(self.at, "/other")):
+            self.assertEqual(ask(auth, "192.0.2.1"), 403)
+        self.assertEqual([ask(WRONG, "192.0.2.9") for _ in range(10)], [401] * 10)
+        self.assertEqual([ask(JIM, client) for client in ("192.0.2.9", "192.0.2.10")], [403, 200])
+
+
+class Caller(threading.Thread):
+    """A client that asks until it is told to end; it knows its password, and counts what it hears."""
+
+    def __init__(self, address: str, scheme: str, keeps: bool, end: threading.Event) -> None:
+        super().__init__()
+        self.address, self.keeps, self.end = address, keeps, end
+        self.digest = Digest("", uri="/example/foo") if scheme == "digest" else None
+        self.answers = self.challenges = self.stale = 0
+        self.failures: List[str] = []
+        self.start()
+
+    def run(self) -> None:
+        """Ask on one connection as long as it lasts, then on another."""
+        while not self.end.is_set():
+            try:
+                with Wire(self.address) as wire:
+                    while self.ask(wire) and not self.end.is_set():
+                        pass
+            except (OSError, ValueError, IndexError) as error:
+                self.failures.append(repr(error))
+
+    def ask(self, wire: Wire) -> bool:
+        """Ask once and count the answer; tell whether the connection goes on."""
+        field = JIM if not self.digest else self.digest.field() if "nonce" in self.digest.values else ""
+        answer = wire.ask("/example/foo", "GET", field, *[CLOSE] * (not self.keeps))
+        self.answers += answer.status == 200
+        challenge = answer.field("WWW-Authenticate") or ""
+        if answer.status == 401 and self.digest:
+            self.stale += "stale=true" in challenge
+            self.challenges += "stale=true" not in challenge
+            self.digest.hear(challenge)
+        elif answer.status != 200:
+            self.failures.append(str(answer.status))
+        return self.keeps and (answer.field("Connection") or "").lower() != "close"
+
+
+@contextlib.contextmanager
+def calling(*addresses: str) -> Iterator[Tuple[List[Caller], Callable[[], None]]]:
+    """Let clients of each kind ask; the body gets them, and a wait for another dozen answers each."""
+    end = threading.Event()
+    callers = [Caller(address, scheme, keeps, end) for address in addresses
+               for scheme in ("basic", "digest") for keeps in (True, False)]
+
+    def go_on() -> None:
+        goals = [caller.answers + 12 for caller in callers]
+        until(lambda: all(caller.answers >= goal for caller, goal in zip(callers, goals)), "answers")
+    try:
+        go_on()
+        yield callers, go_on
+        go_on()
+    finally:
+        end.set()
+        for caller in callers:
+            caller.join()
+
+
+class Machines(SharedBoxTest):
+    """Three machines (addresses of loopback) that share a password file and a nonce secret"""
+    nodes: List[Box]
+    places, options = [], []  # type: List[str], List[str]
+
+    @classmethod
+    def set_up(cls) -> None:
+        cls.options = ["--public", "/example/healthz", "--workers", "1", "--passwords",
+                       cls.box.write("passwords", ha1_line("jim", "secret"), 0o600),
+                       "--nonce-secret", cls.box.path("secret"), "--trusted-proxy", "127.0.0.1"]
+        cls.nodes = [Box() for _ in range(3)]
+        cls.places = ["127.0.0.%d:%d" % (number, free_port()) for number in (1, 2, 3)]
+        for number in range(3):
+            cls.start(number)
+
+    @classmethod
+    def start(cls, number: int) -> None:
+        """Start the daemon of a node."""
+        cls.nodes[number].start("--bind", cls.places[number], *cls.options)
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        for node in cls.nodes:
+            node.close()
+        super().tearDownClass()
+
+    def balance(self, *programs: str, check: str = "option httpchk GET /example/healthz") -> List[str]:
+        """Run the balancers that are installed until the test ends; return their addresses."""
+        lines = {"haproxy": " server n%d %s check inter 100ms fall 2 rise 1\n",
+                 "nginx": "server %.0s%s max_fails=1 fail_timeout=1s;"}
+        fronts = []
+        for program in programs:
+            with self.subTest(program):
+                if not shutil.which(program):
+                    self.skipTest("needs " + program)
+                nodes = "".join(lines[program] % pair for pair in enumerate(self.places))
+                fronts.append(proxy(self.box, program, BALANCING[program], NODES=nodes, CHECK=check))
+                self.addCleanup(self.box.kill, self.box.server)
+        return fronts
+
+    def sees(self, *want: str) -> None:
+        """Wait until HAProxy sees the nodes so."""
+        stats = "unix:" + self.box.path("stats")
+        until(lambda: re.findall(r"(?m)^nodes,n\d,(?:[^,]*,){15}(\w+)",
+                                 talk(stats, b"show stat\n").decode()) == list(want), "nodes %s" % (want,))
+
+    def check(self, callers: Sequence[Caller], lost: int = 0) -> None:
+        """Assert that no request was lost, and that nobody was asked for a password twice."""
+        for caller in callers:
+            self.assertLessEqual(len(caller.failures), lost, caller.failures)
+            self.assertEqual(caller.challenges, 1 if caller.digest else 0)
+
+    def test_any_node_answers_and_restarts_cost_nothing(self) -> None:
+        """Round-robin under load: one challenge to each Digest client; nothing lost in a rolling restart."""
+        before = [node.status()["requests"] for node in self.nodes]
+        with calling(*self.balance("haproxy", "nginx")) as (callers, _):
+            middle = [node.status()["requests"] for node in self.nodes]
+            for node in self.nodes:
+                node.command("restart")
+        self.check(callers)
+        if hasattr(os, "memfd_create"):  # without it no counts are handed over: `stale`, once a restart
+            self.assertEqual(sum(caller.stale for caller in callers), 0)
+        self.assertTrue(all(map(int.__lt__, before, middle)), (before, middle))
+
+    def test_a_node_that_dies_costs_what_it_had_in_hand(self) -> None:
+        """SIGKILL of a daemon under load: at most one failure per client; when it is back nobody is asked."""
+        with calling(*self.balance("haproxy", "nginx")) as (callers, go_on):
+            os.kill(self.nodes[1].pid(), signal.SIGKILL)
+            go_on()
+            self.start(1)
+        self.check(callers, 1)
+
+    @needs("haproxy")
+    def test_health_checks_see_a_node_go_and_come(self) -> None:
+        """A public path, or the 401 itself, is up; a stop under load loses nothing and is seen, as is a start."""
+        for check in ("option httpchk GET /example/healthz", "option httpchk GET /\n http-check expect status 401"):
+            with self.subTest(check), calling(*self.balance("haproxy", check=check)) as (callers, _):
+                self.sees("UP", "UP", "UP")
+                self.nodes[2].command("stop")
+                self.sees("UP", "UP", "DOWN")
+                self.start(2)
+                self.sees("UP", "UP", "UP")
+            self.check(callers)
+
+    def test_a_proof_counts_once_on_each_machine(self) -> None:
+        """What is promised, and what is not: a replay is refused where it was used, not elsewhere."""
+        proof = digest(self.places[0], "/example/foo")
+        said = [request(place, "/example/foo", "GET", proof).status for place in self.places * 2]
+        self.assertEqual(said, [200, 200, 200, 401, 401, 401])
+
+
+LOGROTATE = 'LOG {\n rotate 9\n nocreate\n postrotate\n  RELOAD\n endscript\n}\n'
+SUPERVISORD = "[supervisord]\nnodaemon=true\nlogfile=s.log\npidfile=s.pid\n[program:authserver]\ncommand=RUN\n"
+CONTAINER = r'''
+mount -t tmpfs -o mode=1777 none "$1" && cp "$2" "$1/users" && chmod 0444 "$1/users" &&
+mount -o remount,ro,bind "$1" && mount -t tmpfs -o mode=1777 none "$3" &&
+mount -o remount,ro,bind / && shift 3 && exec "$@"
+'''
+
+
+class Supervisors(BoxTest):
+    """What people run it under, beyond what Readme tries"""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.at = "127.0.0.1:%d" % free_port()
+        self.passwords = self.box.write("passwords", ha1_line("jim", "secret"), 0o600)
+        self.options = ["--bind", self.at, "--passwords", self.passwords, "--workers", "1"]
+
+    def write(self, name: str, text: str, mode: int = 0o644) -> str:
+        """Write a file of settings; each command as a shell and supervisord read it."""
+        for word, argv in (("RUN", self.box.argv("run", *self.options)), ("LOG", [self.box.log]),
+                           ("RELOAD", self.box.argv("reload", "--quiet"))):
+            text = text.replace(word, " ".join(map(shlex.quote, argv)))
+        return self.box.write(name, text, mode)
+
+    def answers(self, after: int = 0) -> int:
+        """Wait for a daemon other than `after`, see jim let in, and return its pid."""
+        until(lambda: self.box.pid() not in (0, after) and not reach(self.at), "a daemon that answers")
+        self.assertEqual(request(self.at).status, 200)
+        return self.box.pid()
+
+    @needs_other_user
+    @needs("logrotate")
+    def test_logrotate_in_a_folder_of_roots(self) -> None:
+        """Rename and reload under load, the log in a folder where only root may create: no line lost."""
+        self.box.write("passwords", ha1_line("jim", "secret"), 0o640, NOBODY)
+        self.box.start(*self.options, "--uid", str(NOBODY), "--log-bytes", "0")
+        conf = self.write("rotate.conf", LOGROTATE)
+        with calling(self.at) as (callers, go_on):
+            for _ in range(4):
+                run(["logrotate", "-f", "-s", self.box.path("state"), conf], 0)
+                go_on()
+        self.assertEqual([caller.failures for caller in callers], [[]] * 4)
+        self.box.command("stop")
+        logs = [read(path) for path in glob.glob(glob.escape(self.box.log) + "*")]
+        lines = re.findall('"GET /example/foo .*" 200 ', "".join(logs))
+        self.assertEqual((len(logs), len(lines)), (5, sum(caller.answers for caller in callers)))
+        self.assertEqual(os.stat(self.box.log).st_uid, NOBODY)
+
+    def test_supervisors(self) -> None:
+        """supervisord and runit start it, start it again when it is killed, and end it."""
+        self.box.make("service")
+        self.write("service/run", "#!/bin/sh\nexec 2>&1\nexec RUN\n", 0o755)
+        for argv in (["supervisord", "-c", self.write("s.conf", SUPERVISORD)],
+                     ["runsv", self.box.path("service")]):
+            with self.subTest(argv[0]):
+                if not shutil.which(argv[0]):
+                    self.skipTest("needs " + argv[0])
+                child = self.box.spawn(*argv)
+                first = self.answers()
+                os.kill(first, signal.SIGKILL)
+                self.answers(first)
+                child.terminate()
+                self.assertEqual((child.wait(PATIENCE), self.box.processes()), (0, []))
+
+    @needs_other_user
+    @needs("unshare")
+    def test_a_container(self) -> None:
+        """pid 1, a user without a name, a root that is read-only, a secret of mode 0444: it serves, and ends."""
+        secrets, temp = self.box.make("secrets"), self.box.make("tmp")
+        self.box.pidfile = self.box.path("tmp", "d.pid")
+        argv = self.box.argv("run", "--bind", self.at, "--passwords", secrets + "/users")
+        child = self.box.spawn(
+            "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", CONTAINER,
+            "sh", secrets, self.passwords, temp, "setpriv", "--reuid", "10001", "--regid", "10001",
+            "--clear-groups", *argv)
+        until(lambda: not reach(self.at), "a container")
+        self.assertEqual(request(self.at).status, 200)
+        os.kill(family(child.pid)[1], signal.SIGTERM)  # its pid 1
+        self.assertEqual(child.wait(PATIENCE), 0, read(self.box.output))
+
+
+# -- 5.2 daemonize.py with authserver.py ----------------------------------------
 
 
 class Together(BoxTest):
