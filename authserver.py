@@ -1621,8 +1621,8 @@ def write_file(path: str, text: str, gid: Optional[int] = None, replace: bool = 
     A file that is replaced keeps its owner and group if we may give them, and 0640 if it
     had that: it may have been made for the group of a daemon.
     """
-    new = f"{path}.{os.urandom(4).hex()}.new"
-    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    # Beside it, for neither a link nor a rename leads to another file system.
+    fd, new = tempfile.mkstemp(".new", os.path.basename(path) + ".", os.path.dirname(path))
     try:
         with open(fd, "w", encoding="utf-8", errors="surrogateescape") as stream:
             if replace:
