@@ -933,9 +933,7 @@ class Lock:
 def check_orphan(plan: Plan) -> None:
     """Refuse to call a daemon dead that answers, though somebody removed its lock file."""
     with contextlib.suppress(OSError):
-        end = dial(plan.files).end
-        pid = peer_of(end)[0]
-        end.detach()                    # not closed: see section 10
+        pid = listener_of(plan.files)
         if pid and look_at(pid):
             raise Fatal("unable to tell whether %s runs: pid %d answers at %s, but its lock was "
                         "removed\ntry: kill %d" % (plan.name, pid, plan.files.control, pid))
@@ -1622,7 +1620,7 @@ class Host:
 
     def complain(self, text: str) -> None:
         """Log a mistake, and keep it for `status`."""
-        self.last_error = "%s %s" % (time.strftime("%Y-%m-%d %H:%M:%S"), text)
+        self.last_error = "%s %s" % (time.strftime("%Y-%m-%d %H:%M:%S"), text.partition("\n")[0])
         log(text)
 
     def reopen(self, fd: Optional[int]) -> str:
@@ -1762,7 +1760,7 @@ class Daemon:
             if self.host.on_end():
                 self.tell_family(signal.SIGINT if signal.SIGINT in signals else signal.SIGTERM)
         elif signal.SIGHUP in signals:
-            self.host.reload(None)
+            self.reload(None)
         elif signal.SIGUSR1 in signals:
             self.host.reopen(None)
 
@@ -1816,7 +1814,22 @@ class Daemon:
 
     def answer_reload(self, talk: Channel) -> None:
         """Reload, with the log that the command may have opened for us."""
-        talk.send("reloaded", reason=self.host.reload(talk.fds[0] if talk.fds else None))
+        fd = talk.fds.pop(0) if talk.fds else None
+        talk.send("reloaded", reason=self.reload(fd))
+        if fd is not None:
+            os.close(fd)
+
+    def reload(self, log_fd: Optional[int]) -> str:
+        """Have all files read again; return why not, "" if done."""
+        notify(self.start, "RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
+        reason = self.host.reload(log_fd)
+        if reason:
+            self.host.complain("reload refused: " + reason)
+        else:
+            log("reloaded")
+        said = reason.replace("\n", "; ") or self.host.introduce().get("addresses", "")
+        notify(self.start, "READY=1\nSTATUS=%s" % said)
+        return reason
 
 
 def has_terminal() -> bool:
@@ -1913,12 +1926,11 @@ class Talks:
             self.verbs.get(event, self.hang_up)(talk)
         except OSError:                 # it hung up in mid-sentence
             self.hang_up(talk)
-        for fd in talk.fds:
-            os.close(fd)
-        talk.fds = []
 
     def hang_up(self, talk: Channel) -> None:
         """End a conversation; the heir's tells the host that there will be none."""
+        for fd in talk.fds:
+            os.close(fd)
         talk.end.close()
         if talk in self.talks:
             self.talks.remove(talk)
@@ -1938,6 +1950,14 @@ def dial(files: Files) -> Channel:
         end.close()
         raise
     return Channel(end)
+
+
+def listener_of(files: Files) -> Optional[int]:
+    """Return who listens at the control socket; raise OSError if nobody does."""
+    end = dial(files).end
+    pid = peer_of(end)[0]
+    end.detach()                                # not closed: see above
+    return pid
 
 
 def call_daemon(files: Files, pid: int) -> Channel:
@@ -2839,27 +2859,25 @@ class Service(Host):
         """
         if self.is_leaving:
             return "it is leaving: another one takes its place"
-        notify(self.start, "RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
-        reason, trace = "", ""
         try:
+            # First of all, since it may be refused; and as a new one, which is ours to close.
             log_fd = self.open_log_again() if log_fd is None else os.dup(log_fd)
+        except Fatal as error:
+            return str(error)
+        try:
             call(self.server, "reload")
             # The right side runs first: if it raises, the old workers are still in place.
             fresh = self.fresh()
             self.retire()
             self.children = fresh
             self.release(fresh)
-            reason = self.reopen(log_fd)
+            return self.reopen(log_fd)
         except BaseException as error:  # SystemExit, too: it refuses this reload, and no more
-            reason, trace = refusal_of(error), as_fatal(error, "reload").trace
-        log("reloaded" if not reason else "reload refused: %s%s" % (trace, reason))
-        if reason:
-            self.complain("reload refused: " + reason.partition("\n")[0])
-        if log_fd is not None:
-            os.close(log_fd)
-        said = reason.replace("\n", "; ") or self.addresses()
-        notify(self.start, "READY=1\nSTATUS=%s" % said)
-        return reason
+            log("reload: " + as_fatal(error, "reload").trace)
+            return refusal_of(error)
+        finally:
+            if log_fd is not None:
+                os.close(log_fd)
 
     def reopen(self, fd: Optional[int]) -> str:
         """Log elsewhere, here and in the workers; return when all have done it, or why not."""
@@ -2941,7 +2959,11 @@ def obey(server: Any, channel: Channel) -> None:
         elif event == "release":
             call(server, "release")
         elif event == "reopen":
-            point_log_at(channel.fds[0])
+            # Several words may come at once, and the fd with the first of them: so it is not
+            # closed but here.
+            fd = channel.fds.pop(0)
+            point_log_at(fd)
+            os.close(fd)
             channel.send("reopened")
         elif event == "drain":
             if hasattr(server, "drain"):
@@ -2949,9 +2971,6 @@ def obey(server: Any, channel: Channel) -> None:
             else:
                 end_main_thread()
             channel.send("draining")
-        for fd in channel.fds:
-            os.close(fd)
-        channel.fds = []
 
 
 def end_main_thread() -> None:
@@ -3056,6 +3075,7 @@ def succeed(plan: Plan, turn: Turn, pid: int) -> bool:
             text = "the old one keeps serving with pid %d" % pid if is_old else "nothing runs now"
             fatal = Fatal("%s\ndaemonize: fatal: %s" % (fatal, text), fatal.status, fatal.trace)
         raise fatal
+    forget(inherited)
     if end_daemon(target, plan.options.timeout, is_told=True):
         warn("pid %d did not drain within %g s: killed" % (pid, plan.options.timeout))
     return True
@@ -3083,6 +3103,13 @@ def take_over(plan: Plan, pid: int) -> Inherited:
     return Inherited(sockets, control, legacy, talk, pid, litter)
 
 
+def forget(inherited: Inherited) -> None:
+    """Let go of what the heir has now.  Not by close(2): that may linger; exit(2) does not."""
+    ends = list(inherited.sockets) + [inherited.control] * (inherited.control is not None)
+    for end in ends + [inherited.talk.end] * (inherited.talk is not None):
+        end.detach()
+
+
 def is_control(passed: socket.socket, files: Files) -> bool:
     """Tell whether a socket is the one that listens at the control socket's path.
 
@@ -3092,8 +3119,7 @@ def is_control(passed: socket.socket, files: Files) -> bool:
         return False
     with contextlib.suppress(OSError):
         passed.listen(MAX_TALKS)
-        pid = peer_of(dial(files).end)[0]
-        return pid in (None, os.getpid())
+        return listener_of(files) in (None, os.getpid())
     return False
 
 
