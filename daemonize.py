@@ -905,12 +905,16 @@ class Lock:
 
     def record(self) -> Optional[Record]:
         """Return what was noted of the last start, None if none has succeeded yet."""
-        with trying_to("read %s" % self.path):
-            # pread(2), not open().read(): to close a second fd would drop our locks (the trap).
-            text = os.pread(self.fd, os.fstat(self.fd).st_size, 0).decode("utf-8", "replace")
+        text = self.read().decode("utf-8", "replace")
         record = parse_record(text) if text else None
         is_its_own = record and record.pidfile == os.path.realpath(self.plan.files.pidfile)
         return record if is_its_own else None
+
+    def read(self) -> bytes:
+        """Return what stands in the file."""
+        with trying_to("read %s" % self.path):
+            # pread(2), not open().read(): to close a second fd would drop our locks (the trap).
+            return os.pread(self.fd, os.fstat(self.fd).st_size, 0)
 
     def note(self, plan: Plan, pid: int) -> None:
         """Note what a start was asked for, and whom it started."""
@@ -946,9 +950,24 @@ class Turn(Lock):
     """
 
     def __init__(self, plan: Plan) -> None:
-        """Wait for it, and say for whom; who has it may need a whole start and a whole stop."""
+        """Wait for it, and leave no file if it does not come."""
         self.is_new = not exists(plan.files.lock)
         super().__init__(plan, os.O_RDWR)
+        try:
+            self.wait()
+        except BaseException as error:
+            self.__exit__(error)
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        """Give it back; who has failed before anything was started leaves no file."""
+        if self.is_new and error[0]:
+            os.unlink(self.path)
+        self.close()
+
+    def wait(self) -> None:
+        """Wait until it is ours, and say for whom: who has it may need a whole start and stop."""
+        plan = self.plan
         # After a moment, not at once: most waits are shorter than what there is to read.
         told_at = time.monotonic() + TICK
         deadline = time.monotonic() + plan.options.start_timeout + plan.options.timeout
@@ -1171,6 +1190,8 @@ def failure(child: Child, message: Message) -> Fatal:
     if message["event"] == "fatal":
         status = 2 if message.get("status") == 2 else 1
         return Fatal(str(message.get("text")), status, str(message.get("trace", "")))
+    if child.pid == 0:
+        return Fatal("unable to start: the command that asked for it is gone")
     result = message.get("status") if message["event"] == "died" else None
     if message["event"] == ENDED:
         with contextlib.suppress(OSError):
@@ -1238,11 +1259,12 @@ HANDLED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.
 
 def open_stdio() -> None:
     """Open what the caller closed of fds 0 to 2: no file of ours may become its stdout."""
-    fd = os.open(os.devnull, os.O_RDWR)
-    while fd <= 2:
-        os.set_inheritable(fd, True)            # as a standard stream is
+    with trying_to("open %s" % os.devnull):
         fd = os.open(os.devnull, os.O_RDWR)
-    os.close(fd)
+        while fd <= 2:
+            os.set_inheritable(fd, True)        # as a standard stream is
+            fd = os.open(os.devnull, os.O_RDWR)
+        os.close(fd)
     # For a stream that was closed Python has None, in which print() loses its text in silence.
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
@@ -1382,10 +1404,11 @@ def detach(plan: Plan, opened: Opened, report: Channel, server: Any, inherited: 
         watch_birth(daemon, leash, report, plan, server, inherited.talk is None)
     os.close(leash)
     reset_handlers()
-    if plan.kind != "library":          # which may want to call setsid(2) itself
-        os.setpgid(0, 0)
-    close_inherited()
-    redirect(opened)
+    with trying_to("leave the terminal"):
+        if plan.kind != "library":      # which may want to call setsid(2) itself
+            os.setpgid(0, 0)
+        close_inherited()
+        redirect(opened)
     # By number, not sys.stderr: it writes into whatever fd 2 means at the time of the crash.
     faulthandler.enable(2)
     return end
@@ -1941,10 +1964,12 @@ class Talks:
 
 def dial(files: Files) -> Channel:
     """Return the command's end of a conversation with whoever listens at the control socket."""
-    end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    # A failure of ours says nothing of the daemon: Fatal, where all others are OSError.
+    with trying_to("dial %s" % files.control):
+        end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        os.chdir(files.folder)              # as in bind_control()
     end.settimeout(ANSWER)
     try:
-        os.chdir(files.folder)              # as in bind_control()
         end.connect(os.path.basename(files.control))
     except OSError:
         end.close()
@@ -2230,6 +2255,7 @@ class Made:
         self.before: Optional[bytes] = None         # the record of the last start
         self.new = [path for path in (files.pidfile, files.control, files.logfile)
                     if path and not exists(path)] + [files.lock] * turn.is_new
+        turn.is_new = False             # from here on that is our affair
         self.logged = os.path.getsize(self.logfile) if self.logfile and exists(self.logfile) else 0
 
     def make_log_folder(self) -> None:
@@ -2245,7 +2271,7 @@ class Made:
 
     def note(self, pid: int) -> None:
         """Note the start in the lock file, and keep what stood there."""
-        self.before = os.pread(self.turn.fd, MAX_MESSAGE, 0)
+        self.before = self.turn.read()
         self.turn.note(self.plan, pid)
 
     def undo(self, error: BaseException) -> BaseException:
@@ -2258,7 +2284,7 @@ class Made:
             error.trace = log_since(self.plan, self.logged)
         if self.before is not None:
             self.turn.write(self.before)
-        tidy(self.plan, self.new, self.turn.holder() is None)
+        tidy(self.plan, self.new, lock_holder(self.turn.fd, INSTANCE) is None)
         return error
 
     def end_starter(self, starter: Child) -> None:
@@ -2682,7 +2708,8 @@ def enter_folder(plan: Plan) -> None:
     except OSError as error:
         if not isinstance(error, PermissionError):      # su nobody, in /root: nothing relative works
             warn("the folder of the last start is gone: %s; relative paths mean /" % plan.cwd)
-        os.chdir("/")
+        with trying_to("enter /"):
+            os.chdir("/")
 
 
 def options_for(module: ModuleType, plan: Plan, inherited: Inherited) -> argparse.Namespace:
@@ -2759,6 +2786,8 @@ class Service(Host):
         self.is_leaving = False
         self.is_heir = start.inherited.talk is not None
         self.obstacle = self.opened.obstacle        # why the log is not rotated; "" if it is
+        # Who asked for us, until we are ready: if it is gone, so are we.  (No pid: it is no child.)
+        self.callers = [Child(0, start.report)] if start.report is not None else []
         self.verbs = {"sockets": self.hand_over, "leave": self.leave, "reclaim": self.reclaim}
 
     def bring_up(self) -> None:
@@ -2773,7 +2802,7 @@ class Service(Host):
         try:
             for _ in range(self.size):
                 fresh.append(self.fork(self.work))
-            expect(fresh, "able", self.plan.options.start_timeout)
+            expect(fresh, "able", self.plan.options.start_timeout, self.callers)
             self.prove(fresh)
         except BaseException as error:
             for child in fresh:
@@ -2787,11 +2816,11 @@ class Service(Host):
         """Have new workers probed; without a probe they must live for a moment, like a program."""
         if not hasattr(self.server, "probe"):
             if readable([child.channel.end for child in fresh], time.monotonic() + ALIVE):
-                expect([], "", 0, fresh)
+                expect([], "", 0, fresh)        # one has ended
             return
         prober = self.fork(self.probe)
         try:
-            expect([prober], "able", self.plan.options.start_timeout, fresh)
+            expect([prober], "able", self.plan.options.start_timeout, fresh + self.callers)
         finally:
             prober.kill()
 
@@ -3105,9 +3134,12 @@ def take_over(plan: Plan, pid: int) -> Inherited:
 
 def forget(inherited: Inherited) -> None:
     """Let go of what the heir has now.  Not by close(2): that may linger; exit(2) does not."""
-    ends = list(inherited.sockets) + [inherited.control] * (inherited.control is not None)
-    for end in ends + [inherited.talk.end] * (inherited.talk is not None):
+    for end in inherited.sockets:
         end.detach()
+    if inherited.control is not None:
+        inherited.control.detach()
+    if inherited.talk is not None:
+        inherited.talk.end.detach()
 
 
 def is_control(passed: socket.socket, files: Files) -> bool:

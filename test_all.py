@@ -6099,6 +6099,492 @@ class Programs(BoxTest):
         self.box.command("status")
 
 
+class PointOfNoReturn(BoxTest):
+    """Before it all that a start has made is undone, after it nothing is; whatever interrupts the command"""
+    # bind() makes a file that abandon() removes; a probe waits for the file `ready`, drain() for `drained`
+    SLOW = APP + """
+bind_well, folder = bind, os.path.dirname(__file__)
+def bind(options):
+    server, made = bind_well(options), os.path.join(folder, "passwords")
+    if options.action == "start":
+        open(made, "w").close()
+        server.abandon = lambda: os.unlink(made)
+    return server
+def wait_for(name):
+    while not os.path.exists(os.path.join(folder, name)):
+        time.sleep(0.01)
+drain_well = Server.drain
+Server.probe = lambda self: wait_for("ready")
+Server.drain = lambda self: wait_for("drained") or drain_well(self)
+"""
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL)
+
+    def calling(self, action: str, **popen: Any) -> "subprocess.Popen[bytes]":
+        """Call start or restart, and return it at once."""
+        files = ["--pidfile", self.box.pidfile, "--logfile", self.box.log]
+        return self.box.spawn(sys.executable, DAEMONIZE, action, *files, "--app",
+                              self.box.write("app.py", self.SLOW), **popen)
+
+    def test_a_start_that_is_interrupted_before_it(self) -> None:
+        """Ctrl-C, SIGTERM, a hang-up, kill -9 while the probe waits: nothing runs, and no file of bind()'s stays."""
+        for number in self.SIGNALS:
+            with self.subTest(number):
+                child = self.calling("start")
+                until(lambda: "listening" in read(self.box.log), "a worker")
+                child.send_signal(number)
+                self.assertEqual(child.wait(PATIENCE), -9 if number == signal.SIGKILL else 130)
+                until(lambda: not self.box.processes(), "the end of all")
+                self.assertFalse(os.path.exists(self.box.path("passwords")))
+                self.assertEqual(read(self.box.pidfile), "")
+                os.unlink(self.box.log)
+        self.box.write("ready", "")
+        self.calling("start").wait()
+        self.box.command("status")
+
+    def test_a_start_that_is_interrupted_after_it(self) -> None:
+        """A blocked terminal, then a hang-up or kill -9: the daemon runs, and neither then nor at its end is anything removed."""
+        self.box.write("ready", "")
+        self.box.write("drained", "")
+        for number in self.SIGNALS:
+            with self.subTest(number):
+                reader, writer = os.pipe()
+                os.set_blocking(writer, False)
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        os.write(writer, b"x" * 4096)
+                os.set_blocking(writer, True)
+                child = self.calling("start", stdout=writer)
+                until(lambda: self.box.pid() and self.box.command("status", want=None).code == 0, "a daemon")
+                child.send_signal(number)
+                child.wait(PATIENCE)
+                os.close(reader)
+                os.close(writer)
+                self.assertEqual(self.box.status()["pid"], self.box.pid())
+                self.assertEqual(strays(self.box), [])
+                self.box.command("stop")
+                self.assertTrue(os.path.exists(self.box.path("passwords")))
+
+    def test_a_restart_that_is_interrupted(self) -> None:
+        """Before it the old one serves on, and has its pidfile; after it the new one does, though nobody waits for it."""
+        self.box.write("ready", "")
+        address = self.box.address(self.box.start(app=self.SLOW))
+        for number in self.SIGNALS:
+            with self.subTest(number, after=False):
+                old = self.box.pid()
+                os.unlink(self.box.path("ready"))
+                child = self.box.spawn(sys.executable, DAEMONIZE, "restart", "--pidfile", self.box.pidfile)
+                until(lambda: len(self.box.processes()) >= 7, "an heir, its worker, its prober")
+                child.send_signal(number)
+                child.wait(PATIENCE)
+                self.box.write("ready", "")
+                until(lambda: len(self.box.processes()) == 2, "the end of the heir")
+                self.assertEqual((self.box.pid(), ask(address)["pid"], self.box.status()["pid"]), (old,) * 3)
+            with self.subTest(number, after=True):
+                child = self.box.spawn(sys.executable, DAEMONIZE, "restart", "--pidfile", self.box.pidfile)
+                until(lambda: self.box.pid() not in (0, old) and child.poll() is None and is_alive(old), "a new daemon")
+                child.send_signal(number)
+                self.assertEqual(child.wait(PATIENCE), -9 if number == signal.SIGKILL else 130)
+                self.box.write("drained", "")
+                until(lambda: not is_alive(old), "the end of the old one")
+                self.assertEqual((ask(address)["pid"], strays(self.box)), (self.box.pid(), []))
+                os.unlink(self.box.path("drained"))
+
+    @needs_root
+    def test_a_full_disk_stops_a_restart_before_it(self) -> None:
+        """When the lock file cannot hold the new options, the old one keeps serving, with its own."""
+        small = self.box.make("small")
+        if run(["mount", "-t", "tmpfs", "-o", "size=24k,mode=755", "none", small]).code:
+            self.skipTest("needs the right to mount")
+        self.addCleanup(lambda: until(lambda: run(["umount", small]).code == 0, "umount"))
+        self.addCleanup(self.box.end)
+        self.box.pidfile = self.box.path("small", "d.pid")
+        address = self.box.address(self.box.start("--word", "old", app=APP))
+        with contextlib.suppress(OSError), open(self.box.path("small", "filler"), "wb", 0) as filler:
+            while True:
+                filler.write(b"x" * 4096)
+        pid, app = self.box.pid(), ["--logfile", self.box.log, "--app", self.box.path("app.py")]
+        said = self.box.command("restart", *app, "--word", "x" * 9000, want=1).err
+        self.assertRegex(said, r"unable to write .*d\.pid\.lock: No space left on device\n.*keeps serving with pid %d" % pid)
+        self.assertEqual((ask(address)["pid"], self.box.pid()), (pid, pid))
+        self.box.command("restart")
+        self.assertEqual(self.box.status()["word"], "old")
+
+    def test_a_hang_up_while_it_drains(self) -> None:
+        """SIGHUP, USR1 and a second TERM to a daemon that is leaving: it forks nobody, and leaves."""
+        self.box.write("ready", "")
+        self.box.start(app=self.SLOW)
+        old = self.box.pid()
+        child = self.box.spawn(sys.executable, DAEMONIZE, "restart", "--pidfile", self.box.pidfile)
+        until(lambda: self.box.pid() not in (0, old), "a new daemon")
+        for number in (signal.SIGHUP, signal.SIGUSR1):
+            os.kill(old, number)
+        until(lambda: "it is leaving" in read(self.box.log), "a refusal")
+        self.box.write("drained", "")
+        self.assertEqual((child.wait(PATIENCE), is_alive(old), strays(self.box)), (0, False, []))
+
+    def test_two_first_starts_at_once_one_fails(self) -> None:
+        """A start that fails takes nothing from under the next one, which waited for it: that one runs."""
+        self.box.write("ready", "")
+        bad = self.box.write("bad.py", APP + "time.sleep(0.5)\nbind = 1 / 0\n")
+        good = self.box.write("good.py", APP)
+        files = ["--pidfile", self.box.pidfile, "--logfile", self.box.log, "--name", "n", "--app"]
+        first = self.box.spawn(sys.executable, DAEMONIZE, "start", *files, bad)
+        until(lambda: os.path.exists(self.box.pidfile + ".lock"), "its lock")
+        self.box.daemonize("start", *files, good)
+        self.assertEqual(first.wait(PATIENCE), 1)
+        self.box.command("stop")
+        self.assertEqual(self.box.processes(), [])
+
+
+FREE_PROGRAM = r'''
+import asyncio, atexit, multiprocessing, os, pickle, signal, subprocess, sys, threading, time
+os.chdir(sys.argv[1])
+class State: pass
+def job(): time.sleep(600)
+def close_all():
+    os.closerange(3, 256)
+    files = [open("data%d" % n, "w") for n in range(12)]
+    for file in files:
+        file.write("precious\n"); file.flush()
+    return files
+def kill_children():
+    child = os.fork()
+    if child == 0: job()
+    time.sleep(0.1); os.kill(child, signal.SIGTERM); os.waitpid(child, 0)
+def kill_group():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN); os.killpg(0, signal.SIGTERM)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def terminate():
+    child = multiprocessing.Process(target=job); child.start(); time.sleep(0.1); child.terminate(); child.join()
+    assert child.exitcode == -15, child.exitcode
+def pools():
+    for method in "fork", "spawn", "forkserver":
+        with multiprocessing.get_context(method).Pool(2) as pool: assert pool.map(abs, [-1, -2]) == [1, 2]
+def keep_pool():
+    global kept
+    kept = multiprocessing.get_context("spawn").Pool(2); kept.map(abs, [-1])
+def thread():
+    threading.Thread(target=job).start()
+def save():
+    atexit.register(lambda: pickle.dump(State(), open("state", "wb")))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+def loop():
+    async def main():
+        asyncio.get_event_loop().add_signal_handler(signal.SIGUSR2, print)
+        await asyncio.sleep(0.1)
+    asyncio.get_event_loop_policy().new_event_loop().run_until_complete(main())
+if __name__ == "__main__":
+    time.sleep(0.4)
+    kept = globals()[sys.argv[2]]()
+    print("still here", flush=True)
+    if sys.argv[2] != "thread":
+        while True: time.sleep(0.1)
+'''
+
+
+class NothingOfYours(BoxTest):
+    """The daemon's own process runs no code of yours: whatever a program does to itself, it does not do to the daemon"""
+
+    def test_what_a_program_may_do(self) -> None:
+        """Close every fd, kill children and its group, multiprocessing, threads that outlive main, atexit with pickle."""
+        script = self.box.write("free.py", FREE_PROGRAM)
+        for deed in ("close_all", "kill_children", "kill_group", "terminate", "pools", "keep_pool", "thread", "save", "loop"):
+            with self.subTest(deed):
+                self.box.start("--", sys.executable, script, self.box.folder, deed)
+                pid = self.box.pid()
+                until(lambda: "still here" in read(self.box.log) or not is_alive(pid), "its word")
+                self.assertEqual((self.box.status()["pid"], self.box.status()["last_error"]), (pid, ""))
+                self.assertEqual(read(self.box.pidfile), "%d\n" % pid)
+                self.assertLess(self.box.command("stop").seconds, SOON)
+                self.assertEqual(self.box.processes(), [])
+                os.unlink(self.box.log)
+        self.assertEqual([read(self.box.path("data%d" % n)) for n in range(12)], ["precious\n"] * 12)
+        self.assertGreater(os.path.getsize(self.box.path("state")), 10)
+
+    def test_a_program_that_ends_takes_its_family_along(self) -> None:
+        """It ends by itself: how is in the log, after its last words; children are told; the pidfile is empty."""
+        code = "import subprocess, sys, time; subprocess.Popen(['sh', '-c', \"trap 'echo told; exit' TERM; while :; do sleep 0.1; done\"]); time.sleep(1); %s"
+        for end, how in (("sys.exit('config went away')", "(?s)config went away\n.*exited with status 1.*told"),
+                         ("sys.exit()", "exited with status 0"), ("{}['gone']", "KeyError: 'gone'\n.*status 1"),
+                         ("import os; os.kill(os.getpid(), 9)", "was killed by signal 9")):
+            with self.subTest(end):
+                self.box.start("--timeout", "60", "--", sys.executable, "-c", code % end)
+                until(lambda: not self.box.processes(), "an end")
+                self.assertRegex(read(self.box.log), how)
+                self.assertNotIn("unable to start", read(self.box.log))
+                self.assertEqual(read(self.box.pidfile), "")
+                self.box.command("status", want=3)
+                os.unlink(self.box.log)
+
+    def test_respawn(self) -> None:
+        """With --respawn a program that ends is started again, with a pause that grows; status counts; stop stops."""
+        self.box.start("--respawn", "--", "sh", "-c", "echo begun; sleep 0.5; exit 3")
+        pid = self.box.pid()
+        until(lambda: read(self.box.log).count("begun") >= 3, "two more lives")
+        facts = self.box.status()
+        self.assertEqual(facts["pid"], pid)
+        self.assertGreaterEqual(facts["restarts"], 2)
+        self.assertRegex(facts["last_error"], r"\A\d{4}-\d\d-\d\d \d\d:\d\d:\d\d sh \d+ exited with status 3\Z")
+        self.box.command("stop")
+        self.assertEqual(self.box.processes(), [])
+
+    @needs_linux
+    def test_a_killed_daemon_takes_its_program_along(self) -> None:
+        """kill -9 of the daemon: nobody is left who could hold a port, and the next start works."""
+        self.box.start("--", "sleep", "600")
+        os.kill(self.box.pid(), signal.SIGKILL)
+        until(lambda: not self.box.processes(), "the end of the program")
+        self.box.start("--", "sleep", "600")
+
+    def test_what_a_handler_may_do(self) -> None:
+        """In a worker: children that are terminated, a Pool, killpg of its own group; daemon and siblings live."""
+        app = APP + r'''
+import multiprocessing
+def job(): time.sleep(600)
+def do_terminate(self, rest):
+    child = multiprocessing.Process(target=job); child.start(); time.sleep(0.1); child.terminate(); child.join()
+    return child.exitcode
+def do_pool(self, rest):
+    for _ in range(5):
+        with multiprocessing.Pool(2) as pool: pool.map(abs, [1, 2])
+    return True
+def do_handlers(self, rest):
+    code = "import signal; print([n for n in (1, 2, 10, 15) if signal.getsignal(n) == signal.SIG_IGN])"
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        found = [n for n in (1, 10, 15, 17) if signal.getsignal(n) != signal.SIG_DFL] + [signal.set_wakeup_fd(-1) != -1]
+        os.write(writer, json.dumps(found).encode()); os._exit(0)
+    return [json.loads(os.read(reader, 99).decode()), subprocess.check_output([sys.executable, "-c", code]).decode()]
+def do_lock(self, rest):
+    open(rest).close()
+    return True
+for name in ("terminate", "pool", "handlers", "lock"):
+    setattr(Server, "do_" + name, globals()["do_" + name])
+'''
+        address = self.box.address(self.box.start("--workers", "2", app=app))
+        before = sorted(self.box.processes())
+        self.assertEqual([ask(address, "terminate"), ask(address, "pool")], [-15, True])
+        if sys.version_info >= (3, 7):
+            self.assertEqual(ask(address, "handlers"), [[False], "[]\n"])
+        self.box.command("restart")
+        for _ in range(4):
+            self.assertTrue(ask(address, "lock %s.lock" % self.box.pidfile))    # it had none on it to lose
+        self.assertEqual(self.box.status()["pid"], self.box.pid())
+        self.assertIn("already running", self.box.start(app=app).out)
+        self.assertEqual((len(self.box.processes()), strays(self.box)), (len(before), []))
+
+    def test_an_applications_options_are_its_own(self) -> None:
+        """Options named kind, program, files, cwd: what was typed arrives; one that we give is refused by name."""
+        names = ("kind", "program", "files", "cwd", "code", "plan", "server", "command")
+        app = APP + "def add_arguments(p):\n    for n in %r: p.add_argument('--' + n)\n" % (names,)
+        app += "def bind(o):\n    print('GOT', [getattr(o, n) for n in %r], flush=True)\n    o.bind, o.word = '127.0.0.1:0', ''\n    return Server(o)\n" % (names,)
+        words = [word for name in names for word in ("--" + name, "my " + name)]
+        self.assertIn("GOT %r" % ["my " + name for name in names], self.box.start(*words, app=app).out)
+        self.box.command("stop")
+        for taken in ("sockets", "legacy", "may-create", "config-prefix"):
+            said = self.box.start(app=APP + "def add_arguments(p): p.add_argument('--%s')\n" % taken, want=2).err
+            self.assertIn("--%s is an option of daemonize.py" % taken, said)
+        self.assertEqual(self.box.processes(), [])
+
+
+class CannotTell(BoxTest):
+    """Yes, no, and cannot tell: 4, or 1 with the reason; nobody claims what was not seen done"""
+
+    def all_say(self, pattern: str, *prefix: str, **popen: Any) -> None:
+        """Every command but run must fail, with that reason; status with 4; and the daemon lives on."""
+        pid = self.box.pid()
+        for action in ("status", "stop", "reload", "restart", "start"):
+            hosted = ["--logfile", self.box.path("other.log"), "--", "sleep", "600"] if action == "start" else []
+            with self.subTest(action):
+                argv = list(prefix) + [sys.executable, DAEMONIZE, action, "--pidfile", self.box.pidfile] + hosted
+                result = run(argv, 4 if action == "status" else 1, **dict(dict(env=self.box.env, cwd="/"), **popen))
+                self.assertRegex(result.err, pattern)
+                self.assertEqual(result.out, "")
+        self.assertTrue(is_alive(pid))
+
+    @needs_other_user
+    def test_a_folder_that_may_not_be_entered(self) -> None:
+        """A stranger before a closed folder, with a daemon in it or without."""
+        self.box.make("closed", 0o700)
+        self.box.pidfile = self.box.path("closed", "d.pid")
+        self.box.start("--", "sleep", "600")
+        self.all_say(r"unable to look at \S.*closed/d\.pid\.lock: Permission denied", preexec_fn=drop(NOBODY))
+
+    @needs_root
+    @needs("unshare")
+    def test_a_lock_whose_holder_cannot_be_seen(self) -> None:
+        """From another pid namespace, and where there is neither /proc nor ps."""
+        self.box.start("--", "sleep", "600")
+        if run(["unshare", "--pid", "--fork", "--mount-proc", "true"]).code:
+            self.skipTest("needs the right to unshare")
+        self.all_say("unable to see who runs sleep: pid 0 holds its lock", "unshare", "--pid", "--fork", "--mount-proc")
+        hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc; PATH=/nowhere exec "$@"', "sh"]
+        self.all_say("unable to see who runs sleep: pid %d holds its lock" % self.box.pid(), *hidden)
+        self.box.command("stop")
+        self.assertEqual(self.box.processes(), [])
+
+    def test_a_lock_that_was_removed(self) -> None:
+        """A cleaner of /run removed pidfile and lock: everybody says who answers there; the daemon says it, too."""
+        self.box.start("--name", "sleep", "--", "sleep", "600")
+        pid = self.box.pid()
+        for name in (self.box.pidfile, self.box.pidfile + ".lock"):
+            os.unlink(name)
+        until(lambda: "somebody removed" in read(self.box.log), "a word in the log")
+        pidfile, self.box.pid = self.box.pidfile, lambda: pid       # type: ignore[method-assign]
+        self.all_say(r"pid %d answers at .*\.sock, but its lock was removed\ntry: kill %d\n" % (pid, pid))
+        self.assertFalse(os.path.exists(pidfile))
+        os.kill(pid, signal.SIGTERM)
+
+    def test_a_torn_record(self) -> None:
+        """A lock file that is empty, torn, or somebody else's: found, stopped; a bare restart refuses to guess."""
+        for text in ("", '{"pidfile": "', "[]", "{}", json.dumps({"pid": 1}), "\0" * 100):
+            with self.subTest(text):
+                self.box.start("--", "sleep", "600")
+                with open(self.box.pidfile + ".lock", "r+") as lock:
+                    lock.truncate()
+                    lock.write(text)
+                self.box.command("status")
+                self.assertIn("unable to repeat the last start", self.box.command("restart", want=1).err)
+                self.box.command("stop")
+                self.assertEqual(self.box.processes(), [])
+
+    def test_a_bare_restart_of_what_nobody_knows(self) -> None:
+        """Nothing is known, nothing runs: exit 1, `try: daemonize.py start`, and nothing is made."""
+        said = self.box.command("restart", "--quiet", want=1).err
+        self.assertIn("\ntry: daemonize.py start", said)
+        self.assertEqual(os.listdir(self.box.folder), [])
+
+    def test_a_control_socket_that_is_gone_or_a_dead_ones(self) -> None:
+        """Without its socket a reload is refused, not claimed; restart makes a new one; a dead daemon's misleads nobody."""
+        address = self.box.address(self.box.start(app=APP))
+        os.unlink(self.box.pidfile + ".sock")
+        self.assertRegex(self.box.command("reload", want=1).err, "unable to reload app: No such file")
+        self.assertIn("unable to ask it", self.box.command("status").out)
+        self.assertIn("hands nothing over", self.box.command("restart").err)
+        self.box.command("reload")
+        os.kill(self.box.pid(), signal.SIGKILL)
+        until(lambda: reach(address), "the end of the port")
+        self.box.start("--name", "app", "--", "sh", "-c", "trap 'echo got it' HUP; while :; do sleep 0.05; done")
+        self.assertNotIn("note", self.box.status())
+        self.box.command("reload")
+        until(lambda: "got it" in read(self.box.log), "its word")
+
+    def test_reload_that_cannot_open_the_log_is_refused(self) -> None:
+        """The log's folder was moved away: exit 1 with the reason, the old log is kept; SIGHUP says it in the log."""
+        self.box.make("logs")
+        self.box.log = self.box.path("logs", "d.log")
+        address = self.box.address(self.box.start(app=APP))
+        os.rename(self.box.path("logs"), self.box.path("moved"))
+        self.assertRegex(self.box.command("reload", want=1).err, r"unable to open .*logs/d\.log: No such file")
+        os.kill(self.box.pid(), signal.SIGHUP)
+        self.assertIn("reload refused", until(lambda: self.box.status()["last_error"], "the reason"))
+        self.assertEqual(ask(address)["reloads"], 0)
+        self.assertIn("d.log", read(self.box.path("moved", "d.log")))
+
+    def test_the_clock_of_the_wall_is_not_asked(self) -> None:
+        """Uptime is counted from the daemon's birth, whatever the lock file's time says."""
+        self.box.start("--", "sleep", "600")
+        for when in (60, 4000000000):
+            os.utime(self.box.pidfile + ".lock", (when, when))
+            self.assertTrue(0 <= self.box.status()["uptime"] < 100)
+
+
+FAILING = r'''
+import errno, fcntl, os, signal, socket, sys
+sys.path.insert(0, %r)
+import daemonize
+name, code = sys.argv[1].split(":")
+module = {"os": os, "fcntl": fcntl, "signal": signal, "socket": socket}[name.partition(".")[0]]
+def fail(*arguments, **keys):
+    raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+setattr(module, name.partition(".")[2], fail)
+sys.exit(daemonize.main(sys.argv[2:]))
+''' % HERE
+
+
+class SystemCalls(BoxTest):
+    """Every system call that can fail says `unable to VERB OBJECT: REASON`, in every command, and leaves nothing"""
+
+    def test_each_call_in_each_command(self) -> None:
+        """One call after the other fails for good: no traceback, the right words, the daemon as it was."""
+        failing, app = self.box.write("failing.py", FAILING), self.box.write("app.py", APP)
+        files = ["--pidfile", self.box.pidfile, "--logfile", self.box.log]
+        for call in ("os.fork:EAGAIN", "os.open:EMFILE", "os.fstat:EIO", "os.lstat:EACCES", "os.pread:EIO", "os.pwrite:ENOSPC",
+                     "os.pipe:EMFILE", "os.setsid:EPERM", "os.ftruncate:EIO", "os.fchmod:EPERM", "os.dup2:EBADF", "os.unlink:EROFS",
+                     "fcntl.lockf:ENOLCK", "fcntl.fcntl:ENOLCK", "socket.socketpair:EMFILE", "socket.socket:EAFNOSUPPORT",
+                     "signal.pidfd_send_signal:EPERM", "os.chdir:EACCES", "os.setpgid:EPERM"):
+            for action in ("start", "status", "reload", "restart", "stop"):
+                hosted = ["--app", app] if action == "start" else []
+                if action == "status":
+                    self.box.daemonize("start", *files, "--app", app)
+                before = set(os.listdir(self.box.folder)) | {"d.log"}
+                with self.subTest(call + " " + action):
+                    result = run([sys.executable, failing, call, action] + files + hosted, None, env=self.box.env, cwd=self.box.folder)
+                    self.assertTrue("Traceback" not in result.err or "app.py" in result.err, result.err)
+                    self.assertIn(result.code, (0, 4) if action == "status" else (0, 1), result)
+                    if result.code:
+                        self.assertRegex(result.err, r"(?m)^daemonize: fatal: unable to \w+ \S.*: \S")
+                    if result.code and action == "start" and call[:9] != "os.unlink":
+                        self.assertEqual((self.box.processes(), set(os.listdir(self.box.folder)) - before), ([], set()))
+                    if action not in ("start", "stop"):
+                        self.assertEqual(self.box.command("status").code, 0)
+                    if "unable to start" in result.err:
+                        self.assertIn(action, ("start", "restart"))
+            self.box.command("stop")
+
+    @needs_root
+    @needs("setpriv")
+    def test_root_without_capabilities(self) -> None:
+        """A container that dropped them: one line with the cure, nothing left, and the allowed start works afterwards."""
+        name, app = TOKEN + "-" + self.box.mark, self.box.write("app.py", APP)
+        for place in ("/run/%s.pid", "/run/%s.pid.lock", "/run/%s.pid.sock", "/var/log/%s"):
+            self.addCleanup(remove, place % name)
+        for dropped in ("-all", "-chown", "-setuid,-setgid", "-setuid", "-fowner,-chown"):
+            with self.subTest(dropped):
+                argv = ["setpriv", "--bounding-set=" + dropped, "--inh-caps=" + dropped, sys.executable, DAEMONIZE]
+                result = run(argv + ["start", "--name", name, "--uid", str(NOBODY), "--app", app], 1, env=self.box.env)
+                self.assertRegex(result.err, r"(?m)^daemonize: fatal: unable to \w+ \S.*: Operation not permitted\ntry: with CAP_")
+                self.assertNotIn("Traceback", result.err)
+                self.assertEqual(glob.glob("/run/%s*" % name) + glob.glob("/var/log/%s*" % name), [])
+        result = self.box.daemonize("start", "--name", name, "--uid", str(NOBODY), "--app", app)
+        self.assertNotIn("warning", result.err)
+        self.box.daemonize("stop", "--name", name)
+
+    @needs_root
+    @needs("unshare")
+    def test_a_file_system_that_is_read_only(self) -> None:
+        """With / read-only each default file in turn is named."""
+        script = 'mount --bind / / && mount -o remount,ro,bind / && { [ "$0" = run ] || mount -t tmpfs none /run; } && exec "$@"'
+        if run(["unshare", "-m", "sh", "-c", script, "run", "true"]).code:
+            self.skipTest("needs the right to mount")
+        app = self.box.write("app.py", APP)
+        for word, said in (("run", "unable to open /run/"), ("log", "unable to make /var/log/")):
+            result = run(["unshare", "-m", "sh", "-c", script, word, sys.executable, DAEMONIZE, "start", "--name",
+                          TOKEN + "-ro", "--app", app], 1, env=self.box.env)
+            self.assertRegex(result.err, r"\Adaemonize: fatal: %s\S+: Read-only file system\n\Z" % said)
+
+    def test_a_caller_that_ignores_SIGCHLD(self) -> None:
+        """Inherited over exec, it would have wait(2) find nobody: start and stop do not suffer."""
+        def careless() -> None:
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        user = ["--uid", str(NOBODY)] if ROOT else []
+        self.box.start(*user, app=APP, preexec_fn=careless)
+        self.box.command("restart", preexec_fn=careless)
+        self.box.command("stop", preexec_fn=careless)
+        self.assertEqual(self.box.processes(), [])
+
+    def test_a_pidfile_with_a_long_name(self) -> None:
+        """What start proved possible is so for restart; what is not is refused at start."""
+        for length, want in ((102, 0), (103, 1)):
+            self.box.pidfile = self.box.path("a" * (length - 4) + ".pid")
+            said = self.box.start(app=APP, want=want).err
+            if want:
+                self.assertRegex(said, r"unable to bind .*\.sock: .*too long")
+            else:
+                self.box.command("restart")
+                self.box.command("stop")
+
+
 POOR_SYSTEM = r'''
 import os, signal, socket, sys
 for module, name in ((os, "pidfd_open"), (signal, "pidfd_send_signal"), (socket, "SO_PEERCRED")):
