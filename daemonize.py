@@ -2282,9 +2282,9 @@ class Made:
             self.end_starter(self.starter)
         if isinstance(error, Fatal) and not error.trace and error.status == 1:
             error.trace = log_since(self.plan, self.logged)
-        if self.before is not None:
-            self.turn.write(self.before)
         tidy(self.plan, self.new, lock_holder(self.turn.fd, INSTANCE) is None)
+        if self.before is not None:     # last, for it may fail as well
+            self.turn.write(self.before)
         return error
 
     def end_starter(self, starter: Child) -> None:
