@@ -570,25 +570,26 @@ def is_trusted(folder: str) -> bool:
     """Tell whether only root and the caller can change what the path leads to.
 
     Each folder on the way, through links too, must be theirs, and closed to others or sticky (as
-    /tmp is).  Raises OSError where there is no such folder.
+    /tmp is).
     """
-    os.stat(folder)                             # a loop of links ends here
     # names is a stack, the next one last: what a link says is put on top of what remains.
     path, names = "/", folder.split("/")[::-1]
-    while True:
-        facts = os.lstat(path)
-        is_link = stat.S_ISLNK(facts.st_mode)
-        is_open = facts.st_mode & 0o022 and not facts.st_mode & stat.S_ISVTX and not is_link
-        if is_open or facts.st_uid not in (0, os.geteuid()):
-            return False
-        if is_link:
-            target = os.readlink(path)
-            names += target.split("/")[::-1]
-            path = "/" if target.startswith("/") else os.path.dirname(path)
-        if not names:
-            return True
-        # normpath() is wrong on a path with links ("link/.." is elsewhere): here are none left.
-        path = os.path.normpath(os.path.join(path, names.pop()))
+    with trying_to("look at %s" % folder):
+        os.stat(folder)                         # a loop of links ends here
+        while True:
+            facts = os.lstat(path)
+            is_link = stat.S_ISLNK(facts.st_mode)
+            is_open = facts.st_mode & 0o022 and not facts.st_mode & stat.S_ISVTX and not is_link
+            if is_open or facts.st_uid not in (0, os.geteuid()):
+                return False
+            if is_link:
+                target = os.readlink(path)
+                names += target.split("/")[::-1]
+                path = "/" if target.startswith("/") else os.path.dirname(path)
+            if not names:
+                return True
+            # normpath() is wrong on a path with links ("link/.." is elsewhere): here are none.
+            path = os.path.normpath(os.path.join(path, names.pop()))
 
 
 def check_folder(folder: str) -> None:
@@ -632,7 +633,8 @@ NEEDS_CAPABILITIES = "with CAP_SETUID, CAP_SETGID and CAP_CHOWN, or start as tha
 def careful(path: str, identity: Optional[Identity]) -> Iterator[bool]:
     """Have root's rights only where nobody else can change the path's folder; yields whether so."""
     folder = os.path.dirname(path)
-    is_safe = os.path.isdir(folder) and is_trusted(folder) and not os.stat(folder).st_mode & 0o022
+    with trying_to("look at %s" % folder):
+        is_safe = is_trusted(folder) and not os.stat(folder).st_mode & 0o022
     with acting_as(None if is_safe else identity):
         yield is_safe
 
@@ -643,7 +645,7 @@ def open_log(path: str, identity: Optional[Identity]) -> int:
     Runs as: root; in a folder that others may change, with the user's rights.
     See: open(2) O_APPEND; twistd: startLogger.
     """
-    is_new, owner = not os.path.lexists(path), identity.uid if identity else os.geteuid()
+    is_new, owner = not exists(path), identity.uid if identity else os.geteuid()
     with careful(path, identity) as is_safe:
         fd = open_regular(path, os.O_WRONLY | os.O_APPEND, 0o640, is_log=True)
     if not is_safe and os.fstat(fd).st_uid not in (0, owner, os.geteuid()):
@@ -982,7 +984,7 @@ class Turn(Lock):
 
     def take(self) -> bool:
         """Try to take the turn."""
-        if os.fstat(self.fd).st_nlink == 0:     # a first start failed, and took its files with it
+        if self.is_removed():           # a first start failed, and took its files with it
             self.close()
             make_own_folder(self.plan)
             self.fd = open_regular(self.path, os.O_RDWR, 0o600)
@@ -995,7 +997,12 @@ class Turn(Lock):
             raise Fatal("unable to lock %s: %s\ntry: --pidfile on a local file system" % (
                 self.path, because(error)))
         # This may be the lock of a file that a failed start has just removed: of no use.
-        return os.fstat(self.fd).st_nlink > 0 and self.is_idle(UNDOING)
+        return not self.is_removed() and self.is_idle(UNDOING)
+
+    def is_removed(self) -> bool:
+        """Tell whether the file has no name any more."""
+        with trying_to("look at %s" % self.path):
+            return os.fstat(self.fd).st_nlink == 0
 
     def is_idle(self, byte: int) -> bool:
         """Tell whether no command, or starter, holds the byte."""
@@ -2829,7 +2836,8 @@ class Service(Host):
         import threading
         raise_at_end()
         for signum in (signal.SIGHUP, signal.SIGUSR1):      # they are the daemon's
-            signal.signal(signum, do_nothing)
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                signal.signal(signum, do_nothing)
         threading.Thread(target=obey, args=(self.server, channel), daemon=True).start()
         channel.send("able")
         self.server.serve_forever()

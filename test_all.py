@@ -37,6 +37,7 @@ import functools
 import gc
 import glob
 import grp
+import gzip
 import hashlib
 import http.server
 import io
@@ -4875,6 +4876,97 @@ class Run(BoxTest):
         _, address = self.activated("1")
         self.assertNotEqual(self.address(), address)
 
+    def test_what_ends_its_group_ends_it(self) -> None:
+        """timeout, a supervisor's killpg with TERM or KILL: run, its program and its workers stay in that group."""
+        app = self.box.write("app.py", APP)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for hosted in (["--app", app], ["--", "sh", "-c", "sleep 600 & sleep 600"]):
+                with self.subTest(number, hosted=hosted[0]):
+                    argv = [sys.executable, DAEMONIZE, "run", "--pidfile", self.box.pidfile] + hosted
+                    shell = self.box.spawn("sh", "-c", '"$@"; true', "sh", *argv, start_new_session=True)
+                    until(lambda: len(self.box.processes()) >= (3 if hosted[1] == app else 5) and self.box.pid(), "all")
+                    os.killpg(shell.pid, number)
+                    shell.wait()
+                    until(lambda: not self.box.processes(), "the end of all", SOON)
+                    remove(self.box.pidfile)
+
+    def test_its_streams_are_the_callers(self) -> None:
+        """stdin is the caller's; --logfile -, /dev/stdout, or a link there, mean its stdout; start refuses them."""
+        os.symlink("/dev/stdout", self.box.path("link.log"))
+        for log in ("-", "/dev/stdout", "/dev/stderr", "link.log"):
+            result = self.box.daemonize("run", "--pidfile", self.box.pidfile, "--logfile", log, "--", "cat",
+                                        data=b"from stdin")
+            self.assertEqual(result.out, "from stdin")
+            self.assertIn("try: daemonize.py run", self.box.daemonize("start", "--logfile", log, "--", "cat", want=2).err)
+        self.assertFalse(os.path.exists(self.box.path("-")))
+
+    def test_nohup_means_it(self) -> None:
+        """A SIGHUP that the caller ignored stays ignored, in the program, too; reload works all the same."""
+        child = self.foreground(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+        self.assertIn(signal.SIGHUP, ask(self.address())["ignored"])
+        child.send_signal(signal.SIGHUP)
+        self.box.command("reload")
+        self.assertEqual((ask(self.address())["reloads"], child.poll()), (1, None))
+
+    INTERRUPTED = """import time
+try:
+    print('begun', flush=True); time.sleep(600)
+except KeyboardInterrupt:
+    time.sleep(0.3); print('cleaned', flush=True)
+"""
+
+    def test_an_interrupt_is_passed_on_as_one(self) -> None:
+        """SIGINT to run: the program's KeyboardInterrupt runs to its end; in a terminal Ctrl-C comes but once."""
+        script = self.box.write("s.py", self.INTERRUPTED)
+        child = self.foreground("--", sys.executable, script, app="")
+        until(lambda: "begun" in read(self.box.path("output")), "its word")
+        child.send_signal(signal.SIGINT)
+        self.assertEqual((child.wait(PATIENCE), read(self.box.path("output")).count("cleaned")), (0, 1))
+        out = self.box.path("out")
+        self.in_terminal(lambda terminal: os.write(terminal, b"\x03"), "--logfile", out, "--", sys.executable, script,
+                         ready=lambda: "begun" in read(out))
+        self.assertEqual((read(out).count("cleaned"), "Traceback" in read(out)), (1, False))
+
+    def test_TERM_in_a_terminal_leaves_the_neighbours_alone(self) -> None:
+        """stop of a run in a shell's foreground group: the shell and what it runs beside go on."""
+        app = self.box.write("app.py", APP)
+        script = 'sleep 600 & "$@"; touch "$0/next"; wait'
+        shell, terminal = pty.fork()
+        if shell == 0:
+            os.execve("/bin/sh", ["sh", "-c", script, self.box.folder, sys.executable, DAEMONIZE, "run", "--pidfile",
+                                  self.box.pidfile, "--app", app], self.box.env)
+        self.addCleanup(os.close, terminal)
+        self.addCleanup(os.waitpid, shell, 0)
+        self.addCleanup(os.kill, shell, signal.SIGKILL)
+        ask(self.address(), "run two")
+        os.kill(self.box.pid(), signal.SIGTERM)
+        until(lambda: os.path.exists(self.box.path("next")), "the shell's next command")
+        until(lambda: len(self.box.processes()) == 2, "shell and neighbour alone")
+
+    @needs_linux
+    def test_orphans_end_with_it(self) -> None:
+        """run has no session of its own: grandchildren that left everything behind are adopted, and ended."""
+        if run([sys.executable, "-c", "import ctypes"]).code:
+            self.skipTest("needs ctypes")
+        child = self.foreground("--", "sh", "-c", "(setsid sleep 600 & setsid sh -c 'sleep 600 & sleep 600' &); sleep 600", app="")
+        until(lambda: len(self.box.processes()) >= 6, "all of them")
+        child.send_signal(signal.SIGTERM)
+        child.wait(PATIENCE)
+        self.assertEqual(self.box.processes(), [])
+
+    def test_TERM_with_sockets_of_systemd_drains(self) -> None:
+        """What was accepted is answered before run ends; what waits in the queue is the next one's."""
+        child, address = self.activated("$$")
+        self.address()
+        with connect(address) as busy, connect(address) as queued:
+            busy.sendall(b"sleep 0.7\n")
+            until(lambda: select.select([], [busy], [], 0)[1] and time.sleep(0.2) is None, "a busy worker")
+            child.send_signal(signal.SIGTERM)
+            self.assertEqual(json.loads(busy.makefile().readline()), child.pid)
+            self.assertEqual(child.wait(PATIENCE), 0)
+            self.assertEqual(select.select([queued], [], [], 0)[0], [])
+        self.assertEqual(self.box.processes(), [])
+
     def test_a_hang_up_of_its_terminal_ends_it(self) -> None:
         """With a controlling terminal SIGHUP ends it, as any program in a terminal."""
         self.in_terminal(lambda terminal: os.kill(self.box.pid(), signal.SIGHUP))
@@ -4883,20 +4975,21 @@ class Run(BoxTest):
         """Ctrl-C in the terminal of a shell script that called it ends it."""
         self.in_terminal(lambda terminal: os.write(terminal, b"\x03"))
 
-    def in_terminal(self, end: Callable[[int], Any]) -> None:
+    def in_terminal(self, end: Callable[[int], Any], *hosted: str, ready: Callable[[], Any] = lambda: True) -> None:
         """Run `run` below a shell in a terminal of its own and check that `end` ends it."""
-        app = self.box.write("app.py", APP)
+        argv = list(hosted) or ["--app", self.box.write("app.py", APP)]
         shell, terminal = pty.fork()
         if shell == 0:
             os.execve("/bin/sh", ["sh", "-c", '"$@"; :', "sh", sys.executable, DAEMONIZE, "run", "--pidfile",
-                                  self.box.pidfile, "--app", app], self.box.env)
+                                  self.box.pidfile] + argv, self.box.env)
         self.addCleanup(os.close, terminal)
         self.addCleanup(os.waitpid, shell, 0)
         self.addCleanup(os.kill, shell, signal.SIGKILL)
-        facts = ask(self.address())
-        self.assertTrue(facts["tty"])
+        pid = until(self.box.pid, "a pidfile")
+        self.assertTrue(hosted or ask(self.address())["tty"])
+        until(ready, "a sign of it")
         end(terminal)
-        until(lambda: not is_alive(facts["pid"]), "the end")
+        until(lambda: not is_alive(pid), "the end")
         self.assertEqual(read(self.box.pidfile), "")
 
     @needs_root
@@ -4913,6 +5006,7 @@ class Run(BoxTest):
         self.addCleanup(child.kill)
         address = str(until(lambda: re.search(r"127\.0\.0\.1:\d+", read(self.box.path("output"))),
                             "an address in the output").group())
+        until(self.box.pid, "a pidfile")
         inside = {1, ask(address)["worker"]}
         self.assertIn(self.box.pid(), inside)
         ask(address, "orphan")
@@ -5427,6 +5521,49 @@ class Logfile(BoxTest):
             self.box.command("stop")
         self.assertRegex(read(self.box.log), r"(?s)one\n.*two\n")
 
+    @needs_root
+    def test_roots_reload_makes_the_log_where_the_user_may_not(self) -> None:
+        """logrotate in /var/log: rename, then root's reload makes the file, the user's, and hands it over; no line is lost."""
+        self.box.make("sealed", 0o755)
+        self.box.log, old = self.box.path("sealed", "d.log"), self.box.path("sealed", "d.log.1")
+        address = self.box.address(self.box.start("--uid", str(NOBODY), "--gid", str(OTHER), "--workers", "2", app=APP))
+        words: List[str] = []
+        end = threading.Event()
+
+        def client() -> None:
+            while not end.is_set():
+                words.append("line-%d" % len(words))
+                ask(address, "print " + words[-1])
+        thread = threading.Thread(target=client)
+        thread.start()
+        text = ""
+        for _ in range(3):
+            os.rename(self.box.log, old)
+            self.box.command("reload")
+            text += read(old)
+            info = os.stat(self.box.log)
+            self.assertEqual((info.st_uid, info.st_gid, info.st_mode & 0o777), (NOBODY, OTHER, 0o640))
+        end.set()
+        thread.join()
+        text += read(self.box.log)
+        self.assertEqual([text.count("raw %s\n" % word) for word in words], [1] * len(words))
+        self.assertGreater(len(words), 5)
+
+    @needs_root
+    @needs("logrotate")
+    def test_a_real_logrotate(self) -> None:
+        """The distribution's own, with compression at once: nothing is written to a file that it compresses."""
+        self.box.make("sealed", 0o755)
+        self.box.log = self.box.path("sealed", "d.log")
+        address = self.box.address(self.box.start("--uid", str(NOBODY), app=APP))
+        config = self.box.write("conf", '"%s" {\n size 1\n rotate 9\n compress\n postrotate\n "%s" "%s" reload --pidfile "%s"\n endscript\n}\n'
+                                % (self.box.log, sys.executable, DAEMONIZE, self.box.pidfile))
+        for number in range(3):
+            ask(address, "print word-%d" % number)
+            run(["logrotate", "-f", "-s", self.box.path("state"), config], 0, env=self.box.env)
+        texts = [gzip.open(path, "rt").read() for path in glob.glob(glob.escape(self.box.log) + ".*")]
+        self.assertEqual([sum("raw word-%d\n" % number in text for text in texts) for number in range(3)], [1] * 3)
+
     def test_a_rotation_that_fails_is_said_and_tried_no_more(self) -> None:
         """A folder where the oldest log should go: the log grows on, status has the reason."""
         address = self.started("--log-bytes", "500", "--log-keep", "1")
@@ -5679,6 +5816,80 @@ def bind(options):
                                                         array.array("i", [null.fileno()] * 200))])
         self.speaking(hand_over)
         self.all_commands("restart", "stop")
+
+    def test_a_lock_of_roots_that_was_moved_names_nobody(self) -> None:
+        """Another daemon's lock file, root's and 0600, under this pidfile's name: its pid is not signalled."""
+        self.box.make("other", 0o777)
+        other = self.box.path("other", "o.pid")
+        self.box.write("svc.py", "import os, sys, time\nsys.path.insert(0, %r)\nfrom daemonize import startstop\n"
+                       "startstop(pidfile=%r)\nos.closerange(3, 99)\ntime.sleep(600)\n" % (HERE, other))
+        run([sys.executable, self.box.path("svc.py"), "start"], 0, env=self.box.env)
+        victim = int(read(other))
+        os.rename(other + ".lock", self.box.pidfile + ".lock")
+        for action in ("stop", "status", "reload", "stop"):
+            self.box.command(action, want=None)
+        self.assertTrue(is_alive(victim))
+
+    def test_a_file_of_roots_that_was_moved_is_no_pidfile(self) -> None:
+        """A file of root's, 0600, that got the pidfile's name: neither its mode nor its content changes."""
+        for text in ("secret\n", "root:x:0\n", "1\n" * 40):
+            path = self.box.write("theirs/d.pid", text, 0o600)
+            self.assertIn("it is no pidfile", self.box.start("--uid", str(NOBODY), app=APP, want=1).err)
+            self.assertEqual((read(path), os.stat(path).st_mode & 0o777), (text, 0o600))
+
+    def test_a_pidfile_and_a_lock_of_nobodys_are_refused(self) -> None:
+        """Files that belong to the daemon's user in the place of root's: `it belongs to uid`."""
+        for name, mode in (("d.pid", 0o644), ("d.pid.lock", 0o600)):
+            path = self.box.write("theirs/" + name, "", mode, NOBODY)
+            self.assertIn("%s: it belongs to uid %d" % (name, NOBODY), self.box.start("--uid", str(NOBODY), app=APP, want=1).err)
+            os.unlink(path)
+
+    def test_root_signals_as_the_user(self) -> None:
+        """Each signal that stop sends to a daemon of another uid comes from a process that became that uid."""
+        self.start_as_nobody()
+        spy = self.box.write("spy.py", """
+import os, signal, sys
+sys.path.insert(0, %r)
+import daemonize
+real = daemonize.pidfd_send_signal
+def spied(*arguments):
+    os.write(1, b"%%d %%d %%d\\n" %% os.getresuid())
+    return real(*arguments)
+daemonize.pidfd_send_signal = spied
+sys.exit(daemonize.main(sys.argv[1:]))
+""" % HERE)
+        if not hasattr(os, "pidfd_open"):
+            self.skipTest("needs pidfd_open (Python 3.9)")
+        said = run([sys.executable, spy, "stop", "--pidfile", self.box.pidfile], 0, env=self.box.env).out
+        self.assertEqual(set(re.findall(r"\d+ \d+ \d+", said)), {"%d %d %d" % ((NOBODY,) * 3)})
+
+    def test_a_failed_start_removes_nothing_with_roots_rights(self) -> None:
+        """The log's folder became a link to root's during bind: an empty log of root's there stays."""
+        victim, logs = self.box.make("victim", 0o700), self.box.path("theirs", "logs")
+        os.mkdir(logs)
+        os.chown(logs, NOBODY, NOBODY)
+        self.box.pidfile, self.box.log = self.box.path("d.pid"), os.path.join(logs, "d.log")
+        app = APP + """
+import shutil
+def bind(options):
+    shutil.rmtree(%r)
+    os.symlink(%r, %r)
+    open(%r, "w").close()
+    raise ValueError("on purpose")
+""" % (logs, victim, logs, os.path.join(victim, "d.log"))
+        self.assertIn("on purpose", self.box.start("--uid", str(NOBODY), app=app, want=1).err)
+        self.assertEqual(os.listdir(victim), ["d.log"])
+
+    def test_a_message_without_end_costs_little(self) -> None:
+        """A daemon that never ends a line: reload's memory stays where it was."""
+        self.taken_over()
+        before = run([sys.executable, "-c", "import sys; sys.path.insert(0, %r); import daemonize, json, resource\n"
+                      "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)" % HERE]).out
+        self.possess("usurp endless")
+        code = ("import sys; sys.path.insert(0, %r); import daemonize, resource\ndaemonize.main(sys.argv[1:])\n"
+                "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)" % HERE)
+        said = run([sys.executable, "-c", code, "reload", "--pidfile", self.box.pidfile], 0, env=self.box.env).out
+        self.assertLess(int(said.split()[-1]), int(before) + 6000)
 
     def test_a_log_below_a_linked_folder_is_not_roots(self) -> None:
         """A folder of the user's that became a link to root's: root makes no log for the user there."""
@@ -6017,6 +6228,63 @@ class Library(BoxTest):
         self.recipe()
         self.action("stop")
         self.action("status", want=3)
+
+    def script(self, text: str, arguments: str = "stdout='out.log'") -> None:
+        """Write a recipe of one's own."""
+        self.box.write("recipe.py", "import os, sys, time\nsys.path.insert(0, %r)\nfrom daemonize import startstop\n"
+                                    "before = os.pipe()[1]\nos.set_inheritable(before, True)\nif __name__ == '__main__':\n"
+                                    "    startstop(%s)\n%s" % (HERE, arguments, text))
+
+    def test_a_script_may_close_every_descriptor(self) -> None:
+        """closerange() drops the lock: in a folder of mode 0775 too it is found; at its end nobody's data is cut."""
+        os.chmod(self.box.folder, 0o775)
+        self.script("os.closerange(3, 256)\nfiles = [open('%s/data%%d' %% n, 'w') for n in range(12)]\n"
+                    "for f in files: f.write('precious'); f.flush()\nprint('open', flush=True)\n"
+                    "while not os.path.exists('%s/end'): time.sleep(0.01)\n" % (self.box.folder, self.box.folder))
+        self.action("start")
+        until(lambda: "open" in read(self.box.path("out.log")), "its files")
+        self.action("status")
+        self.assertIn("already running", self.action("start").out)
+        self.box.write("end", "")
+        until(lambda: not self.box.processes(), "its end")
+        self.assertEqual([read(self.box.path("data%d" % n)) for n in range(12)], ["precious"] * 12)
+        remove(self.box.path("end"))
+        self.action("start")
+        self.action("stop")
+        self.assertEqual(self.box.processes(), [])
+
+    def test_what_the_script_opened_before_stays_open(self) -> None:
+        """An inheritable pipe that the script itself made before startstop() is no litter of its caller's."""
+        self.script("os.fstat(before)\nprint('open', flush=True)\ntime.sleep(600)\n")
+        self.action("start")
+        until(lambda: "open" in read(self.box.path("out.log")), "its word")
+
+    def test_a_recycled_pid_is_nobody(self) -> None:
+        """A record whose pid lives, but was born at another time, names nobody: stop signals no stranger."""
+        self.script("os.closerange(3, 256)\ntime.sleep(600)\n")
+        self.action("start")
+        record, pid = json.loads(read(self.box.path("pid.txt.lock"))), int(read(self.box.path("pid.txt")))
+        stranger = self.box.spawn("sleep", "600")
+        for change in ({"pid": stranger.pid}, {"birth": record["birth"] + "1"}, {"pidfile": "/elsewhere"}):
+            with open(self.box.path("pid.txt.lock"), "r+") as lock:
+                lock.truncate()
+                json.dump(dict(record, **change), lock)
+            self.action("status", want=1)
+            self.action("stop")
+            self.assertEqual((stranger.poll(), is_alive(pid)), (None, True))
+            self.box.write("pid.txt", "%d\n" % pid)
+
+    def test_its_restart_is_its_own(self) -> None:
+        """daemonize.py restart does not put authserver.py in the place of a script: refused, with the script's line."""
+        self.recipe()
+        self.action("start")
+        pid = int(read(self.box.path("pid.txt")))
+        for words in ([], ["--logfile", "l", "--", "sleep", "9"]):
+            said = self.box.daemonize("restart", "--pidfile", "pid.txt", *words, want=1).err
+            self.assertIn("try: python3 %s restart\n" % self.box.path("recipe.py"), said)
+        self.assertTrue(is_alive(pid))
+        self.action("restart")
+        self.assertNotEqual(int(read(self.box.path("pid.txt"))), pid)
 
     def test_a_wrong_keyword_is_a_TypeError(self) -> None:
         """startstop(nonsense=1) raises TypeError as any function does; its other keywords are known."""
@@ -6584,6 +6852,114 @@ class SystemCalls(BoxTest):
                 self.box.command("restart")
                 self.box.command("stop")
 
+
+class Deployment(BoxTest):
+    """What is typed is what is meant: links, relative paths, environments, users whose names are digits"""
+
+    def test_a_release_behind_a_link(self) -> None:
+        """start in current/, then current leads to the next release: restart, from there or anywhere, runs the new one."""
+        for number in "123":
+            os.makedirs(self.box.path("rel", number))
+            self.box.write("rel/%s/app.py" % number, APP.replace('"first"', '"release %s"' % number) + "#" * int(number))
+        files = ["--pidfile", self.box.pidfile, "--logfile", self.box.log]
+        address = ""
+        for number, options in (("1", ["start"] + files + ["--app", "app.py"]), ("2", ["restart", "--pidfile", self.box.pidfile]),
+                                ("3", ["restart", "--pidfile", self.box.pidfile])):
+            os.symlink(os.path.join("rel", number), self.box.path("new"))
+            os.rename(self.box.path("new"), self.box.path("current"))
+            where = "current" if number < "3" else "/"
+            result = run(["sh", "-c", 'cd "$0" && exec "$@"', where, sys.executable, DAEMONIZE] + options, 0,
+                         env=self.box.env, cwd=self.box.folder)
+            address = address or self.box.address(result)
+            self.assertEqual(ask(address)["version"], "release " + number)
+            shutil.rmtree(self.box.path("rel", str(int(number) - 1)), ignore_errors=True)
+
+    def test_a_virtual_environment(self) -> None:
+        """-- ve/bin/python, ./ve/bin/python and the absolute path: each finds its environment."""
+        if run([sys.executable, "-m", "venv", "--without-pip", self.box.path("ve")]).code:
+            self.skipTest("needs venv")
+        packages, = glob.glob(glob.escape(self.box.path("ve")) + "/lib/python*/site-packages")
+        with open(os.path.join(packages, "onlyhere.py"), "w") as file:
+            file.write("X = 'found'\n")
+        script = self.box.write("a.py", "import onlyhere, time\nprint(onlyhere.X)\ntime.sleep(600)\n")
+        for python in ("ve/bin/python", "./ve/bin/python", self.box.path("ve", "bin", "python")):
+            self.box.start("--", python, script)
+            until(lambda: "found\n" in read(self.box.log), "its environment, unbuffered")
+            self.box.command("stop")
+            os.unlink(self.box.log)
+
+    def test_a_link_to_daemonize(self) -> None:
+        """Called by a link from another folder it hosts the authserver.py that lies beside itself."""
+        os.symlink(DAEMONIZE, self.box.path("daemonize"))
+        passwords = self.box.write("passwords", ha1_line("jim", "secret"), 0o600)
+        run([sys.executable, self.box.path("daemonize"), "start", "--pidfile", self.box.pidfile, "--logfile", self.box.log,
+             "--bind", "127.0.0.1:0", "--passwords", passwords], 0, env=self.box.env)
+        self.assertEqual(self.box.status()["name"], "authserver")
+
+    def test_a_name_goes_before_a_number(self) -> None:
+        """--uid 4711 is the user who is called so, as for chown(1); else the number."""
+        script = """
+import daemonize, os, pwd, sys
+daemonize.os.geteuid = lambda: 0
+users = {"4711": pwd.struct_passwd(("4711", "x", 1002, 1002, "", "/", "")), "bin": pwd.struct_passwd(("bin", "x", 2, 2, "", "/", ""))}
+daemonize.pwd.getpwnam = lambda name: users[name]
+daemonize.pwd.getpwuid = lambda uid: {user.pw_uid: user for user in users.values()}[uid]
+daemonize.os.getgrouplist = lambda name, gid: [gid]
+for user, group in (("4711", None), ("2", None), ("bin", "77"), ("4712", "5")):
+    print(daemonize.look_up_identity(user, group)[:3])
+"""
+        said = run([sys.executable, "-c", script], 0, env=self.box.env, cwd=HERE).out
+        self.assertEqual(said.splitlines(), ["(1002, 1002, '4711')", "(2, 2, 'bin')", "(2, 77, 'bin')", "(4712, 5, '')"])
+
+    def test_an_ordinary_users_bare_restart_in_a_shared_folder(self) -> None:
+        """In a folder of mode 0775 it works for who is not root; root refuses to repeat what others could have swapped."""
+        self.box.make("shared", 0o775)
+        self.box.pidfile = self.box.path("shared", "d.pid")
+        self.box.start("--word", "kept", app=APP)
+        said = self.box.command("restart", want=1 if ROOT else 0).err
+        self.assertEqual("others than root can write beside it" in said, ROOT)
+        self.assertEqual(self.box.status()["word"], "kept")
+
+    def test_a_start_that_changes_nothing_makes_nothing(self) -> None:
+        """A second start with the default log makes no folder for it; a first one that fails leaves none."""
+        name = TOKEN + "-" + self.box.mark
+        home = pwd.getpwuid(os.getuid()).pw_dir
+        folder = "/var/log/" + name if ROOT else os.path.join(home, "." + name)
+        self.addCleanup(remove, folder)
+        self.box.start("--name", name, "--", "sleep", "600")
+        self.box.daemonize("start", "--name", name, "--pidfile", self.box.pidfile, "--", "sleep", "600",
+                           want=0 if ROOT or os.access(home, os.W_OK) else None)
+        self.assertFalse(os.path.exists(folder))
+        if ROOT:
+            self.box.daemonize("start", "--name", name, "--app", self.box.write("a.py", APP + "bind = len\n"), want=1)
+            self.assertFalse(os.path.exists(folder) or glob.glob("/run/%s*" % name))
+
+    @unittest.skipUnless(hasattr(os, "memfd_create"), "needs memfd_create (Python 3.8)")
+    def test_memory_is_handed_to_the_heir(self) -> None:
+        """server.legacy: a sealed memfd arrives with its content; one that could be cut does not, nor does a file."""
+        app = APP + r"""
+import fcntl
+def bind(options, seals=SEALS, kind=KIND):
+    server = Server(options)
+    if options.legacy is None:
+        server.legacy = os.memfd_create("x", os.MFD_ALLOW_SEALING) if kind == "memory" else os.open(kind, os.O_RDWR | os.O_CREAT)
+        os.write(server.legacy, b"0")
+        if kind == "memory": fcntl.fcntl(server.legacy, 1033, seals)
+    else:
+        server.legacy = options.legacy
+    os.pwrite(server.legacy, b"%d" % (int(os.pread(server.legacy, 9, 0)) + 1), 0)
+    server.status = lambda: {"generation": int(os.pread(server.legacy, 9, 0))}
+    return server
+"""
+        for seals, kind, generation in ((2, "memory", 3), (6, "memory", 3), (4, "memory", 1), (0, self.box.path("file"), 1)):
+            with self.subTest(seals, kind=kind):
+                self.box.start("--bind", "127.0.0.1:%d" % free_port(), app=app.replace("SEALS", str(seals)).replace("KIND", repr(kind)))
+                remove(self.box.path("file"))
+                for _ in range(2):
+                    self.box.command("restart")
+                    remove(self.box.path("file"))
+                self.assertEqual(self.box.status()["generation"], generation)
+                self.box.command("stop")
 
 POOR_SYSTEM = r'''
 import os, signal, socket, sys
