@@ -712,12 +712,12 @@ def open_files(plan: Plan, lock: int, control: Optional[socket.socket]) -> Opene
     output = open_log(files.logfile, plan.identity) if files.logfile else None
     pidfile = open_pidfile(files.pidfile)
     with trying_to("open %s" % plan.stdin):
+        facts = os.fstat(pidfile)
         stdin = None if plan.action == "run" else os.open(plan.stdin, os.O_RDONLY | os.O_CLOEXEC)
     obstacle = rotation_obstacle(plan) if plan.kind == "app" and plan.options.log_bytes else ""
     if obstacle:
         warn("unable to rotate %s: %s" % (files.logfile, obstacle))
     stderr = open_log(plan.stderr, plan.identity) if plan.stderr else output
-    facts = os.fstat(pidfile)
     return Opened(stdin, output, stderr, pidfile, (facts.st_dev, facts.st_ino), lock, control,
                   obstacle)
 
@@ -2919,7 +2919,7 @@ class Service(Host):
     def reopen(self, fd: Optional[int]) -> str:
         """Log elsewhere, here and in the workers; return when all have done it, or why not."""
         reason = super().reopen(fd)
-        if reason:
+        if reason or self.plan.files.logfile is None:
             return reason
         self.obstacle = self.opened.obstacle
         # Each one, even after a "no".
