@@ -53,6 +53,22 @@ reload, run, 14 the library call.  Part II, A DAEMON THAT SERVES: 15 application
 17 the log, 18 restart, 19 other systems, 20 the command line.  Part I calls nothing of Part II
 but through one table, HOSTS, and section 19, which is for systems that lack something.
 """
+import os
+import sys
+if __name__ == "__main__" and "lean" not in globals() and hasattr(sys, "orig_argv") and hasattr(
+        os, "memfd_create") and set(sys.argv[1:2]) & {"start", "restart", "run"}:
+    # Python keeps a script's syntax tree, here 8 MiB, for as long as the script runs: for a daemon,
+    # for ever.  So begin again with what was compiled, and without the tree.  (3.10, Linux.)
+    import marshal
+    fd = os.memfd_create("daemonize.py", 0)         # 0: not close-on-exec
+    with open(fd, "wb", closefd=False) as memory:
+        marshal.dump(sys._getframe().f_code, memory)
+    os.lseek(fd, 0, os.SEEK_SET)
+    text = ("import marshal, os; lean = __file__ = %r; file = os.fdopen(%d, 'rb'); "
+            "code = marshal.load(file); file.close(); exec(code)" % (__file__, fd))
+    flags = sys.orig_argv[1:-len(sys.argv)]         # -X dev, -W error, ...
+    os.execv(sys.executable, [sys.executable] + flags + ["-c", text] + sys.argv[1:])
+
 import argparse
 import array
 import atexit
@@ -60,14 +76,12 @@ import contextlib
 import errno
 import faulthandler
 import fcntl
-import os
 import re
 import select
 import signal
 import socket
 import stat
 import struct
-import sys
 import time
 from types import FrameType, ModuleType
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, NoReturn
@@ -634,7 +648,8 @@ def careful(path: str, identity: Optional[Identity]) -> Iterator[bool]:
     """Have root's rights only where nobody else can change the path's folder; yields whether so."""
     folder = os.path.dirname(path)
     with trying_to("look at %s" % folder):
-        is_safe = is_trusted(folder) and not os.stat(folder).st_mode & 0o022
+        is_safe = os.path.isdir(folder) and is_trusted(folder)
+        is_safe = is_safe and not os.stat(folder).st_mode & 0o022
     with acting_as(None if is_safe else identity):
         yield is_safe
 
