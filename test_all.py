@@ -73,6 +73,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
+import wave
 import wsgiref.simple_server
 from random import Random
 from typing import (Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union)
@@ -4325,6 +4326,88 @@ class HttpsCommand(BoxTest):
         self.assertEqual(self.served_certificate(at), before)
         self.box.command("restart")
         self.assertNotEqual(self.served_certificate(at), before)
+
+
+PUBLIC = r'''
+class Handler(http.server.SimpleHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_OPTIONS(self):
+        self.send_response(204); self.send_header("Access-Control-Allow-Origin", "*"); self.end_headers()
+os.chdir(%r)
+AuthServer = functools.partial(AuthServer, public=["/open", "/healthz"])
+server = AuthServer(("127.0.0.1", 0), protect(Handler, passwords))
+'''
+NAMES = ("open", "open", "closed", "page", "page", "..", ".", "%2e%2e", "%2E", ".%2e", "", "%2f", "..%2f", "%5c..", "..\\",
+         "%00", ";", "..;", "%252e%252e", "OPEN", "open%20", "open.", "%6fpen", "%6Fpe%6e", "link", "?", "%3f..", "%23")
+
+
+class Public(HttpTest):
+    """--public: no password below it, and no way from it to the rest"""
+    pages: str
+
+    @classmethod
+    def set_up(cls) -> None:
+        for name in ("", "open", "closed", "opened", "open/sub", "open ", "Open", "open\\..", "open\udce4"):
+            cls.box.write(os.path.join(cls.box.make("root/" * bool(name) + (name or "root")), "page"), name or "closed")
+        cls.box.write("root/healthz", "open")
+        os.symlink("../open/sub", cls.box.path("root", "closed", "link"))
+        cls.pages = cls.box.serve("--root", cls.box.path("root"), "--passwords", cls.box.write(
+            "passwords", "jim:plain:secret\n", 0o600), "--public", "/open", "--public", "/healthz", "--public", "/openä",
+            "--max-failures", "3/60", "--trusted-proxy", "127.0.0.1")
+        cls.script = PUBLIC % cls.box.path("root")
+        super().set_up()
+
+    def test_its_border(self) -> None:
+        """Each spelling of what lies below is served to everybody, nothing beside it, as page and as handler."""
+        for path, want in (("/open/page", 200), ("/open", 301), ("/open/", 200), ("/healthz", 200), ("/healthz?x=/../y", 200),
+                           ("//open/page", 200), ("/%6Fpen/p%61ge", 200), ("http://other/open/page", 200),
+                           ("/opened/page", 401), ("/open%20/page", 401), ("/Open/page", 401), ("/open;/page", 401),
+                           ("/open/../closed/page", 401), ("/open/%2e%2E/closed/page", 401), ("/open/..%2fclosed/page", 401),
+                           ("/open%2f../closed/page", 401), ("/open/..\\closed/page", 401), ("/open%5c../page", 401),
+                           ("/open//../closed/page", 401), ("/open/sub/../../closed/page", 401), ("/open/%00", 401),
+                           ("/closed/page?/open/page", 401), ("/closed/link/page", 401), ("/", 401), ("/open/..", 401),
+                           ("/open/.%2e/", 401), ("http://open/closed/page", 401), ("/open%e4/page", 401)):
+            for at in (self.at, self.pages):
+                with self.subTest(path, page=at == self.pages):
+                    own = 404 if path.startswith("http://other") and at == self.at else want  # as http.server has it
+                    self.assertEqual(request(at, path, "GET", "").status, own)
+
+    def test_no_walk_crosses_it(self) -> None:
+        """600 paths of tricks: nobody gets a page beyond it, and all who have a password get is public, or was not."""
+        chance = Random(SEED)
+        for _ in range(600):
+            path = "/".join([chance.choice(("", "http://open", "/"))] + chance.choices(NAMES, k=chance.randrange(1, 7)))
+            for at in (self.at, self.pages):
+                known, unknown = (request(at, path, "GET", auth) for auth in (JIM, ""))
+                with self.subTest(path, page=at == self.pages, seed=SEED):
+                    self.assertIn(unknown.status, (known.status, 401))
+                    if unknown.status == 200:
+                        self.assertEqual(unknown.body, known.body)
+                        self.assertTrue(unknown.body.startswith(b"open") or b"<title>" in unknown.body, unknown.body)
+                    elif known.status == 200 and at == self.pages:
+                        self.assertFalse(known.body == b"open" and "link" not in path)
+
+    def test_preflights_and_health_checks(self) -> None:
+        """OPTIONS, HEAD and GET without a password there, and with a wrong one, which is no failure; else 401."""
+        for at in (self.at, self.pages):
+            for path, want in (("/open/page", [204, 200, 200]), ("/closed/page", [401] * 3)):
+                said = [request(at, path, method, "", "Origin: http://x", body=method == "GET")
+                        for method in ("OPTIONS", "HEAD", "GET")]
+                self.assertEqual([answer.status for answer in said], want)
+        self.assertIsNone(request(self.pages, "/open/page", "GET", JIM).field("cache-control"))
+        self.assertEqual(request(self.pages, "/closed/page").field("cache-control"), "private")
+        client = "X-Forwarded-For: 192.0.2.9"
+        said = [request(self.pages, "/open/page?" + str(n), "GET", WRONG, client).status for n in range(9)]
+        self.assertEqual(said + [request(self.pages, "/closed/page", "GET", JIM, client).status], [200] * 10)
+        self.assertEqual(self.logged(r'192\.0\.2\.9 - (\S+) .*GET /\w+/page\S* HTTP/1.1" 200', 10), ["-"] * 9 + ["jim"])
+
+    def test_what_could_never_match_is_refused(self) -> None:
+        """A prefix that no path can lie below, as it would be spelled, is a mistake at start: exit status 2."""
+        for prefix in ("", "open", "/a//b", "/../a", "/a/./b", "/a\\b"):
+            with self.subTest(prefix):
+                said = run([sys.executable, AUTHSERVER, "--bind", "127.0.0.1:0", "--passwords", self.box.path("passwords"),
+                            "--public", prefix], 2).err
+                self.assertRegex(said, "^authserver: fatal: unable to .*%s" % re.escape(prefix))
 
 
 class HttpCommand(BoxTest):
@@ -9183,6 +9266,111 @@ class FirstStart(DefaultFilesTest):
         said = self.action("start", "--bind", "unix:" + path).out
         self.assertIn("\ntry: curl --digest -u admin --unix-socket %s http://localhost/example/foo\n" % (
             shlex.quote(path)), said)
+
+
+@needs_home
+class FirstMinute(DefaultFilesTest):
+    """start --root . on a box that has nothing yet"""
+
+    def start(self, *options: str, want: int = 0, **keys: Any) -> Result:
+        """Start on the folder `shared`, with nothing in the environment but what finds this test's processes."""
+        keys.setdefault("env", {"DAEMONIZE_TEST": self.box.folder})
+        return self.action("start", "--root", "shared", *options, want=want, **keys)
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.box.write(os.path.join(self.box.make("shared"), "a b.txt"), "shared")
+
+    @needs("curl")
+    def test_what_it_says_can_be_pasted(self) -> None:
+        """user, password, kept in, change it, try: in these lines; the commands work as they stand."""
+        said = self.start("--bind", "127.0.0.1:0")
+        url = "http://%s/" % self.box.address(said)
+        found = re.search("(?m)^user: admin\npassword: (\\S{12,})\nkept in: (.*)\nchange it: (python3 .* passwd .* admin "
+                          "&& python3 .* reload.*)\ntry: (curl --digest -u admin %s)\n\\Z" % url, said.out)
+        self.assertTrue(found, said.out)
+        self.assertEqual(said.err, "")
+        password, path, change, again = found.groups() if found else ("",) * 4
+        self.assertEqual(shlex.split(path), [self.passwords])
+        for new in (b"", b"another one"):
+            if new:  # asked twice, on the terminal: here there is none
+                run(["sh", "-c", change], 0, (new + b"\n") * 2, env=self.box.env, start_new_session=True, cwd="/")
+                password = new.decode()
+            command = again.replace("-u admin", "-u 'admin:%s' -sf --noproxy '*'" % password)
+            self.assertIn("a b.txt</a>", run(["sh", "-c", command], 0, cwd="/").out)
+            self.assertIn("shared", run(["sh", "-c", command.replace(url, url + "a%20b.txt")], 0, cwd="/").out)
+        self.assertNotIn(password, read(self.passwords) + self.start("--bind", "127.0.0.1:0").out)
+
+    def test_where_a_network_listens(self) -> None:
+        """Without TLS one line says that Basic is off, and what can be read; with TLS there is none."""
+        said = self.start("--bind", ":0")
+        self.assertRegex(said.err, r"\Aauthserver: warning: .*network.* http://\S+:\d+/.*Basic is off.*read.*\n(try: .*\n)?\Z")
+        self.assertRegex(said.out, r"\ntry: curl --digest -u admin http://(\[::1\]|127\.0\.0\.1):\d+/\n\Z")
+        self.action("stop")
+        self.assertEqual(self.start("--bind", ":0", "--tls-cert", make_certificate(self.box)).err, "")
+
+    def test_folders_that_cannot_be_served(self) -> None:
+        """Missing, no folder, outside the jail; closed to the daemon's user, which shows later: said, nothing left."""
+        self.box.make("closed", 0o700)
+        self.box.make("jail")
+        rows = [(2, ["none"], "none: No such file"), (2, ["shared/a b.txt"], "a b.txt: Not a directory")]
+        if ROOT:
+            rows.append((2, ["shared", "--chroot", "jail"], "shared: .*--chroot"))
+        if ROOT and python_runs_as(NOBODY):
+            rows.append((1, ["closed", "--uid", str(NOBODY), "--logfile", self.box.log], "closed: Permission denied"))
+        for status, options, line in rows:
+            with self.subTest(options):
+                said = self.action("start", "--bind", "127.0.0.1:0", "--root", *options, want=status)
+                self.assertRegex(said.err, r"(?m)^daemonize: fatal: unable to serve .*%s.*\n\Z" % line)
+                self.assertEqual(said.err.count("\n") > 1, status == 1)
+                self.assertEqual(self.box.processes(), [])
+                self.assertEqual([path for place in ("/run/", "/etc/", "/var/log/", os.path.expanduser("~/."))
+                                  for path in glob.glob(place + self.name + "*")], [])
+
+    def test_secrets_below_the_root(self) -> None:
+        """Password file, nonce secret, key, pidfile, lock, log: each a warning, none is served, by no name."""
+        pem, secret = make_certificate(self.box), self.box.path("nonces")
+        passwords = self.box.write("passwords", "jim:plain:secret\n", 0o600)
+        os.link(passwords, self.box.path("shared", "other name"))
+        said = self.box.start("--root", self.box.folder, "--hidden", "--bind", "127.0.0.1:0", "--tls-cert", pem,
+                              "--passwords", passwords, "--nonce-secret", secret)
+        at = self.box.address(said)
+        listing = https(at, "/").body
+        self.assertIn(b'href="shared/"', listing)
+        for path in (passwords, secret, pem, self.box.pidfile, self.box.log, self.box.path("shared", "other name"),
+                     *glob.glob(glob.escape(self.box.pidfile) + ".*")):
+            name = os.path.relpath(path, self.box.folder)
+            with self.subTest(name):
+                self.assertEqual(https(at, "/" + urllib.parse.quote(name)).status, 404)
+                self.assertNotIn(b'href="%s"' % name.encode(), listing)
+                if not name.startswith("shared"):
+                    self.assertRegex(said.err, r"(?m)^authserver: warning: .*%s lies below" % re.escape(name))
+
+
+@needs("openssl")
+@unittest.skipUnless(shutil.which("chromium"), "needs chromium")
+class Browser(BoxTest):
+    """Chromium"""
+
+    def look(self, url: str) -> str:
+        """Return a page as the browser has it when it is loaded."""
+        return run(["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--ignore-certificate-errors",
+                    "--user-data-dir=" + self.box.path("profile"), "--dump-dom", url], 0, env=self.box.env).out
+
+    def test_it_shows_a_listing_and_seeks_in_a_sound(self) -> None:
+        """Over HTTPS, with the password in the URL: names are shown as they are; 5 of 60 s are fetched by ranges."""
+        self.box.write(os.path.join(self.box.make("root"), "<b> & ü.txt"), "x")
+        with wave.open(self.box.path("root", "sound.wav"), "wb") as sound:
+            sound.setparams((2, 2, 48000, 0, "NONE", ""))
+            sound.writeframes(bytes(60 * 192000))
+        self.box.write("root/seek.html", """<video id=v muted preload=auto src=sound.wav#t=55></video><script>
+            v.onloadeddata = () => { document.title = "at " + Math.round(v.currentTime) }</script>""")
+        at = "https://jim:secret@" + self.box.serve("--root", self.box.path("root"), "--tls-cert", make_certificate(
+            self.box), "--passwords", self.box.write("passwords", "jim:plain:secret\n", 0o600))
+        self.assertIn("&lt;b&gt; &amp; ü.txt</a>", self.look(at))
+        self.assertIn("<title>at 55</title>", self.look(at + "/seek.html"))
+        sizes = [int(size) for size in re.findall(r'"GET /sound.wav HTTP/1.1" 206 (\d+) ', read(self.box.output))]
+        self.assertTrue(sizes and min(sizes) < 1000000, sizes)
 
 
 @unittest.skipUnless(os.path.exists(README), "needs README")
