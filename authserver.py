@@ -106,7 +106,7 @@ NEXT_NONCE = 0.9            # of that life; then answers bring the next nonce al
 CLOCK_SKEW = 30.0           # seconds that machines with one nonce secret may differ
 NC_WINDOW = 64              # uses of a nonce that may overtake one another: a 64-bit word
 NONCE_SLOTS = 1 << 16       # nonces in use whose counts are kept, 24 bytes each
-CLIENT_BUCKETS = 1 << 13    # of clients whose failures are counted, 16 bytes each
+CLIENT_BUCKETS = 1 << 16    # of clients whose failures are counted, 16 bytes each
 MAX_ROWS = 64               # processes that count for themselves
 MAX_FAILURES = (10, 60.0)   # wrong passwords in so many seconds: more than a person mistypes
 MAX_CREDENTIALS = 16384     # characters of an Authorization field: a uri of 8 KiB fits
@@ -125,7 +125,8 @@ MAX_BODY = 1 << 30      # bytes of request body, for handlers that take uploads;
 READ_SIZE = 1 << 14     # bytes per recv(2) in the loop: nearly every head comes in one
 IN_MEMORY = 1 << 16     # bytes of body, and of answers, that the loop holds for a connection
 SENDFILE_SIZE = 1 << 20     # bytes of a file per sendfile(2): then others get their turn
-MAX_MEMOS = 512         # blocks of fields whose meaning is remembered, 1 to 3 KiB each
+MAX_MEMOS = 512         # blocks of fields whose meaning is remembered
+MAX_MEMO = 4096         # bytes of a head that is worth it
 MAX_CONNECTIONS = 20000     # per worker, where the limit of open files allows; about 20 MiB
 SPARE_FILES = 64        # descriptors kept back, for logs and for what handlers open
 BACKLOG = 1024          # connections that the kernel queues; http.server's 5 loses SYNs
@@ -468,7 +469,7 @@ def find_mac() -> Callable[[bytes, bytes], bytes]:
     """Return sign(key, data): 12 bytes that only a holder of the key can make."""
     try:
         hashlib.blake2s(b"", key=b"key", digest_size=12)
-    except ValueError:      # FIPS mode knows no BLAKE2
+    except (AttributeError, TypeError, ValueError):     # FIPS mode knows no BLAKE2, or no key to it
         return lambda key, data: hmac.new(key, data, "sha256").digest()[:12]
     # BLAKE2 takes a key, so this is a MAC by itself: a third of the time of HMAC with SHA-256.
     return lambda key, data: hashlib.blake2s(data, key=key, digest_size=12).digest()
@@ -618,7 +619,7 @@ class SharedTable:
             if self._memory[:8] != LAYOUT:
                 offset = time.time() - time.monotonic()
                 HEADER.pack_into(self._memory, 0, LAYOUT, os.urandom(32), os.urandom(16),
-                                 os.urandom(4), offset, offset + time.monotonic())
+                                 os.urandom(4), offset, time.time())
         _, self.key, self._salt, *_ = HEADER.unpack_from(self._memory)
         self._buckets_of = functools.lru_cache(maxsize=1024)(self._find_buckets)
 
@@ -676,7 +677,8 @@ class SharedTable:
         """Return whether nobody here can know that this nonce has not been used.
 
         Another issuer with our key is ourselves in a former era, or another machine, whose
-        nonces count from when we began to watch.
+        nonces count from when we began to watch. Where its clock is ahead of ours, one that was
+        used before that can pass once more: README says so.
         """
         issuers = self.issuers
         former = [issuers[i:i + 4] for i in range(4, 32, 4)]
@@ -1364,7 +1366,9 @@ class Authenticator:
             if credentials is None:
                 return self.recall(attempt.authorization[0]) or (
                     yield from self._judge_basic(attempt, *decode_basic(token)))
-            body = (yield from attempt.read_body()) if credentials.qop == "auth-int" else None
+            # What is not offered is refused below; nobody without a password has a body read.
+            is_signed = credentials.qop == "auth-int" and "auth-int" in self.qop
+            body = (yield from attempt.read_body()) if is_signed else None
             return self._judge_digest(attempt, credentials, body)
         except NoNonce:
             return self._refuse(attempt, "no nonce yet")
@@ -1885,28 +1889,30 @@ class Known(NamedTuple):
     credentials: Optional[DigestCredentials]        # ... which are these, with other values in them
 
 
-def cut_holes(block: bytes) -> Tuple[bytes, List[str]]:
-    """Return a block without what varies in Digest credentials, and that: uri, cnonce, nc, response.
+def cut_holes(block: bytes) -> Tuple[List[bytes], List[int], List[str]]:
+    """Return what lies round the holes in Digest credentials, their order, and what fills them.
 
-    A guess at the syntax: who uses it lets the strict parser look at the first such block,
-    and see whether it finds the same.
+    The holes are uri, cnonce, nc and response; order says which comes first, and so on. It is
+    a guess at the syntax, and HeadReader has the strict parser see whether it is right.
     """
-    start = block.find(b"uthorization: Digest ")
+    start = block.find(b"\r\nAuthorization: Digest ")
     if start < 0:
-        return block, []
-    uri, cnonce = block.find(b' uri="', start) + 6, block.find(b' cnonce="', start) + 9
-    nc, response = block.find(b" nc=", start) + 4, block.find(b' response="', start) + 11
-    uri_end, cnonce_end = block.find(b'"', uri), block.find(b'"', cnonce)
-    response_end = block.find(b'"', response)
-    filling = b"\n".join((block[uri:uri_end], block[cnonce:cnonce_end], block[nc:nc + 8],
-                          block[response:response_end]))
-    (a, b), (c, d), (e, f), (g, h) = sorted((
-        (uri, uri_end), (cnonce, cnonce_end), (nc, nc + 8), (response, response_end)))
+        start = block.find(b"\r\nauthorization: Digest ")
+    if start < 0:
+        return [block], [], []
+    end = block.find(b"\r\n", start + 2)
+    uri, cnonce = block.find(b' uri="', start, end) + 6, block.find(b' cnonce="', start, end) + 9
+    nc, response = block.find(b" nc=", start, end) + 4, block.find(b' response="', start, end) + 11
+    holes = ((uri, block.find(b'"', uri, end)), (cnonce, block.find(b'"', cnonce, end)),
+             (nc, nc + 8), (response, block.find(b'"', response, end)))
+    filling = b"\n".join([block[a:b] for a, b in holes])
     # What was not found "begins" before the credentials.
-    if a < start or not match_filling(filling):
-        return block, []
-    rest = block[:a] + block[b:c] + block[d:e] + block[f:g] + block[h:]
-    return rest, filling.decode("ascii").split("\n")
+    if not match_filling(filling) or min(uri, cnonce, nc, response) < start:
+        return [block], [], []
+    order = sorted(range(4), key=holes.__getitem__)
+    (a, b), (c, d), (e, f), (g, h) = [holes[number] for number in order]
+    return ([block[:a], block[b:c], block[d:e], block[f:g], block[h:]], order,
+            filling.decode("ascii").split("\n"))
 
 
 class HeadReader:
@@ -1923,14 +1929,14 @@ class HeadReader:
         '/a'
         """
         end = octets.find(b"\r\n")
-        if len(octets) > MAX_HEAD:
-            return parse_head(octets)           # which refuses it
+        if len(octets) > MAX_MEMO:
+            return parse_head(octets)           # which refuses what is larger still
         # With the digit before it: the version is part of what the fields mean.
-        block, filling = cut_holes(octets[end - 1:])
-        key = sign(self._key, block)
+        pieces, order, filling = cut_holes(octets[end - 1:])
+        key = sign(self._key, b"\0".join(pieces))
         known = self._known.get(key)
-        if known is None:
-            return self._learn(key, block, filling, parse_head(octets))
+        if known is None or bool(known.credentials) != bool(filling):
+            return self._learn(key, octets, end, pieces, order)
         parse = recall_request_line if end < SHORT else parse_request_line
         method, target, path, shown, minor = parse(octets[:end].decode("latin-1"))
         if not minor:
@@ -1942,19 +1948,19 @@ class HeadReader:
             request.credentials = DigestCredentials(names, realm, nonce, uri, response, algorithm,
                                                     qop, nc, cnonce)
         elif known.start:
-            request.authorization = (block[known.start:known.end].decode("latin-1"),)
+            request.authorization = (octets[end - 1 + known.start:
+                                            end - 1 + known.end].decode("latin-1"),)
         return request
 
-    def _learn(self, key: bytes, block: bytes, filling: List[str], request: Request) -> Request:
-        """Keep what a block of fields meant, if it has come before; return the request."""
-        credentials, start, said = None, 0, request.authorization
-        if filling and len(said) == 1:
-            with contextlib.suppress(Malformed):        # the authenticator will say so
-                found = parse_digest(parse_authorization(said[0])[2])
-                if [found.uri, found.cnonce, found.nc, found.response] == filling:
-                    credentials = found
+    def _learn(self, key: bytes, octets: bytes, end: int, pieces: List[bytes],
+               order: List[int]) -> Request:
+        """Read a head in full; keep what its block of fields meant, if that has come before."""
+        request = parse_head(octets)
+        said, credentials, start = request.authorization, None, 0
+        if order:
+            credentials = prove_guess(octets[:end - 1], pieces, order, request)
         elif len(said) == 1:
-            start = block.find(said[0].encode("latin-1"))
+            start = pieces[0].find(said[0].encode("latin-1"))
         # What was not understood, or guessed wrongly, is read by the strict parser each time.
         if bool(said) == bool(credentials or start):
             if len(self._known) >= MAX_MEMOS:
@@ -1963,6 +1969,28 @@ class HeadReader:
             self._known[key] = Known(request.fields, start, start + len("".join(said)),
                                      credentials) if key in self._known else None
         return request
+
+
+def prove_guess(line: bytes, pieces: List[bytes], order: List[int],
+                request: Request) -> Optional[DigestCredentials]:
+    """Return the credentials of a request, if the holes are holes.
+
+    They are if the strict parser finds what they are filled with, whatever it is, and reads
+    nothing else otherwise.
+    """
+    others: Dict[str, Any] = dict(uri="/other", cnonce="another", nc="0000beef",
+                                  response="f00d" * 8)
+    fillings = [list(others.values())[number].encode("ascii") for number in order]
+    head = line + pieces[0] + b"".join(map(b"".join, zip(fillings, pieces[1:])))
+    with contextlib.suppress(BadRequest, Malformed):
+        again = parse_head(head)
+        if again.fields == request.fields and len(request.authorization) == 1:
+            (scheme, _, before), (_, _, after) = [parse_authorization(text) for text in (
+                request.authorization[0], again.authorization[0])]
+            credentials = parse_digest(before)
+            if scheme == "digest" and parse_digest(after) == credentials._replace(**others):
+                return credentials
+    return None
 
 
 def parse_fields(block: str, minor: int) -> FieldBlock:
@@ -2243,8 +2271,8 @@ def page_answer(server: "AuthServer", request: Request) -> Answer:
     try:
         assert server.page is not None
         answer = server.page(request)
-        if not isinstance(answer, Answer):
-            raise TypeError(f"expected an Answer, not {answer!r:.40}")
+        if not isinstance(answer, Answer) or answer.status not in STATUS_LINES:
+            raise TypeError(f"expected an Answer with a status of HTTP, not {answer!r:.40}")
     except Exception:
         server.log.error(f"error: {request.line}: {traceback.format_exc()}")
         answer = Answer(500, (HTML,), error_page(500))
@@ -2310,11 +2338,27 @@ def is_public(prefixes: Sequence[bytes], path: str) -> bool:
 #           answer()         read -> admit -> the page, or the handler -> finish -> skip
 #       flush()              one write for the answer; a file's part by sendfile(2)
 #
-# It reads one request at a time: the next one waits in the buffer, and its connection in
-# server.later, until other clients had their turn.
+# Why a generator? What a request waits for (a body, a slow hash, a handler) lies in the middle
+# of what is done for it. Callbacks would cut it there: this story was 25 hops once, over
+# three classes and two threads, and which came after which nobody could read anywhere. A
+# thread for each connection would keep it whole, and cost 230 us for a new connection and 10,000
+# threads for as many idle ones. A generator is a function that can wait without a thread.
+#
+# It answers one request at a time, and one in each turn of the loop: the next one waits in the
+# buffer, and its connection in server.later, until other clients had their turn. So nobody gets
+# more by pipelining, and answers leave in the order of the requests (RFC 9112 section 9.3.2).
 #
 # To be fair is to have a deadline for everything. WAITS has them, by what a connection waits
-# for; none is moved by a single byte, or a client could make one last for ever.
+# for; none is moved by a single byte, or a client could make one last for ever. A connection
+# is always in exactly one of these stages:
+#
+#     (handshake) -> first -> [head] -> [body] [thread] -> write -> [rest] -> idle -> [head] ...
+#                                                          or -> linger -> closed
+#
+# Two sides of a connection end apart. We say that nothing more will come (FIN) as soon as the
+# last answer has left; but a client that is still sending has not read it yet, and close(2) with
+# unread bytes would send a reset, on which its kernel throws the answer away. So who was refused
+# in the middle of an upload may linger for a while: it is read, and nothing is kept of it.
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 MORE, REST = "body", "rest"     # what a story yields when it waits for bytes; that is its stage
@@ -2357,7 +2401,7 @@ class Body:
 
     def feed(self, octets: bytes) -> bytes:
         """Take octets as they came, return what they mean."""
-        self.rest += octets
+        self.rest += octets         # a size may have come in two halves
         pieces: List[bytes] = []
         while not self.done and self.rest:
             if self.left:
@@ -2370,7 +2414,11 @@ class Body:
         return b"".join(pieces)
 
     def take_line(self) -> bool:
-        """Take the line that is due, if it is there: take_end, take_size or take_trailer."""
+        """Take the line that is due, if it is there: take_end, take_size or take_trailer.
+
+        Each of them says which comes next: the grammar of RFC 9112 section 7.1 as a machine of
+        three states.
+        """
         end = self.rest.find(b"\r\n")
         if end > MAX_LINE or end < 0 and len(self.rest) > MAX_LINE:
             raise BadRequest(400, "chunk line too long")
@@ -2422,6 +2470,11 @@ class Channel:
 
     For whoever talks: receive, wait; output and part, which flush() sends; hang_up, close.
     TLSConnection (11) overrides receive, send, send_part and shut.
+
+    Bytes go out in two forms: output, which lies in memory, and then part, which lies in a
+    file and never comes here, unless it has to be encrypted. While either waits for the client,
+    nothing is read from it (writes): a client that asks and does not take what it asked for
+    finds its own requests waiting, and not our memory filling.
     """
 
     # Of thousands nearly all are idle, so an idle one is small.
@@ -2440,7 +2493,10 @@ class Channel:
 
     def wait(self, stage: str) -> None:
         """Set what is waited for, and for how long."""
-        self.stage, self.deadline = stage, self.server.clock + WAITS[stage]
+        patience = WAITS[stage]
+        if self.server.draining and stage in ("first", "idle"):
+            patience = DRAIN_SECONDS
+        self.stage, self.deadline = stage, self.server.clock + patience
 
     def receive(self) -> Optional[bytes]:
         """Return what has come; b"" when nothing will come any more, None when nothing has yet."""
@@ -2477,7 +2533,11 @@ class Channel:
         return sent
 
     def flush(self) -> None:
-        """Send the output; what the client does not take now waits, and so do its requests."""
+        """Send the output; what the client does not take now waits, and so do its requests.
+
+        At first without asking whether the client is ready: nearly always it is, and then no
+        turn of the loop is needed. Only what is left over waits for the selector.
+        """
         sent = 0
         try:
             if self.output:
@@ -2503,7 +2563,11 @@ class Channel:
             self.server.later[self] = None          # what came meanwhile
 
     def wait_to_write(self, sent: int) -> None:
-        """Wait until the client takes more; who takes too little is cut off."""
+        """Wait until the client takes more; who takes too little is cut off.
+
+        The deadline moves by what was taken, so a slow line gets a large file in the end, and a
+        client that takes a byte now and then does not hold our memory for ever.
+        """
         if not self.writes:
             self.watch(True)
             self.wait("write")
@@ -2512,7 +2576,7 @@ class Channel:
                             self.server.clock + WAITS["write"])
 
     def watch(self, writes: bool) -> None:
-        """Wait for the moment to write, or to read."""
+        """Wait for the moment to write, or to read; never for both: an event means one thing."""
         self.writes = writes
         self.server.selector.modify(
             self.socket, selectors.EVENT_WRITE if writes else selectors.EVENT_READ, self.ready)
@@ -2554,7 +2618,8 @@ class Channel:
         """Forget the connection; harmless when it is repeated."""
         if self in self.server.connections:
             self.server.forget(self)
-            self.socket.close()
+            with contextlib.suppress(OSError):      # a handler has closed it by its number
+                self.socket.close()
         if self.part:
             self.part.file.close()
         self.closing, self.buffer, self.output, self.part = True, b"", b"", None
@@ -2564,6 +2629,9 @@ class Connection(Channel):
     """A connection as far as it is requests: the story of each, and its driver.
 
     For the loop: ready, advance, expire, close.
+
+    host is whom the log names, client whom a lock-out would hit. They are found once: what is
+    known of an address does not change while it is connected.
     """
 
     __slots__ = ("host", "client", "story")
@@ -2576,7 +2644,11 @@ class Connection(Channel):
             host_of(address))
 
     def ready(self, events: int) -> None:
-        """Send what waits, or else read what came; then work."""
+        """Send what waits, or else read what came; then work.
+
+        The end of what a client sends is looked at last: it may ask, say that it has no more
+        to ask, and read (`nc` does). While requests wait in the buffer nothing is read.
+        """
         if self.writes:
             self.flush()
         elif self not in self.server.later:     # else it has sent enough for now
@@ -2591,7 +2663,11 @@ class Connection(Channel):
         self.advance()
 
     def advance(self) -> None:
-        """Go on with the request at hand, or with the next one if its head is there."""
+        """Go on with the request at hand, or with the next one if its head is there.
+
+        Nothing is parsed before the empty line has come, so a head that comes byte by byte
+        costs a search per byte and no more; check_partial_head() bounds how long it may be.
+        """
         if self.story is not None:
             if self.stage != "thread" and not self.writes:
                 self.go_on()
@@ -2625,7 +2701,13 @@ class Connection(Channel):
     # -- the story of a request
 
     def answer(self, octets: bytes) -> Story:
-        """Answer the request whose head octets are: everything that happens to it, in order."""
+        """Answer the request whose head octets are: everything that happens to it, in order.
+
+        The order is the server's promise. Who it is comes before what it wants: a stranger does
+        not learn whether a page exists, which methods it has, or how large a body may be. The
+        answer comes before the rest of the body: what nobody wanted must not delay it. And
+        the body comes before the next request, for only its end says where that one begins.
+        """
         server, request, body = self.server, None, NO_BODY
         answer: Optional[Answer] = None
         try:
@@ -2657,16 +2739,23 @@ class Connection(Channel):
         yield from self.skip(body)
 
     def recall(self, request: Request) -> Optional[Verdict]:
-        """Find whose request it is; return the verdict where nothing has to be checked."""
+        """Find whose request it is; return the verdict where nothing has to be checked.
+
+        That is where everybody may come in, or where these very Basic credentials were found
+        right before: no generator has to be made for them. The lock-out is asked first, or a
+        right guess would show in spite of it.
+        """
         server, authenticator = self.server, self.server.authenticator
         request.now, request.host, request.client = server.wall, self.host, self.client
         request.time, request.schemes = server.now, self.listener.schemes
-        if request.fields.forwarded:        # the peer's own, unless it may speak for others
-            request.host, request.client = server.proxies.find_client(
-                host_of(self.address), request.fields.forwarded)
-        if is_forward_auth(server.forward_auth, request.path):
-            asked, request.asked = asked_about(request, server.forward_auth), True
-            if not asked or not server.proxies.trusts(parse_address(host_of(self.address))):
+        peer, said = host_of(self.address), request.fields.forwarded[-MAX_TEXT:]
+        request.asked = is_forward_auth(server.forward_auth, request.path)
+        is_trusted = bool(said or request.asked) and server.proxies.trusts(parse_address(peer))
+        if is_trusted:                      # it may speak for others
+            request.host, request.client = server.proxies.find_client(peer, said)
+        if request.asked:
+            asked = asked_about(request, server.forward_auth)
+            if not asked or not is_trusted:
                 return Verdict(403, reason="forward-auth: no --trusted-proxy, or not one method "
                                            "and one URI")
             request.method, request.target = asked
@@ -2685,7 +2774,11 @@ class Connection(Channel):
         return self.server.authenticator.judge(request)
 
     def read(self, request: Request, body: Body) -> Generator[Any, Any, bytes]:
-        """Return the whole of a body; one that the loop cannot hold is refused."""
+        """Return the whole of a body; one that the loop cannot hold is refused.
+
+        For qop=auth-int alone, where the proof is about the body. What was read stays in
+        body.taken, as it came: a handler has a right to read it as well.
+        """
         # If something has come after the head, the client is not waiting: RFC 9110 section 10.1.1.
         if request.fields.expects and not self.buffer:
             self.output += CONTINUE
@@ -2693,7 +2786,8 @@ class Connection(Channel):
         while True:
             body.taken += self.buffer
             content += body.feed(self.take_buffer())
-            if max(len(content), request.fields.length) > IN_MEMORY:
+            # Twice, for chunks: what says how long they are may be as long as they.
+            if max(len(content), len(body.taken) // 2, request.fields.length) > IN_MEMORY:
                 raise BadRequest(413, "body too large")
             if body.done:
                 break
@@ -2713,7 +2807,12 @@ class Connection(Channel):
 
     def host_handler(self, octets: bytes, request: Request,
                      body: Body) -> Generator[Any, Any, Optional[Answer]]:
-        """Have a handler answer, in a thread; return our own answer where it sent none."""
+        """Have a handler answer, in a thread; return our own answer where it sent none.
+
+        What the handler wrote has gone to the client already. All that is left to find out is
+        whether both sides know where it ended: only then may another request follow. To be
+        wrong here would hand the next client of a proxy the answer that this one was owed.
+        """
         sock = HandlerSocket(self, octets, request, body)
         yield sock
         if sock.answer.fault:
@@ -2729,7 +2828,12 @@ class Connection(Channel):
         return None
 
     def finish(self, request: Request, answer: Answer, body: Body) -> None:
-        """Put an answer into the output, and a line into the log."""
+        """Put an answer into the output, and a line into the log.
+
+        Head and body leave together. In two writes Nagle's algorithm would hold the second one
+        back until the client has acknowledged the first, and the client waits 40 ms with that:
+        http.server's default took 44 ms a request.
+        """
         fields, content = request.fields, answer.body
         size = content.length if isinstance(content, FilePart) else len(content)
         # What is large, or may be, nobody reads only to drop it; nor what waits for 100 Continue.
@@ -2743,9 +2847,9 @@ class Connection(Channel):
                 f"{field_lines(request.verdict.fields)}{length}{ends}\r\n")
         self.output += head.encode("latin-1", "replace")
         if not isinstance(content, FilePart):
-            size = 0 if request.method == "HEAD" else size
+            size = size if length and request.method != "HEAD" else 0
             self.output += content[:size]
-        elif request.method == "HEAD" or not size:
+        elif not (length and size and request.method != "HEAD"):
             size = 0
             content.file.close()
         else:
@@ -2775,13 +2879,20 @@ class Connection(Channel):
     # -- its driver
 
     def go_on(self, value: Any = None, error: Optional[BaseException] = None) -> None:
-        """Tell the story on, with what it waited for, until it ends or waits again."""
+        """Tell the story on, with what it waited for, until it ends or waits again.
+
+        A wish is a stage (more bytes, please), or a function for a thread. Each is granted by
+        calling this again: by advance() when bytes have come, by come_back() from the thread,
+        by expire() with an error when it took too long.
+        """
         story = self.story
         assert story is not None
         try:
             wish = story.throw(error) if error else story.send(value)
         except StopIteration:
             self.story = None
+            if self.stage == REST:
+                self.wait("idle")
             if self.buffer:
                 self.server.later[self] = None      # other clients first
             return
@@ -2791,7 +2902,11 @@ class Connection(Channel):
             self.wait(wish)
 
     def lend(self, work: Callable[[], Any]) -> None:
-        """Lend the connection to a thread; the loop goes on with what work returns."""
+        """Lend the connection to a thread; the loop goes on with what work returns.
+
+        From here to come_back() the socket is the thread's. It is out of the selector, since
+        two readers of one socket would each get half of what comes.
+        """
         server = self.server
         pool = server.handlers if isinstance(work, HandlerSocket) else server.hashers
         if not pool.lend(functools.partial(self.do, work)):
@@ -2811,15 +2926,23 @@ class Connection(Channel):
         self.server.call_soon(functools.partial(self.come_back, result, error))
 
     def come_back(self, result: Any, error: Optional[BaseException]) -> None:
-        """Come back from a thread, and go on."""
-        self.socket.setblocking(False)
-        self.server.selector.register(self.socket, selectors.EVENT_READ, self.ready)
-        self.wait("idle")
-        self.go_on(result, error)
-        self.advance()
+        """Come back from a thread, and go on; if anything is left to go on with."""
+        try:
+            self.socket.setblocking(False)
+            self.server.selector.register(self.socket, selectors.EVENT_READ, self.ready)
+            self.wait("idle")
+            self.go_on(result, error)
+            self.advance()
+        except Exception:       # a handler has closed the descriptor itself; a hash has failed
+            self.server.log.error(f"error: {traceback.format_exc()}")
+            self.close()
 
     def expire(self) -> None:
-        """Close what took too long; who is in the middle of a request is told so."""
+        """Close what took too long; who is in the middle of a request is told so.
+
+        408 in the idle stage would be an answer to a question that nobody asked; some clients
+        take it for that of their next one.
+        """
         if self.stage not in ("head", MORE):
             (self.reset if self.writes else self.close)()
             return
@@ -2850,7 +2973,13 @@ class Connection(Channel):
 #         accept()   ... a new connection
 #         make_calls()   what other threads want done here: come_back(), drain(), release()
 #
-# The log is written when there is nothing else to do, or once a second.
+# Why not more threads, for more CPUs? They would share one interpreter, and with it one lock;
+# processes do not. daemonize.py forks several workers, each with a loop of its own, and they
+# accept from the same sockets: the kernel gives each connection to whoever asks first.
+#
+# What is done in a turn is done for somebody who waits. What nobody waits for (the log, the
+# counters, to look for who is overdue) is put off until a turn has nothing else to do, or a
+# second is over: that is rest(). Under load it is paid once for hundreds of requests.
 
 
 class Listener(NamedTuple):
@@ -2864,6 +2993,9 @@ class Listener(NamedTuple):
 
 class Log:
     """The access log (descriptor 1) and the error log (descriptor 2), of whole lines.
+
+    Descriptors, not files: whoever started us has put them where they belong, and may put them
+    elsewhere while we run (daemonize.py does, when the log is rotated). Only write(2) sees that.
 
     One write(2) for many requests, so that several workers can append to one file. A
     full disk stops the log and nothing else: the lost lines are counted, and said as soon as
@@ -2923,7 +3055,11 @@ class Pool:
         self.mutex = threading.Lock()
 
     def lend(self, work: Callable[[], None]) -> bool:
-        """Have work done soon; return False where too much is to be done already."""
+        """Have work done soon; return False where too much is to be done already.
+
+        A queue without an end would only move the waiting to where nobody sees it, and answer
+        clients that have left long ago. So there is a limit, and beyond it the truth: 503.
+        """
         with self.mutex:
             if self.work >= self.limit:
                 return False
@@ -2932,9 +3068,8 @@ class Pool:
                     # daemon: a handler that never returns must not keep the process from ending.
                     threading.Thread(target=self.run, daemon=True).start()
                     self.threads += 1       # only now: start() fails where processes are full
-                except RuntimeError:
-                    if not self.threads:
-                        return False
+                except RuntimeError:        # and nobody else is free
+                    return False
             self.work += 1
         self.queue.put(work)
         return True
@@ -2955,16 +3090,17 @@ def log_date(second: int) -> str:
     return f"{local.tm_mday:02d}/{month}/" + time.strftime("%Y:%H:%M:%S %z", local)
 
 
+@functools.lru_cache(maxsize=None)
 def raise_file_limit() -> int:
-    """Raise the limit of open files to what is allowed, but not for children; return it."""
+    """Raise the limit of open files to what is allowed, but not for forked children; return it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     except (OSError, ValueError):       # macOS: "unlimited" is refused
         return soft
-    at_fork = getattr(os, "register_at_fork", None)     # since Python 3.7
-    if at_fork:
-        at_fork(after_in_child=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard)))
+    # By os.fork(), that is (since Python 3.7): what subprocess starts keeps our limit.
+    getattr(os, "register_at_fork", dict)(
+        after_in_child=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard)))
     return hard
 
 
@@ -3012,7 +3148,7 @@ class Loop:
 
     def open(self) -> None:
         """Begin to wait for whatever may happen."""
-        self.calls.clear()          # what was asked for while nobody listened, the flags say as well
+        self.calls.clear()          # what was asked for while nobody listened, the flags say, too
         self.limit = max(BATCH, min(MAX_CONNECTIONS, raise_file_limit() - SPARE_FILES))
         self.wake, self.waker = socket.socketpair()
         self.selector = selectors.DefaultSelector()     # an epoll must not be shared by a fork
@@ -3021,7 +3157,7 @@ class Loop:
 
     def close(self) -> None:
         """Write the log, end all connections."""
-        self.log.flush()
+        self.save()
         for connection in list(self.connections):
             connection.close()
         for closable in (self.selector, self.wake, self.waker):
@@ -3035,10 +3171,16 @@ class Loop:
         return True
 
     def turn(self, patience: Optional[float]) -> None:
-        """Do what there is to do; where there is nothing, wait for something."""
+        """Do what there is to do; where there is nothing, wait for something.
+
+        It looks twice. The first look does not wait; only if it finds nothing, and nobody is in
+        `later`, there is time to rest, and then to wait. One call more in a quiet turn, so that
+        a busy one never writes a log.
+        """
         events = self.selector.select(0)
         self.look_at_clock()
-        if not events and not self.later:
+        is_busy = events or self.later
+        if not is_busy:
             self.rest()
             events = self.selector.select(PAUSE_SECONDS if self.paused_until else patience)
             self.look_at_clock()
@@ -3048,7 +3190,7 @@ class Loop:
         for connection in list(self.later):
             del self.later[connection]
             self.call(connection.advance)
-        if self.clock - self.rested > 1:
+        if is_busy and self.clock - self.rested > 1:
             self.rest()
         self.service_actions()
 
@@ -3062,6 +3204,10 @@ class Loop:
         for connection in [item for item in self.connections
                            if item.deadline < self.clock and item not in self.later]:
             self.call(connection.expire)
+        self.save()
+
+    def save(self) -> None:
+        """Write the log, and count what has been answered."""
         self.log.flush()
         if self.answered > self.counted and self.authenticator:
             self.authenticator.table.add("requests", self.answered - self.counted)
@@ -3077,7 +3223,11 @@ class Loop:
                 function.__self__.close()       # type: ignore[attr-defined]
 
     def look_at_clock(self) -> None:
-        """Look at the clocks, once a turn; once a second, put the time into words."""
+        """Look at the clocks, once a turn; once a second, put the time into words.
+
+        Three clocks: clock, for deadlines, never jumps; wall is what people and HTTP call the
+        time; now is the authenticator's, which all who share its table must agree on.
+        """
         self.wall, self.clock = time.time(), time.monotonic()
         if int(self.wall) != self.second:
             self.second = int(self.wall)
@@ -3093,7 +3243,11 @@ class Loop:
             self.accept_again()
 
     def call_soon(self, call: Callable[[], None]) -> None:
-        """Have call made by the loop; from any thread."""
+        """Have call made by the loop; from any thread.
+
+        The only thing that other threads may do to it: all else here is the loop's alone, and
+        needs no lock.
+        """
         self.calls.append(call)
         with contextlib.suppress(OSError, AttributeError):      # awake anyway, or not running
             self.waker.send(b"x", socket.MSG_DONTWAIT)
@@ -3127,7 +3281,11 @@ class Loop:
                 self.selector.unregister(listener.socket)
 
     def accept(self, listener: Listener, events: int) -> None:
-        """Accept some connections."""
+        """Accept some connections.
+
+        Some, not all: who connects 10,000 times must not keep those waiting who are connected.
+        The socket stays readable, and the next turn goes on.
+        """
         for _ in range(BATCH):
             if self.draining:       # at once: our successor begins to accept
                 return
@@ -3141,7 +3299,11 @@ class Loop:
             self.admit(listener, sock, address or ("unix:", 0))
 
     def admit(self, listener: Listener, sock: socket.socket, address: Any) -> None:
-        """Take a connection; make room for the next one."""
+        """Take a connection; make room for the next one.
+
+        Where all places are taken somebody has to go, and it is who has done nothing for the
+        longest time: a flood of idle connections pushes out itself, and refuses nobody new.
+        """
         if not self.verify_request(sock, address):
             sock.close()
             return
@@ -3149,7 +3311,11 @@ class Loop:
             self.make_room()
         sock.setblocking(False)
         kind = TLSConnection if listener.context else Connection
-        connection = kind(self, listener, sock, address)    # type: ignore[arg-type]
+        try:
+            connection = kind(self, listener, sock, address)    # type: ignore[arg-type]
+        except OSError:             # it has left already: a look at the port, no more
+            sock.close()
+            return
         self.connections.add(connection)
         self.selector.register(connection.socket, selectors.EVENT_READ, connection.ready)
 
@@ -3157,7 +3323,7 @@ class Loop:
         """Strike a connection off the books."""
         self.connections.remove(connection)
         self.later.pop(connection, None)
-        if connection.stage != "thread":
+        with contextlib.suppress(KeyError, ValueError):     # it is with a thread
             self.selector.unregister(connection.socket)
 
     def make_room(self) -> None:
@@ -3331,12 +3497,22 @@ class AuthServer(Loop, http.server.HTTPServer):
         self.call_soon(self.accept_again)
 
     def drain(self) -> None:
-        """Accept nobody, end connections after their next answer, then end serve_forever()."""
+        """Accept nobody, end connections after their next answer, then end serve_forever().
+
+        Whoever is connected gets one more answer, with Connection: close in it, and knows that
+        it has to connect again. An idle connection is closed after DRAIN_SECONDS; a request
+        that crosses that close on its way is the client's to repeat (RFC 9112 section 9.3.1).
+        """
         self.draining = True
         self.call_soon(self.begin_drain)
 
     def probe(self) -> None:
-        """Ask for a page as a client would, in memory; raise Refusal if the answer is not right."""
+        """Ask for a page as a client would, in memory; raise Refusal if the answer is not right.
+
+        Without a socket: what can be broken (a folder that cannot be opened, a table that is
+        not there, a mistake in this file) shows in the story of a request, wherever it is told.
+        """
+        getattr(self.page, "open", lambda: None)()
         listener = self.listeners[0]._replace(logs=False)
         client = Connection(self, listener, None, ("unix:", 0))
         story = client.answer(b"GET / HTTP/1.1\r\nHost: probe\r\n\r\n")
@@ -3344,6 +3520,8 @@ class AuthServer(Loop, http.server.HTTPServer):
         waits = next(story, None) is not None
         story.close()
         line = client.output.partition(b"\r\n")[0].decode("latin-1")
+        if self.authenticator and line.startswith("HTTP/1.1 401"):
+            self.authenticator.table.add("challenges", -1)      # nobody was there
         if not waits and not re.match("HTTP/1.1 [1-4]", line):
             raise Refusal(f"unable to probe the server: it answered {escape(line)}")
 
@@ -3918,6 +4096,11 @@ def tls_context(certificate: str, key: Optional[str]) -> Any:
 class TLSConnection(Connection):
     """A connection whose bytes are encrypted; what it adds is how to wait.
 
+    Three things are different. Before the first byte there is a handshake, of which each half
+    may have to wait for the other side. To read may need a write, and the other way round
+    (SSLWantReadError, SSLWantWriteError). And bytes can lie decrypted in the TLS layer, where
+    no selector sees them: whoever reads must read until nothing is left.
+
     See: ssl, "Notes on non-blocking sockets".
     """
 
@@ -3934,7 +4117,11 @@ class TLSConnection(Connection):
             super().ready(events)
 
     def shake_hands(self) -> bool:
-        """Go on with the handshake as far as it goes; return whether it is done."""
+        """Go on with the handshake as far as it goes; return whether it is done.
+
+        In the loop, since a thread could be kept by a client that says nothing. The arithmetic
+        of it (1 ms with a key of 2048 bits) is all that others wait for.
+        """
         try:
             self.socket.do_handshake()
         except ssl.SSLWantReadError:
@@ -3959,8 +4146,10 @@ class TLSConnection(Connection):
             head = (f"{STATUS_LINES[400]}{self.server.stamp}Content-Type: {HTML[1]}\r\n"
                     f"Content-Length: {len(page)}\r\nConnection: close\r\n\r\n")
             with contextlib.suppress(OSError):
-                # Under the encryption; it is 1 KiB, which an empty buffer takes at once.
+                # Under the encryption; it is 1 KiB, which an empty buffer takes at once. And
+                # what has come is read, or to close would be a reset, and the answer lost.
                 socket.socket.send(self.socket, head.encode("ascii") + page)
+                socket.socket.recv(self.socket, READ_SIZE)
         self.close()
 
     def receive(self) -> Optional[bytes]:
@@ -3983,14 +4172,22 @@ class TLSConnection(Connection):
             return 0
 
     def send_part(self, part: FilePart) -> int:
-        """Return how many bytes of a file went: through our memory, to be encrypted."""
+        """Return how many bytes of a file went: through our memory, to be encrypted.
+
+        By pread(2), at an offset: several answers may be sending the same open file.
+        """
         octets = os.pread(part.file.fileno(), min(part.length, IN_MEMORY), part.offset)
         if not octets:
             raise EOFError
         return self.send(octets)
 
     def shut(self) -> None:
-        """Say that nothing more will come, as TLS says it (close_notify)."""
+        """Say that nothing more will come, as TLS says it (close_notify).
+
+        Without it a client cannot tell our end from that of somebody who cut the line, and an
+        answer without a length would look whole. For the client's own we do not wait.
+        See: RFC 8446 section 6.1.
+        """
         with contextlib.suppress(OSError, ValueError):      # it wants to wait for the client's
             self.socket.unwrap()
         super().shut()
@@ -4013,6 +4210,11 @@ class TLSConnection(Connection):
 #
 # What cannot be followed (a descriptor that was handed out, another protocol, more or fewer
 # bytes than announced) ends the connection after the handler, with nothing added.
+#
+# Why not derive from the handler, and put our own methods in the place of http.server's? The
+# first version did. Each handler that names a base class (SimpleHTTPRequestHandler.end_headers(
+# self)) went past us, into code that expected a socket; one that wrote to the socket was answered
+# twice. At the socket there is no way past: whatever a handler does, it does by bytes.
 
 # RFC 9112 section 4: status-line = HTTP-version SP status-code SP [ reason-phrase ]
 match_status_line = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])[ \r]").match
@@ -4023,6 +4225,10 @@ says_close = re.compile(rb"(?i)\nconnection:(?:[^\n]*,)?[ \t]*close[ \t]*[,\r]")
 
 class Follower:
     """Reads an answer along, as the bytes of it pass.
+
+    It changes two things: it adds fields to the head (the proof that we know HA1, Connection:
+    close where we mean it), and it cuts off bytes that were not announced, for the client would
+    take them for the beginning of the next answer.
 
     Instance variables: status; size, of the body so far; fault, what was wrong with it; closes,
     it is the last one on its connection; upgraded, what follows is another protocol.
@@ -4038,7 +4244,7 @@ class Follower:
         self.upgraded = self.raw = False        # raw: it is not to be understood
 
     def take(self, octets: bytes) -> bytes:
-        """Return what of these bytes is to go to the client: nothing of a head that is not whole."""
+        """Return what of these bytes goes to the client; of a head that is not whole, nothing."""
         if self.status or self.raw:
             return self.cut(octets)
         self.head, passed = self.head + octets, b""
@@ -4100,7 +4306,8 @@ class Follower:
 
     def is_complete(self) -> bool:
         """Return whether the answer has ended, where it said that it would."""
-        return bool(self.status) and (self.left == 0 or self.chunks is not None and self.chunks.done)
+        has_ended = self.left == 0 or self.chunks is not None and self.chunks.done
+        return bool(self.status) and has_ended
 
 
 class HandlerSocket:
@@ -4282,6 +4489,13 @@ class Once(http.server.BaseHTTPRequestHandler):
     """
 
     remote_user: Optional[str] = None
+    needs_server = True         # which asks for the password; protect() needs none
+
+    def handle_one_request(self) -> None:
+        """Handle it, and no more: to handle() this was the last one."""
+        super().handle_one_request()
+        if isinstance(self.request, HandlerSocket):
+            self.close_connection = True
 
     def parse_request(self) -> bool:
         """Parse the first request, and end the connection, as far as we know it, at the second."""
@@ -4291,6 +4505,8 @@ class Once(http.server.BaseHTTPRequestHandler):
                 self.close_connection = True
                 return False
             sock.is_parsed, self.remote_user = True, sock.verdict.username
+        elif self.needs_server:
+            raise PermissionError("nobody has been asked for a password: AuthServer was gone round")
         return super().parse_request()
 
 
@@ -4433,7 +4649,7 @@ class Guard(Once):
     """
 
     gate: Gate
-    remote_user: Optional[str] = None
+    needs_server = False
     auth_type = ""
     info: Fields = ()           # for the handler's answer
     expects = unread = False    # a client that waits for 100 Continue; a body nobody has read
