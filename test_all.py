@@ -923,29 +923,45 @@ class Nonces(AuthTestCase):
 
     def test_one_of_many_threads_gets_the_same_count(self) -> None:
         """Threads are kept apart too; record locks alone do not do that."""
-        client, gate, before = Client(make()), threading.Barrier(8), sys.getswitchinterval()
-        fields = [client.field() for _ in range(300)]
+        client, gate, real = Client(make()), threading.Barrier(8), authserver.advance_window
+        fields = [client.field() for _ in range(20)]
+
+        def slowly(*window: int) -> Any:
+            select.select([], [], [], 0.001)  # others get their turn where it hurts most
+            return real(*window)
 
         def race(_: int) -> int:
             gate.wait(PATIENCE)
             return sum(client.ask(field).status == 200 for field in fields)
-        sys.setswitchinterval(1e-6)
-        try:
-            self.assertEqual(300, sum(threads(8, race)))
-        finally:
-            sys.setswitchinterval(before)
+        with mock.patch.object(authserver, "advance_window", slowly):
+            self.assertEqual(20, sum(threads(8, race)))
+
+    def test_an_heir_that_shares_the_memory_knows_what_was_used(self) -> None:
+        """A nonce of the old one is good in the new one, no use twice, and a lock-out holds; with a secret, too."""
+        for secret in (b"", b"s" * 32):
+            with self.subTest(secret=secret):
+                passwords = Passwords({"jim": "secret"}, realm="files")
+                old = Authenticator(passwords, nonce_secret=secret, max_failures=(1, 60.0))
+                heir = Authenticator(passwords, nonce_secret=secret, max_failures=(1, 60.0),
+                                     table=authserver.SharedTable(os.dup(old.table.fd)))
+                now = old.clock()
+                client = Client(old, now=now)
+                fields = [client.field() for _ in range(3)]
+                said = [attempt(one, field, now=now).status for one, field in (
+                    (old, fields[0]), (heir, fields[1]), (heir, fields[0]), (old, fields[1]), (old, fields[2]))]
+                self.assertEqual(said, [200, 200, 401, 401, 200])
+                attempt(old, WRONG, client="192.0.2.1", now=now)
+                self.assertEqual(attempt(heir, JIM, client="192.0.2.1", now=now).status, 429)
 
     @needs_linux
     def test_challenges_leave_nothing_behind(self) -> None:
-        """20,000 of them cost no memory (200,000 in the soak)."""
-        authenticator = make()
-        for _ in range(5000):  # until the caches are full
-            attempt(authenticator)
-        before = memory(os.getpid())
-        for _ in range(20000):
-            attempt(authenticator)
-        self.assertGreater(before, 1)
-        self.assertLess(memory(os.getpid()) - before, 2)
+        """20,000 of them cost no memory, once the caches are full."""
+        authenticator, sizes = make(), []
+        for count in (5000, 20000):
+            for _ in range(count):
+                attempt(authenticator)
+            sizes.append(int(re.findall(r"VmData:\s+(\d+)", read("/proc/self/status"))[0]))
+        self.assertLess(sizes[1] - sizes[0], 1000)
 
     def test_machines_with_one_secret_accept_one_anothers_nonces(self) -> None:
         """Younger than their own start, that is: after a restart an old one is stale once."""
@@ -2634,15 +2650,15 @@ class HttpSyntax(HttpTest):
         hosts = self.logged(r"(\S+) - jim .*/example/twins", 6)
         self.assertEqual(hosts, ["127.0.0.1", "127.0.0.2"] * 3)
 
-    @needs_linux
     def test_more_heads_than_are_remembered(self) -> None:
-        """4,000 different heads, twice each, are all answered, and not kept."""
-        before = memory(self.box.server.pid)
-        with Wire(self.at) as wire:
-            for number in range(4000):
-                data = head("/", "GET", JIM, "X: %d%s" % (number, "x" * 2000))
-                self.assertEqual([wire.exchange(data).status for _ in range(2)], [200] * 2)
-        self.assertLess(memory(self.box.server.pid) - before, 6)
+        """300 different heads, twice each, are all answered; no more than MAX_MEMOS are kept."""
+        heads = [head("/", "GET", JIM, "X: %d" % number) for number in range(300)]
+        self.assertEqual(statuses(self.say(b"".join(heads + heads + heads[:1]))), [200] * 601)
+        reader = authserver.HeadReader()
+        with mock.patch.object(authserver, "MAX_MEMOS", 8):
+            for octets in heads + heads:
+                reader.read(octets)
+        self.assertLessEqual(max(len(kept) for kept in vars(reader).values() if isinstance(kept, dict)), 8)
 
     def test_a_field_that_looks_like_credentials_deceives_nobody(self) -> None:
         """A proof that was right once is 401 again, whatever nc stands in a field beside Authorization."""
@@ -2730,6 +2746,7 @@ BROKEN_CHUNKS = (b"x\r\n", b"-1\r\na\r\n", b"0x1\r\na\r\n", b"1\r\nab\r\n", b" 1
 
 class HttpHandlers(HttpTest):
     """Any BaseHTTPRequestHandler runs on AuthServer, and may wait"""
+    settings = "resource.setrlimit(resource.RLIMIT_NOFILE, (200, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))"
     script = HANDLERS
 
     def ask(self, path: str, method: str = "GET", *fields: str, data: bytes = b"") -> Answer:
@@ -2742,7 +2759,8 @@ class HttpHandlers(HttpTest):
             with self.subTest(sentence):
                 said = statuses(self.say(data + head("/", "GET", JIM, CLOSE)))
                 self.assertEqual(said, want + [200] * (not closes))
-        self.logged("KeyError: 'late'")
+        for said in ("KeyError: 'late'", "sent less than it announced", "sent more than it announced"):
+            self.logged(said)
 
     def test_a_handler_that_raises_is_logged_once(self) -> None:
         """One traceback for an exception; at most one answer, and no 200; the server lives."""
@@ -2845,8 +2863,7 @@ class HttpHandlers(HttpTest):
     @unittest.skipIf(sys.version_info < (3, 7), "needs os.register_at_fork")
     def test_a_child_of_a_handler_has_the_old_limit_of_files(self) -> None:
         """The server may have more open files than what it was started with; what it starts may not."""
-        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self.assertEqual(int(self.ask("/limit").body), limits[0])
+        self.assertEqual(self.ask("/limit").body, b"200")
 
     def test_the_log_has_every_answer(self) -> None:
         """One line in Combined format per answer, with the bytes of the body."""
@@ -3141,6 +3158,25 @@ class HttpIdioms(SharedBoxTest):
                 self.assertNotIn(statuses(stock)[:1], ([], [401]))
                 self.assertEqual(stock, ours)
 
+    def test_a_handler_may_switch_protocols(self) -> None:
+        """101 passes with its Connection field; from then on the connection is the handler's, to its end."""
+        def answer(handler: Any) -> None:
+            handler.send_response(101)
+            handler.send_header("Connection", "keep-alive, Upgrade")
+            handler.end_headers()
+            for line in iter(handler.rfile.readline, b"bye\n"):
+                handler.wfile.write(line.upper())
+        with serving(AuthServer(("127.0.0.1", 0), protect(Idiom.made(answer), USERS))) as at, Wire(at) as wire:
+            with wire.makefile("rb", 0) as file:
+                wire.sendall(head("/", "GET", JIM, "Upgrade: echo", "Connection: Upgrade") + b"first\n")
+                text = b"".join(iter(file.readline, b"\r\n"))
+                self.assertIn(b"\r\nConnection: keep-alive, Upgrade\r\n", text)
+                self.assertEqual(file.readline(), b"FIRST\n")
+                wire.sendall(head("/not/a/request"))
+                self.assertEqual(file.readline(), b"GET /NOT/A/REQUEST HTTP/1.1\r\n")
+                wire.sendall(b"bye\n")
+                self.assertEqual(len(file.read().split(b"\n")), 4)
+
     @unittest.skipIf(sys.version_info < (3, 7), "needs SimpleHTTPRequestHandler(directory=)")
     def test_a_handler_with_arguments(self) -> None:
         """protect(functools.partial(Handler, directory=...)) and partial(protect(Handler), ...)."""
@@ -3264,6 +3300,14 @@ class HttpHooks(BoxTest):
             with self.subTest(host, offer=offer):
                 handler = protect(Idiom, USERS, **offer)
                 self.assertEqual(self.ask(AuthServer((host, 0), handler)), want)
+
+    def test_a_prefix_may_be_public(self) -> None:
+        """A health check, or a CORS preflight, reaches the handler without a password; nothing else does."""
+        handler = protect(type("Cors", (Idiom,), {"do_OPTIONS": Idiom.do_GET}), USERS)
+        with serving(AuthServer(("127.0.0.1", 0), handler, public=["/api"])) as at:
+            said = [request(at, path, method, "").status for path, method in (
+                ("/api/x", "OPTIONS"), ("/api", "GET"), ("/apis", "OPTIONS"), ("/x", "GET"), ("/api/../x", "GET"))]
+        self.assertEqual(said, [200, 200, 401, 401, 401])
 
     def test_a_handler_that_closed_its_connection_is_forgotten(self) -> None:
         """serve_forever() ends after drain(), whatever a handler did with its connection."""
@@ -3824,13 +3868,11 @@ def page(request): return authserver.Answer(200, [], b"a" * 20000000 if request.
 server = AuthServer(("127.0.0.1", 0), page, authenticator=Authenticator(passwords))
 '''
     loop: str
-    looper: "subprocess.Popen[bytes]"
 
     @classmethod
     def set_up(cls) -> None:
         path = cls.box.write("pages.py", PRELUDE + cls.settings + cls.pages + LIBRARY_END)
         cls.loop = cls.box.launch(sys.executable, path)
-        cls.looper = cls.box.server
         super().set_up()
 
     def test_a_head_has_one_deadline_as_a_whole(self) -> None:
@@ -3864,16 +3906,19 @@ server = AuthServer(("127.0.0.1", 0), page, authenticator=Authenticator(password
     @needs_linux
     def test_an_answer_that_is_not_read_is_cut_off(self) -> None:
         """Who reads nothing, or a little now and then, does not keep a thread or the loop's memory."""
-        for at, pid in ((self.at, self.box.server.pid), (self.loop, self.looper.pid)):
+        for at in (self.at, self.loop):
             for trickle in (0, 1):
-                with self.subTest("thread" if at == self.at else "loop", trickle=trickle):
-                    before = len(os.listdir("/proc/%d/fd" % pid))
-                    with Wire(at) as wire:
-                        wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-                        wire.sendall(head("/big"))
-                        until(lambda: len(os.listdir("/proc/%d/fd" % pid)) > before, "a connection")
-                        until(lambda: wire.recv(trickle) is None or len(os.listdir(
-                            "/proc/%d/fd" % pid)) <= before, "an end of it", SOON)
+                with self.subTest("thread" if at == self.at else "loop", trickle=trickle), Wire(at) as wire:
+                    wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                    ports = wire.getpeername()[1], wire.getsockname()[1]
+                    wire.sendall(head("/big"))
+                    until(lambda: not self.is_held(wire, trickle, *ports), "an end of it", SOON)
+
+    def is_held(self, wire: Wire, trickle: int, *ports: int) -> bool:
+        """Read a little; tell whether the server has the other end (the kernel may still be sending)."""
+        with contextlib.suppress(ConnectionResetError):
+            wire.recv(trickle)
+        return bool(re.search(":%04X [0-9A-F]{8}:%04X 01 " % ports, read("/proc/net/tcp")))
 
     @needs_linux
     def test_a_frozen_process_answers_what_has_come(self) -> None:
@@ -3919,8 +3964,10 @@ threading.Thread.start = start
         """More waiting handlers than --stream-threads: the next is told to come back; then it goes on."""
         request(self.at, "/shut")
         with contextlib.ExitStack() as stack:
-            for _ in range(20):
+            for _ in range(19):
                 stack.enter_context(Wire(self.at)).sendall(head("/slow"))
+            self.assertEqual(request(self.at, "/x").status, 200)
+            stack.enter_context(Wire(self.at)).sendall(head("/slow"))
             busy = until(lambda: [answer for answer in [request(self.at, "/x")] if answer.status == 503],
                          "a 503", SOON)
             self.assertEqual(busy[0].field("Retry-After"), "1")
