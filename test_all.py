@@ -675,7 +675,7 @@ class AuthTestCase(unittest.TestCase):
     def write(self, text: str, mode: int = 0o600) -> str:
         """Return the path of a new password file."""
         path = os.path.join(self.folder(), "passwords")
-        with open(path, "w", encoding="utf-8") as stream:
+        with open(path, "w", encoding="utf-8", errors="surrogateescape") as stream:
             stream.write(text)
         os.chmod(path, mode)
         return path
@@ -966,34 +966,37 @@ HEX = "0" * 32
 
 
 def users(**more: str) -> Passwords:
-    """Return a dictionary of realm files."""
-    return Passwords(dict({"jim": "secret"}, **more), realm="files")
+    """Return a dictionary of realm files; one of this run, for who serves the same shares locks with us."""
+    return Passwords(dict({"jim": "secret", "run": TOKEN}, **more), realm="files")
 
 
 class PasswordFiles(AuthTestCase):
     """A password file is read as Apache reads it; a mistake names line, field and cure"""
 
     # A line of its own, after jim's; what is said of it; whether passwd cures it.
-    MISTAKES = (("bob", "expected user:realm:HA1.*a field is missing", False),
-        ("bob:", "a field is missing", False), ("bob::" + HEX, "a field is missing", False),
-        ("bob:secret", "a field is missing", False), ("bob:plain:", "a field is missing", False),
-        ("bob:%s:Bob" % SHA, "user 'bob': field 3: nothing may follow", False),
-        ("bob:$2y$05$%s:Bob" % ("x" * 53), "user 'bob': field 3: nothing may follow", False),
-        ("bob:$6$salt$%s:" % ("x" * 86), "user 'bob': field 3: nothing may follow", False),
+    MISTAKES = (
+        ("bob", "user 'bob': expected user:realm:HA1.*a field is missing", True),
+        ("bob:", "a field is missing", True), ("bob::" + HEX, "field 2: 00000... is no hash", True),
+        ("bob:secret", "a field is missing", True), ("bob:plain:", "a field is missing", True),
+        ("bob:%s:Bob" % SHA, "user 'bob': field 3: nothing may follow", True),
+        ("bob:$2y$05$%s:Bob" % ("x" * 53), "user 'bob': field 3: nothing may follow", True),
+        ("bob:$6$salt$%s:" % ("x" * 86), "user 'bob': field 3: nothing may follow", True),
         ("bob:files:%s0" % HEX, "user 'bob': field 3: neither 32 nor 64 hex digits", True),
         ("bob:files:%s:x" % HEX, "user 'bob': field 3: neither 32 nor 64 hex digits", True),
         ("bob:pass:word", "user 'bob': field 3: neither 32 nor 64 hex digits", False),
         ("bob:{MD5}x", "user 'bob': field 2: {MD5}... is no hash we know", True),
         ("bob:$apr1$a$b", "field 2: [$]apr1... is no hash we know", True),
         ("bob:$99$x$y", "field 2: the libcrypt of this machine does not know [$]99[$]", True),
-        ("bob:" + crypted("x", "$6$rounds=1000$salt$")[:-1], "field 2: .*of the wrong length|does not know", True),
+        ("bob:" + crypted("x", "$6$rounds=1000$salt$")[:-1], "field 2: the libcrypt of this machine does not know .*of the wrong length", True),
         ("jim:plain:x", "user 'jim': again, after line 1", True),
         ("jim:" + SHA, "user 'jim': again, after line 1", True), (LINE, "again, after line 1", True),
         ("bob:{SHA}2jmj7l5rSw0yVb/vlWAYkK/YBwk=", "user 'bob': an empty password", True),
         ("bob:files:" + authserver.digest_ha1("bob", "files", ""), "user 'bob': an empty password", True),
         ("bob:plain:a\tb", "user 'bob': unable to use this password", True),
-        ("bob:plain:" + "p" * 1021, "user 'bob': unable to use this password: too long", True),
+        ("bob:plain:" + "p" * 1021, "user 'bob': unable to use this password: .*too long", True),
         ("\u200bbob:plain:x", "unable to use user name '.u200bbob'", False),
+        ("b\udce4b:plain:x", r"user 'b.udce4b': unable to use user name .* no UTF-8", False),
+        ("bob:plain:b\udce4b", "unable to use this password: .*no UTF-8", True),
         ("bo\ufeffb:plain:x", "unable to use user name", False), ("bob\u00a0:plain:x", "unable to use user", False),
         ("bob :plain:x", "unable to use user name 'bob '", False), ("bob\\:" + SHA, "unable to use user", False),
         ("-:plain:x", "unable to use user name '-'", False), (":files:" + HEX, "unable to use user name ''", False),
@@ -1070,7 +1073,7 @@ class PasswordFiles(AuthTestCase):
         """fingerprint() tells realm, users and passwords apart, but not the order of lines."""
         several = [users(), users(ann="x"), users(ann="y"), users(bob="x"), Passwords({"jim": "secret"}, realm="b")]
         self.assertEqual(len({item.fingerprint() for item in several}), len(several))
-        self.assertEqual(users(ann="x").fingerprint(), Passwords({"ann": "x", "jim": "secret"}, "files").fingerprint())
+        self.assertEqual(users(ann="x").fingerprint(), Passwords({"ann": "x", "run": TOKEN, "jim": "secret"}, "files").fingerprint())
 
     def test_a_stored_hash_is_not_a_password(self) -> None:
         """Nobody logs in with what stands in the file."""
@@ -1202,7 +1205,7 @@ class SlowHashes(AuthTestCase):
             self.assertEqual(made, function(b"phrase", b"setting"))
             self.assertEqual([True] * count + [False], [turns.acquire(blocking=False) for _ in range(count + 1)])
         with mock.patch.object(authserver, "load_crypt", lambda: (function, threading.Semaphore(1))), \
-                mock.patch.dict(authserver.ENDINGS, clear=True):
+                mock.patch.dict(authserver.FORMS, clear=True):
             path = self.write("u0:$6$rounds=1000$saltsalt$" + "x" * 86)
             self.refuses("libcrypt", Passwords.read, path, "files")
 
@@ -1376,7 +1379,7 @@ class PasswdVerb(AuthTestCase):
             path = self.write(text or "")
             if text is None:
                 os.unlink(path)
-            for _ in range(3):
+            for _ in range(1):
                 threads(8, lambda n: run([sys.executable, AUTHSERVER, "passwd", path, "u%d" % n, "--stdin"], 0, b"x\n"))
             names = sorted({line.partition(":")[0] for line in read(path).split("\n") if line})
             self.assertEqual(names, (["# staff", "ann"] if text else []) + ["u%d" % n for n in range(8)])
@@ -1811,7 +1814,7 @@ class LockOut(AuthTestCase):
                 ([], "::ffff:127.0.0.1", [], local), ([], "::ffff:192.0.2.1", [], one),
                 ([], "2001:db8::1:2", [], ("2001:db8::1:2", "2001:db8::/64")),
                 ([], "fe80::1%eth0", [], ("fe80::1", "fe80::/64")),
-                ([], "", ["192.0.2.1"], ("-", None)), (["unix:"], "", ["192.0.2.1"], one),
+                ([], "", ["192.0.2.1"], ("", None)), (["unix:"], "", ["192.0.2.1"], one),
                 (["127.0.0.0/8"], "127.0.0.1", ["6.6.6.6, 192.0.2.1"], one),
                 (["127.0.0.0/8"], "::ffff:127.0.0.1", ["192.0.2.1:4711"], one),
                 (own, "127.0.0.1", ["6.6.6.6", "[2001:db8::1]:80"], six),
@@ -2370,7 +2373,7 @@ class FilesPageTests(FilesTest):
         """Return why a folder cannot be served."""
         try:
             self.get("/", self.serve(path, **options))
-        except Refusal as error:
+        except authserver.Refusal as error:
             return str(error)
         return ""
 
@@ -3900,6 +3903,7 @@ threading.Thread.start = start
 '''
     script = HANDLERS.replace("gate.wait(10)", "gate.wait(3)").replace("def get_shut", r'''def get_full(self): refusals.extend(range(50)); self.answer(b"")
     def get_search(self):
+        gc.collect()  # of what has failed, tracebacks may be left
         secret, found, todo = self.path.partition("?")[2][::-1], 0, gc.get_objects()
         for depth in range(3):
             todo = [part for one in todo for part in gc.get_referents(one) if depth == 0 or type(one) in (tuple, dict)]
@@ -3940,6 +3944,388 @@ threading.Thread.start = start
               "the end of jim's connection, and of his password", SOON)
 
 
+# -- 2.4 HTTPS -----------------------------------------------------------------
+
+
+def secure(address: str, context: Optional[ssl.SSLContext] = None, **settings: Any) -> ssl.SSLSocket:
+    """Return a connection over TLS; it raises when it is cut off instead of closed."""
+    return (context or trusting()).wrap_socket(Wire(address), suppress_ragged_eofs=False, **settings)
+
+
+def https(address: str, *words: str, context: Optional[ssl.SSLContext] = None) -> Answer:
+    """Send one request over TLS, and read the answer."""
+    with secure(address, context) as wire:
+        return Wire.exchange(wire, head(*words))  # type: ignore[arg-type]
+
+
+def client_hello(version: int) -> bytes:
+    """Return the first message of a client that speaks TLS 1.`version` at most."""
+    hello = b"\x03%c" % (version + 1) + bytes(32) + b"\0\0\x04\xc0\x14\x00\x35\x01\0"
+    return b"\x16\x03\x01\0%c\x01\0\0%c" % (len(hello) + 4, len(hello)) + hello
+
+
+class Records:
+    """A client whose TLS records the test carries to the server, in pieces of its choice."""
+
+    def __init__(self, address: str) -> None:
+        self.coming, self.going, self.wire = ssl.MemoryBIO(), ssl.MemoryBIO(), Wire(address)
+        self.wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.tls = trusting().wrap_bio(self.coming, self.going)
+
+    def do(self, step: Callable[[], Any], size: int = 1 << 20) -> Any:
+        """Call step until nothing is missing; what it has to say goes in pieces of `size` bytes."""
+        while True:
+            result, done = None, False
+            with contextlib.suppress(ssl.SSLWantReadError):
+                result, done = step(), True
+            octets = self.going.read()
+            for start in range(0, len(octets), size):
+                self.wire.sendall(octets[start:start + size])
+            if done:
+                return result
+            self.coming.write(self.wire.recv(65536)) or self.coming.write_eof()
+
+
+class HttpsTest(HttpTest):
+    """A server with a certificate that tests of a class share."""
+    settings = "authserver.WAITS.update(handshake=1)"
+    pem: str
+
+    @classmethod
+    def set_up(cls) -> None:
+        cls.pem = make_certificate(cls.box)
+        super().set_up()
+
+    def say(self, data: bytes) -> bytes:
+        """Send bytes; return all that comes until the server closes, as TLS does."""
+        with secure(self.at) as wire:
+            wire.sendall(data)
+            return Wire.hear(wire)  # type: ignore[arg-type]
+
+
+@needs("openssl")
+class Https(HttpsTest):
+    """HTTPS: the same HTTP, for all that comes over TLS and whatever else comes"""
+    big: bytes
+
+    @classmethod
+    def set_up(cls) -> None:
+        root = cls.box.make("root")
+        cls.big = b"".join(b"%07d\n" % number for number in range(2000000))
+        for name in ("big", "shrinks"):
+            with open(os.path.join(root, name), "wb") as file:
+                file.write(cls.big)
+        cls.options = ["--root", root, "--tls-cert", cls.box.path("cert.pem")]
+        super().set_up()
+
+    def test_it_is_the_same_http(self) -> None:
+        """Each request that is read or refused in clear is so under TLS, to the end of the connection."""
+        self.check([row for row in SYNTAX + BODIES if b"/example/" not in row[1]])
+
+    def test_versions(self) -> None:
+        """TLS 1.2 and 1.3; 1.1 and 1.0 are told by an alert, and the log in one line."""
+        for name in ["TLSv1.2"] + ["TLSv1.3"] * ssl.HAS_TLSv1_3:
+            context = trusting()
+            context.options |= ssl.OP_NO_TLSv1_3 if name == "TLSv1.2" else 0
+            with self.subTest(name), secure(self.at, context) as wire:
+                self.assertEqual((wire.version(), wire.compression()), (name, None))
+                self.assertEqual(Wire.exchange(wire, head("/")).status, 200)
+        before = self.log().count("refused -: TLS: ")
+        for version in (0, 1):
+            with self.subTest("TLS 1.%d" % version):
+                self.assertRegex(talk(self.at, client_hello(version)), rb"(?s)^\x15\x03.\0\x02\x02[\x46\x28]$")
+        self.logged("refused -: TLS: ", before + 2)
+        self.assertEqual(self.log().count("refused -: TLS: "), before + 2)
+
+    def test_noise_is_a_line_of_the_log_and_nothing_else(self) -> None:
+        """Whatever is no handshake, or half of one: a line, no traceback, and the next client is served."""
+        hello = client_hello(2)
+        for data, line in ((b"\x16\x03\x01", "TLS: .*"), (b"\0" * 500, "TLS: .*"), (hello[:30], "TLS: .*"),
+                           (hello + b"\x15\x03\x03\0\x02\x02\x30", "TLS: .*"), (hello + b"\xff" * 99, "TLS: .*"),
+                           (os.urandom(3) + b"\xff" * 3000, "TLS: .*"), (b"GET / HTTP/1.1\r\n\r\n", "plain HTTP.*"),
+                           (b"PUT /x HTTP/1.1\r\n\r\n" + b"a" * 500000, "plain HTTP.*")):
+            with self.subTest(data[:40]):
+                before = self.log().count("\n")
+                said = talk(self.at, data, True)
+                self.assertEqual(b"https" in said and statuses(said), [400] if "plain" in line else False)
+                until(lambda: self.log().count("\n") > before, "a line")
+                self.assertEqual(https(self.at, "/").status, 200)
+                found = until(lambda: '"GET / HTTP/1.1" 200' in self.log().split("\n", before)[-1]
+                              and self.log().split("\n", before)[-1], "the next line").split("\n")
+                self.assertRegex(found[0], r"127\.0\.0\.1: refused -: %s$" % line)
+                self.assertEqual(len(found), 3, found)
+        with secure(self.at) as wire:               # and noise where the handshake is over
+            socket.socket.sendall(wire, b"\xff" * 100)
+            with contextlib.suppress(OSError):
+                self.assertEqual(wire.recv(100), b"")
+        self.assertEqual(https(self.at, "/").status, 200)
+        self.assertEqual(re.findall("Traceback(?:\n.*){9}", self.log()), [])
+
+    def test_a_client_that_does_not_trust_us(self) -> None:
+        """A client that turns away from our certificate: one line, with the name of its alert."""
+        with self.assertRaises(ssl.SSLError), Wire(self.at) as wire:
+            ssl.create_default_context().wrap_socket(wire, server_hostname="localhost")
+        self.logged("refused -: TLS: .*UNKNOWN_CA")
+
+    def test_records_and_requests_have_nothing_to_do_with_each_other(self) -> None:
+        """Many requests in a record, one in many, the first with the handshake's end, bytes one by one."""
+        for sentence, size, pieces in (("one record", 1 << 20, [head("/") * 150]),
+                                       ("a record a byte", 1 << 20, [b"%c" % octet for octet in head("/")]),
+                                       ("a packet a byte", 1, [head("/") * 2]), ("cut in two", 33, [head("/") * 9])):
+            with self.subTest(sentence):
+                client = Records(self.at)
+                with client.wire:
+                    client.do(lambda: (client.tls.do_handshake(), client.tls.write(pieces[0])), size)
+                    for piece in pieces[1:]:
+                        client.do(lambda: client.tls.write(piece))
+                    want, said = len(re.findall(b"GET", b"".join(pieces))), b""
+                    while len(statuses(said)) < want or not said.endswith(b"</table>\n"):
+                        said += client.do(lambda: client.tls.read(65536))
+                    self.assertEqual(statuses(said), [200] * want)
+
+    def test_a_handshake_that_stalls_keeps_nobody_waiting(self) -> None:
+        """Who stops in the middle of it is closed after the time for it; others are served meanwhile."""
+        with contextlib.ExitStack() as stack:
+            stalled = [stack.enter_context(Wire(self.at)) for _ in range(20)]
+            for number, wire in enumerate(stalled):
+                wire.sendall(client_hello(2)[:number * 2])
+            self.assertEqual([https(self.at, "/").status for _ in range(5)], [200] * 5)
+            self.assertEqual([wire.recv(1) for wire in stalled], [b""] * 20)
+
+    def test_the_end_is_said_as_TLS_says_it(self) -> None:
+        """Whoever ends it, and after whatever: close_notify, so that nothing can be cut off unseen."""
+        for data in (head("/", "GET", JIM, CLOSE), b"GET / HTTP/1.0\r\n\r\n", head("/", "GET", JIM, CLOSE) * 2,
+                     b"nonsense\r\n\r\n", head("/", "PUT", "", "Content-Length: 100000") + b"a" * 50000):
+            with self.subTest(data[:40]):
+                self.assertEqual(len(statuses(self.say(data))), 1)
+        client = Records(self.at)
+        with client.wire:
+            client.do(lambda: (client.tls.do_handshake(), client.tls.write(head("/big"))))
+            client.do(lambda: len(client.tls.read(65536)))
+            with contextlib.suppress(ssl.SSLError, OSError):
+                client.do(client.tls.unwrap)
+        self.assertEqual(https(self.at, "/").status, 200)
+
+    @needs_linux
+    def test_large_files_at_the_pace_of_their_readers(self) -> None:
+        """16 slow readers of 16 MB, and others: everybody gets each byte, nobody waits, nothing is kept."""
+        before = memory(self.box.server.pid)
+        with contextlib.ExitStack() as stack:
+            slow = [stack.enter_context(secure(self.at)) for _ in range(16)]
+            for wire in slow:
+                wire.sendall(head("/big"))
+                self.assertEqual(wire.recv(12), b"HTTP/1.1 200")
+            self.assertEqual([https(self.at, "/").status for _ in range(5)], [200] * 5)
+            self.assertLess(memory(self.box.server.pid) - before, 16)
+            self.assertEqual(https(self.at, "/big").body, self.big)
+            part = https(self.at, "/big", "GET", JIM, "Range: bytes=4000000-")
+            self.assertEqual((part.status, part.body), (206, self.big[4000000:]))
+            slow[0].sendall(head("/big", "HEAD", JIM, CLOSE))
+            rest = Wire.hear(slow[0]).partition(b"\r\n\r\n")[2]  # type: ignore[arg-type]
+            self.assertTrue(rest.partition(b"HTTP/1.1 200")[0] == self.big, len(rest))
+
+    def test_a_file_that_is_cut_while_it_leaves(self) -> None:
+        """Its end is no end of the answer: fewer bytes than announced, then the connection is closed."""
+        with secure(self.at) as wire:
+            wire.sendall(head("/shrinks"))
+            first = wire.recv(4096)
+            os.truncate(self.box.path("root", "shrinks"), 1000000)
+            with contextlib.suppress(ssl.SSLError):
+                first += Wire.hear(wire)  # type: ignore[arg-type]
+        self.assertLess(len(first), 16000000)
+        self.assertEqual(statuses(first), [200])
+        self.assertEqual(re.findall("Traceback(?:\n.*){9}", self.log()), [])
+
+
+@needs("openssl")
+class HttpsHandlers(HttpsTest):
+    """Handlers in threads, under TLS by server.socket = context.wrap_socket(...)"""
+
+    @classmethod
+    def set_up(cls) -> None:
+        cls.script = HANDLERS + '''
+import ssl
+context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+context.load_cert_chain(%r)
+server.socket = context.wrap_socket(server.socket, server_side=True)
+''' % cls.box.path("cert.pem")
+        super().set_up()
+
+    def test_they_are_run_as_in_clear(self) -> None:
+        """Bodies, chunks, and answers that are too short, too long or none: as without TLS."""
+        for sentence, data, want, closes in HANDLED:
+            with self.subTest(sentence):
+                said = statuses(self.say(data + head("/", "GET", JIM, CLOSE)))
+                self.assertEqual(said, want + [200] * (not closes))
+        self.assertIn(b"a" * 100000, self.say(head("/", "POST", JIM, "Content-Length: 300000", CLOSE) + b"a" * 300000))
+        self.assertEqual(len(self.say(head("/big", "GET", JIM, CLOSE)).partition(b"\r\n\r\n")[2]), 20000000)
+
+    def test_they_stream_both_ways(self) -> None:
+        """Each line is answered before the next is sent; the client's close_notify is the end."""
+        with secure(self.at) as wire:
+            wire.sendall(head("/", "STREAM", JIM, CHUNKED))
+            for line in (b"one\n", b"two\n", b"three\n"):
+                wire.sendall(b"%x\r\n%s\r\n" % (len(line), line))
+                said = b""
+                while line.upper() not in said:
+                    said += wire.recv(100)
+            wire.sendall(b"0\r\n\r\n")
+            Wire.hear(wire)
+
+    def test_passwords_and_wishes(self) -> None:
+        """Without the password 401; Basic and Digest; 100 Continue comes through; plain HTTP does not."""
+        challenge = https(self.at, "/x", "GET", "").field("www-authenticate") or ""
+        auths = ("", WRONG, JIM, Digest(challenge, uri="/x").field())
+        self.assertEqual([https(self.at, "/x", "GET", auth).status for auth in auths], [401, 401, 200, 200])
+        with secure(self.at) as wire:
+            wire.sendall(head("/", "POST", JIM, "Content-Length: 3", "Expect: 100-continue"))
+            self.assertEqual(wire.recv(100), authserver.CONTINUE)
+            self.assertEqual(Wire.exchange(wire, b"abc").body, b"abc")
+        self.assertEqual(statuses(talk(self.at, head("/x"), True)), [400])
+
+
+@needs("openssl")
+class HttpsCommand(BoxTest):
+    """--tls-cert and --tls-key"""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.pem = make_certificate(self.box)
+        self.passwords = self.box.write("passwords", "jim:plain:secret\n", 0o600, NOBODY if ROOT else -1)
+        self.common = ["--passwords", self.passwords, "--bind", "127.0.0.1:0"]
+
+    def part(self, name: str, pattern: str, mode: int = 0o600, text: str = "") -> str:
+        """Write what matches of a text (that of the certificate and its key) to a file of its own."""
+        found = re.search("(?s)-----BEGIN %s.*?-----END [^\n]*\n" % pattern, text or read(self.pem))
+        return self.box.write(name, found.group() if found else "", mode)
+
+    def served_certificate(self, address: str) -> bytes:
+        """Return the certificate that a server shows."""
+        with secure(address) as wire:
+            return wire.getpeercert(True) or b""
+
+    def dated(self, end: bytes) -> str:
+        """Write our certificate and key with another last day (its signature is wrong then)."""
+        der = ssl.PEM_cert_to_DER_cert(read(self.part("cert.crt", "CERT")))
+        first, last = re.findall(rb"\x17\r\d{12}Z", der)
+        changed = ssl.DER_cert_to_PEM_cert(der.replace(first + last, first + b"\x17\r" + end))
+        return self.box.write("dated.pem", read(self.part("key", "[A-Z ]*KEY")) + changed, 0o600)
+
+    def test_mistakes_at_start(self) -> None:
+        """Each is a line that names the file, exit status 2; nobody is asked for a key's password."""
+        cert, key = self.part("a.crt", "CERT"), self.part("a.key", "[A-Z ]*KEY")
+        other = self.part("b.key", "[A-Z ]*KEY", text=read(make_certificate(self.box, "b.pem")))
+        worldly, locked = self.part("w.key", "[A-Z ]*KEY", 0o644), self.box.path("locked.key")
+        run(["openssl", "rsa", "-aes128", "-passout", "pass:x", "-in", key, "-out", locked], 0)
+        none, (person, terminal) = self.box.path("none"), pty.openpty()
+        self.addCleanup(lambda: (os.close(person), os.close(terminal)))
+        for options, said in (
+                (["--tls-cert", cert, "--tls-key", other], "b.key: it is not that of .*a.crt"),
+                (["--tls-cert", none, "--tls-key", key], "none.*: No such file"),
+                (["--tls-cert", cert, "--tls-key", none], "none: No such file"),
+                (["--tls-key", key], "--tls-cert is missing"), (["--tls-cert", cert], "a.crt.*: "),
+                (["--tls-cert", key], "a.key.*: "), (["--tls-cert", cert, "--tls-key", locked], "locked.key.*: "),
+                (["--tls-cert", "/dev/null", "--tls-key", key], "/dev/null.*: "),
+                (["--tls-cert", self.box.folder, "--tls-key", key], ": Is a directory"),
+                (["--tls-cert", cert, "--tls-key", worldly], r"w.key: everybody.*\ntry: chmod 600 '?\S.*w.key")):
+            with self.subTest(said):
+                result = run([sys.executable, AUTHSERVER] + self.common + options, 2, stdin=terminal,
+                             start_new_session=True, preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)))
+                self.assertRegex(result.err, "(?s)^authserver: fatal: unable to .*" + said)
+                self.assertNotRegex(result.err, "(?i)traceback|substring|_ssl.c")
+                self.assertEqual(select.select([person], [], [], 0)[0], [])
+        command = re.findall("(?m)^try: (.*)$", result.err)[0]
+        self.assertEqual(run(["sh", "-c", command], 0).code, 0)
+        self.box.serve(*self.common[:2], "--tls-cert", cert, "--tls-key", worldly)
+
+    def test_an_expired_certificate_is_a_warning(self) -> None:
+        """It is served, with a warning; one of the next century without."""
+        for end, warns in ((b"200101000000Z", True), (b"491231235959Z", False)):
+            with self.subTest(end):
+                at = self.box.serve(*self.common[:2], "--tls-cert", self.dated(end))
+                self.assertEqual("dated.pem has expired\n" in read(self.box.output), warns, read(self.box.output))
+                self.assertEqual(https(at, "/").status, 200)
+                self.box.kill(self.box.server)
+
+    def test_every_address_speaks_it_and_offers_both_schemes(self) -> None:
+        """Basic and Digest also where a network reaches; a unix socket stays plain."""
+        place = "unix:" + self.box.path("sock")
+        self.box.serve("--passwords", self.passwords, "--bind", "[::1]:0", "--bind", ":0", "--bind", place, "--tls-cert", self.pem)
+        found = re.findall(r"listening on (.+) \((.*)\)", read(self.box.output))
+        self.assertEqual([schemes for _, schemes in found], ["digest, basic"] * 4)
+        for url, _ in found[:-1]:
+            at = url.replace("https://", "").strip("/").replace("[::]", "127.0.0.1")
+            with self.subTest(url):
+                said = [https(at, "/", "GET", auth) for auth in ("", JIM)]
+                self.assertEqual([answer.status for answer in said], [401, 200])
+                self.assertEqual([value[:6] for name, value in said[0].fields if name == "www-authenticate"],
+                                 ["Digest", "Basic "])
+        self.assertEqual(request(place, "/").status, 200)
+
+    @needs_linux
+    def test_a_session_goes_on_in_another_worker(self) -> None:
+        """What one worker began another resumes, in TLS 1.2 and 1.3, without a full handshake."""
+        at = self.box.address(self.box.start(*self.common, "--workers", "2", "--tls-cert", self.pem))
+        workers = family(self.box.pid())[1:3]
+        for old in (0, getattr(ssl, "OP_NO_TLSv1_3", 0)):
+            context, session = trusting(), None
+            context.options |= old
+            for stopped in workers + workers[:1]:
+                os.kill(stopped, signal.SIGSTOP)
+                until(lambda: read("/proc/%d/stat" % stopped).rpartition(")")[2].split()[0] == "T", "a stop")
+                with self.subTest(old, stopped=stopped), secure(at, context, session=session) as wire:
+                    self.assertEqual(Wire.exchange(wire, head("/")).status, 200)
+                    self.assertEqual(wire.session_reused, session is not None)
+                    session = wire.session
+                os.kill(stopped, signal.SIGCONT)
+
+    def test_a_renewed_certificate_and_a_restart_lose_nothing(self) -> None:
+        """reload takes the new certificate, restart the new code: no request fails meanwhile, kept or new."""
+        result = self.box.start(*self.common, "--workers", "2", "--tls-cert", self.pem)
+        at, end, old = self.box.address(result), threading.Event(), read(self.pem)
+        shown, counts = [self.served_certificate(at)], [0] * 4
+
+        def client(number: int) -> None:
+            if number == 4:
+                try:
+                    for action in ("reload", "restart", "reload"):
+                        make_certificate(self.box, "new.pem")
+                        os.replace(self.box.path("new.pem"), self.pem)
+                        self.box.command(action)
+                        shown.append(self.served_certificate(at))
+                    return
+                finally:
+                    end.set()
+            while not end.is_set():
+                with secure(at) as wire:
+                    for _ in range(1 if number % 2 else 200):
+                        answer = Wire.exchange(wire, head("/"))
+                        self.assertEqual(answer.status, 200)
+                        counts[number] += 1
+                        if answer.field("connection") == "close" or end.is_set():
+                            break
+        threads(5, client)
+        self.assertGreater(min(counts), 20)
+        self.assertEqual(len(set(shown)), 4)
+        self.box.write("cert.pem", old.replace("BEGIN CERT", "BEGIN NOTHING"), 0o600)
+        self.assertIn("cert.pem", self.box.command("reload", want=1).err)
+        self.assertEqual(self.served_certificate(at), shown[-1])
+        self.assertEqual(re.findall("Traceback(?:\n.*){9}", read(self.box.log)), [])
+
+    @needs_root
+    def test_a_key_of_roots_is_taken_by_restart(self) -> None:
+        """After the drop to another user the key cannot be read again: `try: ... restart`; and that works."""
+        if not python_runs_as(NOBODY):
+            self.skipTest("needs a Python that user %d can run" % NOBODY)
+        at = self.box.address(self.box.start(*self.common, "--uid", str(NOBODY), "--tls-cert", self.pem))
+        before = self.served_certificate(at)
+        make_certificate(self.box)
+        self.assertRegex(self.box.command("reload", want=1).err, r"cert\.pem.*Permission denied\ntry: .*restart")
+        self.assertEqual(self.served_certificate(at), before)
+        self.box.command("restart")
+        self.assertNotEqual(self.served_certificate(at), before)
+
+
 class HttpCommand(BoxTest):
     """authserver.py on the command line"""
 
@@ -3973,6 +4359,45 @@ class HttpCommand(BoxTest):
                 self.assertEqual(request(address, "/").status, want)
                 self.assertEqual(request(address, "/", "GET", digest(address, "/")).status, 200)
 
+    @needs("openssl")
+    def test_what_a_network_reads_is_told_once(self) -> None:
+        """One warning for all addresses without TLS; its try: line makes a certificate that is taken."""
+        self.serve("--bind", "0.0.0.0:0", "--bind", ":0", "--bind", "127.0.0.1:0")
+        said = self.logged(r"warning: (a network reaches .+), without TLS: Basic is off there.*\ntry: (.+)   # .*(--.+)\n")
+        self.assertEqual(len(said), 1)
+        self.assertEqual(len(re.findall(r"http://", said[0][0])), 2)
+        self.assertEqual(read(self.box.output).count("try:"), 1)
+        run(["sh", "-c", "cd %s && %s" % (shlex.quote(self.box.folder), said[0][1])], 0)
+        self.box.kill(self.box.server)
+        at = self.serve("--bind", "0.0.0.0:0", "--tls-cert", self.box.path(said[0][2].split()[1]))
+        self.assertTrue(at)
+        self.assertNotIn("try:", read(self.box.output))
+
+    @needs_root
+    @needs("ip")
+    @needs("unshare")
+    def test_a_link_local_address_keeps_its_zone(self) -> None:
+        """[fe80::1%lo]:0 is bound, in a network of its own that has it."""
+        script = ("ip link set lo up && ip -6 addr add fe80::1/64 dev lo nodad && exec " +
+                  " ".join(map(shlex.quote, self.argv("--bind", "[fe80::1%lo]:0"))))
+        self.box.spawn("unshare", "-n", "sh", "-c", script)
+        self.assertRegex(self.logged(r"listening on (\S+)")[0], r"fe80::1%(25)?lo\]:\d+")
+
+    def test_a_kernel_without_IPv6(self) -> None:
+        """:PORT is IPv4 alone there, whatever Python was compiled with."""
+        path = self.box.write("four.py", PRELUDE + '''
+import errno, socket
+real = socket.socket
+class Four(real):
+    def __init__(self, family=socket.AF_INET, *rest, **keys):
+        if family == socket.AF_INET6: raise OSError(errno.EAFNOSUPPORT, "not supported")
+        super().__init__(family, *rest, **keys)
+socket.socket = Four
+sys.exit(authserver.main(sys.argv[1:]))
+''')
+        at = self.box.launch(sys.executable, path, *self.argv("--bind", ":0")[2:])
+        self.assertEqual(request("127.0.0.1:" + at.rpartition(":")[2], "/", "GET", "").status, 401)
+
     def test_a_unix_socket_is_replaced_when_nobody_listens(self) -> None:
         """A socket file of a dead server is no obstacle, one of a living server is."""
         place = "unix:" + self.box.path("sock")
@@ -3991,6 +4416,9 @@ class HttpCommand(BoxTest):
                 (2, ["--schemes", "basic,basic"], "basic"), (2, ["--realm", 'a"b'], "realm"),
                 (2, ["--max-failures", "x"], "max-failures"), (2, ["--trusted-proxy", "x"], "proxy"),
                 (2, ["--nonce-lifetime", "0"], "nonce-lifetime"),
+                (2, ["--stream-threads", "0"], "stream-threads 0: expected at least 1"),
+                (2, ["--stream-threads", "-1"], "stream-threads"), (2, ["--public", "x"], "public"),
+                (2, ["--forward-auth", "x"], "answer at x"),
                 (2, ["--nonce-lifetime", "nan"], "nonce-lifetime"), (2, ["--allow-partial"], "partial"),
                 (2, ["--bind", "x" * 64 + ":0"], "unable to bind"),
                 (1, ["--bind", "unix:" + precious], "unable to bind unix:"),
@@ -7843,7 +8271,7 @@ class FirstStart(DefaultFilesTest):
         """start prints user, password and a curl line; they work; a second start does not repeat it."""
         result = self.action("start", "--bind", "127.0.0.1:0")
         address = self.box.address(result)
-        told = re.search(r"(?m)^user: admin\npassword: (\S+)\n(try: curl --digest -u admin http://%s/example/foo)$"
+        told = re.search(r"(?m)^user: admin\npassword: (\S+)\nkept in: .+\nchange it: .+\n(try: curl --digest -u admin http://%s/example/foo)$"
                          % re.escape(address), result.out)
         self.assertTrue(told, result.out)
         password = told.group(1) if told else ""
@@ -7882,6 +8310,14 @@ class FirstStart(DefaultFilesTest):
             self.assertRegex(result.err, r"(?m)^try: .*authserver\.py passwd \S+ \S+$")
             self.assertFalse(os.path.exists(self.passwords))
 
+    def test_the_command_that_changes_it_knows_the_realm(self) -> None:
+        """With --realm, what the first start says to change the password changes that user."""
+        said = self.action("start", "--bind", "127.0.0.1:0", "--realm", "a b").out
+        command = re.findall(r"(?m)^change it: (.+) && ", said)[0]
+        self.assertIn("changed", run(["sh", "-c", command + " --stdin"], 0, b"new\n").out)
+        self.assertRegex(self.box.daemonize("start", "--quiet", "--name", self.name + "2", "--realm", "c", want=2).err,
+                         "(?m)^try: .* --realm c$")
+
     def test_restart_of_what_never_ran_is_a_first_start(self) -> None:
         """restart on a fresh box is start."""
         self.action("restart", "--bind", "127.0.0.1:0")
@@ -7891,8 +8327,8 @@ class FirstStart(DefaultFilesTest):
         """start --bind unix:PATH prints a curl line with --unix-socket."""
         path = self.box.path("sock")
         said = self.action("start", "--bind", "unix:" + path).out
-        self.assertIn("\ntry: curl --digest -u admin --unix-socket %s http://localhost/example/foo\n" % path,
-                      said)
+        self.assertIn("\ntry: curl --digest -u admin --unix-socket %s http://localhost/example/foo\n" % (
+            shlex.quote(path)), said)
 
 
 @unittest.skipUnless(os.path.exists(README), "needs README")
