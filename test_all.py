@@ -7892,8 +7892,7 @@ class Machines(SharedBoxTest):
                        "--nonce-secret", cls.box.path("secret"), "--trusted-proxy", "127.0.0.1"]
         cls.nodes = [Box() for _ in range(3)]
         cls.places = ["127.0.0.%d:%d" % (number, free_port()) for number in (1, 2, 3)]
-        for number in range(3):
-            cls.start(number)
+        threads(3, cls.start)
 
     @classmethod
     def start(cls, number: int) -> None:
