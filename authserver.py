@@ -1294,7 +1294,7 @@ def check_offer(realm: str, schemes: Sequence[str], algorithms: Sequence[str],
 class Authenticator:
     """Say who sends a request; the conductor of everything above.
 
-    Methods for the server: judge (or authenticate, which waits), is_locked, challenge, clock.
+    Methods for the server: judge (or authenticate, which waits), lock_left_of, challenge, clock.
     Instance variables: passwords, which a reload sets; table; schemes, and is_explicit: somebody
     has said which.
     """
@@ -1340,7 +1340,7 @@ class Authenticator:
         if not attempt.authorization and attempt.credentials is None:
             self.table.add("challenges")
             return self._refuse(attempt, "no credentials")
-        wait = self._lock_left(attempt.client, attempt.time)
+        wait = self.lock_left_of(attempt.client, attempt.time)
         if wait:
             return Verdict(429, reason="locked out", fields=(("Retry-After", str(wait)),))
         try:
@@ -1484,16 +1484,12 @@ class Authenticator:
             self.table.add("lockouts")
         return self._refuse(attempt, reason, username)
 
-    def _lock_left(self, client: Optional[str], now: float) -> int:
+    def lock_left_of(self, client: Optional[str], now: float) -> int:
         """Return the seconds for which client is locked out, or 0."""
         limit, seconds = self.max_failures
         if not limit or client is None:
             return 0
         return math.ceil(self.table.lock_left(client, now, limit, seconds))
-
-    def is_locked(self, client: Optional[str], now: float) -> bool:
-        """Return whether client is locked out."""
-        return self._lock_left(client, now) > 0
 
 
 def parse_choice(text: str, known: Iterable[str]) -> Tuple[str, ...]:
@@ -2737,7 +2733,7 @@ class Connection(Channel):
             return PUBLIC
         if authenticator is None or len(request.authorization) != 1 or (
                 "basic" not in request.schemes
-                or request.client and authenticator.is_locked(request.client, server.now)):
+                or authenticator.lock_left_of(request.client, server.now)):
             return None
         return authenticator.recall(request.authorization[0])
 
@@ -3104,7 +3100,7 @@ def count_cpus() -> int:
     return os.cpu_count() or 1      # macOS
 
 
-class Loop:
+class Loop(http.server.HTTPServer):
     """All connections, in one thread; the half of a server that waits.
 
     Methods for the server: open, turn, close, call_soon.  For connections: forget, and what
@@ -3115,7 +3111,8 @@ class Loop:
     listeners: List[Listener]
     draining = held = False     # it accepts nobody any more; nobody yet
 
-    def __init__(self) -> None:
+    def begin_life(self) -> None:
+        """Be a loop without connections; BaseServer's __init__ has done the rest."""
         self.log, self.heads = Log(), HeadReader()
         self.connections: Set[Connection] = set()
         # connections with more requests in their buffers; who came first, comes first
@@ -3142,13 +3139,6 @@ class Loop:
             connection.close()
         for closable in (self.selector, self.wake, self.waker):
             closable.close()
-
-    def service_actions(self) -> None:
-        """Do what a program wants done once in a while."""
-
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Return whether to talk to a client at all."""
-        return True
 
     def turn(self, patience: Optional[float]) -> None:
         """Do what there is to do; where there is nothing, wait for something.
@@ -3336,7 +3326,7 @@ UNUSED_HOOKS = ("get_request", "process_request", "process_request_thread", "shu
                 "close_request")
 
 
-class AuthServer(Loop, http.server.HTTPServer):
+class AuthServer(Loop):
     """An HTTPServer that keeps every connection in one loop.
 
     handler_class may have been through protect(); or it is no class at all, but a page.
@@ -3355,7 +3345,7 @@ class AuthServer(Loop, http.server.HTTPServer):
 
     def __init__(self, server_address: Any, handler_class: Any, bind_and_activate: bool = True,
                  authenticator: Optional[Authenticator] = None,
-                 listeners: Sequence[Listener] = (), public: Sequence[bytes] = (),
+                 listeners: Sequence[Listener] = (), public: Sequence[Union[str, bytes]] = (),
                  stream_threads: int = STREAM_THREADS) -> None:
         for name in UNUSED_HOOKS:
             if getattr(type(self), name, None) is not getattr(http.server.HTTPServer, name, None):
@@ -3366,7 +3356,7 @@ class AuthServer(Loop, http.server.HTTPServer):
         handler_class = only_once(handler_class) if is_handler else handler_class
         self.authenticator = authenticator or find_attribute(handler_class, "authenticator")
         self.proxies = find_attribute(handler_class, "proxies") or TrustedProxies()
-        self.public, self.listeners = public, list(listeners)
+        self.public, self.listeners = [os.fsencode(prefix) for prefix in public], list(listeners)
         if listeners:
             socketserver.BaseServer.__init__(self, server_address, handler_class)
             self.socket = listeners[0].socket
@@ -3379,7 +3369,7 @@ class AuthServer(Loop, http.server.HTTPServer):
         # Of those whose table we share: before the first worker of ours.
         self.forebears = (self.authenticator.table.statistics()["workers"]
                           if self.authenticator else 0)
-        Loop.__init__(self)
+        self.begin_life()
 
     @property
     def sockets(self) -> List[socket.socket]:
@@ -3399,7 +3389,7 @@ class AuthServer(Loop, http.server.HTTPServer):
     def serve_forever(self, poll_interval: float = 1.0) -> None:
         """Serve until shutdown() or drain(), or until a signal handler raises."""
         self.begin()
-        is_busy = getattr(self.service_actions, "__func__") is not Loop.service_actions
+        is_busy = type(self).service_actions is not socketserver.BaseServer.service_actions
         try:
             self.announce()
             while not self.stopping and not (self.draining and not self.connections):
@@ -4321,18 +4311,14 @@ class HandlerSocket:
         self.is_parsed = False                  # the handler has seen the request
         self._io_refs, self._closed = 0, False  # for makefile()
 
-    # http.server's streams are the socket module's own: these are all that they need.
-    makefile = socket.socket.makefile
-    _decref_socketios = socket.socket._decref_socketios     # type: ignore[attr-defined]
+    # http.server's streams are the socket module's own: these are all that they need. Closed it
+    # is when the last file made of it has been.
+    makefile, close = socket.socket.makefile, socket.socket.close
     __enter__, __exit__ = socket.socket.__enter__, socket.socket.__exit__
+    _decref_socketios = socket.socket._decref_socketios     # type: ignore[attr-defined]
 
     def _real_close(self) -> None:
         self.is_shut = True
-
-    def close(self) -> None:
-        """Close it as socket.close does: when the last file made of it is closed."""
-        self._closed = True
-        self.is_shut = self.is_shut or self._io_refs <= 0
 
     def shutdown(self, how: int) -> None:
         """End one direction, or both; the client sees it when the handler returns."""
