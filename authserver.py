@@ -337,6 +337,50 @@ def parse_digest(params: Mapping[str, str]) -> DigestCredentials:
         CANONICAL.get(algorithm.lower() or "md5", ""), qop, nc, unescape(cnonce))
 
 
+# What a client sends with each request differs in four places: uri, cnonce, nc and response,
+# in this spelling with most of them. What lies between is its FRAME, and that is parsed once.
+# Nothing in the four ends a quotation, a parameter or a line; and the strict parser has said
+# of the frame that it finds just there what it is filled with.
+split_frame = re.compile(r'( uri="| cnonce="| nc=| response=")([!#-+\--\[\]-~]+)').split
+is_filling = re.compile(
+    r"[^ ]+ .{1,256} (?!0{8})[0-9a-fA-F]{8} [0-9a-f]{32}(?:[0-9a-f]{32})?").fullmatch
+HOLES = (' uri="', ' cnonce="', ' nc=', ' response="')
+
+
+@functools.lru_cache(maxsize=1024)
+def read_frame(frame: Tuple[str, ...], holes: Tuple[str, ...]) -> Optional[DigestCredentials]:
+    """Return the credentials in a frame, if its holes are what they seem to be, else None."""
+    probes = dict(zip(HOLES, ("/", "c" * 256, "12345678", "0" * 64)))
+    filled = [text for piece, hole in zip(frame, holes) for text in (piece, hole, probes[hole])]
+    try:
+        scheme, _, params = parse_authorization("".join(filled) + frame[-1])
+        found = parse_digest(params)
+    except Malformed:       # the whole value is parsed then, and says what is wrong with it
+        return None
+    is_so = [found.uri, found.cnonce, found.nc, found.response] == list(probes.values())
+    return found if scheme == "digest" and is_so else None
+
+
+def read_digest(value: str) -> Optional[DigestCredentials]:
+    """Return Digest credentials by their frame; None where they have to be parsed.
+
+    >>> read_digest('Digest username="jim", realm="r", nonce="n", uri="/", nc=00000001, '
+    ...             'cnonce="c", qop=auth, response="' + "0" * 32 + '"').uri
+    '/'
+    """
+    parts = split_frame(value)
+    if len(parts) != 13 or len(value) > 2 * MAX_TEXT:
+        return None
+    values = dict(zip(parts[1::3], parts[2::3]))
+    uri, cnonce, nc, response = [values.get(hole, "") for hole in HOLES]
+    known = is_filling(f"{uri} {cnonce} {nc} {response}") and read_frame(
+        tuple(parts[::3]), tuple(parts[1::3]))
+    if not known:
+        return None
+    names, realm, nonce, _, _, algorithm, qop, _, _ = known
+    return DigestCredentials(names, realm, nonce, uri, response, algorithm, qop, nc, cnonce)
+
+
 # -- 2. Digest arithmetic -----------------------------------------------------
 #
 # MD5 is broken where an attacker chooses both texts. Here it hashes a secret with the
@@ -1235,7 +1279,6 @@ class Attempt:
     those offered where it came in.
     """
 
-    credentials: Optional[DigestCredentials] = None     # where they are parsed already
     read_body: Callable[[], Generator[Any, Any, bytes]] = staticmethod(no_body)
     same_target: Callable[[str, str], bool] = staticmethod(is_same_target)
 
@@ -1337,7 +1380,7 @@ class Authenticator:
     def judge(self, attempt: Attempt) -> Asking:
         """Return the Verdict on an attempt; yields what has to be waited for."""
         # Before the lock-out: who brings no password guesses nothing.
-        if not attempt.authorization and attempt.credentials is None:
+        if not attempt.authorization:
             self.table.add("challenges")
             return self._refuse(attempt, "no credentials")
         wait = self.lock_left_of(attempt.client, attempt.time)
@@ -1362,10 +1405,11 @@ class Authenticator:
 
     def _parse(self, attempt: Attempt) -> Tuple[str, str, Optional[DigestCredentials]]:
         """Return scheme, token and Digest credentials of an attempt."""
-        if attempt.credentials:
-            return "digest", "", attempt.credentials
         if len(attempt.authorization) > 1:
             raise Malformed("two Authorization fields")
+        known = read_digest(attempt.authorization[0])
+        if known:
+            return "digest", "", known
         scheme, token, params = parse_authorization(attempt.authorization[0])
         return scheme, token, parse_digest(params) if scheme == "digest" else None
 
@@ -1748,10 +1792,10 @@ def read_nonce_secret(path: str) -> bytes:
 # nothing is repaired: one spelling is right, all else is 400, and the
 # connection closes, for nobody knows where the next request would begin.
 #
-# Who goes from page to page sends the same fields with each request but for
-# the request line, and a Digest's Authorization. So what a block of fields
-# means is remembered, by a keyed hash of its bytes (there may be a password
-# in it), from the second time it comes; the rest is read each time.
+# Who goes from page to page sends the same fields with each request, but for the
+# request line and the credentials. So what a block of fields means is remembered,
+# by a keyed hash of its bytes without the credentials, from the second time it
+# comes; the rest is read each time.
 
 # RFC 9112 section 3: request-line = method SP request-target SP HTTP-version
 # A target is visible ASCII without "#". RFC 3986 allows less, but curl sends \ | ^ bare.
@@ -1768,10 +1812,9 @@ ABSOLUTE = re.compile(r"https?://([^/?@]+)([/?].*)?", re.IGNORECASE)
 # 15 digits at most: a size is never a number that takes long to make.
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t -~\x80-\xff]*)?")
 UNPRINTABLE = re.compile(r"[^ !#-\[\]-~]")
-# What differs in a client's Digest credentials from request to request: uri, cnonce, nc and
-# response; nothing in it ends a quotation, a parameter or a line.
-match_filling = re.compile(rb"[!#-\[\]-~]+\n[!#-\[\]-~]{1,256}\n(?!0{8})[0-9a-fA-F]{8}\n"
-                           rb"[0-9a-f]{32}(?:[0-9a-f]{32})?").fullmatch
+# One line of credentials, which is cut out of a block before that is remembered.
+find_authorization = re.compile(
+    rb"\r\n[Aa]uthorization:[ \t]*([\t -~\x80-\xff]*)(?=\r\n)").search
 
 Values = Dict[str, List[str]]
 
@@ -1847,47 +1890,12 @@ def parse_head(octets: bytes) -> Request:
     return Request(method, target, path, shown, minor, fields, authorization)
 
 
-class Known(NamedTuple):
-    """What a block of fields meant."""
-
-    fields: FieldBlock
-    start: int              # where in it the value of Authorization lies, but for a Digest's ...
-    end: int
-    credentials: Optional[DigestCredentials]        # ... which are these, with other values in them
-
-
-def cut_holes(block: bytes) -> Tuple[List[bytes], List[int], List[str]]:
-    """Return what lies round the holes in Digest credentials, their order, and what fills them.
-
-    The holes are uri, cnonce, nc and response; order says which comes first, and so on. It is
-    a guess at the syntax, and HeadReader has the strict parser see whether it is right.
-    """
-    start = block.find(b"\r\nAuthorization: Digest ")
-    if start < 0:
-        start = block.find(b"\r\nauthorization: Digest ")
-    if start < 0:
-        return [block], [], []
-    end = block.find(b"\r\n", start + 2)
-    uri, cnonce = block.find(b' uri="', start, end) + 6, block.find(b' cnonce="', start, end) + 9
-    nc, response = block.find(b" nc=", start, end) + 4, block.find(b' response="', start, end) + 11
-    holes = ((uri, block.find(b'"', uri, end)), (cnonce, block.find(b'"', cnonce, end)),
-             (nc, nc + 8), (response, block.find(b'"', response, end)))
-    filling = b"\n".join([block[a:b] for a, b in holes])
-    # What was not found "begins" before the credentials.
-    if not match_filling(filling) or min(uri, cnonce, nc, response) < start:
-        return [block], [], []
-    order = sorted(range(4), key=holes.__getitem__)
-    (a, b), (c, d), (e, f), (g, h) = [holes[number] for number in order]
-    return ([block[:a], block[b:c], block[d:e], block[f:g], block[h:]], order,
-            filling.decode("ascii").split("\n"))
-
-
 class HeadReader:
     """Read heads as parse_head does; what a block of fields meant is remembered."""
 
     def __init__(self) -> None:
         self._key = os.urandom(16)
-        self._known: Dict[bytes, Optional[Known]] = {}      # None: it has come once
+        self._known: Dict[bytes, Optional[FieldBlock]] = {}     # None: it has come once
 
     def read(self, octets: bytes) -> Request:
         r"""Return the request whose head octets are.
@@ -1898,66 +1906,29 @@ class HeadReader:
         end = octets.find(b"\r\n")
         if len(octets) > MAX_MEMO:
             return parse_head(octets)           # which refuses what is larger still
+        found = find_authorization(octets, end)
+        start, stop = found.span(1) if found else (end, end)
         # With the digit before it: the version is part of what the fields mean.
-        pieces, order, filling = cut_holes(octets[end - 1:])
-        key = sign(self._key, b"\0".join(pieces))
-        known = self._known.get(key)
-        if known is None or bool(known.credentials) != bool(filling):
-            return self._learn(key, octets, end, pieces, order)
+        key = sign(self._key, octets[end - 1:start] + octets[stop:])
+        fields = self._known.get(key)
+        if fields is None:
+            return self._learn(key, parse_head(octets), found is not None)
         parse = recall_request_line if end < SHORT else parse_request_line
         method, target, path, shown, minor = parse(octets[:end].decode("latin-1"))
         if not minor:
-            check_length(method, minor, known.fields)
-        request = Request(method, target, path, shown, minor, known.fields)
-        if known.credentials:
-            uri, cnonce, nc, response = filling
-            names, realm, nonce, _, _, algorithm, qop, _, _ = known.credentials
-            request.credentials = DigestCredentials(names, realm, nonce, uri, response, algorithm,
-                                                    qop, nc, cnonce)
-        elif known.start:
-            request.authorization = (octets[end - 1 + known.start:
-                                            end - 1 + known.end].decode("latin-1"),)
-        return request
+            check_length(method, minor, fields)
+        said = (octets[start:stop].decode("latin-1").rstrip(" \t"),) if found else ()
+        return Request(method, target, path, shown, minor, fields, said)
 
-    def _learn(self, key: bytes, octets: bytes, end: int, pieces: List[bytes],
-               order: List[int]) -> Request:
-        """Read a head in full; keep what its block of fields meant, if that has come before."""
-        request = parse_head(octets)
-        said, credentials, start = request.authorization, None, 0
-        if order:
-            credentials = prove_guess(octets[:end - 1], pieces, order, request)
-        elif len(said) == 1:
-            start = pieces[0].find(said[0].encode("latin-1"))
-        # What was not understood, or guessed wrongly, is read by the strict parser each time.
-        if bool(said) == bool(credentials or start):
+    def _learn(self, key: bytes, request: Request, is_cut: bool) -> Request:
+        """Keep what a block of fields meant, if it has come before; return the request."""
+        # A second Authorization, or one in a spelling of its own, is read by parse_head each time.
+        if len(request.authorization) == is_cut:
             if len(self._known) >= MAX_MEMOS:
                 self._known.clear()     # then each client's next head is parsed, that is all
             # A browser's first request, a scanner's thousand: most blocks never come again.
-            self._known[key] = Known(request.fields, start, start + len("".join(said)),
-                                     credentials) if key in self._known else None
+            self._known[key] = request.fields if key in self._known else None
         return request
-
-
-def prove_guess(line: bytes, pieces: List[bytes], order: List[int],
-                request: Request) -> Optional[DigestCredentials]:
-    """Return the credentials of a request, if the holes are holes.
-
-    They are if the strict parser finds what they are filled with, whatever it is, and reads
-    nothing else otherwise.
-    """
-    others: Dict[str, Any] = dict(uri="/other", cnonce="another", nc="0000beef",
-                                  response="f00d" * 8)
-    fillings = [list(others.values())[number].encode("ascii") for number in order]
-    head = line + pieces[0] + b"".join(map(b"".join, zip(fillings, pieces[1:])))
-    with contextlib.suppress(BadRequest, Malformed):
-        again = parse_head(head)
-        if again.fields == request.fields and len(request.authorization) == 1:
-            (scheme, _, before), (_, _, after) = [parse_authorization(text) for text in (
-                request.authorization[0], again.authorization[0])]
-            credentials = parse_digest(before)
-            if scheme == "digest" and parse_digest(after) == credentials._replace(**others):
-                return credentials
-    return None
 
 
 def parse_fields(block: str, minor: int) -> FieldBlock:
