@@ -3343,7 +3343,7 @@ class AuthServer(Loop, http.server.HTTPServer):
 
     def __init__(self, server_address: Any, handler_class: Any, bind_and_activate: bool = True,
                  authenticator: Optional[Authenticator] = None,
-                 listeners: Sequence[Listener] = (), public: Sequence[bytes] = (),
+                 listeners: Sequence[Listener] = (), public: Sequence[Any] = (),
                  stream_threads: int = STREAM_THREADS) -> None:
         for name in UNUSED_HOOKS:
             if getattr(type(self), name, None) is not getattr(http.server.HTTPServer, name, None):
@@ -3354,7 +3354,8 @@ class AuthServer(Loop, http.server.HTTPServer):
         handler_class = only_once(handler_class) if is_handler else handler_class
         self.authenticator = authenticator or find_attribute(handler_class, "authenticator")
         self.proxies = find_attribute(handler_class, "proxies") or TrustedProxies()
-        self.public, self.listeners = public, list(listeners)
+        self.public = [os.fsencode(prefix) for prefix in public]    # of text, as of bytes
+        self.listeners = list(listeners)
         if listeners:
             socketserver.BaseServer.__init__(self, server_address, handler_class)
             self.socket = listeners[0].socket
@@ -5271,8 +5272,7 @@ def make_server(options: argparse.Namespace, path: str) -> AuthServer:
     # All that any address offers: chosen schemes are those of each, and else the longer has both.
     schemes = max((item.schemes for item in listeners), key=len)
     server = AuthServer(None, page, True, make_authenticator(options, path, schemes), listeners,
-                        [os.fsencode(prefix) for prefix in options.public],
-                        options.stream_threads)
+                        options.public, options.stream_threads)
     server.proxies = TrustedProxies(options.trusted_proxy)
     server.forward_auth = options.forward_auth or ""
     # More than four wait for one another: for the table of nonces, and for the listening socket.
