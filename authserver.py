@@ -110,6 +110,7 @@ CLIENT_BUCKETS = 1 << 16    # of clients whose failures are counted, 16 bytes ea
 MAX_ROWS = 64               # processes that count for themselves
 MAX_FAILURES = (10, 60.0)   # wrong passwords in so many seconds: more than a person mistypes
 MAX_CREDENTIALS = 16384     # characters of an Authorization field: a uri of 8 KiB fits
+MAX_HOPS = 10               # proxies behind one another, in X-Forwarded-For
 MAX_TEXT = 1024             # bytes of a name or user:password; to normalize 16 KiB takes 100 ms
 MAX_CHALLENGE = 255         # characters; wget (1.21 to 1.24) aborts on more, before another
 SLOW_HASHES = 2             # verified at a time, so that guessing cannot take every CPU
@@ -593,7 +594,11 @@ class Exclusively:
 
     def __enter__(self) -> None:
         self.mutex.acquire()
-        fcntl.lockf(self.fd, fcntl.LOCK_EX, 1, self.offset)
+        try:
+            fcntl.lockf(self.fd, fcntl.LOCK_EX, 1, self.offset)
+        except BaseException:       # no locks left, or a signal's SystemExit
+            self.mutex.release()
+            raise
 
     def __exit__(self, *error: Any) -> None:
         fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, self.offset)
@@ -1365,16 +1370,16 @@ class Authenticator:
         return scheme, token, parse_digest(params) if scheme == "digest" else None
 
     def recall(self, authorization: str) -> Optional[Verdict]:
-        """Return the verdict on Basic credentials that this dictionary has found right."""
+        """Return the verdict on Basic credentials that this dictionary has found right.
+
+        It is kept in the dictionary: a reload makes a new one, which remembers nobody.
+        """
         if authorization[:1] not in "Bb":
             return None
-        return self.passwords.granted.get(sign(self._memo_key, authorization.encode("latin-1")))
+        return self.passwords.granted.get(self._memo_of(authorization))
 
-    def _remember(self, passwords: Passwords, authorization: str, verdict: Verdict) -> None:
-        """Keep a verdict with the dictionary that it was checked against: both go at a reload."""
-        if len(passwords.granted) >= REMEMBERED:
-            passwords.granted.clear()
-        passwords.granted[sign(self._memo_key, authorization.encode("latin-1"))] = verdict
+    def _memo_of(self, authorization: str) -> bytes:
+        return sign(self._memo_key, authorization.encode("latin-1"))
 
     def _judge_basic(self, attempt: Attempt, username: str, password: str) -> Asking:
         """Look at Basic credentials."""
@@ -1383,18 +1388,16 @@ class Authenticator:
         while passwords is not self.passwords:
             passwords = self.passwords
             verify = functools.partial(passwords.verify, username, password)
-            correct = verify() if not passwords.is_slow(username) else (
-                yield functools.partial(self._verify_late, attempt, verify))
+            correct = (yield verify) if passwords.is_slow(username) else verify()
+        assert passwords is not None
         if not correct:
             known = username in passwords.entries
             return self._fail(attempt, username, "bad password" if known else "unknown user")
         verdict = Verdict(200, username, username, "", (), "Basic")
-        self._remember(passwords, attempt.authorization[0], verdict)
+        if len(passwords.granted) >= REMEMBERED:
+            passwords.granted.clear()
+        passwords.granted[self._memo_of(attempt.authorization[0])] = verdict
         return verdict
-
-    def _verify_late(self, attempt: Attempt, verify: Callable[[], bool]) -> bool:
-        """Verify in a thread: by now another request with this password may have gone before."""
-        return self.recall(attempt.authorization[0]) is not None or verify()
 
     def _judge_digest(self, attempt: Attempt, credentials: DigestCredentials,
                       body: Optional[bytes]) -> Verdict:
@@ -1569,7 +1572,7 @@ class TrustedProxies:
         ('9.9.9.9', '9.9.9.9')
         """
         address = parse_address(peer)
-        hops = forwarded.split(",")
+        hops = forwarded.rsplit(",", MAX_HOPS)[-MAX_HOPS:]      # what is left of them is not read
         while self.trusts(address) and hops:
             hop = parse_address(hops.pop())
             if hop is None:
@@ -2700,6 +2703,8 @@ class Connection(Channel):
             self.refuse(error, octets, request)
         except Busy as error:           # nobody is there to whom it could be lent
             assert request is not None
+            if server.authenticator:
+                server.authenticator.table.add("busy")
             request.verdict = Verdict(503, reason=str(error), fields=(("Retry-After", "1"),))
             answer = refusal(server, request)
         if answer is not None and request is not None:
@@ -2765,11 +2770,17 @@ class Connection(Channel):
         return content
 
     def skip(self, body: Body) -> Story:
-        """Read and drop a small body that nobody wanted, so that the connection can go on."""
-        while not body.done and not self.closing:
-            body.feed(self.take_buffer())
-            if not body.done:
-                yield REST
+        """Read and drop a small body that nobody wanted, so that the connection can go on.
+
+        What is malformed has had its answer; but nobody knows where a next request would begin.
+        """
+        try:
+            while not body.done and not self.closing:
+                body.feed(self.take_buffer())
+                if not body.done:
+                    yield REST
+        except BadRequest:
+            self.lingers = self.closing = True
         if body.rest:
             self.buffer = body.take_rest() + self.buffer
 
@@ -2783,14 +2794,15 @@ class Connection(Channel):
         """
         sock = HandlerSocket(self, octets, request, body)
         yield sock
+        sock.is_shut, was_shut = True, sock.is_shut     # for threads that it may have left behind
         if sock.answer.fault:
             self.server.log.error(f"{request.host}: {request.line}: {sock.answer.fault}")
-        if sock.is_silent():
+        if sock.is_silent() and not was_shut:
             if sock.nonsense:
                 raise sock.nonsense
             self.closing = True
             return Answer(500, (HTML,), error_page(500))
-        self.closing = self.closing or self.server.draining or sock.ends_connection()
+        self.closing = self.closing or self.server.draining or was_shut or sock.ends_connection()
         self.lingers = self.closing and not body.done
         self.note(request, sock.answer.status, sock.answer.size)
         return None
@@ -3365,6 +3377,9 @@ class AuthServer(Loop, http.server.HTTPServer):
         self.reread: Callable[[], None] = lambda: None
         self.abandon: Callable[[], None] = lambda: None
         self.stopped = threading.Event()
+        # Of those whose table we share: before the first worker of ours.
+        self.forebears = (self.authenticator.table.statistics()["workers"]
+                          if self.authenticator else 0)
         Loop.__init__(self)
 
     @property
@@ -3430,7 +3445,7 @@ class AuthServer(Loop, http.server.HTTPServer):
     def announce(self) -> None:
         """Log the addresses; the first worker does it for all."""
         authenticator = self.authenticator
-        if authenticator is None or not authenticator.table.statistics()["workers"]:
+        if not authenticator or authenticator.table.statistics()["workers"] == self.forebears:
             for address, listener in zip(self.addresses(), self.listeners):
                 self.log.error(f"listening on {address} ({', '.join(listener.schemes)})")
             if authenticator and authenticator.max_failures[0]:
@@ -4053,6 +4068,8 @@ def tls_context(certificate: str, key: Optional[str]) -> Any:
     if mode & stat.S_IROTH:
         raise Refusal(f"unable to use {what}: everybody may read it\n"
                       f"try: chmod 600 {shlex.quote(key)}")
+    # OpenSSL 3 refuses it by itself: a client could have the arithmetic done for ever.
+    context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
     if hasattr(context, "minimum_version"):     # since Python 3.7
         context.minimum_version = ssl.TLSVersion.TLSv1_2
     else:
@@ -4098,7 +4115,8 @@ class TLSConnection(Connection):
         except ssl.SSLWantWriteError:
             self.watch(True)
         except (OSError, ValueError) as error:
-            self.give_up(str(getattr(error, "reason", None) or error))
+            said = str(getattr(error, "reason", None) or error)
+            self.give_up(re.sub(r" \(_ssl\.c:\d+\)", "", said))
         else:
             self.watch(False)
             self.wait("first")
@@ -4269,7 +4287,11 @@ class Follower:
             try:
                 self.chunks.feed(octets)
             except BadRequest as error:
-                self.fault, self.chunks = f"the handler sent a malformed {error}", None
+                self.fault, self.chunks, self.left = f"the handler sent a malformed {error}", None, 0
+                return b""
+            rest = self.chunks.take_rest() if self.chunks.done else b""
+            if rest:
+                self.fault, octets = "the handler sent more than it announced", octets[:-len(rest)]
         self.size += len(octets)
         return octets
 
@@ -4303,6 +4325,7 @@ class HandlerSocket:
     # http.server's streams are the socket module's own: these are all that they need.
     makefile = socket.socket.makefile
     _decref_socketios = socket.socket._decref_socketios     # type: ignore[attr-defined]
+    __enter__, __exit__ = socket.socket.__enter__, socket.socket.__exit__
 
     def _real_close(self) -> None:
         self.is_shut = True
@@ -4318,7 +4341,11 @@ class HandlerSocket:
 
     def settimeout(self, seconds: Optional[float]) -> None:
         """Set how long a handler wants to wait; we do not wait longer than PACE_SECONDS."""
-        self.timeout = seconds
+        self.timeout = None if seconds is None else float(seconds)
+
+    def gettimeout(self) -> Optional[float]:
+        """Return that."""
+        return self.timeout
 
     def setblocking(self, blocking: bool) -> None:
         """Set whether it wants to wait at all."""
@@ -4327,7 +4354,7 @@ class HandlerSocket:
     def __getattr__(self, name: str) -> Any:
         """Return what the real socket has; what could carry bytes past us is the last we know."""
         if name not in ("family", "type", "proto", "getsockname", "getpeername", "getsockopt",
-                        "setsockopt", "cipher", "version", "getpeercert", "context", "gettimeout"):
+                        "setsockopt", "cipher", "version", "getpeercert", "context"):
             self.bypassed = True
             self.put(self.answer.give_up())
         return getattr(self.connection.socket, name)
@@ -4406,7 +4433,10 @@ class HandlerSocket:
     def sendfile(self, file: Any, offset: int = 0, count: Optional[int] = None) -> int:
         """Send a file, or a part of it.  See: socket.socket.sendfile."""
         file.seek(offset)
-        return self.send(file.read(-1 if count is None else count))
+        left = math.inf if count is None else count
+        sizes = [self.send(octets) for octets in iter(
+            lambda: file.read(int(min(IN_MEMORY, left - file.tell() + offset))), b"")]
+        return sum(sizes)
 
     def put(self, octets: bytes) -> None:
         """Send bytes at the client's pace, if that is not too slow."""
@@ -4441,13 +4471,13 @@ class HandlerSocket:
     def is_silent(self) -> bool:
         """Return whether nothing has been answered, and somebody is there to be told."""
         answer = self.answer
-        return not (answer.status or answer.raw or self.bypassed or self.gone or self.is_shut)
+        return not (answer.status or answer.raw or self.bypassed or self.gone)
 
     def ends_connection(self) -> bool:
         """Return whether nobody knows, or everybody, that this answer was the last one here."""
         answer = self.answer
         return bool(answer.fault or answer.closes or answer.upgraded or self.nonsense or self.gone
-                    or self.failed or self.is_shut or self.bypassed)
+                    or self.failed or self.bypassed)
 
 
 class Once(http.server.BaseHTTPRequestHandler):
