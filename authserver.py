@@ -1156,6 +1156,8 @@ class Passwords:
     @classmethod
     def read(cls, path: str, realm: str = REALM) -> "Passwords":
         """Read the password file at path ("-" = standard input), or name all its mistakes."""
+        # First: no command that cures the file could cure that.
+        check_realm(realm)
         entries, mistakes = parse_passwords(
             read_secrets("passwords", path, passwd_command(path, [FIRST_USER], realm)), realm)
         if mistakes:
@@ -1288,6 +1290,12 @@ class Attempt:
         self.client, self.time, self.schemes = client, time, schemes
 
 
+def call_for(read: Callable[[], bytes]) -> Generator[Any, Any, bytes]:
+    """Read a body as the authenticator wants it read: it asks, and we wait."""
+    content: bytes = (yield read)
+    return content
+
+
 def at_once(asking: Asking) -> Verdict:
     """Return what a generator of checks comes to; here and now, however long it takes."""
     result = None
@@ -1337,7 +1345,7 @@ def check_offer(realm: str, schemes: Sequence[str], algorithms: Sequence[str],
 class Authenticator:
     """Say who sends a request; the conductor of everything above.
 
-    Methods for the server: judge (or authenticate, which waits), lock_left_of, challenge, clock.
+    Methods for the server: judge, lock_left_of, challenge, clock.
     Instance variables: passwords, which a reload sets; table; schemes, and is_explicit: somebody
     has said which.
     """
@@ -1364,18 +1372,6 @@ class Authenticator:
     def clock(self) -> float:
         """Return the time that nonces and lock-outs go by."""
         return self.table.now()
-
-    def authenticate(self, method: str, target: str, authorization: Sequence[str],
-                     client: Optional[str], now: float, schemes: Optional[Sequence[str]] = None,
-                     read_body: Callable[[], bytes] = bytes,
-                     same_target: Callable[[str, str], bool] = is_same_target) -> Verdict:
-        """Return the Verdict on a request, however long it takes."""
-        def read() -> Generator[Any, Any, bytes]:
-            content: bytes = (yield read_body)
-            return content
-        attempt = Attempt(method, target, authorization, client, now, schemes or self.schemes)
-        attempt.read_body, attempt.same_target = read, same_target
-        return at_once(self.judge(attempt))
 
     def judge(self, attempt: Attempt) -> Asking:
         """Return the Verdict on an attempt; yields what has to be waited for."""
@@ -1579,10 +1575,21 @@ def parse_address(text: str) -> Optional[Address]:
     return getattr(address, "ipv4_mapped", None) or address
 
 
-class TrustedProxies:
-    """Whose X-Forwarded-For is believed: networks, and `unix:` for unix sockets."""
+# Where the other side may well be a proxy, which speaks for one client or for everybody.
+INSIDE = [ipaddress.ip_network(text) for text in (
+    "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7", "fe80::/10")]
 
-    def __init__(self, options: Sequence[str] = ()) -> None:
+
+class TrustedProxies:
+    """Whose X-Forwarded-For is believed: networks, and `unix:` for unix sockets.
+
+    None: nobody has said. Then nobody is believed, and nobody INSIDE is ever locked out, or ten
+    wrong passwords that came through a proxy would keep out all who come through it.
+    """
+
+    def __init__(self, options: Optional[Sequence[str]] = ()) -> None:
+        self._doubtful = INSIDE if options is None else []
+        options = options or ()
         self._unix = "unix:" in options
         self._networks: List[Union[ipaddress.IPv4Network, ipaddress.IPv6Network]] = []
         for option in [text for text in options if text != "unix:"]:
@@ -1619,7 +1626,8 @@ class TrustedProxies:
                 break
             address = hop
         shown = peer if address is None else str(address)
-        if address is None or address.is_loopback or self.trusts(address):
+        if address is None or address.is_loopback or self.trusts(address) or any(
+                address in net for net in self._doubtful):
             return shown, None
         if address.version == 6:
             return shown, str(ipaddress.IPv6Address(int(address) >> 64 << 64)) + "/64"
@@ -3316,7 +3324,7 @@ class AuthServer(Loop):
 
     def __init__(self, server_address: Any, handler_class: Any, bind_and_activate: bool = True,
                  authenticator: Optional[Authenticator] = None,
-                 listeners: Sequence[Listener] = (), public: Sequence[Union[str, bytes]] = (),
+                 listeners: Sequence[Listener] = (), public: Sequence[Any] = (),
                  stream_threads: int = STREAM_THREADS) -> None:
         for name in UNUSED_HOOKS:
             if getattr(type(self), name, None) is not getattr(http.server.HTTPServer, name, None):
@@ -3327,7 +3335,8 @@ class AuthServer(Loop):
         handler_class = only_once(handler_class) if is_handler else handler_class
         self.authenticator = authenticator or find_attribute(handler_class, "authenticator")
         self.proxies = find_attribute(handler_class, "proxies") or TrustedProxies()
-        self.public, self.listeners = [os.fsencode(prefix) for prefix in public], list(listeners)
+        self.public = [os.fsencode(prefix) for prefix in public]    # of text, as of bytes
+        self.listeners = list(listeners)
         if listeners:
             socketserver.BaseServer.__init__(self, server_address, handler_class)
             self.socket = listeners[0].socket
@@ -4510,9 +4519,6 @@ def find_attribute(handler_class: Any, name: str) -> Any:
 
 LINGER_SECONDS = 10.0       # for which a refused client may go on sending
 TABLES: "weakref.WeakValueDictionary[str, SharedTable]" = weakref.WeakValueDictionary()
-# Networks in which a peer may well be a proxy.
-INSIDE = TrustedProxies(["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10",
-                         "fc00::/7", "fe80::/10"])
 
 
 def open_shared_file(name: str, size: int) -> int:
@@ -4556,18 +4562,6 @@ def shared_table(passwords: Passwords) -> SharedTable:
     return table
 
 
-class UnknownProxies(TrustedProxies):
-    """What we believe where nobody has said whom to trust: a private address may be a proxy's.
-
-    Whether it speaks for one client or for everybody we cannot know, so it is never locked
-    out: ten wrong passwords by a stranger would keep all others out.
-    """
-
-    def _find_client(self, peer: str, forwarded: str = "") -> Tuple[str, Optional[str]]:
-        shown, client = super()._find_client(peer, forwarded)
-        return shown, None if INSIDE.trusts(parse_address(peer)) else client
-
-
 def read_on(read: Callable[[], bytes]) -> bool:
     """Read what a refused client still sends; return whether that has come to an end.
 
@@ -4579,12 +4573,6 @@ def read_on(read: Callable[[], bytes]) -> bool:
         if not read():
             return True
     return False
-
-
-def call_for(read: Callable[[], bytes]) -> Generator[Any, Any, bytes]:
-    """Read a body as the authenticator wants it read: it asks, and we wait."""
-    content: bytes = (yield read)
-    return content
 
 
 class Gate:
@@ -4609,8 +4597,7 @@ class Gate:
             except OSError as error:
                 self.log.warning("unable to share nonces with other processes: %s", error)
         self.authenticator = Authenticator(passwords, **offer)
-        self.proxies = (UnknownProxies() if trusted_proxies is None else
-                        TrustedProxies(trusted_proxies))
+        self.proxies = TrustedProxies(trusted_proxies)
         for warning in passwords.warnings:
             self.log.warning(warning)
 
@@ -5096,8 +5083,7 @@ def add_arguments(parser: Any) -> None:
     """Add our options to a parser (daemonize.py's, or our own); in brackets the defaults."""
     add = parser.add_argument
     add("--bind", metavar="ADDRESS", action="append",
-        help=f"HOST:PORT, [V6]:PORT, :PORT (both families) or unix:PATH; repeatable "
-             f"({DEFAULT_ADDRESS}; port 0: any)")
+        help=f"HOST:PORT, [V6]:PORT, :PORT (IPv4, IPv6), unix:PATH; repeatable ({DEFAULT_ADDRESS})")
     add("--root", metavar="DIR", help="serve the files below DIR, read-only (the example)")
     add("--hidden", action="store_true", help="... also names that begin with a dot")
     add("--tls-cert", metavar="FILE", help="HTTPS, with this certificate and its chain")
@@ -5129,6 +5115,7 @@ def add_arguments(parser: Any) -> None:
 
 def check_options(options: argparse.Namespace) -> None:
     """Refuse values of options that mean nothing; what something else has to parse, it refuses."""
+    check_realm(options.realm)          # before any command is named that would have it, too
     for is_wrong, text in (
             # This way round: NaN is not less than anything.
             (not 1 <= options.nonce_lifetime <= 1e6,
@@ -5258,8 +5245,7 @@ def make_server(options: argparse.Namespace, path: str) -> AuthServer:
     # All that any address offers: chosen schemes are those of each, and else the longer has both.
     schemes = max((item.schemes for item in listeners), key=len)
     server = AuthServer(None, page, True, make_authenticator(options, path, schemes), listeners,
-                        [os.fsencode(prefix) for prefix in options.public],
-                        options.stream_threads)
+                        options.public, options.stream_threads)
     server.proxies = TrustedProxies(options.trusted_proxy)
     server.forward_auth = options.forward_auth or ""
     # More than four wait for one another: for the table of nonces, and for the listening socket.
