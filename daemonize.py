@@ -1185,26 +1185,28 @@ def fork(life: Callable[[Channel], Any]) -> Child:
     return Child(pid, Channel(ours))
 
 
-def live(life: Callable[[Channel], Any], channel: Channel) -> NoReturn:
-    """Live a child's life; no exception gets out of it."""
+def live(life: Callable[[Channel], Any], channel: Channel) -> None:
+    """Live a child's life, and end with it."""
     status = 1
     try:
         reset_handlers()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
         life(channel)
         status = 0
-    except Returned:
-        raise
-    except BaseException as error:
-        status, fatal = 1, as_fatal(error, "go on")
-        if isinstance(error, SystemExit):
-            status = exit_status(error)
-        if not isinstance(error, SystemExit) or isinstance(error.code, str):    # sys.exit("why")
+    except SystemExit as error:
+        status = exit_status(error)
+        if isinstance(error.code, str):             # sys.exit("why")
             channel.fail(error)
-            log("%s%s" % (fatal.trace, fatal))
-    with contextlib.suppress(Exception):            # the last print(), into a log that is full
-        sys.stdout.flush()
-    os._exit(status)
+            log(error.code)
+    except Exception as error:
+        channel.fail(error)
+        log("%s%s" % (as_fatal(error, "go on").trace, as_fatal(error, "go on")))
+    finally:
+        # Whatever it was, what lies below us on the stack is our parent's to do.
+        if not isinstance(sys.exc_info()[1], Returned):
+            with contextlib.suppress(Exception):    # the last print(), into a log that is full
+                sys.stdout.flush()
+            os._exit(status)
 
 
 def failure(child: Child, message: Message) -> Fatal:
@@ -1373,7 +1375,7 @@ def be_starter(plan: Plan, report: Channel, turn: Lock, inherited: Inherited) ->
         os.close(fd)
     try:
         lock = hold_undoing(plan)
-        server = HOSTS[plan.kind].bind(plan, inherited)
+        server = HOSTS[plan.kind][0](plan, inherited)
         opened = open_files(plan, lock, inherited.control)
         leash = detach(plan, opened, report, server, inherited)
         is_daemon = True
@@ -1532,11 +1534,12 @@ def switch_user(identity: Optional[Identity]) -> None:
 
 def begin(start: Start) -> int:
     """Steps 5 to 8: jail, user, and a life; return its exit status."""
-    if start.plan.chroot is not None:   # what is imported late must be here before: a jail has no
-        import json, subprocess, threading, traceback       # noqa: F401  # library
+    if start.plan.chroot or start.plan.identity:
+        # What is imported late must be here by now: a jail has no library, a user may not read it.
+        import json, subprocess, threading, traceback       # noqa: F401
     set_environment(start.plan)
     switch_user(start.plan.identity)
-    return HOSTS[start.plan.kind].live(start)
+    return HOSTS[start.plan.kind][1](start)
 
 
 def take_place(start: Start, **facts: Any) -> None:
@@ -1799,7 +1802,7 @@ class Daemon:
         signals, self.signals = self.signals, set()
         endings = {signal.SIGTERM, signal.SIGINT}
         # Where there is a terminal HUP says that it is gone; where none is, custom made it "reload".
-        if self.start.session is None and has_terminal():
+        if self.start.session is None and foreground_group() is not None:
             endings.add(signal.SIGHUP)
         if signals & endings:
             if self.host.on_end():
@@ -1821,7 +1824,7 @@ class Daemon:
         by_group = self.start.session is not None
         # Ctrl-C in a terminal went to all of its foreground group, which `run` is a part of.  A
         # second KeyboardInterrupt would hit the program in the midst of its clean-up.
-        has_got_it = signum == signal.SIGINT and not by_group and is_in_foreground()
+        has_got_it = signum == signal.SIGINT and foreground_group() == os.getpgrp()
         if not self.is_told and not has_got_it:
             signal_each(self.family(), signum, by_group)
         self.is_told = True
@@ -1877,23 +1880,16 @@ class Daemon:
         return reason
 
 
-def has_terminal() -> bool:
-    """Tell whether there is a controlling terminal.  See: tty(4)."""
-    try:
-        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
-        return True
-    except OSError:
-        return False
-
-
-def is_in_foreground() -> bool:
-    """Tell whether Ctrl-C at the terminal is for us.  See: tcgetpgrp(3)."""
+def foreground_group() -> Optional[int]:
+    """Return whom Ctrl-C at our terminal is for; None without one.  See: tty(4), tcgetpgrp(3)."""
     try:
         tty = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
     except OSError:
-        return False
+        return None
     try:
-        return os.tcgetpgrp(tty) == os.getpgrp()
+        return os.tcgetpgrp(tty)
+    except OSError:
+        return None
     finally:
         os.close(tty)
 
@@ -2559,7 +2555,7 @@ def run(plan: Plan) -> int:
         server = None
         try:
             lock = hold_undoing(plan)
-            server = HOSTS[plan.kind].bind(plan, inherited)
+            server = HOSTS[plan.kind][0](plan, inherited)
             opened = open_files(plan, lock, None)
             turn.note(plan, os.getpid())
         except BaseException as error:
@@ -3274,15 +3270,11 @@ def keep_orphans() -> None:
 
 # -- 20. The command line ----------------------------------------------------
 
-class Hosted(NamedTuple):
-    """What can be hosted: what root does for it, and how it lives."""
-    bind: Callable[[Plan, Inherited], Any]
-    live: Callable[[Start], int]
-
-
-HOSTS = {"app": Hosted(bind_application, lambda start: Daemon(start, Service(start)).live()),
-         "program": Hosted(bind_nothing, lambda start: Daemon(start, Program(start)).live()),
-         "library": Hosted(bind_nothing, live_in_script)}
+# What can be hosted: what root does for it in step 3, and how it lives from step 7 on.
+HOSTS: Dict[str, Tuple[Callable[[Plan, Inherited], Any], Callable[[Start], int]]] = {
+    "app": (bind_application, lambda start: Daemon(start, Service(start)).live()),
+    "program": (bind_nothing, lambda start: Daemon(start, Program(start)).live()),
+    "library": (bind_nothing, live_in_script)}
 COMMANDS = {"start": start, "stop": stop, "restart": restart, "reload": reload,
             "status": status, "run": run}
 STARTING = ("start", "restart", "run")
