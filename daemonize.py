@@ -76,6 +76,7 @@ import contextlib
 import errno
 import faulthandler
 import fcntl
+import functools
 import re
 import select
 import signal
@@ -424,12 +425,14 @@ def look_at(pid: int) -> Optional[Process]:
     return Process(pid, int(facts[1]), int(facts[2]), int(facts[3]), boot() + facts[19].decode())
 
 
-def boot(known: List[str] = []) -> str:     # noqa: B006  (one list for all calls: that is the point)
+@functools.lru_cache(maxsize=None)
+def boot() -> str:
     """Return the id of this boot: start times count from boot, two of them could show the same."""
-    if not known:
-        with contextlib.suppress(OSError), open(PROC + "/sys/kernel/random/boot_id") as stream:
-            known.append(stream.read().strip() + ":")
-    return known[0] if known else ""
+    try:
+        with open(PROC + "/sys/kernel/random/boot_id") as stream:
+            return stream.read().strip() + ":"
+    except OSError:
+        return ""
 
 
 def processes() -> List[Process]:
@@ -442,7 +445,8 @@ def processes() -> List[Process]:
 
 def status_of(pid: int, field: str) -> List[str]:
     """Return a field of /proc/PID/status, [] where nobody tells.  See: proc(5)."""
-    with contextlib.suppress(OSError), open("%s/%d/status" % (PROC, pid), errors="replace") as stream:
+    path = "%s/%d/status" % (PROC, pid)
+    with contextlib.suppress(OSError), open(path, errors="replace") as stream:
         found = re.findall(r"^%s:\s+(.*)" % field, stream.read(), re.MULTILINE)
         return str(found[0]).split() if found else []
     return []
@@ -468,7 +472,8 @@ def age_of(process: Optional[Process]) -> float:
     """Return for how many seconds a process lives: by its birth, for the wall clock may jump."""
     with contextlib.suppress(OSError, ValueError, AttributeError), open(PROC + "/uptime") as uptime:
         ticks = int(process.birth.rpartition(":")[2])       # type: ignore[union-attr]
-        return max(0.0, round(float(uptime.read().split()[0]) - ticks / os.sysconf("SC_CLK_TCK"), 1))
+        age = float(uptime.read().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+        return max(0.0, round(age, 1))
     return 0.0
 
 
@@ -1172,7 +1177,7 @@ class Child:
             self.channel.send(event, fds)
 
     def hear(self, event: str, seconds: float) -> str:
-        """Return the event once it says so, or ENDED or LATE; what it said before was for nobody."""
+        """Return the event once it says so, or ENDED, or LATE; what came before was for nobody."""
         # The deadline is for all of it: who talks without end would keep us for ever.
         deadline, said = time.monotonic() + seconds, ""
         while True:
@@ -1491,7 +1496,8 @@ def watch_birth(daemon: int, leash: int, report: Channel, plan: Plan, server: An
     # A byte: it has its place, and we nothing to do.  The end: it died before.
     if not os.read(leash, 1):
         status = os.waitpid(daemon, 0)[1]
-        end_all(lambda: family(session), lambda: signal_each(family(session), signal.SIGKILL, True), 0)
+        end_all(lambda: family(session),
+                lambda: signal_each(family(session), signal.SIGKILL, True), 0)
         take_back(server)
         try:
             report.send("died", status=status)
@@ -1515,7 +1521,8 @@ def redirect(opened: Opened) -> None:
         for number, name in ((1, "stdout"), (2, "stderr")):
             # A line at a time: what is printed is in the log at once.  And in UTF-8, which never
             # fails: under env -i the caller's streams know ASCII only.
-            setattr(sys, name, os.fdopen(number, "w", 1, "utf-8", "backslashreplace", closefd=False))
+            stream = os.fdopen(number, "w", 1, "utf-8", "backslashreplace", closefd=False)
+            setattr(sys, name, stream)
 
 
 def point_log_at(fd: int) -> None:
@@ -1646,7 +1653,8 @@ class Host:
     """
 
     def __init__(self, start: Start) -> None:
-        self.start, self.plan, self.opened, self.server = start, start.plan, start.opened, start.server
+        self.start, self.plan = start, start.plan
+        self.opened, self.server = start.opened, start.server
         self.children: List[Child] = []
         self.leaving: List[Child] = []
         self.is_owner = self.is_over = False
@@ -1805,8 +1813,7 @@ class Daemon:
         # Until we have the place SIGTERM just ends us: there is nothing yet that could be lost.
         raise_at_end()
         try:
-            # The order of the picture in section 7: able, then ready, then the place; nobody is let in
-            # before it is ours.
+            # As in the picture of section 7: able, ready, the place; nobody is let in before.
             self.host.bring_up()
             take_place(self.start, **self.host.introduce())
             self.host.is_owner = True
@@ -1836,7 +1843,7 @@ class Daemon:
     def step(self) -> None:
         """Wait a moment for what comes, and do it."""
         try:
-            # A tick at the latest, for what gives no sign: a pause that is over, a log that is full.
+            # A tick at the latest, for what gives no sign: a pause that is over, a full log.
             for end in readable([self.wake] + self.talks.ends(), time.monotonic() + TICK):
                 if end is self.wake:
                     self.wake.recv(4096)
@@ -1856,7 +1863,7 @@ class Daemon:
         # At once, for a handler may add to it at any time; what comes now is for the next look.
         signals, self.signals = self.signals, set()
         endings = {signal.SIGTERM, signal.SIGINT}
-        # Where there is a terminal HUP says that it is gone; where none is, custom made it "reload".
+        # Where there is a terminal HUP says that it is gone; else custom made it "reload".
         if self.start.session is None and foreground_group() is not None:
             endings.add(signal.SIGHUP)
         if signals & endings:
@@ -1885,25 +1892,27 @@ class Daemon:
         self.is_told = True
 
     def family(self) -> List[Process]:
-        """Return all that we have started and that still lives; in a jail without /proc, our children."""
+        """Return all of ours that still lives; in a jail without /proc, our children."""
         self.host.reap()
         members = {process.pid: process for process in family(self.start.session)}
         for child in self.host.children + self.host.leaving:
-            members.setdefault(child.pid, Process(child.pid, self.pid, os.getpgid(child.pid), -1, ""))
+            pgid = os.getpgid(child.pid)
+            members.setdefault(child.pid, Process(child.pid, self.pid, pgid, -1, ""))
         return list(members.values())
 
     def end(self) -> None:
         """End what we have started, then empty the pidfile."""
-        # Handlers, not SIG_IGN, and no default: a second SIGTERM, or Ctrl-C, shall not cut this short.
+        # A second SIGTERM, or Ctrl-C, shall not cut this short.
         for signum in HANDLED - {signal.SIGCHLD}:
             signal.signal(signum, do_nothing)
         signal.set_wakeup_fd(-1)
         notify(self.start, "STOPPING=1")
         self.tell_family(signal.SIGTERM)
         try:
-            kill = lambda: signal_each(self.family(), signal.SIGKILL, self.start.session is not None)
+            by_group = self.start.session is not None
             # The pidfile comes after this: while it names us, something of us may live.
-            if end_all(self.family, kill, self.plan.options.timeout):
+            if end_all(self.family, lambda: signal_each(self.family(), signal.SIGKILL, by_group),
+                       self.plan.options.timeout):
                 log("what did not end within %g s was killed" % self.plan.options.timeout)
         finally:
             if self.host.is_owner:
@@ -2178,7 +2187,7 @@ def end_daemon(target: Target, timeout: float, is_told: bool = False) -> bool:
     First the daemon alone, which tells the others; then who is left.
     """
     with trying_to("stop pid %d" % target.pid):
-        # One deadline for both halves: --timeout is what a person waits, not what each part may take.
+        # One deadline for both halves: --timeout is what a person waits.
         deadline = time.monotonic() + timeout
         if not is_told:
             target.send(signal.SIGTERM)
@@ -2263,7 +2272,8 @@ class Program(Host):
 
     def facts(self) -> Message:
         """Return what is to be said of the program."""
-        return {"program": " ".join(self.plan.command), "program_pid": [c.pid for c in self.children]}
+        return {"program": " ".join(self.plan.command),
+                "program_pid": [child.pid for child in self.children]}
 
 
 def find_program(name: str) -> str:
@@ -2300,11 +2310,11 @@ def start(plan: Plan) -> int:
 def tell_running(plan: Plan, record: Optional[Record], pid: int) -> None:
     """Say that it runs already; and what is not as it was asked for."""
     if record and (record.kind, record.hosted) != (plan.kind, plan.hosted):
-        raise Fatal("unable to start %s: the name is held by pid %d, which hosts %s\ntry: --name" % (
-            plan.hosted, pid, record.hosted))
+        raise Fatal("unable to start %s: the name is held by pid %d, which hosts %s\n"
+                    "try: --name" % (plan.hosted, pid, record.hosted))
     tell(plan, "%s is already running with pid %d" % (plan.name, pid))
-    if record and not plan.options.quiet and (record.words, record.arguments) != (plan.words, plan.arguments):
-        emit(1, "it was started with other options\ntry: %s\n" % command_line("restart", plan))
+    if record and (record.words, record.arguments) != (plan.words, plan.arguments):
+        tell(plan, "it was started with other options\ntry: %s" % command_line("restart", plan))
 
 
 def command_line(action: str, plan: Plan) -> str:
@@ -2457,7 +2467,8 @@ def stop(plan: Plan) -> int:
         else:
             stop_daemon(plan, turn, pid)
         for path in (plan.files.pidfile, plan.files.control):
-            with trying_to("remove %s" % path), contextlib.suppress(FileNotFoundError, IsADirectoryError):
+            with trying_to("remove %s" % path), contextlib.suppress(
+                    FileNotFoundError, IsADirectoryError):
                 os.unlink(path)                     # a name; what it may link to stays as it is
     return 0
 
@@ -2600,7 +2611,8 @@ def reload(plan: Plan) -> int:
         # We open the log for it: it may have no right to do so (root's folder, another's jail).
         fd = open_log(record.logfile, identity_of(pid)) if record and record.logfile else None
         try:
-            message = ask(plan.files, pid, "reload", plan.options.start_timeout, [] if fd is None else [fd])
+            message = ask(plan.files, pid, "reload", plan.options.start_timeout,
+                          [] if fd is None else [fd])
             reason = str(message.get("reason", "it talks nonsense"))
         except OSError as error:
             reason = "%s\ntry: daemonize.py restart" % because(error)
@@ -2764,7 +2776,6 @@ def check_application(path: str) -> None:
     """Refuse what is no application before it runs: a script is a program."""
     import importlib.util
     import traceback
-    cure = "daemonize.py start -- python3 %s" % path
     try:
         with trying_to("load %s" % path), open(path, "rb") as stream:
             source = importlib.util.decode_source(stream.read())
@@ -2773,7 +2784,8 @@ def check_application(path: str) -> None:
     except (SyntaxError, ValueError) as error:      # ValueError: a zip file has null bytes
         trace = "".join(traceback.format_exception_only(type(error), error))
         raise Fatal("unable to load %s: %s" % (path, because(error)), trace=trace)
-    raise Fatal("unable to host %s: it defines no bind() at its top level\ntry: %s" % (path, cure), 2)
+    raise Fatal("unable to host %s: it defines no bind() at its top level\n"
+                "try: daemonize.py start -- python3 %s" % (path, path), 2)
 
 
 def load(path: str) -> ModuleType:
@@ -2818,7 +2830,7 @@ def enter_folder(plan: Plan) -> None:
     try:
         os.chdir(plan.cwd or "/")
     except OSError as error:
-        if not isinstance(error, PermissionError):      # su nobody, in /root: nothing relative works
+        if not isinstance(error, PermissionError):      # su nobody, in /root
             warn("the folder of the last start is gone: %s; relative paths mean /" % plan.cwd)
         with trying_to("enter /"):
             os.chdir("/")
@@ -2900,8 +2912,8 @@ class Service(Host):
 
     def __init__(self, start: Start) -> None:
         super().__init__(start)
-        said = getattr(self.server, "workers", 1) if self.plan.options.workers is None else self.plan.options.workers
-        self.size = max(1, int(said))
+        typed = self.plan.options.workers
+        self.size = max(1, int(getattr(self.server, "workers", 1) if typed is None else typed))
         self.is_leaving = False
         self.is_heir = start.inherited.talk is not None
         self.obstacle = self.opened.obstacle        # why the log is not rotated; "" if it is
@@ -2964,7 +2976,8 @@ class Service(Host):
 
     def introduce(self) -> Message:
         """Return where we listen, and what to say once."""
-        return {"addresses": self.addresses(), "greeting": getattr(self.server, "greeting", None) or ""}
+        return {"addresses": self.addresses(),
+                "greeting": getattr(self.server, "greeting", None) or ""}
 
     def settle(self) -> None:
         """Let the workers begin: whom we replace takes no more requests."""
@@ -3045,7 +3058,7 @@ class Service(Host):
     def facts(self) -> Message:
         """Return what the application says of itself; if it raises, what.
 
-        It may be called at any time, between two requests of nobody: in this process none are served.
+        It may be called at any time: in this process no request is served.
         """
         facts = {"workers": [child.pid for child in self.children], "log_rotation": self.obstacle}
         try:
@@ -3067,11 +3080,12 @@ class Service(Host):
         if not path or not is_ours or os.fstat(1).st_size < self.plan.options.log_bytes:
             return
         try:
-            elders = ["%s.%d" % (path, n) for n in range(self.plan.options.log_keep, 0, -1)] + [path]
+            keep = self.plan.options.log_keep
+            elders = ["%s.%d" % (path, n) for n in range(keep, 0, -1)] + [path]
             for older, name in zip(elders, elders[1:]):         # the oldest first
                 with contextlib.suppress(FileNotFoundError):
                     os.rename(name, older)
-            if not self.plan.options.log_keep:
+            if not keep:
                 os.unlink(path)
             self.obstacle = self.reopen(None)       # to rename on would push the elders out
         except OSError as error:
@@ -3100,7 +3114,7 @@ class Service(Host):
         fcntl.lockf(self.opened.lock, fcntl.LOCK_UN, 1, INSTANCE)
 
     def reclaim(self, talk: Channel) -> None:
-        """Be the daemon again in all: the heir hung up, maybe late, and has not told us to leave."""
+        """Be the daemon again in all: the heir hung up, and has not told us to leave."""
         if self.is_owner:
             write_pidfile(self.opened.pidfile, os.getpid())
             assert self.opened.control is not None
@@ -3224,7 +3238,7 @@ def succeed(plan: Plan, turn: Turn, pid: int) -> bool:
     """Start the new daemon on the old one's sockets, see the old one out; False if it is mute.
 
     Mute is one that does not answer: hung, stopped, or without its socket.  Then a gap is better
-    than no restart.  What fails here with us (no descriptors left) is another thing: nothing is stopped.
+    than no restart.  What fails on our side is another thing: then nothing is stopped.
     """
     target = Target(turn, pid)                  # now: when it leaves, it will hold no lock
     try:
@@ -3647,7 +3661,7 @@ def renamed(plan: Plan) -> Plan:
 
 
 def show_help(argv: List[str]) -> None:
-    """Print the options of the daemon, and of the application if it is one that would be started."""
+    """Print the options of the daemon, and of the application that would be started."""
     action = argv[0] if argv and argv[0] in COMMANDS else "start"
     cut = argv.index("--") if "--" in argv else len(argv)
     app = vars(build_parser().parse_known_args(argv[:cut])[0]).get("app")
