@@ -5761,42 +5761,6 @@ class StartFailure(BoxTest):
         self.box.write("d.pid", "4711\n")
         self.fails(APP + "bind = 1 / 0\n")
 
-    def waiting(self) -> "subprocess.Popen[bytes]":
-        """Call a start whose application is not ready before the file `ready` exists."""
-        app = APP + ("print('bound', flush=True)\nServer.probe = lambda self: [time.sleep(0.01) for _ in "
-                     "range(2000) if not os.path.exists(%r)]\n" % self.box.path("ready"))
-        child = self.box.spawn(sys.executable, DAEMONIZE, "start", "--pidfile", self.box.pidfile, "--logfile",
-                               self.box.log, "--app", self.box.write("app.py", app))
-        until(lambda: len(self.box.processes()) >= 5, "command, starter, daemon, worker, prober")
-        return child
-
-    def test_a_start_that_is_interrupted_takes_everything_away(self) -> None:
-        """Ctrl-C, or SIGTERM, for a start that waits: exit status 130, no process and no file but the log."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with self.subTest(number):
-                child = self.waiting()
-                child.send_signal(number)
-                self.assertEqual(child.wait(PATIENCE), 130)
-                self.assertEqual(self.box.processes(), [])
-                self.assertLessEqual(set(os.listdir(self.box.folder)),
-                                     {"app.py", "d.log", "output", "__pycache__"})
-
-    def test_a_start_that_is_killed_leaves_no_daemon(self) -> None:
-        """kill -9 of a start, before or after its daemon is ready: nobody takes it over, and it goes."""
-        for is_ready in (False, True):
-            with self.subTest(is_ready=is_ready):
-                child = self.waiting()
-                child.send_signal(signal.SIGSTOP)       # so that it does not hear of it
-                if is_ready:
-                    self.box.write("ready", "")
-                    until(lambda: len(self.box.processes()) == 4, "the end of the prober")
-                child.kill()
-                child.wait()
-                self.box.write("ready", "")
-                until(lambda: not self.box.processes(), "the end of all", SOON)
-                self.assertEqual(read(self.box.pidfile), "")
-                os.unlink(self.box.path("ready"))
-
 
 class Stop(BoxTest):
     """`stop` returns when nothing of the daemon is left"""
@@ -7712,12 +7676,6 @@ class Library(BoxTest):
             self.assertIn("usage", result.out + result.err)
         self.assertEqual(set(os.listdir(self.box.folder)) - {"__pycache__"}, {"recipe.py"})
 
-    def test_stop_of_nothing_is_0(self) -> None:
-        """stop and status without a daemon have the exit statuses of the table."""
-        self.recipe()
-        self.action("stop")
-        self.action("status", want=3)
-
     def script(self, text: str, arguments: str = "stdout='out.log'") -> None:
         """Write a recipe of one's own."""
         self.box.write("recipe.py", "import os, sys, time\nsys.path.insert(0, %r)\nfrom daemonize import startstop\n"
@@ -7829,31 +7787,12 @@ class Programs(BoxTest):
         self.assertEqual([int(mask, 16) & 0x7fffffff for mask in masks], [0, 0])  # 32 is the C library's
         self.assertEqual((os.readlink(proc + "cwd"), read(proc + "comm")), ("/", "sleep\n"))
 
-    def test_a_program_that_closes_everything_is_still_found(self) -> None:
-        """closefrom(3), as many programs do, drops the lock; status and stop find it all the same."""
-        code = "import os, time; os.closerange(3, 256); print('closed', flush=True); time.sleep(600)"
-        self.box.start("--", sys.executable, "-c", code)
-        pid = self.box.pid()
-        until(lambda: "closed" in read(self.box.log), "its word")
-        self.assertEqual(self.box.status()["pid"], pid)
-        self.assertIn("already running with pid %d" % pid, self.box.start("--", sys.executable, "-c", code).out)
-        self.box.command("stop")
-        self.assertFalse(is_alive(pid))
-
     def test_status_of_a_program_says_user_and_uptime(self) -> None:
         """status of a program: pid, uid, uptime."""
         self.box.start("--", "sleep", "600")
         report = self.box.status()
         self.assertEqual((report["pid"], report["uid"]), (self.box.pid(), os.getuid()))
         self.assertLess(report["uptime"], 60)
-
-    def test_a_program_that_ends_later_leaves_no_pid(self) -> None:
-        """When a program ends by itself, status is 1 or 3 and the next start works."""
-        self.box.start("--", "sleep", "0.5")
-        until(lambda: not self.box.processes(), "its end")
-        self.assertIn(self.box.command("status", want=None).code, (1, 3))
-        self.box.start("--", "sleep", "600")
-        self.box.command("status")
 
 
 class PointOfNoReturn(BoxTest):
