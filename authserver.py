@@ -91,7 +91,7 @@ import traceback
 import unicodedata
 import urllib.parse
 import weakref
-from typing import (Any, BinaryIO, Callable, Deque, Dict, Generator, Iterable, Iterator, List,
+from typing import (Any, Callable, Deque, Dict, Generator, Iterable, Iterator, List,
                     Mapping, NamedTuple, Optional, Sequence, Set, TextIO, Tuple, Union)
 
 # -- 0. Settings and messages -------------------------------------------------
@@ -110,6 +110,7 @@ CLIENT_BUCKETS = 1 << 16    # of clients whose failures are counted, 16 bytes ea
 MAX_ROWS = 64               # processes that count for themselves
 MAX_FAILURES = (10, 60.0)   # wrong passwords in so many seconds: more than a person mistypes
 MAX_CREDENTIALS = 16384     # characters of an Authorization field: a uri of 8 KiB fits
+MAX_HOPS = 10               # proxies behind one another, in X-Forwarded-For
 MAX_TEXT = 1024             # bytes of a name or user:password; to normalize 16 KiB takes 100 ms
 MAX_CHALLENGE = 255         # characters; wget (1.21 to 1.24) aborts on more, before another
 SLOW_HASHES = 2             # verified at a time, so that guessing cannot take every CPU
@@ -593,7 +594,11 @@ class Exclusively:
 
     def __enter__(self) -> None:
         self.mutex.acquire()
-        fcntl.lockf(self.fd, fcntl.LOCK_EX, 1, self.offset)
+        try:
+            fcntl.lockf(self.fd, fcntl.LOCK_EX, 1, self.offset)
+        except BaseException:       # no locks left, or a signal's SystemExit
+            self.mutex.release()
+            raise
 
     def __exit__(self, *error: Any) -> None:
         fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, self.offset)
@@ -848,8 +853,8 @@ def normal_username(username: str) -> str:
 def normal_password(username: str, password: str) -> str:
     """Return the normal form of a password that this user can send under both schemes."""
     password = unicodedata.normalize("NFC", password)
-    # Controls; and surrogates, which stand for bytes that were no text.
-    spoilt = {"Cc", "Cs"} & set(map(unicodedata.category, password))
+    # Surrogates stand for bytes that were no text.
+    spoilt = has_control(password) or re.search("[\ud800-\udfff]", password)
     size = len(f"{username}:{password}".encode("utf-8", "surrogatepass"))
     if not password or spoilt or size > MAX_TEXT:
         raise Refusal(f"unable to use this password: empty, control characters in it, no UTF-8, or "
@@ -923,7 +928,7 @@ def matches(entry: Entry, realm: str, password: str) -> bool:
     return hmac.compare_digest(digest_ha1(entry.username, realm, password, name), ha1)
 
 
-FORMS: Dict[Tuple[str, int], bool] = {}     # kind and length of a hash -> libcrypt makes such
+FORMS: Set[Tuple[str, int]] = set()     # kinds and lengths of hashes that libcrypt makes
 
 
 def check_crypted(entry: Entry) -> Entry:
@@ -943,10 +948,11 @@ def check_crypted(entry: Entry) -> Entry:
         function, turns = load_crypt()
         with turns:
             made = function(b"probe", entry.crypted.encode("ascii"))
-        FORMS[form] = len(made or b"") == len(entry.crypted)
-    if not FORMS.get(form, True):
-        raise Refusal(f"field 2: the libcrypt of this machine does not know {kind}, or this one is "
-                      f"of the wrong length")
+        # Only a yes is kept: what is wrong with this line need not be with the next one's.
+        if len(made or b"") != len(entry.crypted):
+            raise Refusal(f"field 2: the libcrypt of this machine does not know {kind}, or this "
+                          f"one is of the wrong length")
+        FORMS.add(form)
     return entry
 
 
@@ -1364,16 +1370,16 @@ class Authenticator:
         return scheme, token, parse_digest(params) if scheme == "digest" else None
 
     def recall(self, authorization: str) -> Optional[Verdict]:
-        """Return the verdict on Basic credentials that this dictionary has found right."""
+        """Return the verdict on Basic credentials that this dictionary has found right.
+
+        It is kept in the dictionary: a reload makes a new one, which remembers nobody.
+        """
         if authorization[:1] not in "Bb":
             return None
-        return self.passwords.granted.get(sign(self._memo_key, authorization.encode("latin-1")))
+        return self.passwords.granted.get(self._memo_of(authorization))
 
-    def _remember(self, passwords: Passwords, authorization: str, verdict: Verdict) -> None:
-        """Keep a verdict with the dictionary that it was checked against: both go at a reload."""
-        if len(passwords.granted) >= REMEMBERED:
-            passwords.granted.clear()
-        passwords.granted[sign(self._memo_key, authorization.encode("latin-1"))] = verdict
+    def _memo_of(self, authorization: str) -> bytes:
+        return sign(self._memo_key, authorization.encode("latin-1"))
 
     def _judge_basic(self, attempt: Attempt, username: str, password: str) -> Asking:
         """Look at Basic credentials."""
@@ -1382,14 +1388,15 @@ class Authenticator:
         while passwords is not self.passwords:
             passwords = self.passwords
             verify = functools.partial(passwords.verify, username, password)
-            # When its turn comes, another request with these credentials may have gone before.
-            correct = verify() if not passwords.is_slow(username) else (
-                yield lambda: self.recall(attempt.authorization[0]) is not None or verify())
+            correct = (yield verify) if passwords.is_slow(username) else verify()
+        assert passwords is not None
         if not correct:
             known = username in passwords.entries
             return self._fail(attempt, username, "bad password" if known else "unknown user")
         verdict = Verdict(200, username, username, "", (), "Basic")
-        self._remember(passwords, attempt.authorization[0], verdict)
+        if len(passwords.granted) >= REMEMBERED:
+            passwords.granted.clear()
+        passwords.granted[self._memo_of(attempt.authorization[0])] = verdict
         return verdict
 
     def _judge_digest(self, attempt: Attempt, credentials: DigestCredentials,
@@ -1565,7 +1572,7 @@ class TrustedProxies:
         ('9.9.9.9', '9.9.9.9')
         """
         address = parse_address(peer)
-        hops = forwarded.split(",")
+        hops = forwarded.rsplit(",", MAX_HOPS)[-MAX_HOPS:]      # what is left of them is not read
         while self.trusts(address) and hops:
             hop = parse_address(hops.pop())
             if hop is None:
@@ -1617,8 +1624,8 @@ def write_file(path: str, text: str, gid: Optional[int] = None, replace: bool = 
     A file that is replaced keeps its owner and group if we may give them, and 0640 if it
     had that: it may have been made for the group of a daemon.
     """
-    new = f"{path}.{os.urandom(4).hex()}.new"
-    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    # Beside it, for neither a link nor a rename leads to another file system.
+    fd, new = tempfile.mkstemp(".new", os.path.basename(path) + ".", os.path.dirname(path))
     try:
         with open(fd, "w", encoding="utf-8", errors="surrogateescape") as stream:
             if replace:
@@ -1668,7 +1675,8 @@ def change_password(path: str, username: str, realm: str, password: Optional[str
     target = os.path.realpath(path)
     try:
         with locked(target) as exists:
-            # Others may read it until now: what is written is 0600.
+            # Read only now, under the lock: or a change that has just been made would be undone.
+            # Not strictly: if others may read it, what takes its place is 0600.
             old = read_secrets("passwords", target, is_strict=False) if exists else ""
             known = any(is_line_of(line, username, realm) for line in old.split("\n"))
             if password is None and not known:
@@ -1701,6 +1709,7 @@ def run_passwd(path: str, username: str, realm: str = REALM, from_stdin: bool = 
             raise Refusal("unable to read the password: not in the encoding of this locale\n"
                           "try: export LC_ALL=C.UTF-8")
     done = change_password(path, username, realm, password)
+    # The realm, for it is what one forgets: a line for another one lets nobody in here.
     return f"user {username!r} {done} in {path} (realm {realm!r})"
 
 
@@ -2694,6 +2703,8 @@ class Connection(Channel):
             self.refuse(error, octets, request)
         except Busy as error:           # nobody is there to whom it could be lent
             assert request is not None
+            if server.authenticator:
+                server.authenticator.table.add("busy")
             request.verdict = Verdict(503, reason=str(error), fields=(("Retry-After", "1"),))
             answer = refusal(server, request)
         if answer is not None and request is not None:
@@ -2759,11 +2770,17 @@ class Connection(Channel):
         return content
 
     def skip(self, body: Body) -> Story:
-        """Read and drop a small body that nobody wanted, so that the connection can go on."""
-        while not body.done and not self.closing:
-            body.feed(self.take_buffer())
-            if not body.done:
-                yield REST
+        """Read and drop a small body that nobody wanted, so that the connection can go on.
+
+        What is malformed has had its answer; but nobody knows where a next request would begin.
+        """
+        try:
+            while not body.done and not self.closing:
+                body.feed(self.take_buffer())
+                if not body.done:
+                    yield REST
+        except BadRequest:
+            self.lingers = self.closing = True
         if body.rest:
             self.buffer = body.take_rest() + self.buffer
 
@@ -2777,14 +2794,15 @@ class Connection(Channel):
         """
         sock = HandlerSocket(self, octets, request, body)
         yield sock
+        sock.is_shut, was_shut = True, sock.is_shut     # for threads that it may have left behind
         if sock.answer.fault:
             self.server.log.error(f"{request.host}: {request.line}: {sock.answer.fault}")
-        if sock.is_silent():
+        if sock.is_silent() and not was_shut:
             if sock.nonsense:
                 raise sock.nonsense
             self.closing = True
             return Answer(500, (HTML,), error_page(500))
-        self.closing = self.closing or self.server.draining or sock.ends_connection()
+        self.closing = self.closing or self.server.draining or was_shut or sock.ends_connection()
         self.lingers = self.closing and not body.done
         self.note(request, sock.answer.status, sock.answer.size)
         return None
@@ -3358,6 +3376,9 @@ class AuthServer(Loop, http.server.HTTPServer):
         self.reread: Callable[[], None] = lambda: None
         self.abandon: Callable[[], None] = lambda: None
         self.stopped = threading.Event()
+        # Of those whose table we share: before the first worker of ours.
+        self.forebears = (self.authenticator.table.statistics()["workers"]
+                          if self.authenticator else 0)
         Loop.__init__(self)
 
     @property
@@ -3423,7 +3444,7 @@ class AuthServer(Loop, http.server.HTTPServer):
     def announce(self) -> None:
         """Log the addresses; the first worker does it for all."""
         authenticator = self.authenticator
-        if authenticator is None or not authenticator.table.statistics()["workers"]:
+        if not authenticator or authenticator.table.statistics()["workers"] == self.forebears:
             for address, listener in zip(self.addresses(), self.listeners):
                 self.log.error(f"listening on {address} ({', '.join(listener.schemes)})")
             if authenticator and authenticator.max_failures[0]:
@@ -4046,6 +4067,8 @@ def tls_context(certificate: str, key: Optional[str]) -> Any:
     if mode & stat.S_IROTH:
         raise Refusal(f"unable to use {what}: everybody may read it\n"
                       f"try: chmod 600 {shlex.quote(key)}")
+    # OpenSSL 3 refuses it by itself: a client could have the arithmetic done for ever.
+    context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
     if hasattr(context, "minimum_version"):     # since Python 3.7
         context.minimum_version = ssl.TLSVersion.TLSv1_2
     else:
@@ -4091,7 +4114,8 @@ class TLSConnection(Connection):
         except ssl.SSLWantWriteError:
             self.watch(True)
         except (OSError, ValueError) as error:
-            self.give_up(str(getattr(error, "reason", None) or error))
+            said = str(getattr(error, "reason", None) or error)
+            self.give_up(re.sub(r" \(_ssl\.c:\d+\)", "", said))
         else:
             self.watch(False)
             self.wait("first")
@@ -4262,7 +4286,11 @@ class Follower:
             try:
                 self.chunks.feed(octets)
             except BadRequest as error:
-                self.fault, self.chunks = f"the handler sent a malformed {error}", None
+                self.fault, self.chunks, self.left = f"the handler sent a malformed {error}", None, 0
+                return b""
+            rest = self.chunks.take_rest() if self.chunks.done else b""
+            if rest:
+                self.fault, octets = "the handler sent more than it announced", octets[:-len(rest)]
         self.size += len(octets)
         return octets
 
@@ -4296,6 +4324,7 @@ class HandlerSocket:
     # http.server's streams are the socket module's own: these are all that they need.
     makefile = socket.socket.makefile
     _decref_socketios = socket.socket._decref_socketios     # type: ignore[attr-defined]
+    __enter__, __exit__ = socket.socket.__enter__, socket.socket.__exit__
 
     def _real_close(self) -> None:
         self.is_shut = True
@@ -4311,7 +4340,11 @@ class HandlerSocket:
 
     def settimeout(self, seconds: Optional[float]) -> None:
         """Set how long a handler wants to wait; we do not wait longer than PACE_SECONDS."""
-        self.timeout = seconds
+        self.timeout = None if seconds is None else float(seconds)
+
+    def gettimeout(self) -> Optional[float]:
+        """Return that."""
+        return self.timeout
 
     def setblocking(self, blocking: bool) -> None:
         """Set whether it wants to wait at all."""
@@ -4320,7 +4353,7 @@ class HandlerSocket:
     def __getattr__(self, name: str) -> Any:
         """Return what the real socket has; what could carry bytes past us is the last we know."""
         if name not in ("family", "type", "proto", "getsockname", "getpeername", "getsockopt",
-                        "setsockopt", "cipher", "version", "getpeercert", "context", "gettimeout"):
+                        "setsockopt", "cipher", "version", "getpeercert", "context"):
             self.bypassed = True
             self.put(self.answer.give_up())
         return getattr(self.connection.socket, name)
@@ -4399,7 +4432,10 @@ class HandlerSocket:
     def sendfile(self, file: Any, offset: int = 0, count: Optional[int] = None) -> int:
         """Send a file, or a part of it.  See: socket.socket.sendfile."""
         file.seek(offset)
-        return self.send(file.read(-1 if count is None else count))
+        left = math.inf if count is None else count
+        sizes = [self.send(octets) for octets in iter(
+            lambda: file.read(int(min(IN_MEMORY, left - file.tell() + offset))), b"")]
+        return sum(sizes)
 
     def put(self, octets: bytes) -> None:
         """Send bytes at the client's pace, if that is not too slow."""
@@ -4434,13 +4470,13 @@ class HandlerSocket:
     def is_silent(self) -> bool:
         """Return whether nothing has been answered, and somebody is there to be told."""
         answer = self.answer
-        return not (answer.status or answer.raw or self.bypassed or self.gone or self.is_shut)
+        return not (answer.status or answer.raw or self.bypassed or self.gone)
 
     def ends_connection(self) -> bool:
         """Return whether nobody knows, or everybody, that this answer was the last one here."""
         answer = self.answer
         return bool(answer.fault or answer.closes or answer.upgraded or self.nonsense or self.gone
-                    or self.failed or self.is_shut or self.bypassed)
+                    or self.failed or self.bypassed)
 
 
 class Once(http.server.BaseHTTPRequestHandler):
@@ -4502,6 +4538,18 @@ def find_attribute(handler_class: Any, name: str) -> Any:
 # the dictionary's name, in a folder that only their user can enter: /dev/shm/authserver-UID,
 # or below the temporary folder. Who uses it holds a lock on it; what nobody uses is removed
 # by the next one who comes, for its clock may be that of another boot.
+#
+#     handle_one_request()      http.server's: reads the request line
+#       parse_request()         ours; where AuthServer has asked already, no more than the next line
+#         parse_request()       http.server's
+#         parse_head()          ours: is it the same that http.server has read?
+#         Gate.judge()          the authenticator; it may call for the body (auth-int)
+#         refuse()              401, and the rest of the body is read: the handler never runs
+#       do_GET()                the handler's
+#         end_headers()         ours: Authentication-Info
+#
+#     application(environ)      ours: judge_environ(), which is all of this for WSGI
+#       application(environ)    theirs, with REMOTE_USER
 
 LINGER_SECONDS = 10.0       # for which a refused client may go on sending
 TABLES: "weakref.WeakValueDictionary[str, SharedTable]" = weakref.WeakValueDictionary()
@@ -4527,10 +4575,10 @@ def open_shared_file(name: str, size: int) -> int:
         fcntl.flock(folder, fcntl.LOCK_EX)
         # Not those that we use: to close a file would end all our record locks on it.
         for other in set(os.listdir(folder)) - set(TABLES):
-            with open(os.open(other, os.O_RDWR | os.O_NOFOLLOW, dir_fd=folder), "rb+") as stream:
-                with contextlib.suppress(BlockingIOError):      # in use
-                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    os.unlink(other, dir_fd=folder)
+            fd = os.open(other, os.O_RDWR | os.O_NOFOLLOW, dir_fd=folder)
+            with open(fd, "rb+"), contextlib.suppress(BlockingIOError):     # in use
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(other, dir_fd=folder)
         fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600, dir_fd=folder)
         fcntl.flock(fd, fcntl.LOCK_SH)          # for as long as any of us lives
         missing = size - os.fstat(fd).st_size
@@ -4564,7 +4612,11 @@ class UnknownProxies(TrustedProxies):
 
 
 def read_on(read: Callable[[], bytes]) -> bool:
-    """Read what a refused client still sends; return whether that has come to an end."""
+    """Read what a refused client still sends; return whether that has come to an end.
+
+    Not for ever: a client that sends a byte now and then would hold a thread, and of those a
+    server of other people's has few.
+    """
     end = time.monotonic() + LINGER_SECONDS
     while time.monotonic() < end:
         if not read():
@@ -4591,6 +4643,7 @@ class Gate:
         if not isinstance(passwords, Passwords):
             raise TypeError(f"unable to use {passwords!r:.40} as passwords: expected "
                             f'Passwords({{"jim": "secret"}}, realm="files")')
+        # To the program's own log: it has a name there, and who is in charge may silence it.
         import logging          # 8 ms, only for programs
         self.log = logging.getLogger("authserver")
         if share and "table" not in offer:
@@ -4607,6 +4660,7 @@ class Gate:
     def judge(self, attempt: Attempt, peer: str, forwarded: str, is_safe: bool) -> Verdict:
         """Return the verdict on an attempt of peer; is_safe: nobody can listen on its way."""
         authenticator = self.authenticator
+        # Whom a proxy speaks for, before anything is judged: a lock-out would hit that one.
         host, attempt.client = self.proxies.find_client(peer, forwarded)
         attempt.time, attempt.schemes = authenticator.clock(), authenticator.schemes
         if not (is_safe or authenticator.is_explicit):
@@ -4624,6 +4678,9 @@ class Guard(Once):
     """What protect() puts before a handler; on AuthServer, which has asked already, idle.
 
     For handlers: remote_user and auth_type, the user and the scheme.
+
+    It comes first in the class that protect() makes, so that no handler's own parse_request()
+    or end_headers() goes before it; where a handler has one, super() leads there.
     """
 
     gate: Gate
@@ -4708,6 +4765,7 @@ class Guard(Once):
         self.end_headers()
         self.wfile.write(page if self.command != "HEAD" else b"")
         if self.unread:
+            # Our side first: the client must see the end of the answer, or it might wait for more.
             with contextlib.suppress(OSError):          # it has left, or says nothing
                 self.connection.shutdown(socket.SHUT_WR)
                 self.connection.settimeout(LINGER_SECONDS)
@@ -4728,7 +4786,11 @@ class Guard(Once):
 
 
 def check_handler(handler: Any) -> None:
-    """Refuse what would never ask for the password; by name, and before it serves anybody."""
+    """Refuse what would never ask for the password; by name, and before it serves anybody.
+
+    The password is asked for in parse_request(). A handler with a loop of its own that reads
+    requests in another way would go round it, and nothing would show it: it would just serve.
+    """
     if (not isinstance(handler, type) or issubclass(handler, Guard)
             or not issubclass(handler, http.server.BaseHTTPRequestHandler)):
         raise TypeError(f"unable to protect {handler!r:.60}: expected a class of handlers, derived "
@@ -4746,7 +4808,8 @@ def protect(handler_class: Any, passwords: Passwords,
             trusted_proxies: Optional[Sequence[str]] = None, **offer: Any) -> Any:
     """Return a handler class that answers only who has a password; any server runs it.
 
-    It may be wrapped in a functools.partial. trusted_proxies are as --trusted-proxy;
+    It may be wrapped in a functools.partial, which is how http.server itself is told a folder
+    (directory=...): then so is what is returned. trusted_proxies are as --trusted-proxy;
     further arguments are those of Authenticator. Where a network reaches the server, and
     without TLS, Digest alone is offered unless schemes says what is.
     """
@@ -4804,6 +4867,7 @@ def read_signed(environ: Dict[str, Any], body: Iterator[bytes]) -> bytes:
 def judge_environ(gate: Gate, environ: Dict[str, Any]) -> Verdict:
     """Return the verdict on the request that a WSGI environment describes."""
     peer, field = environ.get("REMOTE_ADDR", ""), environ.get("HTTP_AUTHORIZATION")
+    # One iterator for both who may read it: what the first has read the second must not expect.
     address, body = parse_address(peer), body_of(environ)
     target = environ.get("RAW_URI") or environ.get("REQUEST_URI")       # gunicorn; the others
     attempt = Attempt(environ["REQUEST_METHOD"], str(target or ""),
@@ -4840,6 +4904,7 @@ def protect_wsgi(application: Any, passwords: Passwords,
         def start(status: str, fields: List[Tuple[str, str]], *exc_info: Any) -> Any:
             return start_response(status, list(fields) + list(verdict.fields), *exc_info)
         if verdict.status == 200:
+            # Set anew: a client cannot send these two, but a server in front may have.
             # WSGI text is bytes read as Latin-1 (PEP 3333).
             environ["REMOTE_USER"] = str(verdict.username).encode("utf-8").decode("latin-1")
             environ["AUTH_TYPE"] = verdict.scheme
@@ -4959,7 +5024,10 @@ def parse_bind(text: str) -> Place:
 
 
 def open_socket(text: str, place: Place) -> socket.socket:
-    """Return a socket that listens at place; text is how the --bind option names it."""
+    """Return a socket that listens at place; text is how the --bind option names it.
+
+    Its options first: the kernel looks at them when it binds, and at no later time.
+    """
     family, where = place
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -4974,7 +5042,7 @@ def open_socket(text: str, place: Place) -> socket.socket:
         sock.bind(where)
         if family == socket.AF_UNIX:
             os.chmod(where, 0o666)      # as a port: whoever gets there needs a password
-        # Last: who connects to what is bound, and does not listen yet, is refused, not kept waiting.
+        # Last: from now on clients come, and everything must be as it shall be.
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
@@ -5030,9 +5098,12 @@ def open_sockets(options: argparse.Namespace) -> List[socket.socket]:
     for text in options.bind or [DEFAULT_ADDRESS]:
         place = parse_bind(text)
         # At most one: of several that fit, the others are for other --bind options, or closed.
+        # So --bind :0 given twice keeps two ports over a restart.
         fitting = [sock for sock in given if place.fits(sock)][:1]
         sockets += fitting or [open_socket(text, place)]
         given = [sock for sock in given if sock not in fitting]
+    # What is left belongs to options that nobody has given again. This closes our copy only:
+    # the predecessor listens there until it is told to leave.
     for sock in given:
         sock.close()
     return sockets
@@ -5040,14 +5111,23 @@ def open_sockets(options: argparse.Namespace) -> List[socket.socket]:
 
 # -- 16. The command line -----------------------------------------------------
 #
-# bind() is called by daemonize.py, or by main(). Its order: first whatever is wrong with the
-# options alone, while nothing has been made yet. Then the password file, for the rest needs to
-# know where it is; a first one is removed again by whatever fails after it. The folder before
-# the addresses: a port that is open, and closed again, would look like a server that crashed.
-# The passwords last: only the addresses decide which schemes every user must be servable in.
+# Copied alone this file is a server; beside daemonize.py it is what that hosts. Either way
+# it is three calls:
 #
-# All of it runs with full privileges, and all of it once: what runs later, as the daemon's
-# user, finds sockets, keys and passwords in the server, and the options nowhere.
+#     add_arguments(parser)     our options, in our own parser or in daemonize.py's
+#     bind(options)             with full privileges, once
+#       check_options()         first what is wrong already, while nothing has been made yet
+#       find_passwords()        a first file, if it may be made: bind() removes it if the rest fails
+#       make_server()
+#         make_page()           the folder before the ports: one that is open, and closed again,
+#         make_listeners()      would look like a server that crashed; the key before them, too
+#         make_authenticator()  last: only the addresses decide in which schemes every user must
+#                               be servable
+#     serve_forever()           as the daemon's user, in each worker
+#       reread()                ... but this in the daemon itself, at `reload`, with its rights
+#
+# What serve_forever() needs lies in the server by then, open or in memory: after bind() there may
+# be another root folder, and a user to whom neither key nor passwords would be readable.
 
 # What daemonize.py adds to our own options, and what that is where nobody has added it.
 UNHOSTED: Dict[str, Any] = {
@@ -5111,7 +5191,11 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def find_passwords(options: argparse.Namespace) -> Tuple[str, Optional[Tuple[str, str]]]:
-    """Return the path of the password file, and user and password if it had to be made."""
+    """Return the path of the password file, and user and password if it had to be made.
+
+    It is made where somebody reads what start prints, and nowhere else: a password that was
+    printed into a log, or to nobody, would be a door that its owner does not know of.
+    """
     if options.passwords:
         return options.passwords if options.passwords == "-" else os.path.abspath(
             options.passwords), None
@@ -5128,7 +5212,10 @@ def find_passwords(options: argparse.Namespace) -> Tuple[str, Optional[Tuple[str
 
 
 def read_passwords(path: str, realm: str) -> Passwords:
-    """Return the password file's dictionary, and say what a person should know of it."""
+    """Return the password file's dictionary, and say what a person should know of it.
+
+    At a reload once more: it may be another file by then, with other hashes.
+    """
     passwords = Passwords.read(path, realm)
     for warning in passwords.warnings:
         warn(warning)
@@ -5137,7 +5224,10 @@ def read_passwords(path: str, realm: str) -> Passwords:
 
 def greet(user: str, password: str, path: str, options: argparse.Namespace,
           server: AuthServer) -> str:
-    """Return what the first start says, once."""
+    """Return what the first start says, once: the password itself is kept nowhere.
+
+    Its commands can be pasted, and work in any folder.
+    """
     # Where a client on this machine gets to what listens everywhere.
     url = server.addresses()[0].replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")
     if url.startswith("unix:"):
@@ -5165,7 +5255,12 @@ def make_authenticator(options: argparse.Namespace, path: str,
 
 
 def make_listeners(options: argparse.Namespace) -> List[Listener]:
-    """Return the listening sockets, each with what is offered there."""
+    """Return the listening sockets, each with what is offered there.
+
+    Basic sends the password itself: unless asked for it is offered only where nobody can
+    listen. Digest sends a proof; but what is then served can be read all the same, and its
+    owner should hear that from us: once, though there are several such addresses.
+    """
     chosen = () if options.schemes is None else parse_choice(options.schemes, SCHEMES)
     # Before the sockets: a key that is no key should not have opened a port.
     context = tls_context(options.tls_cert, options.tls_key) if options.tls_cert else None
@@ -5188,6 +5283,7 @@ def make_page(options: argparse.Namespace, path: str) -> Page:
     """Return what is served: a folder, or the example."""
     if not options.root:
         return example
+    # Not served, by whatever name: Files knows them by device and inode.
     secrets = [path, options.nonce_secret, options.tls_key or options.tls_cert,
                *options.private_files]
     files = Files(options.root, options.hidden,
@@ -5233,7 +5329,11 @@ def bind(options: argparse.Namespace) -> AuthServer:
 
 
 def reread(server: AuthServer, options: argparse.Namespace, path: str) -> None:
-    """Take new passwords and a new certificate; all of it, or nothing."""
+    """Take new passwords and a new certificate; all of it, or nothing.
+
+    First everything is read, then everything is taken: a mistake in the second file must not
+    leave us with the first one's news. Workers need no telling: fresh ones are forked.
+    """
     authenticator = server.authenticator
     assert authenticator is not None
     passwords = authenticator.passwords
@@ -5248,7 +5348,11 @@ def reread(server: AuthServer, options: argparse.Namespace, path: str) -> None:
 
 
 def inherited_table(fd: Optional[int]) -> Optional[SharedTable]:
-    """Return the table of the daemon whose place we take, if it is one that we can read."""
+    """Return the table of the daemon whose place we take, if it is one that we can read.
+
+    It may be of another version: a restart is how one gets a new one. Then its clients are
+    asked once more, which nobody notices.
+    """
     # The size first: a shorter one would be read beyond its end, which is SIGBUS.
     if fd is None or os.fstat(fd).st_size != TABLE_SIZE or os.pread(fd, 8, 0) != LAYOUT:
         return None
@@ -5256,7 +5360,7 @@ def inherited_table(fd: Optional[int]) -> Optional[SharedTable]:
 
 
 def warn(text: str) -> None:
-    """Tell who started us what could be better."""
+    """Tell who started us what could be better; a name in it must not colour the terminal."""
     say("authserver: warning: " + "\n".join(map(escape, text.split("\n"))), sys.stderr)
 
 
@@ -5306,11 +5410,13 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             say(passwd(words[1:]), sys.stdout)
             return 0
         with bind(build_parser().parse_args(words)) as server:
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))   # the log gets its last lines
+            # After bind(): until then there is nothing to end well. SystemExit passes through
+            # serve_forever(), whose `finally` writes the last lines of the log.
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
             if server.authenticator:
                 server.authenticator.table.alone = True     # we fork nobody
             server.serve_forever()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:           # how one ends what runs in a terminal: no mistake
         pass
     except (OSError, Refusal) as error:
         say(f"authserver: fatal: {error}", sys.stderr)

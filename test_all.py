@@ -1035,7 +1035,7 @@ class PasswordFiles(AuthTestCase):
 
     def test_passes_over_what_does_not_matter(self) -> None:
         """Blanks at a line's ends, comments after blanks, CRLF, U+FEFF at the start, entries of other realms."""
-        text = ("\ufeff# staff\r\n \t# more\r\n\r\n \t%s \t\r\nann:plain:se:cret \r\njim:other:%s\nbob:other:%s \n"
+        text = ("\ufeff# staff, M\udcfcller\r\n \t# more\r\n\r\n \t%s \t\r\nann:plain:se:cret \r\njim:other:%s\nbob:other:%s \n"
                 "\tsha:%s\t" % (LINE, HEX, HEX * 2, SHA))
         passwords = Passwords.read(self.write(text), "files")
         self.assertEqual(["jim", "ann", "sha"], list(passwords.entries))
@@ -1219,6 +1219,17 @@ class SlowHashes(AuthTestCase):
                 self.assertEqual([True, False, False, False], [passwords.check_password(*pair) for pair in (
                     ("u0", "secret"), ("u0", "Secret"), ("u0", "secret\0x"), ("u1", "secret"))])
 
+    def test_a_bad_salt_is_the_fault_of_its_line_alone(self) -> None:
+        """Another hash of that form, before or after it, is verified; also once the file has been mended."""
+        good = crypted("secret", "$2y$04$abcdefghijklmnopqrstuu")
+        bad = good[:7] + "#" + good[8:]
+        with mock.patch.object(authserver, "FORMS", set()):
+            path = self.write("bob:%s\nann:%s\n" % (bad, good))
+            with self.assertRaisesRegex(Refusal, "line 1: user 'bob': field 2: .*does not know") as caught:
+                Passwords.read(path, "files")
+            self.assertNotIn("line 2", str(caught.exception))
+            self.assertTrue(Passwords.read(self.write("ann:%s\n" % good), "files").check_password("ann", "secret"))
+
     def test_finds_crypt_by_whatever_name_it_has(self) -> None:
         """crypt_r for two at a time; crypt, one at a time; neither, and the file is refused, not the log-ins."""
         import ctypes
@@ -1231,7 +1242,7 @@ class SlowHashes(AuthTestCase):
             self.assertEqual(made, function(b"phrase", b"setting"))
             self.assertEqual([True] * count + [False], [turns.acquire(blocking=False) for _ in range(count + 1)])
         with mock.patch.object(authserver, "load_crypt", lambda: (function, threading.Semaphore(1))), \
-                mock.patch.dict(authserver.FORMS, clear=True):
+                mock.patch.object(authserver, "FORMS", set()):
             path = self.write("u0:$6$rounds=1000$saltsalt$" + "x" * 86)
             self.refuses("libcrypt", Passwords.read, path, "files")
 
