@@ -52,7 +52,6 @@ import random
 import re
 import resource
 import select
-import shlex
 import shutil
 import signal
 import socket
@@ -76,12 +75,12 @@ import warnings
 import wave
 import wsgiref.simple_server
 from random import Random
-from typing import (Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union)
+from typing import (Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union)
 from unittest import mock
 
 sys.dont_write_bytecode = True  # nothing is written beside the programs
-import authserver  # noqa: E402
-from authserver import AuthServer, Authenticator, Passwords, Refusal, protect, protect_wsgi  # noqa: E402
+import authserver
+from authserver import AuthServer, Authenticator, Passwords, Refusal, protect, protect_wsgi
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 DAEMONIZE = os.path.join(HERE, "daemonize.py")
@@ -499,7 +498,7 @@ connect, exchange = Wire, Wire.exchange
 def talk(address: str, data: bytes, end: bool = False) -> bytes:
     """Send `data` (`end`: and the end of it) on a connection of its own; return all that comes."""
     with Wire(address) as wire:
-        with contextlib.suppress(OSError if end else ()):  # refused in the middle
+        with contextlib.suppress(*[OSError] * end):  # refused in the middle
             wire.sendall(data)
             if end:
                 wire.shutdown(socket.SHUT_WR)
@@ -608,7 +607,7 @@ RFC2617 = dict(RFC, realm="testrealm@host.com", password="Circle Of Life",
 JASON = dict(username="Jäsøn Doe", realm="api@example.org", password="Secret, or not?",
              nonce="5TsQWLVdgBdmrQ0XsxbDODV+57QdFR34I9HAbC/RVvkK",
              cnonce="NTg6RKcb9boFIAS3KrFK9BGeh+iDa/sm6jUMp2wds69v", uri="/doe.json")
-VECTORS = ((RFC2617, {}, "6629fae49393a05397450978507c4ef1"),
+VECTORS: Sequence[Any] = ((RFC2617, {}, "6629fae49393a05397450978507c4ef1"),
     (RFC2617, {"method": ""}, "376602cfd2f4e8e5e78b948a85263e85"), (RFC, {}, "8ca523f5e9506fed4657c9700eebdbec"),
     (RFC, {"algorithm": "SHA-256"}, "753927fa0e85d155564e2e272a28d1802ca10daf4496794697cf8db5856cb6c1"),
     (RFC, {"method": ""}, "9b712497bc9f91499fbcca1dfc5f09a5"), (RFC, {"method": "", "algorithm": "SHA-256"},
@@ -785,7 +784,7 @@ class DigestArithmetic(AuthTestCase):
 
     def test_equals_the_vectors_of_the_rfcs(self) -> None:
         """RFC 2617, RFC 7616 (with errata 4495, 4897), -sess and auth-int forms of them."""
-        for values, settings, want in VECTORS:  # type: Any, Any, str
+        for values, settings, want in VECTORS:
             with self.subTest(values["realm"], **settings):
                 if settings.get("algorithm", "MD5") not in authserver.HASHES:
                     self.skipTest("this Python's hashlib lacks " + settings["algorithm"])
@@ -1783,7 +1782,7 @@ class LockOut(AuthTestCase):
 
     def guess(self, authenticator: Any, times: int, client: Optional[str] = "192.0.2.1", now: float = NOW) -> int:
         """Try wrong passwords; return the status of the last."""
-        said = [attempt(authenticator, basic("jim", "w%d" % number), client=client, now=now).status
+        said: List[int] = [attempt(authenticator, basic("jim", "w%d" % number), client=client, now=now).status
                 for number in range(times)]
         return said[-1]
 
@@ -2015,7 +2014,7 @@ class FilesTest(unittest.TestCase):
         self.addCleanup(os.chmod, self.path(name), 0o755)
 
     def get(self, path: str, files: Any = None, method: str = "GET", username: Optional[str] = "jim",
-            now: float = NOW, **fields: str) -> "authserver.Answer":
+            now: Any = NOW, **fields: Any) -> Any:
         """Ask for a path, field names have _ for -; the body is read, as the server would."""
         values = {name.replace("_", "-"): [value] for name, value in fields.items()}
         answer = (files or self.files)(Asked(method, path, path, values, username, now))
@@ -2787,8 +2786,8 @@ class HttpHandlers(HttpTest):
             with self.subTest(sentence):
                 said = statuses(self.say(data + head("/", "GET", JIM, CLOSE)))
                 self.assertEqual(said, want + [200] * (not closes))
-        for said in ("KeyError: 'late'", "sent less than it announced", "sent more than it announced"):
-            self.logged(said)
+        for line in ("KeyError: 'late'", "sent less than it announced", "sent more than it announced"):
+            self.logged(line)
 
     def test_a_handler_that_raises_is_logged_once(self) -> None:
         """One traceback for an exception; at most one answer, and no 200; the server lives."""
@@ -2801,7 +2800,7 @@ class HttpHandlers(HttpTest):
     def test_broken_chunks_are_no_body(self) -> None:
         """A chunk without size, end or sense: one answer at most, and nothing after it is read."""
         for chunks in BROKEN_CHUNKS:
-            for method, want in (("RAW", ([], [200], [400])), ("CHUNKS", ([], [400], [500]))):
+            for method, want in (("RAW", [[], [200], [400]]), ("CHUNKS", [[], [400], [500]])):
                 with self.subTest(chunks[:20], method=method):
                     data = head("/", method, JIM, CHUNKED) + chunks + head("/")
                     self.assertIn(statuses(self.say(data)), want)
@@ -3005,11 +3004,12 @@ def serving(server: Any) -> Iterator[str]:
             server.server_close()
 
 
-Base, Simple = http.server.BaseHTTPRequestHandler, http.server.SimpleHTTPRequestHandler
+Base: Any = http.server.BaseHTTPRequestHandler
+Simple: Any = http.server.SimpleHTTPRequestHandler
 USERS = Passwords({"jim": "secret"}, realm="files")
 
 
-class Idiom(Base):
+class Idiom(http.server.BaseHTTPRequestHandler):
     """A handler that answers `ok`; made(function) is one that answers by a function of its own."""
     protocol_version = "HTTP/1.1"
     ASKED = head("/a?b", "GET", JIM, "X-Test: 1") + head("/next")
@@ -3173,12 +3173,12 @@ class HttpIdioms(SharedBoxTest):
         exec(IDIOMS, known)
         folder = self.box.make("folder")
         self.box.write("folder/five", "12345")
-        handlers = {name: value for name, value in known.items() if name not in globals() and isinstance(value, type)}
+        handlers: Dict[str, Any] = {name: value for name, value in known.items() if name not in globals() and isinstance(value, type)}
         self.assertGreater(len(handlers), 30)
         here = os.getcwd()
         self.addCleanup(os.chdir, here)
         os.chdir(folder)
-        for name, handler in handlers.items():  # type: str, Any
+        for name, handler in handlers.items():
             with self.subTest(name):
                 guarded = protect(handler, USERS)
                 stock, ours = (self.bytes_of(kind(("127.0.0.1", 0), guarded), handler.ASKED)
@@ -3210,7 +3210,7 @@ class HttpIdioms(SharedBoxTest):
         """protect(functools.partial(Handler, directory=...)) and partial(protect(Handler), ...)."""
         self.box.make("pub")
         self.box.write("pub/public", "12345")
-        arguments = {"directory": self.box.path("pub")}
+        arguments: Dict[str, Any] = {"directory": self.box.path("pub")}
         for guarded in (protect(functools.partial(Simple, **arguments), USERS),
                         functools.partial(protect(Simple, USERS), **arguments)):
             for kind in (StockServer, AuthServer):  # type: Any
@@ -10089,7 +10089,7 @@ class Part:
 
 def run_parts(chosen: Dict[Any, List[str]], verbose: bool) -> List[Dict[str, Any]]:
     """Run the subjects in children, PARTS at a time; return their reports."""
-    waiting, running, reports = list(chosen.items()), {}, []  # type: Any, Dict[int, Part], Any
+    waiting, running, reports = list(chosen.items()), {}, []  # type: Any, Dict[int, Part], List[Dict[str, Any]]
     try:
         while waiting or running:
             while waiting and len(running) < PARTS:
