@@ -6605,7 +6605,7 @@ class Readme(DefaultFilesTest):
             self.skipTest("needs the right to unshare")
         return ["nsenter", "-t", str(child.pid), "-m", "-n"]
 
-    def play(self, into: List[str]) -> None:
+    def play(self, into: List[str], change: Callable[[str], str] = str) -> None:
         """Do every command of README in order, in one folder; it succeeds, and curl gets its page."""
         password, shims = "", self.box.make("bin")
         os.symlink(self.python, shims + "/python3")
@@ -6614,11 +6614,11 @@ class Readme(DefaultFilesTest):
         env = {"PATH": shims + ":/usr/sbin:/usr/bin:/sbin:/bin", "DAEMONIZE_TEST": self.box.folder}
         for command in self.commands():
             with self.subTest(command):
-                command = command.replace("-u admin ", "-u admin:%s " % password)
+                command = change(command.replace("-u admin ", "-u admin:%s " % password))
                 done = run(into + ["sh", "-c", 'cd "$0" && eval "$1"', self.box.folder, command], 0, env=env)
                 password = "".join(re.findall(r"(?m)^password: (\S+)$", done.out)) or password
                 for place, page in self.PAGES.items():
-                    if "curl" in command and place in command:
+                    if "curl" in command and change(place) in command:
                         self.assertIn(page, done.out)
         self.assertTrue(password)
         remove(shims)
@@ -6639,24 +6639,50 @@ class Readme(DefaultFilesTest):
         """Every command runs as it stands there: as a user who has a home."""
         self.play(self.hide() + ["-S", str(NOBODY), "-G", str(NOBODY)])
 
-    def unique(self, command: str, port: int) -> str:
-        """Return a command of README with this Python, a port and names of this run's own."""
-        command = re.sub(r"\bpython3\b", "'%s'" % sys.executable, command).replace("8081", str(port))
-        found = re.search(r"daemonize\.py (start|stop|status|restart)(.*)", command)
-        if found and not found.group(2):
-            command += " --name " + self.name
-            command += " --bind 127.0.0.1:%d" % port if found.group(1) == "start" else ""
-        elif found:
-            command = re.sub(r"--name (\w+)", r"--name %s-\1" % self.name, command)
-            command = re.sub(r"--app (\w+)\.py", r"--name %s-\1 --app \1.py" % self.name, command)
-        return command
+    @needs_user
+    @needs_home
+    @needs("curl")
+    @needs("openssl")
+    def test_its_commands_do_it_under_other_names(self) -> None:
+        """Every command runs for whoever cannot hide: with names and ports of this run's own."""
+        for path in glob.glob(self.box.path("README")):
+            self.box.write("README", self.unique(read(path)))
+        self.play([], self.unique)
+
+    def unique(self, text: str) -> str:
+        """Return a command of README with names and ports of this run's own."""
+        text = re.sub(r"\b8(?:08\d|443)\b", lambda found: self.ports.setdefault(
+            found.group(), str(free_port())), text)
+        if not text.startswith("python3 daemonize.py "):
+            return text
+        named = re.search(r" (?:--name|--app|-- python3|--) (\w+)", text)
+        name = "--name %s-%s" % (self.name, named.group(1) if named else "authserver")
+        if " start" in text and not named and "--bind" not in text:
+            name += " --bind " + self.unique("127.0.0.1:8081")
+        return re.sub(r"daemonize\.py \w+", lambda found: "%s %s" % (found.group(), name),
+                      re.sub(r" --name \w+", "", text))
+
+    def section(self, title: str) -> str:
+        """Return the text under a heading."""
+        text = read(README).split("\n%s\n%s\n" % (title, "-" * len(title)))[1]
+        return re.split(r"\n.+\n[-=]{3,}\n", text)[0]
+
+    def block(self, first: str) -> str:
+        """Return what is indented by two spaces, from the line that begins with `first`."""
+        found = re.search(r"(?m)^  %s.*\n(?:  .*\n)*" % re.escape(first), read(README))
+        assert found, "no block that begins with " + first
+        return re.sub("(?m)^  ", "", found.group())
 
     def test_it_is_plain_text_of_72_columns(self) -> None:
-        """README has at most 72 columns, no tabs, no markup."""
-        for number, line in enumerate(read(README).splitlines(), 1):
+        """README has at most 520 lines of 72 columns, no tabs, no markup."""
+        lines = read(README).splitlines()
+        self.assertLessEqual(len(lines), 520)
+        for number, line in enumerate(lines, 1):
             self.assertLessEqual(len(line), 72, "line %d: %s" % (number, line))
             self.assertNotIn("\t", line)
             self.assertFalse(line.startswith(("#", "```")), line)
+            if re.fullmatch("[-=]{3,}", line):
+                self.assertEqual(len(line), len(lines[number - 2]), lines[number - 2])
 
     def test_every_option_stands_in_it(self) -> None:
         """Every option of --help stands in README."""
@@ -6666,6 +6692,76 @@ class Readme(DefaultFilesTest):
         told = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", read(README)))
         self.assertIn("--pidfile", known)
         self.assertEqual(known - told, set())
+
+    def test_each_message_is_one_of_the_code(self) -> None:
+        """Each of 25 messages that README explains is in a string of the programs."""
+        nodes = [node for path in (DAEMONIZE, AUTHSERVER) for node in ast.walk(ast.parse(read(path)))]
+        # Until Python 3.7 a string is ast.Str, with s; since then a Constant, with value.
+        texts = [text for text in (vars(node).get("value", vars(node).get("s")) for node in nodes)
+                 if isinstance(text, str)]
+        rows = re.findall(r"(?m)^  (\S.*?)(?:  |$)", self.section("When it does not work"))
+        self.assertGreaterEqual(len(rows), 25)
+        for row in rows:
+            with self.subTest(row):
+                self.assertTrue([text for text in texts if row in text], row)
+
+    def test_bind_gets_what_it_says(self) -> None:
+        """The options of ours that an application gets are those that README names."""
+        app = APP.replace("def bind(options):", "def bind(options):\n    seen(options)") + '''
+def seen(options):
+    print(sorted(vars(options)), flush=True)
+'''
+        said = self.box.start(app=app).out
+        got = set(re.findall(r"'(\w+)'", said.partition("]")[0]))
+        text = self.section("Your own application").partition("bind gets")[2].partition("All that")[0]
+        told = {word for word in re.findall(r"\w+", text)}
+        own = set(re.findall(r'add_argument\("--([\w-]+)', app))
+        self.assertIn("sockets", got)
+        self.assertEqual(got - told - {name.replace("-", "_") for name in own}, set())
+
+    def test_the_server_may_have_what_it_says(self) -> None:
+        """Each attribute of a server that README names is one that daemonize.py looks for."""
+        names = re.findall(r"(?m)^  ([a-z_]+)(?:\(\))?  +\S", self.section("Your own application"))
+        self.assertEqual(len(names), 12)
+        for name in names:
+            self.assertRegex(read(DAEMONIZE), r'"%s"|\.%s\b' % (name, name))
+
+    def test_startstop_takes_what_it_says(self) -> None:
+        """README names every keyword of startstop()."""
+        text = self.section("Your own application")
+        words = set(re.findall(r"\w+", text[text.index("More keywords"):].replace("stdout", "")))
+        keywords = re.search(r"(?s)def startstop\((.*?)\*\*more", read(DAEMONIZE))
+        more = re.search(r'name not in \((.*?)\)', read(DAEMONIZE))
+        assert keywords and more
+        names = set(re.findall(r"(\w+):", keywords.group(1)) + re.findall(r'"(\w+)"', more.group(1)))
+        self.assertEqual(names - words, {"stdout", "pidfile"})
+
+    def test_a_folder_by_the_library(self) -> None:
+        """The lines that serve a folder serve it to jim alone."""
+        folder = self.box.make("srv")
+        self.box.write("srv/a", "it is here")
+        code = self.block("from authserver import Auth").replace("8083", "0").replace("/srv", folder)
+        at = self.box.launch(sys.executable, "-c", code, cwd=self.box.folder)
+        at = at.replace("0.0.0.0", "127.0.0.1")
+        self.assertEqual(request(at, "/a", "GET", "").status, 401)
+        self.assertEqual(request(at, "/a", "GET", digest(at, "/a")).body, b"it is here")
+
+    def test_a_handler_by_the_library(self) -> None:
+        """The lines that protect a handler protect it, under the server of the standard library."""
+        self.box.write("users", ha1_line("jim", "secret"), 0o600)
+        port = str(free_port())
+        code = '''import http.server
+class MyHandler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"mine")
+''' + self.block("from authserver import Passwords, protect\n").replace("8084", port)
+        self.box.spawn(sys.executable, "-c", code)
+        at = "127.0.0.1:" + port
+        until(lambda: not reach(at), "a server")
+        self.assertEqual(request(at, "/a", "GET", "").status, 401)
+        self.assertEqual(request(at, "/a", "GET", digest(at, "/a")).body, b"mine")
 
 
 # -- Bench: beside the servers that are installed here -----------------------
