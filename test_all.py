@@ -6582,6 +6582,7 @@ class Readme(DefaultFilesTest):
     # What a daemon of the default name writes is the box's own, and so is every port.
     HIDE = ('cp -a /etc "$0/etc" && mount --bind "$0/etc" /etc && mount -t tmpfs none /run && '
             'mount -t tmpfs none /var/log && ip link set lo up && mkdir -m 777 /run/home && '
+            'rm -f /etc/*.passwords && mkdir /run/d && cp "$0"/*.py /run/d && '
             'sed -i "s|^\\([^:]*:[^:]*:%d:.*:\\)[^:]*:|\\1/run/home:|" /etc/passwd && '
             'echo hidden && exec sleep 86400' % NOBODY)
 
@@ -6591,7 +6592,6 @@ class Readme(DefaultFilesTest):
         for name in ("README", "daemonize.py", "authserver.py"):
             shutil.copy(os.path.join(HERE, name), self.box.path(name))
         os.chmod(self.box.folder, 0o777)
-        self.python = sys.executable
 
     def commands(self) -> List[str]:
         r"""Return the commands of README: what is indented by four spaces, with what follows a \."""
@@ -6605,23 +6605,46 @@ class Readme(DefaultFilesTest):
             self.skipTest("needs the right to unshare")
         return ["nsenter", "-t", str(child.pid), "-m", "-n"]
 
-    def play(self, into: List[str], change: Callable[[str], str] = str) -> None:
-        """Do every command of README in order, in one folder; it succeeds, and curl gets its page."""
-        password, shims = "", self.box.make("bin")
-        os.symlink(self.python, shims + "/python3")
-        script = "#!/bin/sh\nexec %s --retry 9 --retry-connrefused --fail --silent --show-error --noproxy '*' \"$@\"\n"
-        self.box.write("bin/curl", script % shutil.which("curl"), 0o755)
+    def section(self, title: str) -> str:
+        """Return the text under a heading."""
+        text = read(README).split("\n%s\n%s\n" % (title, "-" * len(title)))[1]
+        return re.split(r"\n.+\n[-=]{3,}\n", text)[0]
+
+    def block(self, first: str) -> str:
+        """Return what is indented by two spaces, from the line that begins with `first`."""
+        found = re.search(r"(?m)^  %s.*\n(?:  .*\n)*" % re.escape(first), read(README))
+        assert found, "no block that begins with " + first
+        return re.sub("(?m)^  ", "", found.group())
+
+    def enter(self, *words: str, hidden: bool = True) -> Callable[..., Result]:
+        """Return what runs a shell command, as root or another, in a place with files of its own.
+
+        It is done in the box's folder, with this Python; what README has in /opt/d is in /run/d.
+        """
+        into, shims = self.hide() if hidden else [], self.box.make("bin")
+        os.symlink(sys.executable, shims + "/python3")
+        self.box.write("bin/curl", "#!/bin/sh\nexec %s --retry 9 --retry-connrefused --fail --silent "
+                       "--show-error --noproxy '*' \"$@\"\n" % shutil.which("curl"), 0o755)
         env = {"PATH": shims + ":/usr/sbin:/usr/bin:/sbin:/bin", "DAEMONIZE_TEST": self.box.folder}
+        self.addCleanup(remove, shims)
+
+        def do(command: str, want: Optional[int] = 0, data: str = "") -> Result:
+            return run(into + list(words) + ["sh", "-c", 'cd "$0" && eval "$1"', self.box.folder,
+                                             command.replace("/opt/d", "/run/d")], want, data.encode(), env=env)
+        return do
+
+    def play(self, do: Callable[..., Result], change: Callable[[str], str] = str) -> None:
+        """Do every command of README in order, in one folder; it succeeds, and curl gets its page."""
+        password = ""
         for command in self.commands():
             with self.subTest(command):
                 command = change(command.replace("-u admin ", "-u admin:%s " % password))
-                done = run(into + ["sh", "-c", 'cd "$0" && eval "$1"', self.box.folder, command], 0, env=env)
+                done = do(command)
                 password = "".join(re.findall(r"(?m)^password: (\S+)$", done.out)) or password
                 for place, page in self.PAGES.items():
                     if "curl" in command and change(place) in command:
                         self.assertIn(page, done.out)
         self.assertTrue(password)
-        remove(shims)
 
     @needs_root
     @needs("curl")
@@ -6629,7 +6652,7 @@ class Readme(DefaultFilesTest):
     @needs("nsenter")
     def test_its_commands_do_what_it_says(self) -> None:
         """Every command runs as it stands there, with exit status 0: as root."""
-        self.play(self.hide())
+        self.play(self.enter())
 
     @needs_other_user
     @needs("curl")
@@ -6637,7 +6660,7 @@ class Readme(DefaultFilesTest):
     @needs("nsenter")
     def test_its_commands_do_it_for_a_user(self) -> None:
         """Every command runs as it stands there: as a user who has a home."""
-        self.play(self.hide() + ["-S", str(NOBODY), "-G", str(NOBODY)])
+        self.play(self.enter("-S", str(NOBODY), "-G", str(NOBODY)))
 
     @needs_user
     @needs_home
@@ -6647,7 +6670,7 @@ class Readme(DefaultFilesTest):
         """Every command runs for whoever cannot hide: with names and ports of this run's own."""
         for path in glob.glob(self.box.path("README")):
             self.box.write("README", self.unique(read(path)))
-        self.play([], self.unique)
+        self.play(self.enter(hidden=False), self.unique)
 
     def unique(self, text: str) -> str:
         """Return a command of README with names and ports of this run's own."""
@@ -6661,17 +6684,6 @@ class Readme(DefaultFilesTest):
             name += " --bind " + self.unique("127.0.0.1:8081")
         return re.sub(r"daemonize\.py \w+", lambda found: "%s %s" % (found.group(), name),
                       re.sub(r" --name \w+", "", text))
-
-    def section(self, title: str) -> str:
-        """Return the text under a heading."""
-        text = read(README).split("\n%s\n%s\n" % (title, "-" * len(title)))[1]
-        return re.split(r"\n.+\n[-=]{3,}\n", text)[0]
-
-    def block(self, first: str) -> str:
-        """Return what is indented by two spaces, from the line that begins with `first`."""
-        found = re.search(r"(?m)^  %s.*\n(?:  .*\n)*" % re.escape(first), read(README))
-        assert found, "no block that begins with " + first
-        return re.sub("(?m)^  ", "", found.group())
 
     def test_it_is_plain_text_of_72_columns(self) -> None:
         """README has at most 520 lines of 72 columns, no tabs, no markup."""
@@ -6762,6 +6774,96 @@ class MyHandler(http.server.BaseHTTPRequestHandler):
         until(lambda: not reach(at), "a server")
         self.assertEqual(request(at, "/a", "GET", "").status, 401)
         self.assertEqual(request(at, "/a", "GET", digest(at, "/a")).body, b"mine")
+
+    @needs_root
+    @needs("nsenter")
+    @needs("curl")
+    def test_what_it_says_of_cron_logrotate_and_fail2ban(self) -> None:
+        """The crontab starts and restarts without a word; logrotate loses no line; the jail is one."""
+        do = self.enter()
+        do("cat >/etc/d.conf", data="--root .   # a folder\n--bind 127.0.0.1:8081 --log-bytes 0\n")
+        do("python3 authserver.py passwd --stdin /etc/authserver.passwords jim", data="secret\n")
+        for line in self.block("@reboot").splitlines():
+            said = do("exec env -i \"PATH=$PATH\" HOME=/ LOGNAME=root sh -c '%s'" % re.sub(
+                r"^(@\w+|(\S+ ){4}\S+) +", "", line))
+            self.assertEqual((said.out, said.err), ("", ""), line)
+        log = "/var/log/authserver/authserver.log"
+        for word in ("wrong", "wrong", "secret"):
+            do("curl -u jim:%s http://127.0.0.1:8081/README" % word, None)
+        if shutil.which("fail2ban-client"):
+            do("cat >/etc/fail2ban/jail.local", data="[sshd]\nenabled = false\n" + self.block("[authserver]"))
+            self.assertIn("OK", do("fail2ban-client -t").out)
+            self.assertIn("2 total", do("fail2ban-regex %s traefik-auth" % log).out)
+        if shutil.which("logrotate"):
+            do("cat >/etc/rotate", data=self.block("/var/log/authserver").replace("/opt/d", "/run/d"))
+            do("logrotate -f -s /run/state /etc/rotate")
+            do("curl -u jim:secret http://127.0.0.1:8081/LICENSE", None)
+            self.assertEqual([do("grep -c GET " + name).out.strip() for name in (log, log + ".1")], ["1", "3"])
+        do("python3 daemonize.py stop")
+
+    @needs_root
+    @needs("systemd-analyze")
+    def test_what_it_says_of_systemd(self) -> None:
+        """systemd itself finds nothing wrong in the units."""
+        units = [self.box.write("authserver." + name, self.block(first).replace("/usr/bin/python3", sys.executable))
+                 for name, first in (("service", "[Unit]"), ("socket", "[Socket]"))]
+        said = run(["systemd-analyze", "verify"] + units)
+        about = [line for line in said.err.splitlines() if "authserver." in line]
+        self.assertEqual((said.code, about), (0, []))
+
+    @needs_root
+    @needs("nsenter")
+    @needs("supervisord")
+    def test_what_it_says_of_supervisord(self) -> None:
+        """supervisord keeps it running, and ends it."""
+        do = self.enter()
+        do("cat >/etc/d.conf", data="--bind 127.0.0.1:8081\n")
+        do("python3 authserver.py passwd --stdin /etc/authserver.passwords jim", data="secret\n")
+        self.box.write("s.conf", "[supervisord]\nnodaemon=true\nuser=root\n"
+                       + self.block("[program:").replace("/opt/d", "/run/d"))
+        said = do("supervisord -c s.conf & until python3 daemonize.py status; do sleep 0.1; done; "
+                  "kill $!; wait; python3 daemonize.py status", 3).out
+        self.assertIn("authserver is running", said)
+
+    @needs_root
+    @needs("nsenter")
+    @needs("curl")
+    @needs("nginx")
+    def test_what_it_says_of_nginx(self) -> None:
+        """nginx asks --forward-auth, as README has it, and passes the user on."""
+        do = self.enter()
+        do("python3 authserver.py passwd --stdin /etc/authserver.passwords jim", data="secret\n")
+        do("python3 daemonize.py start --forward-auth /auth --trusted-proxy 127.0.0.1")
+        frame = ("pid nginx.pid; error_log error.log; events { } http { access_log off; "
+                 "client_body_temp_path a; proxy_temp_path b; fastcgi_temp_path c; uwsgi_temp_path d; "
+                 "scgi_temp_path e; server { listen 127.0.0.1:80; %s } server { listen 127.0.0.1:3000; "
+                 "location / { return 200 'for $http_remote_user'; } } }")
+        self.box.write("nginx.conf", frame % self.block("location / {"))
+        do('nginx -e stderr -p "$PWD" -c "$PWD/nginx.conf"')
+        for scheme in ("--digest", "--basic"):
+            self.assertEqual(do("curl %s -u jim:secret http://127.0.0.1/a%%20b?c" % scheme).out, "for jim")
+            self.assertNotEqual(do("curl %s -u jim:wrong http://127.0.0.1/" % scheme, None).code, 0)
+        do('kill "$(cat nginx.pid)"; python3 daemonize.py stop')
+
+    @needs_other_user
+    @needs("nsenter")
+    @needs("unshare")
+    def test_what_it_says_of_containers(self) -> None:
+        """The Dockerfile copies what there is; its command is pid 1 as an ordinary user, and serves."""
+        do = self.enter()
+        lines = re.findall(r"(?m)^([A-Z]+) (.*)$", self.block("FROM"))
+        words = dict(lines)
+        self.assertEqual(words["COPY"].split()[:-1], ["daemonize.py", "authserver.py"])
+        do("python3 authserver.py passwd --stdin /run/passwords jim", data="secret\n")
+        uid, gid = words["USER"].split(":")
+        do("chown %s:%s /run/passwords" % (uid, gid))
+        argv = " ".join(json.loads(words["ENTRYPOINT"]) + json.loads(words["CMD"]))
+        argv = re.sub("=/passwords|=/tmp/", lambda found: found.group().replace(
+            "/passwords", "/run/passwords").replace("/tmp/", "/run/home/"), argv)
+        said = do("unshare -p -f --mount-proc setpriv --reuid %s --regid %s --clear-groups %s & "
+                  "curl --digest -u jim:secret http://127.0.0.1:8081/example/foo; "
+                  "kill $(cat /proc/$!/task/$!/children); wait $!" % (uid, gid, argv))
+        self.assertIn("for jim", said.out, said.err)
 
 
 # -- Bench: beside the servers that are installed here -----------------------
