@@ -6580,8 +6580,8 @@ class Readme(DefaultFilesTest):
 
     PAGES = {"/README": "daemonize.py and authserver.py", ":8082/": "Hello jim"}
     # What a daemon of the default name writes is the box's own, and so is every port.
-    HIDE = ('cp -a /etc "$0/etc" && mount --bind "$0/etc" /etc && mount -t tmpfs none /run && '
-            'mount -t tmpfs none /var/log && ip link set lo up && mkdir -m 777 /run/home && '
+    HIDE = ('cp -a /etc "$0/etc" && mount --bind "$0/etc" /etc && mount -t tmpfs -o mode=755 none /run && '
+            'mount -t tmpfs -o mode=755 none /var/log && ip link set lo up && mkdir -m 777 /run/home && '
             'rm -f /etc/*.passwords && mkdir /run/d && cp "$0"/*.py /run/d && '
             'sed -i "s|^\\([^:]*:[^:]*:%d:.*:\\)[^:]*:|\\1/run/home:|" /etc/passwd && '
             'echo hidden && exec sleep 86400' % NOBODY)
@@ -6610,11 +6610,12 @@ class Readme(DefaultFilesTest):
         text = read(README).split("\n%s\n%s\n" % (title, "-" * len(title)))[1]
         return re.split(r"\n.+\n[-=]{3,}\n", text)[0]
 
-    def block(self, first: str) -> str:
-        """Return what is indented by two spaces, from the line that begins with `first`."""
-        found = re.search(r"(?m)^  %s.*\n(?:  .*\n)*" % re.escape(first), read(README))
+    def block(self, first: str, word: str = "") -> str:
+        """Return what is indented by two spaces, from a line that begins with `first`, with `word` in it."""
+        found = [text for text in re.findall(r"(?m)^  %s.*\n(?:  .*\n)*" % re.escape(first), read(README))
+                 if word in text]
         assert found, "no block that begins with " + first
-        return re.sub("(?m)^  ", "", found.group())
+        return re.sub("(?m)^  ", "", found[0])
 
     def enter(self, *words: str, hidden: bool = True) -> Callable[..., Result]:
         """Return what runs a shell command, as root or another, in a place with files of its own.
@@ -6775,50 +6776,73 @@ class MyHandler(http.server.BaseHTTPRequestHandler):
         self.assertEqual(request(at, "/a", "GET", "").status, 401)
         self.assertEqual(request(at, "/a", "GET", digest(at, "/a")).body, b"mine")
 
-    @needs_root
+    def prepare(self) -> Callable[..., Result]:
+        """Return what runs a command where the files are that hosts are told of."""
+        do = self.enter()
+        conf = self.block("--uid").replace("www", "nobody", 1).replace("/srv/www", "'%s'" % self.box.folder)
+        do("cat >/etc/d.conf", data=conf)
+        for user in ("jim", "ann"):
+            do("python3 authserver.py passwd --stdin /etc/authserver.passwords " + user, data="secret\n")
+        do("chgrp %d /etc/authserver.passwords; chmod 640 /etc/authserver.passwords"
+           % pwd.getpwnam("nobody").pw_gid)
+        return do
+
+    @needs_other_user
     @needs("nsenter")
     @needs("curl")
     def test_what_it_says_of_cron_logrotate_and_fail2ban(self) -> None:
         """The crontab starts and restarts without a word; logrotate loses no line; the jail is one."""
-        do = self.enter()
-        do("cat >/etc/d.conf", data="--root .   # a folder\n--bind 127.0.0.1:8081 --log-bytes 0\n")
-        do("python3 authserver.py passwd --stdin /etc/authserver.passwords jim", data="secret\n")
+        do = self.prepare()
         for line in self.block("@reboot").splitlines():
-            said = do("exec env -i \"PATH=$PATH\" HOME=/ LOGNAME=root sh -c '%s'" % re.sub(
-                r"^(@\w+|(\S+ ){4}\S+) +", "", line))
+            command = re.sub(r"^(@\w+|(\S+ ){4}\S+) +root ", "", line)
+            said = do("exec env -i \"PATH=$PATH\" HOME=/ LOGNAME=root sh -c '%s'" % command)
             self.assertEqual((said.out, said.err), ("", ""), line)
-        log = "/var/log/authserver/authserver.log"
         for word in ("wrong", "wrong", "secret"):
             do("curl -u jim:%s http://127.0.0.1:8081/README" % word, None)
         if shutil.which("fail2ban-client"):
-            do("cat >/etc/fail2ban/jail.local", data="[sshd]\nenabled = false\n" + self.block("[authserver]"))
+            do("cat >/etc/fail2ban/jail.d/authserver.local",
+               data="[sshd]\nenabled = false\n" + self.block("[authserver]"))
             self.assertIn("OK", do("fail2ban-client -t").out)
-            self.assertIn("2 total", do("fail2ban-regex %s traefik-auth" % log).out)
+            self.assertIn("2 total", do("fail2ban-regex /var/log/authserver.log traefik-auth").out)
         if shutil.which("logrotate"):
-            do("cat >/etc/rotate", data=self.block("/var/log/authserver").replace("/opt/d", "/run/d"))
-            do("logrotate -f -s /run/state /etc/rotate")
+            do("cat >/etc/logrotate.d/authserver",
+               data=self.block("/var/log/authserver.log").replace("/opt/d", "/run/d"))
+            do("logrotate -f -s /run/state /etc/logrotate.d/authserver")
             do("curl -u jim:secret http://127.0.0.1:8081/LICENSE", None)
-            self.assertEqual([do("grep -c GET " + name).out.strip() for name in (log, log + ".1")], ["1", "3"])
+            counts = do("cd /var/log; grep -c GET authserver.log; grep -c GET authserver.log.1").out
+            self.assertEqual(counts.split(), ["1", "3"])
         do("python3 daemonize.py stop")
 
-    @needs_root
+    @needs_other_user
+    @needs("nsenter")
+    def test_what_it_says_of_the_night(self) -> None:
+        """Each line of "At three in the morning" does what stands beside it; the last leaves nothing."""
+        do = self.prepare()
+        do("python3 /opt/d/daemonize.py start @/etc/d.conf; mkdir new; cp *.py new")
+        night = self.block("d() {").replace("\\\n", " ").splitlines()
+        for line in night[3:]:
+            line = line.replace("a passwd $f", "echo battery | a passwd --stdin $f")
+            with self.subTest(line):
+                do("\n".join(night[:3] + [line]))
+        self.assertEqual(do("ls -d /run/*pid* /run/d* /etc/d.conf /etc/*.passwords /var/log/auth*", None).out, "")
+        self.assertGreater(len(night), 10)
+
     @needs("systemd-analyze")
     def test_what_it_says_of_systemd(self) -> None:
         """systemd itself finds nothing wrong in the units."""
-        units = [self.box.write("authserver." + name, self.block(first).replace("/usr/bin/python3", sys.executable))
-                 for name, first in (("service", "[Unit]"), ("socket", "[Socket]"))]
+        units = [self.box.write("authserver." + name, self.block(first, word).replace(
+            "/usr/bin/python3", sys.executable)) for name, first, word in (
+                ("service", "[Service]", "Type"), ("socket", "[Socket]", "Listen"))]
         said = run(["systemd-analyze", "verify"] + units)
         about = [line for line in said.err.splitlines() if "authserver." in line]
         self.assertEqual((said.code, about), (0, []))
 
-    @needs_root
+    @needs_other_user
     @needs("nsenter")
     @needs("supervisord")
     def test_what_it_says_of_supervisord(self) -> None:
         """supervisord keeps it running, and ends it."""
-        do = self.enter()
-        do("cat >/etc/d.conf", data="--bind 127.0.0.1:8081\n")
-        do("python3 authserver.py passwd --stdin /etc/authserver.passwords jim", data="secret\n")
+        do = self.prepare()
         self.box.write("s.conf", "[supervisord]\nnodaemon=true\nuser=root\n"
                        + self.block("[program:").replace("/opt/d", "/run/d"))
         said = do("supervisord -c s.conf & until python3 daemonize.py status; do sleep 0.1; done; "
@@ -6830,36 +6854,46 @@ class MyHandler(http.server.BaseHTTPRequestHandler):
     @needs("curl")
     @needs("nginx")
     def test_what_it_says_of_nginx(self) -> None:
-        """nginx asks --forward-auth, as README has it, and passes the user on."""
+        """nginx hands on, and asks --forward-auth, as README has it, and passes the user on."""
         do = self.enter()
         do("python3 authserver.py passwd --stdin /etc/authserver.passwords jim", data="secret\n")
         do("python3 daemonize.py start --forward-auth /auth --trusted-proxy 127.0.0.1")
         frame = ("pid nginx.pid; error_log error.log; events { } http { access_log off; "
                  "client_body_temp_path a; proxy_temp_path b; fastcgi_temp_path c; uwsgi_temp_path d; "
-                 "scgi_temp_path e; server { listen 127.0.0.1:80; %s } server { listen 127.0.0.1:3000; "
-                 "location / { return 200 'for $http_remote_user'; } } }")
-        self.box.write("nginx.conf", frame % self.block("location / {"))
+                 "scgi_temp_path e; server { listen 127.0.0.1:80; %s } server { listen 127.0.0.1:81; %s } "
+                 "server { listen 127.0.0.1:3000; location / { return 200 'for $http_remote_user'; } } }")
+        self.box.write("nginx.conf", frame % (self.block("location / {", "auth_request"),
+                                              self.block("location / {", "X-Forwarded-For")))
         do('nginx -e stderr -p "$PWD" -c "$PWD/nginx.conf"')
         for scheme in ("--digest", "--basic"):
-            self.assertEqual(do("curl %s -u jim:secret http://127.0.0.1/a%%20b?c" % scheme).out, "for jim")
-            self.assertNotEqual(do("curl %s -u jim:wrong http://127.0.0.1/" % scheme, None).code, 0)
+            for url in ("http://127.0.0.1/a%20b?c", "http://127.0.0.1:81/example/foo?c"):
+                self.assertIn("for jim", do("curl %s -u jim:secret %s" % (scheme, url)).out)
+                self.assertNotEqual(do("curl %s -u jim:wrong %s" % (scheme, url), None).code, 0)
         do('kill "$(cat nginx.pid)"; python3 daemonize.py stop')
+
+    def test_what_it_says_of_haproxy_and_caddy(self) -> None:
+        """Both find nothing wrong in their blocks."""
+        defaults = ("defaults\n mode http\n timeout connect 1s\n timeout client 1s\n timeout server 1s\n"
+                    "frontend all\n bind 127.0.0.1:8080\n default_backend authserver\n")
+        for argv, text in ((["haproxy", "-q", "-c", "-f"], defaults + self.block("backend")),
+                           (["caddy", "adapt", "--adapter", "caddyfile", "--config"],
+                            ":8080 {\n%s}\n" % self.block("forward_auth"))):
+            with self.subTest(argv[0]):
+                if not shutil.which(argv[0]):
+                    self.skipTest("needs " + argv[0])
+                run(argv + [self.box.write(argv[0] + ".conf", text)], 0, env=dict(self.box.env, HOME=self.box.folder))
 
     @needs_other_user
     @needs("nsenter")
-    @needs("unshare")
     def test_what_it_says_of_containers(self) -> None:
         """The Dockerfile copies what there is; its command is pid 1 as an ordinary user, and serves."""
         do = self.enter()
-        lines = re.findall(r"(?m)^([A-Z]+) (.*)$", self.block("FROM"))
-        words = dict(lines)
-        self.assertEqual(words["COPY"].split()[:-1], ["daemonize.py", "authserver.py"])
-        do("python3 authserver.py passwd --stdin /run/passwords jim", data="secret\n")
+        words = dict(re.findall(r"(?m)^([A-Z]+) (.*)$", self.block("FROM").replace("\\\n", "")))
+        self.assertEqual(words["COPY"].split(), ["daemonize.py", "authserver.py", "/opt/d/"])
+        do("mkdir /run/secrets; echo secret | python3 authserver.py passwd --stdin /run/secrets/users jim; "
+           "chmod 444 /run/secrets/users")
         uid, gid = words["USER"].split(":")
-        do("chown %s:%s /run/passwords" % (uid, gid))
-        argv = " ".join(json.loads(words["ENTRYPOINT"]) + json.loads(words["CMD"]))
-        argv = re.sub("=/passwords|=/tmp/", lambda found: found.group().replace(
-            "/passwords", "/run/passwords").replace("/tmp/", "/run/home/"), argv)
+        argv = " ".join(json.loads(words["CMD"])).replace("/tmp/pid", "/run/home/pid")
         said = do("unshare -p -f --mount-proc setpriv --reuid %s --regid %s --clear-groups %s & "
                   "curl --digest -u jim:secret http://127.0.0.1:8081/example/foo; "
                   "kill $(cat /proc/$!/task/$!/children); wait $!" % (uid, gid, argv))
