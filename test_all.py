@@ -7720,6 +7720,27 @@ class MyHandler(http.server.BaseHTTPRequestHandler):
         self.assertEqual(do("ls -d /run/*pid* /run/d* /etc/d.conf /etc/*.passwords /var/log/auth*", None).out, "")
         self.assertGreater(len(night), 10)
 
+    @needs_other_user
+    @needs("nsenter")
+    @needs("curl")
+    def test_what_it_says_of_files(self) -> None:
+        """Each file of the table has the owner and the mode that stand there, in a folder of whose it says."""
+        do = self.enter()
+        do("python3 /opt/d/daemonize.py start --uid nobody --nonce-secret /run/FILE --log-bytes 300 "
+           "--bind 127.0.0.1:8081 --bind unix:/run/PATH")
+        do("curl http://127.0.0.1:8081/%s" % ("x" * 300), None)
+        do("until test -e /var/log/authserver/authserver.log.1; do sleep 0.1; done")
+        rows = re.findall(r"(?m)^  (.{19}) (\S+) +(0\d+) .* (\S+)$", self.section("Files and owners"))
+        self.assertEqual(len(rows), 9)
+        for name, owner, mode, folder in rows:
+            path = name.strip().replace("NAME", "authserver").replace(", .2 ...", "").replace(
+                "--nonce-secret ", "/run/").replace("--bind unix:", "/run/")
+            path = "/var/log/authserver/" + path if path[0] != "/" else path.rstrip("/")
+            said = do("stat -c '%%U 0%%a' %s; stat -c %%U %s" % (path, os.path.dirname(path))).out
+            with self.subTest(path):
+                self.assertEqual(said.split(), [word.replace("USER", "nobody") for word in (owner, mode, folder)])
+        do("python3 /opt/d/daemonize.py stop")
+
     @needs_root
     @needs("systemd-analyze")
     def test_what_it_says_of_systemd(self) -> None:
