@@ -125,7 +125,8 @@ MAX_BODY = 1 << 30      # bytes of request body, for handlers that take uploads;
 READ_SIZE = 1 << 14     # bytes per recv(2) in the loop: nearly every head comes in one
 IN_MEMORY = 1 << 16     # bytes of body, and of answers, that the loop holds for a connection
 SENDFILE_SIZE = 1 << 20     # bytes of a file per sendfile(2): then others get their turn
-MAX_MEMOS = 512         # blocks of fields whose meaning is remembered, 1 to 3 KiB each
+MAX_MEMOS = 512         # blocks of fields whose meaning is remembered
+MAX_MEMO = 4096         # bytes of a head that is worth it
 MAX_CONNECTIONS = 20000     # per worker, where the limit of open files allows; about 20 MiB
 SPARE_FILES = 64        # descriptors kept back, for logs and for what handlers open
 BACKLOG = 1024          # connections that the kernel queues; http.server's 5 loses SYNs
@@ -468,7 +469,7 @@ def find_mac() -> Callable[[bytes, bytes], bytes]:
     """Return sign(key, data): 12 bytes that only a holder of the key can make."""
     try:
         hashlib.blake2s(b"", key=b"key", digest_size=12)
-    except ValueError:      # FIPS mode knows no BLAKE2
+    except (AttributeError, TypeError, ValueError):     # FIPS mode knows no BLAKE2, or no key to it
         return lambda key, data: hmac.new(key, data, "sha256").digest()[:12]
     # BLAKE2 takes a key, so this is a MAC by itself: a third of the time of HMAC with SHA-256.
     return lambda key, data: hashlib.blake2s(data, key=key, digest_size=12).digest()
@@ -834,20 +835,19 @@ def normal_username(username: str) -> str:
     if not is_username(username):
         raise Refusal(f"unable to use user name {username!r}: it is -, empty or longer than 255 "
                       f"bytes, or has # or a blank at its start, \\ or a blank at its end, or a "
-                      f"colon, \" or invisible character")
+                      f"colon, \" or what is invisible or no UTF-8")
     return unicodedata.normalize("NFC", username)
 
 
 def normal_password(username: str, password: str) -> str:
     """Return the normal form of a password that this user can send under both schemes."""
     password = unicodedata.normalize("NFC", password)
-    # surrogatepass, and surrogates refused: they stand for bytes that were no text.
+    # Surrogates stand for bytes that were no text: measured, so that they can be refused.
     octets = f"{username}:{password}".encode("utf-8", "surrogatepass")
-    if not password or has_control(password) or re.search("[\ud800-\udfff]", password):
-        raise Refusal("unable to use this password: empty, or control characters in it")
-    if len(octets) > MAX_TEXT:
-        raise Refusal(f"unable to use this password: too long, Basic carries {MAX_TEXT} bytes of "
-                      f"name, colon and password")
+    if (not password or has_control(password) or re.search("[\ud800-\udfff]", password)
+            or len(octets) > MAX_TEXT):
+        raise Refusal(f"unable to use this password: empty, control characters in it, no UTF-8, or "
+                      f"too long: Basic carries {MAX_TEXT} bytes of name, colon and password")
     return password
 
 
@@ -869,16 +869,21 @@ def entry_of_password(username: str, line: int, realm: str, password: str) -> En
     return Entry(username, line, ha1, "")
 
 
-def matches_sha(stored: str, password: str) -> bool:
-    """Return whether password fits a {SHA} or {SSHA} hash.
+def matches(entry: Entry, realm: str, password: str) -> bool:
+    """Return whether an entry is of this password; at once, so for all but libcrypt's hashes.
 
-    >>> matches_sha("{SHA}5en6G6MezRroT3XKqkdPOmY/BfQ=", "secret")
+    >>> matches(Entry("jim", 1, {}, "{SHA}5en6G6MezRroT3XKqkdPOmY/BfQ="), "files", "secret")
     True
     """
-    octets = base64.b64decode(stored.partition("}")[2])     # the hash, then the salt
-    phrase = password.encode("utf-8", "surrogatepass")
-    found = (SHA1 or hashlib.sha1)(phrase + octets[20:]).digest()
-    return hmac.compare_digest(found, octets[:20])
+    if entry.crypted:
+        octets = base64.b64decode(entry.crypted.partition("}")[2])      # the hash, then the salt
+        phrase = password.encode("utf-8", "surrogatepass")
+        found = (SHA1 or hashlib.sha1)(phrase + octets[20:]).digest()
+        return hmac.compare_digest(found, octets[:20])
+    # The first line: it is the one that Apache's htdigest changes, and no other.
+    name = next(iter(entry.ha1))
+    return hmac.compare_digest(
+        digest_ha1(entry.username, realm, password, name), entry.ha1[name])
 
 
 @functools.lru_cache(maxsize=None)
@@ -905,49 +910,54 @@ def load_crypt() -> Tuple[Callable[[bytes, bytes], Optional[bytes]], threading.S
     return (lambda phrase, setting: None), threading.Semaphore(1)
 
 
-ENDINGS: Dict[str, int] = {}        # kind of hash -> length of what follows its last "$"
+FORMS: Dict[Tuple[str, int], bool] = {}     # kind and length of a hash -> libcrypt makes such
 
 
 def check_crypted(entry: Entry) -> Entry:
     """Return an entry whose hash this machine can verify; else raise Refusal.
 
-    A kind is tried once, with the first user's salt. The others must be as long, or an
-    editor has cut them off.
+    libcrypt is asked for a hash with the same salt: if that is not as long, it does not know
+    the kind, or an editor has cut off the end. Once for each form: bcrypt takes its time.
     """
-    kind, ending = entry.kind, len(entry.crypted.rpartition("$")[2])
+    kind, form = entry.kind, (entry.kind, len(entry.crypted))
+    if ":" in entry.crypted:
+        raise Refusal("field 3: nothing may follow a hash of htpasswd")
     if not is_crypted(entry.crypted):
         raise Refusal(f"field 2: {entry.crypted[:5]}... is no hash we know (htpasswd -B makes one)")
     if kind[0] == "{" and SHA1 is None:
         raise Refusal(f"field 2: the hashlib of this Python lacks SHA-1, for {kind}")
-    if kind[0] == "$" and kind not in ENDINGS:
+    if kind[0] == "$" and form not in FORMS:
         function, turns = load_crypt()
         with turns:
-            made = (function(b"probe", entry.crypted.encode("ascii")) or b"").decode("latin-1")
-        if not made.startswith(kind):
-            raise Refusal(f"field 2: the libcrypt of this machine does not know {kind}, or "
-                          f"something is wrong with the salt")
-        ENDINGS[kind] = len(made.rpartition("$")[2])
-    if ENDINGS.get(kind, ending) != ending:
-        raise Refusal(f"field 2: a {kind} hash of the wrong length")
+            made = function(b"probe", entry.crypted.encode("ascii"))
+        FORMS[form] = len(made or b"") == len(entry.crypted)
+    if not FORMS.get(form, True):
+        raise Refusal(f"field 2: the libcrypt of this machine does not know {kind}, or this one is "
+                      f"of the wrong length")
     return entry
 
 
-def split_line(text: str) -> Tuple[str, str, str]:
+def split_line(line: str) -> Tuple[str, str, str]:
     """Return the fields of a line: user, place, value; the place of a htpasswd hash is "".
 
-    >>> split_line("jim:plain:se:cret"), split_line("ann:{SHA}0=")
+    Blanks at a line's ends are cut off, as Apache does.
+
+    >>> split_line(" jim:plain:se:cret"), split_line("ann:{SHA}0=\\r")
     (('jim', 'plain', 'se:cret'), ('ann', '', '{SHA}0='))
     """
-    username, _, rest = text.partition(":")
-    place, colon, value = rest.partition(":")
-    if rest.startswith(("{", "$")):
-        if colon:
-            raise Refusal("field 3: nothing may follow a hash of htpasswd")
-        return normal_username(username), "", rest
-    if not place or not value:
-        raise Refusal("expected user:realm:HA1, user:HASH or user:plain:PASSWORD, "
-                      "but a field is missing")
-    return normal_username(username), place, value
+    username, _, rest = line.strip(" \t\r").partition(":")
+    place, _, value = ("", "", rest) if rest.startswith(("{", "$")) else rest.partition(":")
+    return unicodedata.normalize("NFC", username), place, value
+
+
+def is_line_of(line: str, username: str, realm: str) -> bool:
+    """Return whether a line is about this user in this realm; a broken one may be.
+
+    >>> [is_line_of(line, "jim", "a") for line in ("jim:a:0", " jim:{SHA}x", "#jim:a:0", "jim:b:0")]
+    [True, True, False, False]
+    """
+    name, place, value = split_line(line)
+    return name == username and (place in ("", "plain", realm) or not value)
 
 
 def make_entry(line: int, username: str, realm: str, place: str, value: str) -> Entry:
@@ -956,6 +966,9 @@ def make_entry(line: int, username: str, realm: str, place: str, value: str) -> 
     >>> make_entry(1, "jim", "files", "files", "5e93c589edbe9d5867a3bce43a1066c1").ha1
     {'MD5': '5e93c589edbe9d5867a3bce43a1066c1'}
     """
+    if not value:
+        raise Refusal("expected user:realm:HA1, user:HASH or user:plain:PASSWORD, "
+                      "but a field is missing")
     if place == "plain":
         return entry_of_password(username, line, realm, value)
     if not place:
@@ -972,9 +985,7 @@ def make_entry(line: int, username: str, realm: str, place: str, value: str) -> 
 def add_entry(entries: Dict[str, Entry], entry: Entry, realm: str) -> None:
     """Add an entry, unless it lets everybody in, or contradicts an earlier one of its user."""
     # Without any password; slow hashes are not tried.
-    if (entry.crypted[:1] == "{" and matches_sha(entry.crypted, "")
-            or any(digest_ha1(entry.username, realm, "", name) == entry.ha1[name]
-                   for name in entry.ha1)):
+    if not entry.crypted.startswith("$") and matches(entry, realm, ""):
         raise Refusal("an empty password")
     first = entries.setdefault(entry.username, entry)
     # A second line may add the HA1 of another hash, and nothing else.
@@ -983,35 +994,34 @@ def add_entry(entries: Dict[str, Entry], entry: Entry, realm: str) -> None:
     first.ha1.update(entry.ha1)
 
 
-def parse_passwords(text: str, realm: str) -> Tuple[Dict[str, Entry], List[str], List[str]]:
-    """Return entries by user, mistakes by line, and whose mistakes a new password would cure.
+def parse_passwords(text: str, realm: str) -> Tuple[Dict[str, Entry], List[Tuple[str, str]]]:
+    """Return entries by user; and mistakes, each with the user whose new password would cure it.
 
-    Blanks at a line's ends are cut off, as Apache does.
-
-    >>> parse_passwords("# staff\\njim:plain:secret\\n jim:plain:other \\n", "files")[1:]
-    (["line 3: user 'jim': again, after line 2"], ['jim'])
+    >>> parse_passwords("# staff\\njim:plain:secret\\n jim:plain:other \\n", "files")[1]
+    [("line 3: user 'jim': again, after line 2", 'jim')]
     """
     entries: Dict[str, Entry] = {}
-    mistakes, curable, elsewhere = [], [], set()    # type: List[str], List[str], Set[str]
+    mistakes, elsewhere = [], set()     # type: List[Tuple[str, str]], Set[str]
     # Not splitlines(): it also divides at a form feed or U+2028, and the numbers would be wrong.
     for line, content in enumerate(text.split("\n"), 1):
-        content = content.strip(" \t\r")
-        if not content or content.startswith("#"):
+        if content.strip(" \t\r")[:1] in ("", "#"):
             continue
+        name, place, value = split_line(content)
+        is_ours = is_line_of(content, name, realm)
         try:
-            username, place, value = split_line(content)
-            if place in ("", "plain", realm) or not is_ha1(value):
-                add_entry(entries, make_entry(line, username, realm, place, value), realm)
+            # What is no HA1 may be a password whose owner has forgotten the `plain`.
+            if is_ours or not is_ha1(value):
+                add_entry(entries, make_entry(line, normal_username(name), realm, place, value),
+                          realm)
             else:
                 elsewhere.add(place)
         except Refusal as error:
-            name = unicodedata.normalize("NFC", content.partition(":")[0])
-            mistakes.append(f"line {line}: user {name!r}: {error}")
-            curable.extend([name] * (is_username(name) and is_line_of(content, name, realm)))
+            mistakes.append((f"line {line}: user {name!r}: {error}",
+                             name if is_ours and is_username(name) else ""))
     if not entries and not mistakes:
         others = ", but of " * bool(elsewhere) + ", ".join(sorted(elsewhere))
-        return entries, [f"no user of realm {realm} in it" + others], [FIRST_USER]
-    return entries, mistakes, curable
+        mistakes.append((f"no user of realm {realm} in it{others}", FIRST_USER))
+    return entries, mistakes
 
 
 def refuse_file(what: str, mistakes: Sequence[str], cure: str) -> Refusal:
@@ -1038,23 +1048,24 @@ def is_exposed(fd: int) -> bool:
     return not is_roots and not os.fstatvfs(fd).f_flag & os.ST_RDONLY
 
 
-def read_text(path: str, realm: str) -> Tuple[str, bool]:
-    """Return the text of a password file, and whether others may read or change it."""
+def read_secrets(what: str, path: str, cure: str = "", is_strict: bool = True) -> str:
+    """Return the text of a file of secrets ("-" = standard input), if it is one.
+
+    Bytes that are no UTF-8 become surrogates, which no name and no password may have: so a line
+    is told by its number, and a comment may be in any encoding. cure makes a file that is missing.
+    """
     try:
         # closefd: with descriptor 0 closed, the next file opened would be "standard input".
         with open(0 if path == "-" else path, "rb", closefd=path != "-") as stream:
             exposed, octets = is_exposed(stream.fileno()), stream.read()
-        # -sig: some editors put U+FEFF at the start, which would become part of the first name.
-        return octets.decode("utf-8-sig"), exposed
-    except FileNotFoundError as error:
-        raise refuse_file(f"read passwords {path}", [str(error.strerror)],
-                          passwd_command(path, [FIRST_USER], realm))
     except OSError as error:
-        raise Refusal(f"unable to read passwords {path}: {error.strerror}")
-    except UnicodeDecodeError as error:
-        # 10 is a line feed: until Python 3.12 no backslash may stand inside an f-string's braces.
-        raise Refusal(f"unable to read passwords {path}: "
-                      f"line {octets.count(10, 0, error.start) + 1}: not UTF-8")
+        raise refuse_file(f"read {what} {path}", [str(error.strerror)],
+                          cure * (error.errno == errno.ENOENT))
+    if exposed and is_strict:
+        raise refuse_file(f"use {what} {path}", ["everybody may read or change it"],
+                          f"chmod 600 {shlex.quote(path)}")
+    # -sig: some editors put U+FEFF at the start, which would become part of the first name.
+    return octets.decode("utf-8-sig", "surrogateescape")
 
 
 class Passwords:
@@ -1083,13 +1094,11 @@ class Passwords:
     @classmethod
     def read(cls, path: str, realm: str = REALM) -> "Passwords":
         """Read the password file at path ("-" = standard input), or name all its mistakes."""
-        text, exposed = read_text(path, realm)
-        entries, mistakes, curable = parse_passwords(text, realm)
-        if exposed:
-            raise refuse_file(f"use passwords {path}", ["everybody may read or change it"],
-                              f"chmod 600 {shlex.quote(path)}")
+        entries, mistakes = parse_passwords(
+            read_secrets("passwords", path, passwd_command(path, [FIRST_USER], realm)), realm)
         if mistakes:
-            raise refuse_file(f"use passwords {path}", mistakes,
+            curable = [name for _, name in mistakes if name]
+            raise refuse_file(f"use passwords {path}", [text for text, _ in mistakes],
                               passwd_command(path, curable, realm))
         return cls(None, realm, entries, path)
 
@@ -1133,30 +1142,25 @@ class Passwords:
         # libcrypt would stop reading at a NUL.
         return not has_control(password) and self.verify(username, password)
 
+    def _model(self, username: str) -> Entry:
+        """Return what a password of this user, or of a stranger, is checked against."""
+        return self.entries.get(username, self._decoy)
+
     def is_slow(self, username: str) -> bool:
         """Return whether to verify this user's password takes long; for unknown ones, too."""
-        return self.entries.get(username, self._decoy).crypted.startswith("$")
+        return self._model(username).crypted.startswith("$")
 
     def is_known(self, username: str, password: str) -> bool:
         """Return whether this is remembered as right, so that to verify it takes no time."""
-        crypted = self.entries.get(username, self._decoy).crypted
-        return self._key(crypted, password) in self._remembered
+        return self._key(self._model(username).crypted, password) in self._remembered
 
     def verify(self, username: str, password: str) -> bool:
         """Do what check_password() does, for normal forms."""
-        entry = self.entries.get(username)
-        model = entry or self._decoy
-        if model.crypted.startswith("$"):
-            correct = self._verify_slow(model.crypted, password)
-        elif model.crypted:
-            correct = matches_sha(model.crypted, password)
-        else:
-            # The first line: it is the one that Apache's htdigest changes, and no other.
-            name = next(iter(model.ha1))
-            correct = hmac.compare_digest(
-                digest_ha1(username, self.realm, password, name), model.ha1[name])
-        # What fits the decoy is no password of a stranger.
-        return correct and entry is not None
+        model = self._model(username)
+        correct = (self._verify_slow(model.crypted, password) if self.is_slow(username) else
+                   matches(model, self.realm, password))
+        # Last, and after all the work: what fits the decoy is no password of a stranger.
+        return correct and username in self.entries
 
     def _key(self, crypted: str, password: str) -> bytes:
         """Return what a verdict is remembered by: no password, and useless elsewhere."""
@@ -1601,6 +1605,10 @@ class TrustedProxies:
 
 
 # -- 6. Files of secrets: the passwd verb, the first password, the nonce secret
+#
+# A file of secrets is never half there, and never there for others: it is written under another
+# name, with its owner and mode, before it gets its own. Of two who make it at a time one fails,
+# and of two who change it one waits: or the second would write back what the first had read.
 
 FIRST_USER = "admin"
 LETTERS = "abcdefghijkmnpqrstuvwxyz23456789"    # 32, and none looks like another
@@ -1610,19 +1618,6 @@ def password_lines(username: str, realm: str, password: str) -> List[str]:
     """Return the htdigest lines of a user; MD5 first, for Apache reads the first that fits."""
     return [f"{username}:{realm}:{digest_ha1(username, realm, password, name)}"
             for name in ("MD5", "SHA-256") if name in HASHES]
-
-
-def is_line_of(line: str, username: str, realm: str) -> bool:
-    """Return whether a line of a password file is about this user, in this realm.
-
-    >>> [is_line_of(line, "jim", "a") for line in ("jim:a:0", " jim:{SHA}x", "#jim:a:0", "jim:b:0")]
-    [True, True, False, False]
-    """
-    name, _, rest = line.strip(" \t\r").partition(":")
-    place, colon, _ = rest.partition(":")
-    if unicodedata.normalize("NFC", name) != username:
-        return False
-    return not colon or rest[0] in "{$" or place in (realm, "plain")
 
 
 def edit_passwords(text: str, username: str, realm: str, new_lines: Sequence[str]) -> str:
@@ -1650,12 +1645,13 @@ def write_file(path: str, text: str, gid: Optional[int] = None, replace: bool = 
     new = f"{path}.{os.urandom(4).hex()}.new"
     fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        with open(fd, "w", encoding="utf-8") as stream:
+        with open(fd, "w", encoding="utf-8", errors="surrogateescape") as stream:
             if replace:
                 old = os.stat(path)
                 gid = old.st_gid if stat.S_IMODE(old.st_mode) == 0o640 else None
                 if os.geteuid() == 0:
                     os.fchown(fd, old.st_uid, old.st_gid)
+            # The group before the mode: for a moment another group could read it.
             if gid is not None:
                 os.fchown(fd, -1, gid)
                 os.fchmod(fd, 0o640)
@@ -1670,20 +1666,21 @@ def write_file(path: str, text: str, gid: Optional[int] = None, replace: bool = 
             os.unlink(new)
 
 
-def lock_file(path: str) -> Optional[BinaryIO]:
-    """Return a file that other passwd commands must wait for; None: there is no such file.
+@contextlib.contextmanager
+def locked(path: str) -> Iterator[bool]:
+    """Have other passwd commands wait for this file; False: there is none to wait for.
 
     The lock goes with the file when that is replaced: who has waited looks whether the name
     still stands for what was locked. Of those who make a new file only one succeeds.
     """
     while os.path.exists(path):
         # To write: a file system over a network locks nothing else.
-        stream = open(path, "rb+")
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        if os.path.exists(path) and os.path.samestat(os.fstat(stream.fileno()), os.stat(path)):
-            return stream
-        stream.close()
-    return None
+        with open(path, "rb+") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            if os.path.exists(path) and os.path.samestat(os.fstat(stream.fileno()), os.stat(path)):
+                yield True
+                return
+    yield False
 
 
 def change_password(path: str, username: str, realm: str, password: Optional[str]) -> str:
@@ -1695,13 +1692,13 @@ def change_password(path: str, username: str, realm: str, password: Optional[str
     # Through links, or the rename would replace a link by a file.
     target = os.path.realpath(path)
     try:
-        with contextlib.ExitStack() as stack:
-            stream = lock_file(target)
-            old = read_text(stack.enter_context(stream).name, realm)[0] if stream else ""
+        with locked(target) as exists:
+            # Others may read it until now: what is written is 0600.
+            old = read_secrets("passwords", target, is_strict=False) if exists else ""
             known = any(is_line_of(line, username, realm) for line in old.split("\n"))
             if password is None and not known:
                 raise Refusal(f"unable to delete user {username!r}: not in {path}")
-            write_file(target, edit_passwords(old, username, realm, new_lines), None, bool(stream))
+            write_file(target, edit_passwords(old, username, realm, new_lines), replace=exists)
     except FileExistsError:         # made by another one meanwhile: now there is one to edit
         return change_password(path, username, realm, password)
     except OSError as error:
@@ -1709,23 +1706,16 @@ def change_password(path: str, username: str, realm: str, password: Optional[str
     return "deleted" if password is None else "changed" if known else "added"
 
 
-def from_person(octets: bytes) -> str:
-    """Decode what was typed; as octets, for in the ASCII locale of cron Python mangles the rest."""
-    try:
-        return from_octets(octets)
-    except Malformed as error:
-        raise Refusal(f"unable to use this {error}")
-
-
 def run_passwd(path: str, username: str, realm: str = REALM, from_stdin: bool = False,
                delete: bool = False) -> str:
     """Do what `passwd FILE USER` asks for, and return what to say about it."""
-    # The bytes of argv: Python decoded them in the locale, and cron's locale is ASCII.
-    username = normal_username(from_person(os.fsencode(username)))
+    # As bytes: what Python decoded in the locale of cron, which is ASCII, it has mangled.
+    username = normal_username(os.fsencode(username).decode("utf-8", "surrogateescape"))
     if delete:
         password = None
     elif from_stdin:
-        password = from_person(sys.stdin.buffer.readline().rstrip(b"\r\n"))
+        octets = sys.stdin.buffer.readline().rstrip(b"\r\n")
+        password = octets.decode("utf-8", "surrogateescape")
     else:
         import getpass              # termios and more, for this verb alone
         try:
@@ -1743,9 +1733,9 @@ def first_password(path: str, gid: Optional[int] = None, realm: str = REALM) -> 
     """Make a password file with one user and a random password; return the two."""
     # 256 is 8 * 32, so % prefers no letter; 16 letters of 5 bits are 80 bits.
     password = "".join(LETTERS[octet % 32] for octet in os.urandom(16))
+    lines = password_lines(FIRST_USER, realm, password)
     try:
-        write_file(path, edit_passwords("", FIRST_USER, realm,
-                                        password_lines(FIRST_USER, realm, password)), gid)
+        write_file(path, edit_passwords("", FIRST_USER, realm, lines), gid)
     except OSError as error:
         raise Refusal(f"unable to make passwords {path}: {error.strerror}")
     return FIRST_USER, password
@@ -1758,15 +1748,14 @@ def read_nonce_secret(path: str) -> bytes:
         if not os.path.exists(path):
             with contextlib.suppress(FileExistsError):      # who was faster made our secret too
                 write_file(path, os.urandom(32).hex() + "\n")
-        with open(path, "rb") as stream:
-            secret, exposed = stream.read(4096).strip(), is_exposed(stream.fileno())
     except OSError as error:
-        raise Refusal(f"unable to read or make nonce secret {path}: {error.strerror}")
-    if exposed or len(secret) < 16:
-        fault, cure = (("everybody may read or change it", "chmod 600") if exposed else
-                       ("shorter than 16 bytes", "rm"))     # then it is made anew
-        raise refuse_file(f"use nonce secret {path}", [fault], f"{cure} {shlex.quote(path)}")
-    return secret
+        raise Refusal(f"unable to make nonce secret {path}: {error.strerror}")
+    secret = read_secrets("nonce secret", path).strip()
+    if len(secret) < 16:
+        # Without it, it is made anew.
+        raise refuse_file(f"use nonce secret {path}", ["shorter than 16 bytes"],
+                          f"rm {shlex.quote(path)}")
+    return secret.encode("utf-8", "surrogateescape")
 
 
 # -- 7. Reading a request -----------------------------------------------------
@@ -1927,8 +1916,8 @@ class HeadReader:
         '/a'
         """
         end = octets.find(b"\r\n")
-        if len(octets) > MAX_HEAD:
-            return parse_head(octets)           # which refuses it
+        if len(octets) > MAX_MEMO:
+            return parse_head(octets)           # which refuses what is larger still
         # With the digit before it: the version is part of what the fields mean.
         pieces, order, filling = cut_holes(octets[end - 1:])
         key = sign(self._key, b"\0".join(pieces))
@@ -2269,8 +2258,8 @@ def page_answer(server: "AuthServer", request: Request) -> Answer:
     try:
         assert server.page is not None
         answer = server.page(request)
-        if not isinstance(answer, Answer):
-            raise TypeError(f"expected an Answer, not {answer!r:.40}")
+        if not isinstance(answer, Answer) or answer.status not in STATUS_LINES:
+            raise TypeError(f"expected an Answer with a status of HTTP, not {answer!r:.40}")
     except Exception:
         server.log.error(f"error: {request.line}: {traceback.format_exc()}")
         answer = Answer(500, (HTML,), error_page(500))
@@ -2746,12 +2735,14 @@ class Connection(Channel):
         server, authenticator = self.server, self.server.authenticator
         request.now, request.host, request.client = server.wall, self.host, self.client
         request.time, request.schemes = server.now, self.listener.schemes
-        if request.fields.forwarded:        # the peer's own, unless it may speak for others
-            request.host, request.client = server.proxies.find_client(
-                host_of(self.address), request.fields.forwarded)
-        if is_forward_auth(server.forward_auth, request.path):
-            asked, request.asked = asked_about(request, server.forward_auth), True
-            if not asked or not server.proxies.trusts(parse_address(host_of(self.address))):
+        peer, said = host_of(self.address), request.fields.forwarded[-MAX_TEXT:]
+        request.asked = is_forward_auth(server.forward_auth, request.path)
+        is_trusted = bool(said or request.asked) and server.proxies.trusts(parse_address(peer))
+        if is_trusted:                      # it may speak for others
+            request.host, request.client = server.proxies.find_client(peer, said)
+        if request.asked:
+            asked = asked_about(request, server.forward_auth)
+            if not asked or not is_trusted:
                 return Verdict(403, reason="forward-auth: no --trusted-proxy, or not one method "
                                            "and one URI")
             request.method, request.target = asked
@@ -2843,9 +2834,9 @@ class Connection(Channel):
                 f"{field_lines(request.verdict.fields)}{length}{ends}\r\n")
         self.output += head.encode("latin-1", "replace")
         if not isinstance(content, FilePart):
-            size = 0 if request.method == "HEAD" else size
+            size = size if length and request.method != "HEAD" else 0
             self.output += content[:size]
-        elif request.method == "HEAD" or not size:
+        elif not (length and size and request.method != "HEAD"):
             size = 0
             content.file.close()
         else:
@@ -2887,6 +2878,8 @@ class Connection(Channel):
             wish = story.throw(error) if error else story.send(value)
         except StopIteration:
             self.story = None
+            if self.stage == REST:
+                self.wait("idle")
             if self.buffer:
                 self.server.later[self] = None      # other clients first
             return
@@ -3305,7 +3298,11 @@ class Loop:
             self.make_room()
         sock.setblocking(False)
         kind = TLSConnection if listener.context else Connection
-        connection = kind(self, listener, sock, address)    # type: ignore[arg-type]
+        try:
+            connection = kind(self, listener, sock, address)    # type: ignore[arg-type]
+        except OSError:             # it has left already: a look at the port, no more
+            sock.close()
+            return
         self.connections.add(connection)
         self.selector.register(connection.socket, selectors.EVENT_READ, connection.ready)
 
@@ -4136,8 +4133,10 @@ class TLSConnection(Connection):
             head = (f"{STATUS_LINES[400]}{self.server.stamp}Content-Type: {HTML[1]}\r\n"
                     f"Content-Length: {len(page)}\r\nConnection: close\r\n\r\n")
             with contextlib.suppress(OSError):
-                # Under the encryption; it is 1 KiB, which an empty buffer takes at once.
+                # Under the encryption; it is 1 KiB, which an empty buffer takes at once. And
+                # what has come is read, or to close would be a reset, and the answer lost.
                 socket.socket.send(self.socket, head.encode("ascii") + page)
+                socket.socket.recv(self.socket, READ_SIZE)
         self.close()
 
     def receive(self) -> Optional[bytes]:
@@ -4478,6 +4477,12 @@ class Once(http.server.BaseHTTPRequestHandler):
 
     remote_user: Optional[str] = None
     needs_server = True         # which asks for the password; protect() needs none
+
+    def handle_one_request(self) -> None:
+        """Handle it, and no more: to handle() this was the last one."""
+        super().handle_one_request()
+        if isinstance(self.request, HandlerSocket):
+            self.close_connection = True
 
     def parse_request(self) -> bool:
         """Parse the first request, and end the connection, as far as we know it, at the second."""
@@ -4919,6 +4924,11 @@ def grant(request: Request) -> Answer:
 
 
 # -- 12. Addresses ------------------------------------------------------------
+#
+# Everything about an address is found out before anything else is done with it: the name
+# is looked up, with the rights and in the file system of who typed it, and what is handed over
+# (by systemd, or at a restart) is compared with the result. Only what nobody has handed over
+# is bound anew: to bind first would fail on our own predecessor.
 
 
 class Place(NamedTuple):
@@ -4954,17 +4964,17 @@ def parse_bind(text: str) -> Place:
     if text.startswith("unix:") and text != "unix:":
         return Place(socket.AF_UNIX, os.path.abspath(text[5:]))
     match = re.fullmatch(r"(?:\[([0-9A-Za-z:.%_-]+)\]|([0-9A-Za-z._-]*)):([0-9]{1,9})", text)
-    if match is None:
-        raise Refusal(f"unable to bind {text}: expected HOST:PORT, [V6]:PORT, :PORT or unix:PATH")
+    # getaddrinfo(3) takes larger ports, and makes others of them.
+    if match is None or int(match.group(3)) > 65535:
+        raise Refusal(f"unable to bind {text}: expected HOST:PORT, [V6]:PORT, :PORT or unix:PATH; "
+                      f"ports are 0 to 65535")
     family = 0 if has_ipv6() else socket.AF_INET
     host = match.group(1) or match.group(2) or ("0.0.0.0" if family else "::")
-    port = int(match.group(3))
-    if port > 65535:
-        raise Refusal(f"unable to bind {text}: ports are 0 to 65535")
     try:
         # As bytes: for text Python would load its IDNA tables first, which takes 5 ms.
         # The first answer only: a name with several addresses needs several --bind.
-        found = socket.getaddrinfo(host.encode(), port, family, socket.SOCK_STREAM)[0]
+        found = socket.getaddrinfo(host.encode(), int(match.group(3)), family,
+                                   socket.SOCK_STREAM)[0]
     except OSError as error:
         raise Refusal(f"unable to bind {text}: {error.strerror}")
     # Whole: the address of a link is one only with its scope, the number of an interface.
@@ -4987,6 +4997,7 @@ def open_socket(text: str, place: Place) -> socket.socket:
         sock.bind(where)
         if family == socket.AF_UNIX:
             os.chmod(where, 0o666)      # as a port: whoever gets there needs a password
+        # Last: who connects to what is bound, and does not listen yet, is refused, not kept waiting.
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
@@ -5006,16 +5017,12 @@ def bind_advice(text: str, place: Place, error: OSError) -> str:
 
 
 def remove_stale_socket(path: str) -> None:
-    """Remove a unix socket that nobody listens on any more."""
-    try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            return
-        with socket.socket(socket.AF_UNIX) as client:
-            client.connect(path)
-    except ConnectionRefusedError:
-        os.unlink(path)
-    except OSError:
-        pass            # bind() will say it
+    """Remove a unix socket that nobody listens on any more: its name outlives its process."""
+    with socket.socket(socket.AF_UNIX) as client, contextlib.suppress(OSError):     # bind() says it
+        # First what it is: a file that is no socket refuses connections as well.
+        if stat.S_ISSOCK(os.lstat(path).st_mode) and (
+                client.connect_ex(path) == errno.ECONNREFUSED):
+            os.unlink(path)
 
 
 def address_of(sock: socket.socket, scheme: str = "http") -> str:
@@ -5038,9 +5045,10 @@ def is_private(sock: socket.socket) -> bool:
 
 def open_sockets(options: argparse.Namespace) -> List[socket.socket]:
     """Return listening sockets for all addresses asked for, from those handed over if they fit."""
-    given = list(getattr(options, "sockets", []))
-    if given and not options.bind and not getattr(options, "predecessor", None):
-        return given            # systemd knows where
+    given = list(options.sockets)
+    # systemd knows where. What a predecessor hands over is about the options of then.
+    if given and not options.bind and not options.predecessor:
+        return given
     sockets = []
     for text in options.bind or [DEFAULT_ADDRESS]:
         place = parse_bind(text)
@@ -5054,8 +5062,20 @@ def open_sockets(options: argparse.Namespace) -> List[socket.socket]:
 
 
 # -- 16. The command line -----------------------------------------------------
+#
+# bind() is called by daemonize.py, or by main(). Its order: first whatever is wrong with the
+# options alone, while nothing has been made yet. Then the password file, for the rest needs to
+# know where it is; a first one is removed again by whatever fails after it. The folder before
+# the addresses: a port that is open, and closed again, would look like a server that crashed.
+# The passwords last: only the addresses decide which schemes every user must be servable in.
+#
+# All of it runs with full privileges, and all of it once: what runs later, as the daemon's
+# user, finds sockets, keys and passwords in the server, and the options nowhere.
 
-SCHEMES_HELP = "digest,basic on loopback, unix sockets and with TLS, digest alone elsewhere"
+# What daemonize.py adds to our own options, and what that is where nobody has added it.
+UNHOSTED: Dict[str, Any] = {
+    "sockets": (), "predecessor": None, "legacy": None, "config_prefix": "", "may_create": False,
+    "uid": None, "gid": None, "chroot": None, "private_files": ()}
 
 
 def add_arguments(parser: Any) -> None:
@@ -5073,7 +5093,9 @@ def add_arguments(parser: Any) -> None:
     add("--passwords", metavar="FILE",
         help="the password dictionary; - reads standard input, once (as `start` says)")
     add("--realm", metavar="NAME", default=REALM, help="protection space (%(default)s)")
-    add("--schemes", metavar="LIST", help=f"offered, in this order ({SCHEMES_HELP})")
+    # No default, but one for each address: make_listeners().
+    add("--schemes", metavar="LIST", help="offered, in this order (digest,basic on loopback, unix "
+                                          "sockets and with TLS, digest alone elsewhere)")
     add("--algorithms", metavar="LIST", default=",".join(ALGORITHMS),
         help="of Digest: MD5, SHA-256, SHA-512-256, each also -sess (%(default)s)")
     add("--qop", metavar="LIST", default=",".join(QOP), help="auth, auth-int (%(default)s)")
@@ -5091,29 +5113,46 @@ def add_arguments(parser: Any) -> None:
         help="handlers that may wait at a time, a thread each (%(default)s)")
 
 
+def check_options(options: argparse.Namespace) -> None:
+    """Refuse values of options that mean nothing; what something else has to parse, it refuses."""
+    for is_wrong, text in (
+            # This way round: NaN is not less than anything.
+            (not 1 <= options.nonce_lifetime <= 1e6,
+             f"use --nonce-lifetime {options.nonce_lifetime}: expected 1 to 1000000 seconds"),
+            (options.stream_threads < 1,
+             f"use --stream-threads {options.stream_threads}: expected at least 1"),
+            (options.tls_key and not options.tls_cert, "use --tls-key: --tls-cert is missing"),
+            (options.forward_auth and not options.forward_auth.startswith("/"),
+             f"answer at {options.forward_auth}: it does not begin with /"),
+            # A prefix is plain, a path encoded: one that does not fit itself fits no path.
+            *[(not prefix.startswith("/") or not is_public(
+                [os.fsencode(prefix)], urllib.parse.quote(os.fsencode(prefix))),
+               f"make {prefix} public: no path, as it is once decoded, begins with it")
+              for prefix in options.public]):
+        if is_wrong:
+            raise Refusal(f"unable to {text}")
+
+
 def find_passwords(options: argparse.Namespace) -> Tuple[str, Optional[Tuple[str, str]]]:
     """Return the path of the password file, and user and password if it had to be made."""
     if options.passwords:
-        path = options.passwords if options.passwords == "-" else os.path.abspath(options.passwords)
+        return options.passwords if options.passwords == "-" else os.path.abspath(
+            options.passwords), None
+    # Only who hosts us has a place for it that is found again from any folder.
+    path = options.config_prefix and options.config_prefix + "passwords"
+    if path and os.path.exists(path):
         return path, None
-    prefix = getattr(options, "config_prefix", "")
-    path = prefix + "passwords"
-    if prefix and os.path.exists(path):
-        return path, None
-    if not (prefix and getattr(options, "may_create", False)):
-        where = path if prefix else "FILE"
-        raise Refusal(f"unable to find a password file: {where} is not there"
-                      f"\ntry: {command('passwd', where, FIRST_USER)}")
+    if not (path and options.may_create):
+        raise refuse_file("find a password file", [f"{path or 'FILE'} is not there"],
+                          passwd_command(path or "FILE", [FIRST_USER], options.realm))
     # Only with --uid another user must read the file; without it 0600 is enough.
-    gid = getattr(options, "gid", None) if getattr(options, "uid", None) is not None else None
+    gid = None if options.uid is None else options.gid
     return path, first_password(path, gid, options.realm)
 
 
-def read_passwords(path: str, realm: str, schemes: Sequence[str],
-                   algorithms: Sequence[str]) -> Passwords:
-    """Return the password file's dictionary, if it can serve what is offered."""
+def read_passwords(path: str, realm: str) -> Passwords:
+    """Return the password file's dictionary, and say what a person should know of it."""
     passwords = Passwords.read(path, realm)
-    passwords.check_servable(schemes, algorithms)
     for warning in passwords.warnings:
         warn(warning)
     return passwords
@@ -5121,46 +5160,49 @@ def read_passwords(path: str, realm: str, schemes: Sequence[str],
 
 def greet(user: str, password: str, path: str, server: AuthServer) -> str:
     """Return what the first start says, once."""
+    assert server.authenticator is not None
+    # Where a client on this machine gets to what listens everywhere.
     url = server.addresses()[0].replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")
     if url.startswith("unix:"):
         url = f"--unix-socket {shlex.quote(url[5:])} http://localhost/"
     url += "" if isinstance(server.page, Files) else "example/foo"
+    # No client knows who signed a certificate for 127.0.0.1.
     insecure = "--insecure " if url.startswith("https:") else ""
-    here = os.path.dirname(os.path.abspath(__file__))
-    daemonize = shlex.quote(os.path.join(here, "daemonize.py"))
+    daemonize = os.path.join(os.path.dirname(os.path.abspath(__file__)), "daemonize.py")
+    change = passwd_command(path, [user], server.authenticator.passwords.realm)
     return (f"user: {user}\npassword: {password}\nkept in: {path}\n"
-            f"change it: {command('passwd', path, user)} && python3 {daemonize} reload\n"
+            f"change it: {change} && python3 {shlex.quote(daemonize)} reload\n"
             f"try: curl {insecure}--digest -u {user} {url}")
 
 
-def make_authenticator(options: argparse.Namespace, passwords: Passwords,
+def make_authenticator(options: argparse.Namespace, path: str,
                        schemes: Sequence[str]) -> Authenticator:
     """Return the authenticator that the options ask for."""
-    lifetime = options.nonce_lifetime
-    if not 1 <= lifetime <= 1e6:
-        raise Refusal(f"unable to use --nonce-lifetime {lifetime}: expected 1 to 1000000 seconds")
     secret = read_nonce_secret(options.nonce_secret) if options.nonce_secret else b""
     return Authenticator(
-        passwords, schemes, parse_choice(options.algorithms, CANONICAL.values()),
-        parse_choice(options.qop, ("auth", "auth-int")), lifetime, secret,
-        inherited_table(getattr(options, "legacy", None)), parse_max_failures(options.max_failures))
+        read_passwords(path, options.realm), schemes,
+        parse_choice(options.algorithms, CANONICAL.values()),
+        parse_choice(options.qop, ("auth", "auth-int")), options.nonce_lifetime, secret,
+        inherited_table(options.legacy), parse_max_failures(options.max_failures))
 
 
 def make_listeners(options: argparse.Namespace) -> List[Listener]:
     """Return the listening sockets, each with what is offered there."""
     chosen = () if options.schemes is None else parse_choice(options.schemes, SCHEMES)
-    if options.tls_key and not options.tls_cert:
-        raise Refusal("unable to use --tls-key: --tls-cert is missing")
+    # Before the sockets: a key that is no key should not have opened a port.
     context = tls_context(options.tls_cert, options.tls_key) if options.tls_cert else None
-    listeners = []
+    listeners, exposed = [], []
     for sock in open_sockets(options):
-        is_safe = context is not None and sock.family != socket.AF_UNIX or is_private(sock)
-        listeners.append(Listener(sock, chosen or (SCHEMES if is_safe else SCHEMES[:1]),
-                                  None if sock.family == socket.AF_UNIX else context))
-        if not is_safe:
-            warn(f"{address_of(sock)} is reached by a network, without TLS: "
-                 f"{'' if 'basic' in chosen else 'Basic is off there, and '}what is served "
-                 f"can be read on its way\ntry: --tls-cert FILE, or a proxy with TLS in front")
+        # Over a unix socket comes a proxy, which speaks TLS itself.
+        tls = None if sock.family == socket.AF_UNIX else context
+        is_safe = tls is not None or is_private(sock)
+        listeners.append(Listener(sock, chosen or (SCHEMES if is_safe else SCHEMES[:1]), tls))
+        exposed.extend([] if is_safe else [address_of(sock)])
+    if exposed:
+        warn(f"a network reaches {' and '.join(exposed)}, without TLS: "
+             f"{'' if 'basic' in chosen else 'Basic is off there, and '}what is served can be "
+             f"read on its way\ntry: openssl req -x509 -newkey rsa:2048 -nodes -days 365 "
+             f"-subj /CN=$(hostname) -keyout tls.pem -out tls.pem   # then add --tls-cert tls.pem")
     return listeners
 
 
@@ -5169,67 +5211,69 @@ def make_page(options: argparse.Namespace, path: str) -> Page:
     if not options.root:
         return example
     secrets = [path, options.nonce_secret, options.tls_key or options.tls_cert,
-               *getattr(options, "private_files", ())]
+               *options.private_files]
     files = Files(options.root, options.hidden,
                   [os.path.abspath(name) for name in secrets if name and name != "-"],
-                  getattr(options, "chroot", None))
+                  options.chroot)
     for name in files.exposed:
         warn(f"{name} lies below --root {options.root}: it is not served, but would be safer "
              f"elsewhere")
     return files
 
 
+def make_server(options: argparse.Namespace, path: str) -> AuthServer:
+    """Return the server that the options ask for, with the passwords in the file at path."""
+    page, listeners = make_page(options, path), make_listeners(options)
+    # All that any address offers: chosen schemes are those of each, and else the longer has both.
+    schemes = max((item.schemes for item in listeners), key=len)
+    server = AuthServer(None, page, True, make_authenticator(options, path, schemes), listeners,
+                        [os.fsencode(prefix) for prefix in options.public],
+                        options.stream_threads)
+    server.proxies = TrustedProxies(options.trusted_proxy)
+    server.forward_auth = options.forward_auth or ""
+    # More than four wait for one another: for the table of nonces, and for the listening socket.
+    server.workers = min(4, count_cpus())
+    server.reread = functools.partial(reread, server, options, path)
+    return server
+
+
 def bind(options: argparse.Namespace) -> AuthServer:
     """Open sockets and files, with full privileges; return the server that will use them."""
-    proxies = TrustedProxies(options.trusted_proxy)
-    public = [os.fsencode(prefix) for prefix in options.public]
-    for prefix in public:
-        if not is_public([prefix], urllib.parse.quote(prefix)):
-            raise Refusal(f"unable to make {os.fsdecode(prefix)} public: no path, as it is once "
-                          f"decoded, begins with it")
-    if options.forward_auth and not options.forward_auth.startswith("/"):
-        raise Refusal(f"unable to answer at {options.forward_auth}: it does not begin with /")
+    options = argparse.Namespace(**dict(UNHOSTED, **vars(options)))
+    check_options(options)
     path, first = find_passwords(options)
     try:
-        page = make_page(options, path)
-        listeners = make_listeners(options)
-        # As asked for, so that check_offer sees every word; else what any address offers.
-        schemes = [name for name in SCHEMES if any(name in item.schemes for item in listeners)]
-        schemes = list(parse_choice(options.schemes, SCHEMES)) if options.schemes else schemes
-        algorithms = parse_choice(options.algorithms, CANONICAL.values())
-        read = functools.partial(read_passwords, path, options.realm, schemes, algorithms)
-        server = AuthServer(None, page, True, make_authenticator(options, read(), schemes),
-                            listeners, public, options.stream_threads)
-    # BaseException: Ctrl-C must not leave a file whose password nobody has seen.
+        server = make_server(options, path)
+        # Inside: should this fail, nobody has seen the password either.
+        server.greeting = greet(*first, path, server) if first else ""
+    # BaseException: nor has anybody after Ctrl-C.
     except BaseException:
         if first:
             os.unlink(path)
         raise
-    server.proxies, server.forward_auth = proxies, options.forward_auth or ""
-    server.workers = min(4, count_cpus())
-    server.reread = functools.partial(reread, server, options, None if path == "-" else read)
     if first:
         server.abandon = functools.partial(os.unlink, path)
-        server.greeting = greet(*first, path, server)
     return server
 
 
-def reread(server: AuthServer, options: argparse.Namespace,
-           read: Optional[Callable[[], Passwords]]) -> None:
-    """Take new passwords and a new certificate; all of it, or nothing.
-
-    Standard input (read is None) could be read only once.
-    """
-    assert server.authenticator is not None
-    passwords = read() if read else server.authenticator.passwords
+def reread(server: AuthServer, options: argparse.Namespace, path: str) -> None:
+    """Take new passwords and a new certificate; all of it, or nothing."""
+    authenticator = server.authenticator
+    assert authenticator is not None
+    passwords = authenticator.passwords
+    if path != "-":         # which could be read only once
+        passwords = read_passwords(path, options.realm)
+        passwords.check_servable(authenticator.schemes, authenticator.algorithms)
     context = tls_context(options.tls_cert, options.tls_key) if options.tls_cert else None
-    server.authenticator.passwords = passwords
+    # From here on nothing fails.
+    authenticator.passwords = passwords
     server.listeners = [item._replace(context=item.context and context)
                         for item in server.listeners]
 
 
 def inherited_table(fd: Optional[int]) -> Optional[SharedTable]:
     """Return the table of the daemon whose place we take, if it is one that we can read."""
+    # The size first: a shorter one would be read beyond its end, which is SIGBUS.
     if fd is None or os.fstat(fd).st_size != TABLE_SIZE or os.pread(fd, 8, 0) != LAYOUT:
         return None
     return SharedTable(fd)
@@ -5267,19 +5311,21 @@ def passwd(arguments: Sequence[str]) -> str:
     """Do the passwd verb, and return what to say."""
     parser = argparse.ArgumentParser(prog="authserver.py passwd", allow_abbrev=False,
                                      description="Add or change a user (asks twice).")
-    parser.add_argument("file", metavar="FILE")
-    parser.add_argument("user", metavar="USER")
+    # Their names are those of run_passwd(). No option takes the password: ps would show it.
+    parser.add_argument("path", metavar="FILE")
+    parser.add_argument("username", metavar="USER")
     parser.add_argument("--realm", default=REALM, help="(%(default)s)")
-    parser.add_argument("--stdin", action="store_true", help="read the password, one line")
+    parser.add_argument("--stdin", dest="from_stdin", action="store_true",
+                        help="read the password, one line")
     parser.add_argument("--delete", action="store_true", help="delete the user instead")
-    options = parser.parse_args(arguments)
-    return run_passwd(options.file, options.user, options.realm, options.stdin, options.delete)
+    return run_passwd(**vars(parser.parse_args(arguments)))
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Serve in the foreground, or do the passwd verb."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        # Not a subcommand of the parser: daemonize.py adds our options to its own, and has verbs.
         if words[:1] == ["passwd"]:
             say(passwd(words[1:]), sys.stdout)
             return 0
@@ -5301,3 +5347,5 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+

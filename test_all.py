@@ -675,7 +675,7 @@ class AuthTestCase(unittest.TestCase):
     def write(self, text: str, mode: int = 0o600) -> str:
         """Return the path of a new password file."""
         path = os.path.join(self.folder(), "passwords")
-        with open(path, "w", encoding="utf-8") as stream:
+        with open(path, "w", encoding="utf-8", errors="surrogateescape") as stream:
             stream.write(text)
         os.chmod(path, mode)
         return path
@@ -966,34 +966,37 @@ HEX = "0" * 32
 
 
 def users(**more: str) -> Passwords:
-    """Return a dictionary of realm files."""
-    return Passwords(dict({"jim": "secret"}, **more), realm="files")
+    """Return a dictionary of realm files; one of this run, for who serves the same shares locks with us."""
+    return Passwords(dict({"jim": "secret", "run": TOKEN}, **more), realm="files")
 
 
 class PasswordFiles(AuthTestCase):
     """A password file is read as Apache reads it; a mistake names line, field and cure"""
 
     # A line of its own, after jim's; what is said of it; whether passwd cures it.
-    MISTAKES = (("bob", "expected user:realm:HA1.*a field is missing", False),
-        ("bob:", "a field is missing", False), ("bob::" + HEX, "a field is missing", False),
-        ("bob:secret", "a field is missing", False), ("bob:plain:", "a field is missing", False),
-        ("bob:%s:Bob" % SHA, "user 'bob': field 3: nothing may follow", False),
-        ("bob:$2y$05$%s:Bob" % ("x" * 53), "user 'bob': field 3: nothing may follow", False),
-        ("bob:$6$salt$%s:" % ("x" * 86), "user 'bob': field 3: nothing may follow", False),
+    MISTAKES = (
+        ("bob", "user 'bob': expected user:realm:HA1.*a field is missing", True),
+        ("bob:", "a field is missing", True), ("bob::" + HEX, "field 2: 00000... is no hash", True),
+        ("bob:secret", "a field is missing", True), ("bob:plain:", "a field is missing", True),
+        ("bob:%s:Bob" % SHA, "user 'bob': field 3: nothing may follow", True),
+        ("bob:$2y$05$%s:Bob" % ("x" * 53), "user 'bob': field 3: nothing may follow", True),
+        ("bob:$6$salt$%s:" % ("x" * 86), "user 'bob': field 3: nothing may follow", True),
         ("bob:files:%s0" % HEX, "user 'bob': field 3: neither 32 nor 64 hex digits", True),
         ("bob:files:%s:x" % HEX, "user 'bob': field 3: neither 32 nor 64 hex digits", True),
         ("bob:pass:word", "user 'bob': field 3: neither 32 nor 64 hex digits", False),
         ("bob:{MD5}x", "user 'bob': field 2: {MD5}... is no hash we know", True),
         ("bob:$apr1$a$b", "field 2: [$]apr1... is no hash we know", True),
         ("bob:$99$x$y", "field 2: the libcrypt of this machine does not know [$]99[$]", True),
-        ("bob:" + crypted("x", "$6$rounds=1000$salt$")[:-1], "field 2: .*of the wrong length|does not know", True),
+        ("bob:" + crypted("x", "$6$rounds=1000$salt$")[:-1], "field 2: the libcrypt of this machine does not know .*of the wrong length", True),
         ("jim:plain:x", "user 'jim': again, after line 1", True),
         ("jim:" + SHA, "user 'jim': again, after line 1", True), (LINE, "again, after line 1", True),
         ("bob:{SHA}2jmj7l5rSw0yVb/vlWAYkK/YBwk=", "user 'bob': an empty password", True),
         ("bob:files:" + authserver.digest_ha1("bob", "files", ""), "user 'bob': an empty password", True),
         ("bob:plain:a\tb", "user 'bob': unable to use this password", True),
-        ("bob:plain:" + "p" * 1021, "user 'bob': unable to use this password: too long", True),
+        ("bob:plain:" + "p" * 1021, "user 'bob': unable to use this password: .*too long", True),
         ("\u200bbob:plain:x", "unable to use user name '.u200bbob'", False),
+        ("b\udce4b:plain:x", r"user 'b.udce4b': unable to use user name .* no UTF-8", False),
+        ("bob:plain:b\udce4b", "unable to use this password: .*no UTF-8", True),
         ("bo\ufeffb:plain:x", "unable to use user name", False), ("bob\u00a0:plain:x", "unable to use user", False),
         ("bob :plain:x", "unable to use user name 'bob '", False), ("bob\\:" + SHA, "unable to use user", False),
         ("-:plain:x", "unable to use user name '-'", False), (":files:" + HEX, "unable to use user name ''", False),
@@ -1070,7 +1073,7 @@ class PasswordFiles(AuthTestCase):
         """fingerprint() tells realm, users and passwords apart, but not the order of lines."""
         several = [users(), users(ann="x"), users(ann="y"), users(bob="x"), Passwords({"jim": "secret"}, realm="b")]
         self.assertEqual(len({item.fingerprint() for item in several}), len(several))
-        self.assertEqual(users(ann="x").fingerprint(), Passwords({"ann": "x", "jim": "secret"}, "files").fingerprint())
+        self.assertEqual(users(ann="x").fingerprint(), Passwords({"ann": "x", "run": TOKEN, "jim": "secret"}, "files").fingerprint())
 
     def test_a_stored_hash_is_not_a_password(self) -> None:
         """Nobody logs in with what stands in the file."""
@@ -1202,7 +1205,7 @@ class SlowHashes(AuthTestCase):
             self.assertEqual(made, function(b"phrase", b"setting"))
             self.assertEqual([True] * count + [False], [turns.acquire(blocking=False) for _ in range(count + 1)])
         with mock.patch.object(authserver, "load_crypt", lambda: (function, threading.Semaphore(1))), \
-                mock.patch.dict(authserver.ENDINGS, clear=True):
+                mock.patch.dict(authserver.FORMS, clear=True):
             path = self.write("u0:$6$rounds=1000$saltsalt$" + "x" * 86)
             self.refuses("libcrypt", Passwords.read, path, "files")
 
@@ -1376,7 +1379,7 @@ class PasswdVerb(AuthTestCase):
             path = self.write(text or "")
             if text is None:
                 os.unlink(path)
-            for _ in range(3):
+            for _ in range(1):
                 threads(8, lambda n: run([sys.executable, AUTHSERVER, "passwd", path, "u%d" % n, "--stdin"], 0, b"x\n"))
             names = sorted({line.partition(":")[0] for line in read(path).split("\n") if line})
             self.assertEqual(names, (["# staff", "ann"] if text else []) + ["u%d" % n for n in range(8)])
@@ -1811,7 +1814,7 @@ class LockOut(AuthTestCase):
                 ([], "::ffff:127.0.0.1", [], local), ([], "::ffff:192.0.2.1", [], one),
                 ([], "2001:db8::1:2", [], ("2001:db8::1:2", "2001:db8::/64")),
                 ([], "fe80::1%eth0", [], ("fe80::1", "fe80::/64")),
-                ([], "", ["192.0.2.1"], ("-", None)), (["unix:"], "", ["192.0.2.1"], one),
+                ([], "", ["192.0.2.1"], ("", None)), (["unix:"], "", ["192.0.2.1"], one),
                 (["127.0.0.0/8"], "127.0.0.1", ["6.6.6.6, 192.0.2.1"], one),
                 (["127.0.0.0/8"], "::ffff:127.0.0.1", ["192.0.2.1:4711"], one),
                 (own, "127.0.0.1", ["6.6.6.6", "[2001:db8::1]:80"], six),
@@ -2370,7 +2373,7 @@ class FilesPageTests(FilesTest):
         """Return why a folder cannot be served."""
         try:
             self.get("/", self.serve(path, **options))
-        except Refusal as error:
+        except authserver.Refusal as error:
             return str(error)
         return ""
 
@@ -3900,6 +3903,7 @@ threading.Thread.start = start
 '''
     script = HANDLERS.replace("gate.wait(10)", "gate.wait(3)").replace("def get_shut", r'''def get_full(self): refusals.extend(range(50)); self.answer(b"")
     def get_search(self):
+        gc.collect()  # of what has failed, tracebacks may be left
         secret, found, todo = self.path.partition("?")[2][::-1], 0, gc.get_objects()
         for depth in range(3):
             todo = [part for one in todo for part in gc.get_referents(one) if depth == 0 or type(one) in (tuple, dict)]
@@ -3940,6 +3944,388 @@ threading.Thread.start = start
               "the end of jim's connection, and of his password", SOON)
 
 
+# -- 2.4 HTTPS -----------------------------------------------------------------
+
+
+def secure(address: str, context: Optional[ssl.SSLContext] = None, **settings: Any) -> ssl.SSLSocket:
+    """Return a connection over TLS; it raises when it is cut off instead of closed."""
+    return (context or trusting()).wrap_socket(Wire(address), suppress_ragged_eofs=False, **settings)
+
+
+def https(address: str, *words: str, context: Optional[ssl.SSLContext] = None) -> Answer:
+    """Send one request over TLS, and read the answer."""
+    with secure(address, context) as wire:
+        return Wire.exchange(wire, head(*words))  # type: ignore[arg-type]
+
+
+def client_hello(version: int) -> bytes:
+    """Return the first message of a client that speaks TLS 1.`version` at most."""
+    hello = b"\x03%c" % (version + 1) + bytes(32) + b"\0\0\x04\xc0\x14\x00\x35\x01\0"
+    return b"\x16\x03\x01\0%c\x01\0\0%c" % (len(hello) + 4, len(hello)) + hello
+
+
+class Records:
+    """A client whose TLS records the test carries to the server, in pieces of its choice."""
+
+    def __init__(self, address: str) -> None:
+        self.coming, self.going, self.wire = ssl.MemoryBIO(), ssl.MemoryBIO(), Wire(address)
+        self.wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.tls = trusting().wrap_bio(self.coming, self.going)
+
+    def do(self, step: Callable[[], Any], size: int = 1 << 20) -> Any:
+        """Call step until nothing is missing; what it has to say goes in pieces of `size` bytes."""
+        while True:
+            result, done = None, False
+            with contextlib.suppress(ssl.SSLWantReadError):
+                result, done = step(), True
+            octets = self.going.read()
+            for start in range(0, len(octets), size):
+                self.wire.sendall(octets[start:start + size])
+            if done:
+                return result
+            self.coming.write(self.wire.recv(65536)) or self.coming.write_eof()
+
+
+class HttpsTest(HttpTest):
+    """A server with a certificate that tests of a class share."""
+    settings = "authserver.WAITS.update(handshake=1)"
+    pem: str
+
+    @classmethod
+    def set_up(cls) -> None:
+        cls.pem = make_certificate(cls.box)
+        super().set_up()
+
+    def say(self, data: bytes) -> bytes:
+        """Send bytes; return all that comes until the server closes, as TLS does."""
+        with secure(self.at) as wire:
+            wire.sendall(data)
+            return Wire.hear(wire)  # type: ignore[arg-type]
+
+
+@needs("openssl")
+class Https(HttpsTest):
+    """HTTPS: the same HTTP, for all that comes over TLS and whatever else comes"""
+    big: bytes
+
+    @classmethod
+    def set_up(cls) -> None:
+        root = cls.box.make("root")
+        cls.big = b"".join(b"%07d\n" % number for number in range(2000000))
+        for name in ("big", "shrinks"):
+            with open(os.path.join(root, name), "wb") as file:
+                file.write(cls.big)
+        cls.options = ["--root", root, "--tls-cert", cls.box.path("cert.pem")]
+        super().set_up()
+
+    def test_it_is_the_same_http(self) -> None:
+        """Each request that is read or refused in clear is so under TLS, to the end of the connection."""
+        self.check([row for row in SYNTAX + BODIES if b"/example/" not in row[1]])
+
+    def test_versions(self) -> None:
+        """TLS 1.2 and 1.3; 1.1 and 1.0 are told by an alert, and the log in one line."""
+        for name in ["TLSv1.2"] + ["TLSv1.3"] * ssl.HAS_TLSv1_3:
+            context = trusting()
+            context.options |= ssl.OP_NO_TLSv1_3 if name == "TLSv1.2" else 0
+            with self.subTest(name), secure(self.at, context) as wire:
+                self.assertEqual((wire.version(), wire.compression()), (name, None))
+                self.assertEqual(Wire.exchange(wire, head("/")).status, 200)
+        before = self.log().count("refused -: TLS: ")
+        for version in (0, 1):
+            with self.subTest("TLS 1.%d" % version):
+                self.assertRegex(talk(self.at, client_hello(version)), rb"(?s)^\x15\x03.\0\x02\x02[\x46\x28]$")
+        self.logged("refused -: TLS: ", before + 2)
+        self.assertEqual(self.log().count("refused -: TLS: "), before + 2)
+
+    def test_noise_is_a_line_of_the_log_and_nothing_else(self) -> None:
+        """Whatever is no handshake, or half of one: a line, no traceback, and the next client is served."""
+        hello = client_hello(2)
+        for data, line in ((b"\x16\x03\x01", "TLS: .*"), (b"\0" * 500, "TLS: .*"), (hello[:30], "TLS: .*"),
+                           (hello + b"\x15\x03\x03\0\x02\x02\x30", "TLS: .*"), (hello + b"\xff" * 99, "TLS: .*"),
+                           (os.urandom(3) + b"\xff" * 3000, "TLS: .*"), (b"GET / HTTP/1.1\r\n\r\n", "plain HTTP.*"),
+                           (b"PUT /x HTTP/1.1\r\n\r\n" + b"a" * 500000, "plain HTTP.*")):
+            with self.subTest(data[:40]):
+                before = self.log().count("\n")
+                said = talk(self.at, data, True)
+                self.assertEqual(b"https" in said and statuses(said), [400] if "plain" in line else False)
+                until(lambda: self.log().count("\n") > before, "a line")
+                self.assertEqual(https(self.at, "/").status, 200)
+                found = until(lambda: '"GET / HTTP/1.1" 200' in self.log().split("\n", before)[-1]
+                              and self.log().split("\n", before)[-1], "the next line").split("\n")
+                self.assertRegex(found[0], r"127\.0\.0\.1: refused -: %s$" % line)
+                self.assertEqual(len(found), 3, found)
+        with secure(self.at) as wire:               # and noise where the handshake is over
+            socket.socket.sendall(wire, b"\xff" * 100)
+            with contextlib.suppress(OSError):
+                self.assertEqual(wire.recv(100), b"")
+        self.assertEqual(https(self.at, "/").status, 200)
+        self.assertEqual(re.findall("Traceback(?:\n.*){9}", self.log()), [])
+
+    def test_a_client_that_does_not_trust_us(self) -> None:
+        """A client that turns away from our certificate: one line, with the name of its alert."""
+        with self.assertRaises(ssl.SSLError), Wire(self.at) as wire:
+            ssl.create_default_context().wrap_socket(wire, server_hostname="localhost")
+        self.logged("refused -: TLS: .*UNKNOWN_CA")
+
+    def test_records_and_requests_have_nothing_to_do_with_each_other(self) -> None:
+        """Many requests in a record, one in many, the first with the handshake's end, bytes one by one."""
+        for sentence, size, pieces in (("one record", 1 << 20, [head("/") * 150]),
+                                       ("a record a byte", 1 << 20, [b"%c" % octet for octet in head("/")]),
+                                       ("a packet a byte", 1, [head("/") * 2]), ("cut in two", 33, [head("/") * 9])):
+            with self.subTest(sentence):
+                client = Records(self.at)
+                with client.wire:
+                    client.do(lambda: (client.tls.do_handshake(), client.tls.write(pieces[0])), size)
+                    for piece in pieces[1:]:
+                        client.do(lambda: client.tls.write(piece))
+                    want, said = len(re.findall(b"GET", b"".join(pieces))), b""
+                    while len(statuses(said)) < want or not said.endswith(b"</table>\n"):
+                        said += client.do(lambda: client.tls.read(65536))
+                    self.assertEqual(statuses(said), [200] * want)
+
+    def test_a_handshake_that_stalls_keeps_nobody_waiting(self) -> None:
+        """Who stops in the middle of it is closed after the time for it; others are served meanwhile."""
+        with contextlib.ExitStack() as stack:
+            stalled = [stack.enter_context(Wire(self.at)) for _ in range(20)]
+            for number, wire in enumerate(stalled):
+                wire.sendall(client_hello(2)[:number * 2])
+            self.assertEqual([https(self.at, "/").status for _ in range(5)], [200] * 5)
+            self.assertEqual([wire.recv(1) for wire in stalled], [b""] * 20)
+
+    def test_the_end_is_said_as_TLS_says_it(self) -> None:
+        """Whoever ends it, and after whatever: close_notify, so that nothing can be cut off unseen."""
+        for data in (head("/", "GET", JIM, CLOSE), b"GET / HTTP/1.0\r\n\r\n", head("/", "GET", JIM, CLOSE) * 2,
+                     b"nonsense\r\n\r\n", head("/", "PUT", "", "Content-Length: 100000") + b"a" * 50000):
+            with self.subTest(data[:40]):
+                self.assertEqual(len(statuses(self.say(data))), 1)
+        client = Records(self.at)
+        with client.wire:
+            client.do(lambda: (client.tls.do_handshake(), client.tls.write(head("/big"))))
+            client.do(lambda: len(client.tls.read(65536)))
+            with contextlib.suppress(ssl.SSLError, OSError):
+                client.do(client.tls.unwrap)
+        self.assertEqual(https(self.at, "/").status, 200)
+
+    @needs_linux
+    def test_large_files_at_the_pace_of_their_readers(self) -> None:
+        """16 slow readers of 16 MB, and others: everybody gets each byte, nobody waits, nothing is kept."""
+        before = memory(self.box.server.pid)
+        with contextlib.ExitStack() as stack:
+            slow = [stack.enter_context(secure(self.at)) for _ in range(16)]
+            for wire in slow:
+                wire.sendall(head("/big"))
+                self.assertEqual(wire.recv(12), b"HTTP/1.1 200")
+            self.assertEqual([https(self.at, "/").status for _ in range(5)], [200] * 5)
+            self.assertLess(memory(self.box.server.pid) - before, 16)
+            self.assertEqual(https(self.at, "/big").body, self.big)
+            part = https(self.at, "/big", "GET", JIM, "Range: bytes=4000000-")
+            self.assertEqual((part.status, part.body), (206, self.big[4000000:]))
+            slow[0].sendall(head("/big", "HEAD", JIM, CLOSE))
+            rest = Wire.hear(slow[0]).partition(b"\r\n\r\n")[2]  # type: ignore[arg-type]
+            self.assertTrue(rest.partition(b"HTTP/1.1 200")[0] == self.big, len(rest))
+
+    def test_a_file_that_is_cut_while_it_leaves(self) -> None:
+        """Its end is no end of the answer: fewer bytes than announced, then the connection is closed."""
+        with secure(self.at) as wire:
+            wire.sendall(head("/shrinks"))
+            first = wire.recv(4096)
+            os.truncate(self.box.path("root", "shrinks"), 1000000)
+            with contextlib.suppress(ssl.SSLError):
+                first += Wire.hear(wire)  # type: ignore[arg-type]
+        self.assertLess(len(first), 16000000)
+        self.assertEqual(statuses(first), [200])
+        self.assertEqual(re.findall("Traceback(?:\n.*){9}", self.log()), [])
+
+
+@needs("openssl")
+class HttpsHandlers(HttpsTest):
+    """Handlers in threads, under TLS by server.socket = context.wrap_socket(...)"""
+
+    @classmethod
+    def set_up(cls) -> None:
+        cls.script = HANDLERS + '''
+import ssl
+context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+context.load_cert_chain(%r)
+server.socket = context.wrap_socket(server.socket, server_side=True)
+''' % cls.box.path("cert.pem")
+        super().set_up()
+
+    def test_they_are_run_as_in_clear(self) -> None:
+        """Bodies, chunks, and answers that are too short, too long or none: as without TLS."""
+        for sentence, data, want, closes in HANDLED:
+            with self.subTest(sentence):
+                said = statuses(self.say(data + head("/", "GET", JIM, CLOSE)))
+                self.assertEqual(said, want + [200] * (not closes))
+        self.assertIn(b"a" * 100000, self.say(head("/", "POST", JIM, "Content-Length: 300000", CLOSE) + b"a" * 300000))
+        self.assertEqual(len(self.say(head("/big", "GET", JIM, CLOSE)).partition(b"\r\n\r\n")[2]), 20000000)
+
+    def test_they_stream_both_ways(self) -> None:
+        """Each line is answered before the next is sent; the client's close_notify is the end."""
+        with secure(self.at) as wire:
+            wire.sendall(head("/", "STREAM", JIM, CHUNKED))
+            for line in (b"one\n", b"two\n", b"three\n"):
+                wire.sendall(b"%x\r\n%s\r\n" % (len(line), line))
+                said = b""
+                while line.upper() not in said:
+                    said += wire.recv(100)
+            wire.sendall(b"0\r\n\r\n")
+            Wire.hear(wire)
+
+    def test_passwords_and_wishes(self) -> None:
+        """Without the password 401; Basic and Digest; 100 Continue comes through; plain HTTP does not."""
+        challenge = https(self.at, "/x", "GET", "").field("www-authenticate") or ""
+        auths = ("", WRONG, JIM, Digest(challenge, uri="/x").field())
+        self.assertEqual([https(self.at, "/x", "GET", auth).status for auth in auths], [401, 401, 200, 200])
+        with secure(self.at) as wire:
+            wire.sendall(head("/", "POST", JIM, "Content-Length: 3", "Expect: 100-continue"))
+            self.assertEqual(wire.recv(100), authserver.CONTINUE)
+            self.assertEqual(Wire.exchange(wire, b"abc").body, b"abc")
+        self.assertEqual(statuses(talk(self.at, head("/x"), True)), [400])
+
+
+@needs("openssl")
+class HttpsCommand(BoxTest):
+    """--tls-cert and --tls-key"""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.pem = make_certificate(self.box)
+        self.passwords = self.box.write("passwords", "jim:plain:secret\n", 0o600, NOBODY if ROOT else -1)
+        self.common = ["--passwords", self.passwords, "--bind", "127.0.0.1:0"]
+
+    def part(self, name: str, pattern: str, mode: int = 0o600, text: str = "") -> str:
+        """Write what matches of a text (that of the certificate and its key) to a file of its own."""
+        found = re.search("(?s)-----BEGIN %s.*?-----END [^\n]*\n" % pattern, text or read(self.pem))
+        return self.box.write(name, found.group() if found else "", mode)
+
+    def served_certificate(self, address: str) -> bytes:
+        """Return the certificate that a server shows."""
+        with secure(address) as wire:
+            return wire.getpeercert(True) or b""
+
+    def dated(self, end: bytes) -> str:
+        """Write our certificate and key with another last day (its signature is wrong then)."""
+        der = ssl.PEM_cert_to_DER_cert(read(self.part("cert.crt", "CERT")))
+        first, last = re.findall(rb"\x17\r\d{12}Z", der)
+        changed = ssl.DER_cert_to_PEM_cert(der.replace(first + last, first + b"\x17\r" + end))
+        return self.box.write("dated.pem", read(self.part("key", "[A-Z ]*KEY")) + changed, 0o600)
+
+    def test_mistakes_at_start(self) -> None:
+        """Each is a line that names the file, exit status 2; nobody is asked for a key's password."""
+        cert, key = self.part("a.crt", "CERT"), self.part("a.key", "[A-Z ]*KEY")
+        other = self.part("b.key", "[A-Z ]*KEY", text=read(make_certificate(self.box, "b.pem")))
+        worldly, locked = self.part("w.key", "[A-Z ]*KEY", 0o644), self.box.path("locked.key")
+        run(["openssl", "rsa", "-aes128", "-passout", "pass:x", "-in", key, "-out", locked], 0)
+        none, (person, terminal) = self.box.path("none"), pty.openpty()
+        self.addCleanup(lambda: (os.close(person), os.close(terminal)))
+        for options, said in (
+                (["--tls-cert", cert, "--tls-key", other], "b.key: it is not that of .*a.crt"),
+                (["--tls-cert", none, "--tls-key", key], "none.*: No such file"),
+                (["--tls-cert", cert, "--tls-key", none], "none: No such file"),
+                (["--tls-key", key], "--tls-cert is missing"), (["--tls-cert", cert], "a.crt.*: "),
+                (["--tls-cert", key], "a.key.*: "), (["--tls-cert", cert, "--tls-key", locked], "locked.key.*: "),
+                (["--tls-cert", "/dev/null", "--tls-key", key], "/dev/null.*: "),
+                (["--tls-cert", self.box.folder, "--tls-key", key], ": Is a directory"),
+                (["--tls-cert", cert, "--tls-key", worldly], r"w.key: everybody.*\ntry: chmod 600 '?\S.*w.key")):
+            with self.subTest(said):
+                result = run([sys.executable, AUTHSERVER] + self.common + options, 2, stdin=terminal,
+                             start_new_session=True, preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)))
+                self.assertRegex(result.err, "(?s)^authserver: fatal: unable to .*" + said)
+                self.assertNotRegex(result.err, "(?i)traceback|substring|_ssl.c")
+                self.assertEqual(select.select([person], [], [], 0)[0], [])
+        command = re.findall("(?m)^try: (.*)$", result.err)[0]
+        self.assertEqual(run(["sh", "-c", command], 0).code, 0)
+        self.box.serve(*self.common[:2], "--tls-cert", cert, "--tls-key", worldly)
+
+    def test_an_expired_certificate_is_a_warning(self) -> None:
+        """It is served, with a warning; one of the next century without."""
+        for end, warns in ((b"200101000000Z", True), (b"491231235959Z", False)):
+            with self.subTest(end):
+                at = self.box.serve(*self.common[:2], "--tls-cert", self.dated(end))
+                self.assertEqual("dated.pem has expired\n" in read(self.box.output), warns, read(self.box.output))
+                self.assertEqual(https(at, "/").status, 200)
+                self.box.kill(self.box.server)
+
+    def test_every_address_speaks_it_and_offers_both_schemes(self) -> None:
+        """Basic and Digest also where a network reaches; a unix socket stays plain."""
+        place = "unix:" + self.box.path("sock")
+        self.box.serve("--passwords", self.passwords, "--bind", "[::1]:0", "--bind", ":0", "--bind", place, "--tls-cert", self.pem)
+        found = re.findall(r"listening on (.+) \((.*)\)", read(self.box.output))
+        self.assertEqual([schemes for _, schemes in found], ["digest, basic"] * 4)
+        for url, _ in found[:-1]:
+            at = url.replace("https://", "").strip("/").replace("[::]", "127.0.0.1")
+            with self.subTest(url):
+                said = [https(at, "/", "GET", auth) for auth in ("", JIM)]
+                self.assertEqual([answer.status for answer in said], [401, 200])
+                self.assertEqual([value[:6] for name, value in said[0].fields if name == "www-authenticate"],
+                                 ["Digest", "Basic "])
+        self.assertEqual(request(place, "/").status, 200)
+
+    @needs_linux
+    def test_a_session_goes_on_in_another_worker(self) -> None:
+        """What one worker began another resumes, in TLS 1.2 and 1.3, without a full handshake."""
+        at = self.box.address(self.box.start(*self.common, "--workers", "2", "--tls-cert", self.pem))
+        workers = family(self.box.pid())[1:3]
+        for old in (0, getattr(ssl, "OP_NO_TLSv1_3", 0)):
+            context, session = trusting(), None
+            context.options |= old
+            for stopped in workers + workers[:1]:
+                os.kill(stopped, signal.SIGSTOP)
+                until(lambda: read("/proc/%d/stat" % stopped).rpartition(")")[2].split()[0] == "T", "a stop")
+                with self.subTest(old, stopped=stopped), secure(at, context, session=session) as wire:
+                    self.assertEqual(Wire.exchange(wire, head("/")).status, 200)
+                    self.assertEqual(wire.session_reused, session is not None)
+                    session = wire.session
+                os.kill(stopped, signal.SIGCONT)
+
+    def test_a_renewed_certificate_and_a_restart_lose_nothing(self) -> None:
+        """reload takes the new certificate, restart the new code: no request fails meanwhile, kept or new."""
+        result = self.box.start(*self.common, "--workers", "2", "--tls-cert", self.pem)
+        at, end, old = self.box.address(result), threading.Event(), read(self.pem)
+        shown, counts = [self.served_certificate(at)], [0] * 4
+
+        def client(number: int) -> None:
+            if number == 4:
+                try:
+                    for action in ("reload", "restart", "reload"):
+                        make_certificate(self.box, "new.pem")
+                        os.replace(self.box.path("new.pem"), self.pem)
+                        self.box.command(action)
+                        shown.append(self.served_certificate(at))
+                    return
+                finally:
+                    end.set()
+            while not end.is_set():
+                with secure(at) as wire:
+                    for _ in range(1 if number % 2 else 200):
+                        answer = Wire.exchange(wire, head("/"))
+                        self.assertEqual(answer.status, 200)
+                        counts[number] += 1
+                        if answer.field("connection") == "close" or end.is_set():
+                            break
+        threads(5, client)
+        self.assertGreater(min(counts), 20)
+        self.assertEqual(len(set(shown)), 4)
+        self.box.write("cert.pem", old.replace("BEGIN CERT", "BEGIN NOTHING"), 0o600)
+        self.assertIn("cert.pem", self.box.command("reload", want=1).err)
+        self.assertEqual(self.served_certificate(at), shown[-1])
+        self.assertEqual(re.findall("Traceback(?:\n.*){9}", read(self.box.log)), [])
+
+    @needs_root
+    def test_a_key_of_roots_is_taken_by_restart(self) -> None:
+        """After the drop to another user the key cannot be read again: `try: ... restart`; and that works."""
+        if not python_runs_as(NOBODY):
+            self.skipTest("needs a Python that user %d can run" % NOBODY)
+        at = self.box.address(self.box.start(*self.common, "--uid", str(NOBODY), "--tls-cert", self.pem))
+        before = self.served_certificate(at)
+        make_certificate(self.box)
+        self.assertRegex(self.box.command("reload", want=1).err, r"cert\.pem.*Permission denied\ntry: .*restart")
+        self.assertEqual(self.served_certificate(at), before)
+        self.box.command("restart")
+        self.assertNotEqual(self.served_certificate(at), before)
+
+
 class HttpCommand(BoxTest):
     """authserver.py on the command line"""
 
@@ -3973,6 +4359,45 @@ class HttpCommand(BoxTest):
                 self.assertEqual(request(address, "/").status, want)
                 self.assertEqual(request(address, "/", "GET", digest(address, "/")).status, 200)
 
+    @needs("openssl")
+    def test_what_a_network_reads_is_told_once(self) -> None:
+        """One warning for all addresses without TLS; its try: line makes a certificate that is taken."""
+        self.serve("--bind", "0.0.0.0:0", "--bind", ":0", "--bind", "127.0.0.1:0")
+        said = self.logged(r"warning: (a network reaches .+), without TLS: Basic is off there.*\ntry: (.+)   # .*(--.+)\n")
+        self.assertEqual(len(said), 1)
+        self.assertEqual(len(re.findall(r"http://", said[0][0])), 2)
+        self.assertEqual(read(self.box.output).count("try:"), 1)
+        run(["sh", "-c", "cd %s && %s" % (shlex.quote(self.box.folder), said[0][1])], 0)
+        self.box.kill(self.box.server)
+        at = self.serve("--bind", "0.0.0.0:0", "--tls-cert", self.box.path(said[0][2].split()[1]))
+        self.assertTrue(at)
+        self.assertNotIn("try:", read(self.box.output))
+
+    @needs_root
+    @needs("ip")
+    @needs("unshare")
+    def test_a_link_local_address_keeps_its_zone(self) -> None:
+        """[fe80::1%lo]:0 is bound, in a network of its own that has it."""
+        script = ("ip link set lo up && ip -6 addr add fe80::1/64 dev lo nodad && exec " +
+                  " ".join(map(shlex.quote, self.argv("--bind", "[fe80::1%lo]:0"))))
+        self.box.spawn("unshare", "-n", "sh", "-c", script)
+        self.assertRegex(self.logged(r"listening on (\S+)")[0], r"fe80::1%(25)?lo\]:\d+")
+
+    def test_a_kernel_without_IPv6(self) -> None:
+        """:PORT is IPv4 alone there, whatever Python was compiled with."""
+        path = self.box.write("four.py", PRELUDE + '''
+import errno, socket
+real = socket.socket
+class Four(real):
+    def __init__(self, family=socket.AF_INET, *rest, **keys):
+        if family == socket.AF_INET6: raise OSError(errno.EAFNOSUPPORT, "not supported")
+        super().__init__(family, *rest, **keys)
+socket.socket = Four
+sys.exit(authserver.main(sys.argv[1:]))
+''')
+        at = self.box.launch(sys.executable, path, *self.argv("--bind", ":0")[2:])
+        self.assertEqual(request("127.0.0.1:" + at.rpartition(":")[2], "/", "GET", "").status, 401)
+
     def test_a_unix_socket_is_replaced_when_nobody_listens(self) -> None:
         """A socket file of a dead server is no obstacle, one of a living server is."""
         place = "unix:" + self.box.path("sock")
@@ -3991,6 +4416,9 @@ class HttpCommand(BoxTest):
                 (2, ["--schemes", "basic,basic"], "basic"), (2, ["--realm", 'a"b'], "realm"),
                 (2, ["--max-failures", "x"], "max-failures"), (2, ["--trusted-proxy", "x"], "proxy"),
                 (2, ["--nonce-lifetime", "0"], "nonce-lifetime"),
+                (2, ["--stream-threads", "0"], "stream-threads 0: expected at least 1"),
+                (2, ["--stream-threads", "-1"], "stream-threads"), (2, ["--public", "x"], "public"),
+                (2, ["--forward-auth", "x"], "answer at x"),
                 (2, ["--nonce-lifetime", "nan"], "nonce-lifetime"), (2, ["--allow-partial"], "partial"),
                 (2, ["--bind", "x" * 64 + ":0"], "unable to bind"),
                 (1, ["--bind", "unix:" + precious], "unable to bind unix:"),
@@ -4262,6 +4690,15 @@ def peer_has(module: str) -> bool:
     return run([PEER_PYTHON, "-c", "import " + module]).code == 0
 
 
+def browse(box: Box, url: str) -> str:
+    """Return the page that Chromium makes of an URL."""
+    argv = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
+            "--user-data-dir=" + box.path("profile")]
+    if "hello" not in run(argv + ["data:text/html,hello"], env=box.env).out:
+        raise unittest.SkipTest("needs a Chromium that starts")
+    return run(argv + [url], env=box.env).out
+
+
 class RealClients(HttpTest):
     """Programs that people use get in with the right password, and only with it"""
 
@@ -4306,12 +4743,8 @@ class RealClients(HttpTest):
     @needs("chromium")
     def test_a_browser(self) -> None:
         """Chromium, which is offered Digest and Basic, shows the page."""
-        argv = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
-                "--user-data-dir=" + self.box.path("p")]
-        if "hello" not in run(argv + ["data:text/html,hello"], env=self.box.env).out:
-            self.skipTest("needs a Chromium that starts")
-        said = run(argv + [self.url.replace("//", "//jim:secret@")], env=self.box.env)
-        self.assertIn("This is foo, for jim.", said.out)
+        said = browse(self.box, self.url.replace("//", "//jim:secret@"))
+        self.assertIn("This is foo, for jim.", said)
 
     @needs("ab")
     def test_ab(self) -> None:
@@ -7203,6 +7636,429 @@ def refusal(address: str, scheme: str, user: str, password: str) -> int:
     return 0
 
 
+# -- 5.1 Beside other programs: proxies, several machines, hosts of many kinds --
+#
+# Real ones, where installed; what Traefik and Envoy send.  Words in capitals are replaced.
+
+NGINX_FRAME = """daemon off; master_process off; pid nginx.pid; error_log error.log; events { }
+http { access_log off; client_body_temp_path t1; proxy_temp_path t2; fastcgi_temp_path t3;
+uwsgi_temp_path t4; scgi_temp_path t5; %s }
+"""
+ASKING = {"nginx": NGINX_FRAME % """server { listen FRONT;
+location / { auth_request /_auth; auth_request_set $user $upstream_http_remote_user;
+  proxy_set_header Remote-User $user; proxy_set_header X-Remote-User ""; proxy_pass http://BEHIND; }
+location = /_auth { internal; proxy_pass http://AT/auth; proxy_pass_request_body off;
+  proxy_set_header Content-Length ""; proxy_set_header X-Forwarded-For $remote_addr;
+  proxy_set_header X-Original-Method $request_method; proxy_set_header X-Original-URI $request_uri; } }""",
+          "caddy": """{
+ admin off
+}
+http://:PORT {
+ bind 127.0.0.1
+ forward_auth AT {
+  uri /auth
+  copy_headers Remote-User
+ }
+ request_header -Remote_User
+ request_header -X-Remote-User
+ reverse_proxy BEHIND
+}
+"""}
+BALANCING = {"nginx": NGINX_FRAME % """upstream nodes { NODES keepalive 8; } server { listen FRONT; location / {
+proxy_pass http://nodes; proxy_http_version 1.1; proxy_set_header Connection "";
+proxy_set_header Host $http_host; proxy_set_header X-Forwarded-For $remote_addr; } }""",
+             "haproxy": """global
+ stats socket "STATS"
+listen nodes
+ mode http
+ bind FRONT
+ timeout connect 2s
+ option redispatch 1
+ retry-on conn-failure empty-response
+ balance roundrobin
+ option forwardfor
+ CHECK
+NODES"""}
+PROXIES = {"nginx": ["nginx", "-e", "stderr", "-p", "FOLDER", "-c", "FILE"],
+           "haproxy": ["haproxy", "-db", "-q", "-f", "FILE"],
+           "caddy": ["caddy", "run", "--adapter", "caddyfile", "--config", "FILE"]}
+
+
+def proxy(box: Box, program: str, text: str, **words: str) -> str:
+    """Run a proxy with a configuration until it listens, and return its address."""
+    words.update(PORT=str(free_port()), STATS=box.path("stats"), FOLDER=box.folder)
+    words["FRONT"] = front = "127.0.0.1:" + words["PORT"]
+    text = functools.reduce(lambda all, word: all.replace(word, words[word]), words, text)
+    words["FILE"] = box.write(program + ".conf", text)
+    box.server = box.spawn(*[words.get(word, word) for word in PROXIES[program]])
+    until(lambda: not reach(front) or box.server.poll() is not None, program)
+    assert box.server.poll() is None, read(box.output)
+    return front
+
+
+BEHIND = r'''
+import http.server, json
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+        text = json.dumps([self.command, self.path, self.headers.items(), body]).encode()
+        self.send_response(200); self.send_header("Content-Length", str(len(text))); self.end_headers()
+        self.wfile.write(text)
+    do_POST = do_GET
+server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+print("listening on 127.0.0.1:%d" % server.server_address[1], flush=True)
+server.serve_forever()
+'''
+ASKED = ["X-Original-Method: GET", "X-Original-URI: /x"]
+SHAPES = {  # what is sent with METHOD of TARGET
+    "nginx": "GET /auth|X-Original-Method: METHOD|X-Original-URI: TARGET",
+    "Traefik": "GET /auth?query|X-Forwarded-Method: METHOD|X-Forwarded-Proto: https|X-Forwarded-Host: a.example|"
+               "X-Forwarded-Uri: TARGET|X-Forwarded-For: 192.0.2.1|Accept-Encoding: gzip",
+    "Envoy": "METHOD /authTARGET|Content-Length: 0|X-Forwarded-For: 192.0.2.1|X-Forwarded-Proto: https",
+    "two that agree": "GET /auth|X-Original-Method: METHOD|X-Original-URI: TARGET|"
+                      "X-Forwarded-Method: METHOD|X-Forwarded-Uri: TARGET"}
+UNCLEAR = {
+    "nothing": [], "an URI without a method": ASKED[1:], "a method without an URI": ASKED[:1],
+    "two URIs": ASKED + ["X-Original-URI: /y"], "two methods": ASKED + ["X-Original-Method: POST"],
+    "an URI of two minds": ASKED + ["X-Forwarded-Uri: /y"],
+    "a method of two minds": ASKED + ["X-Forwarded-Method: POST"],
+    "an empty URI": ASKED[:1] + ["X-Original-URI:"], "an empty URI beside one": ASKED + ["X-Forwarded-Uri:"]}
+
+
+class ForwardAuth(HttpTest):
+    """--forward-auth: a proxy asks whether a request may pass"""
+    options = ("--forward-auth", "/auth", "--trusted-proxy", "127.0.0.1")
+    fronts: Dict[str, str]
+
+    @classmethod
+    def set_up(cls) -> None:
+        super().set_up()
+        behind = cls.box.launch(sys.executable, cls.box.write("behind.py", BEHIND))
+        cls.fronts = {program: proxy(cls.box, program, text, AT=cls.at, BEHIND=behind)
+                      for program, text in ASKING.items() if shutil.which(program)}
+
+    @contextlib.contextmanager
+    def through(self, program: str) -> Iterator[str]:
+        """Give the body the address of a proxy, in a subTest."""
+        with self.subTest(program):
+            if program not in self.fronts:
+                self.skipTest("needs " + program)
+            yield self.fronts[program]
+
+    @needs("curl")
+    def test_curl_gets_through(self) -> None:
+        """curl --digest, --basic and --anyauth, GET and POST with a body; with a wrong password 401."""
+        for program in ASKING:
+            with self.through(program) as at:
+                for kind in ("--digest", "--basic", "--anyauth"):
+                    for data in ("", "a=b"):
+                        argv = ["curl", "-s", "http://%s/a%%20b?c=d" % at, kind, "-w", "\n%{http_code}"]
+                        argv += ["--data", data] * bool(data)
+                        self.assertTrue(run(argv + ["-u", "jim:wrong"], 0).out.endswith("\n401"))
+                        text, _, status = run(argv + ["-u", "jim:secret"], 0).out.rpartition("\n")
+                        self.assertEqual(status, "200", text)
+                        method, path, fields, body = json.loads(text)
+                        self.assertEqual((method, path, body), ("POST" if data else "GET", "/a%20b?c=d", data))
+                        self.assertIn(["Remote-User", "jim"], fields)
+
+    @needs("chromium")
+    def test_a_browser_gets_through(self) -> None:
+        """Chromium shows the page behind."""
+        for program in ASKING:
+            with self.through(program) as at:
+                self.assertIn('"Remote-User", "jim"', browse(self.box, "http://jim:secret@%s/page" % at))
+
+    def test_each_challenge_arrives_and_each_proof_counts_once(self) -> None:
+        """Two WWW-Authenticate lines through the proxy; a replay is 401, another path 403."""
+        for program in ASKING:
+            with self.through(program) as at:
+                offers = [value.split()[0] for name, value in request(at, "/p", "GET", "").fields
+                          if name == "www-authenticate"]
+                old = program == "nginx" and re.search(r"/1\.(1?\d|2[0-2])\.", run(["nginx", "-v"]).err)
+                self.assertEqual(offers, ["Digest", "Basic"][:1 if old else 2])  # nginx passes on both since 1.23
+                proof = digest(at, "/p")
+                self.assertEqual([request(at, "/p", "GET", proof).status for _ in range(2)], [200, 401])
+                self.assertEqual(request(at, "/q", "GET", digest(at, "/p")).status, 403)
+
+    def test_a_name_that_a_client_brings_reaches_nobody(self) -> None:
+        """Remote-User and its aliases never reach the backend; what a proxy would say opens nothing."""
+        for program in ASKING:
+            with self.through(program) as at:
+                for name in ("Remote-User", "Remote_User", "REMOTE-USER", "X-Remote-User"):
+                    fields = json.loads(request(at, "/p", "GET", JIM, name + ": root").body)[2]
+                    self.assertEqual([value for field, value in fields if re.fullmatch(
+                        "(?i)(x[-_])?remote[-_]user", field)], ["jim"], name)
+                for name in ("X-Original-URI", "X-Forwarded-Uri"):
+                    for auth in (digest(at, "/q"), ""):
+                        self.assertIn(request(at, "/p", "GET", auth, name + ": /q").status, (401, 403))
+
+    def test_what_proxies_send(self) -> None:
+        """nginx, Traefik, Caddy, Envoy: a proof for the method and target that they say, once, as jim."""
+        for who, shape in SHAPES.items():
+            for method, target in (("GET", "/"), ("POST", "/a%20b?c=d"), ("PROPFIND", "/auth/x/")):
+                with self.subTest("%s %s %s" % (who, method, target)):
+                    line, *fields = shape.replace("METHOD", method).replace("TARGET", target).split("|")
+                    words = line.split()[::-1]
+                    challenge = request(self.at, *words, "", *fields)
+                    proof = Digest(challenge.field("WWW-Authenticate") or "", uri=target).field(method=method)
+                    answers = [challenge] + [request(self.at, *words, auth, *fields) for auth in (
+                        proof, proof, JIM, digest(self.at, "/other"))]
+                    self.assertEqual([(answer.status, answer.field("Remote-User")) for answer in answers],
+                                     [(401, None), (200, "jim"), (401, None), (200, "jim"), (403, None)])
+
+    def test_what_is_unclear_is_refused(self) -> None:
+        """Not one method and one URI, or a peer that nobody trusts: 403, whatever password, and a log line."""
+        for sentence, fields in UNCLEAR.items():
+            with self.subTest(sentence):
+                for auth in (JIM, ""):
+                    self.assertEqual(request(self.at, "/auth", "GET", auth, *fields).status, 403)
+        with Wire(self.at, source="127.0.0.2") as wire:
+            self.assertEqual(wire.ask("/auth", "GET", JIM, *ASKED).status, 403)
+        self.logged("refused .*forward-auth.* method", 2 * len(UNCLEAR))
+        self.logged(r"127\.0\.0\.2: refused .*--trusted-proxy")
+
+    def test_only_what_proxies_pass_on_is_answered(self) -> None:
+        """A malformed field and a lock-out are 403: nginx makes 500 of 400 and 429."""
+        def ask(auth: str, client: str) -> int:
+            return request(self.at, "/auth", "GET", auth, "X-Forwarded-For: " + client, *ASKED).status
+        for auth in ("Basic %", "Basic amlt", digest(self.at, "/other")):
+            self.assertEqual(ask(auth, "192.0.2.1"), 403)
+        self.assertEqual([ask(WRONG, "192.0.2.9") for _ in range(10)], [401] * 10)
+        self.assertEqual([ask(JIM, client) for client in ("192.0.2.9", "192.0.2.10")], [403, 200])
+
+
+class Caller(threading.Thread):
+    """A client that asks until it is told to end; it knows its password, and counts what it hears."""
+
+    def __init__(self, address: str, scheme: str, keeps: bool, end: threading.Event) -> None:
+        super().__init__()
+        self.address, self.keeps, self.end = address, keeps, end
+        self.digest = Digest("", uri="/example/foo") if scheme == "digest" else None
+        self.answers = self.challenges = self.stale = 0
+        self.failures: List[str] = []
+        self.start()
+
+    def run(self) -> None:
+        """Ask on one connection as long as it lasts, then on another."""
+        while not self.end.is_set():
+            try:
+                with Wire(self.address) as wire:
+                    while self.ask(wire) and not self.end.is_set():
+                        pass
+            except (OSError, ValueError, IndexError) as error:
+                self.failures.append(repr(error))
+
+    def ask(self, wire: Wire) -> bool:
+        """Ask once and count the answer; tell whether the connection goes on."""
+        field = JIM if not self.digest else self.digest.field() if "nonce" in self.digest.values else ""
+        answer = wire.ask("/example/foo", "GET", field, *[CLOSE] * (not self.keeps))
+        self.answers += answer.status == 200
+        challenge = answer.field("WWW-Authenticate") or ""
+        if answer.status == 401 and self.digest:
+            self.stale += "stale=true" in challenge
+            self.challenges += "stale=true" not in challenge
+            self.digest.hear(challenge)
+        elif answer.status != 200:
+            self.failures.append(str(answer.status))
+        return self.keeps and (answer.field("Connection") or "").lower() != "close"
+
+
+@contextlib.contextmanager
+def calling(*addresses: str) -> Iterator[Tuple[List[Caller], Callable[[], None]]]:
+    """Let clients of each kind ask; the body gets them, and a wait for another dozen answers each."""
+    end = threading.Event()
+    callers = [Caller(address, scheme, keeps, end) for address in addresses
+               for scheme in ("basic", "digest") for keeps in (True, False)]
+
+    def go_on() -> None:
+        goals = [caller.answers + 12 for caller in callers]
+        until(lambda: all(caller.answers >= goal for caller, goal in zip(callers, goals)), "answers")
+    try:
+        go_on()
+        yield callers, go_on
+        go_on()
+    finally:
+        end.set()
+        for caller in callers:
+            caller.join()
+
+
+class Machines(SharedBoxTest):
+    """Three machines (addresses of loopback) that share a password file and a nonce secret"""
+    nodes: List[Box]
+    places, options = [], []  # type: List[str], List[str]
+
+    @classmethod
+    def set_up(cls) -> None:
+        cls.options = ["--public", "/example/healthz", "--workers", "1", "--passwords",
+                       cls.box.write("passwords", ha1_line("jim", "secret"), 0o600),
+                       "--nonce-secret", cls.box.path("secret"), "--trusted-proxy", "127.0.0.1"]
+        cls.nodes = [Box() for _ in range(3)]
+        cls.places = ["127.0.0.%d:%d" % (number, free_port()) for number in (1, 2, 3)]
+        for number in range(3):
+            cls.start(number)
+
+    @classmethod
+    def start(cls, number: int) -> None:
+        """Start the daemon of a node."""
+        cls.nodes[number].start("--bind", cls.places[number], *cls.options)
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        for node in cls.nodes:
+            node.close()
+        super().tearDownClass()
+
+    def balance(self, *programs: str, check: str = "option httpchk GET /example/healthz") -> List[str]:
+        """Run the balancers that are installed until the test ends; return their addresses."""
+        lines = {"haproxy": " server n%d %s check inter 100ms fall 2 rise 1\n",
+                 "nginx": "server %.0s%s max_fails=1 fail_timeout=1s;"}
+        fronts = []
+        for program in programs:
+            with self.subTest(program):
+                if not shutil.which(program):
+                    self.skipTest("needs " + program)
+                nodes = "".join(lines[program] % pair for pair in enumerate(self.places))
+                fronts.append(proxy(self.box, program, BALANCING[program], NODES=nodes, CHECK=check))
+                self.addCleanup(self.box.kill, self.box.server)
+        return fronts
+
+    def sees(self, *want: str) -> None:
+        """Wait until HAProxy sees the nodes so."""
+        stats = "unix:" + self.box.path("stats")
+        until(lambda: re.findall(r"(?m)^nodes,n\d,(?:[^,]*,){15}(\w+)",
+                                 talk(stats, b"show stat\n").decode()) == list(want), "nodes %s" % (want,))
+
+    def check(self, callers: Sequence[Caller], lost: int = 0) -> None:
+        """Assert that no request was lost, and that nobody was asked for a password twice."""
+        for caller in callers:
+            self.assertLessEqual(len(caller.failures), lost, caller.failures)
+            self.assertEqual(caller.challenges, 1 if caller.digest else 0)
+
+    def test_any_node_answers_and_restarts_cost_nothing(self) -> None:
+        """Round-robin under load: one challenge to each Digest client; nothing lost in a rolling restart."""
+        before = [node.status()["requests"] for node in self.nodes]
+        with calling(*self.balance("haproxy", "nginx")) as (callers, _):
+            middle = [node.status()["requests"] for node in self.nodes]
+            for node in self.nodes:
+                node.command("restart")
+        self.check(callers)
+        if hasattr(os, "memfd_create"):  # without it no counts are handed over: `stale`, once a restart
+            self.assertEqual(sum(caller.stale for caller in callers), 0)
+        self.assertTrue(all(map(int.__lt__, before, middle)), (before, middle))
+
+    def test_a_node_that_dies_costs_what_it_had_in_hand(self) -> None:
+        """SIGKILL of a daemon under load: at most one failure per client; when it is back nobody is asked."""
+        with calling(*self.balance("haproxy", "nginx")) as (callers, go_on):
+            os.kill(self.nodes[1].pid(), signal.SIGKILL)
+            go_on()
+            self.start(1)
+        self.check(callers, 1)
+
+    @needs("haproxy")
+    def test_health_checks_see_a_node_go_and_come(self) -> None:
+        """A public path, or the 401 itself, is up; a stop under load loses nothing and is seen, as is a start."""
+        for check in ("option httpchk GET /example/healthz", "option httpchk GET /\n http-check expect status 401"):
+            with self.subTest(check), calling(*self.balance("haproxy", check=check)) as (callers, _):
+                self.sees("UP", "UP", "UP")
+                self.nodes[2].command("stop")
+                self.sees("UP", "UP", "DOWN")
+                self.start(2)
+                self.sees("UP", "UP", "UP")
+            self.check(callers)
+
+    def test_a_proof_counts_once_on_each_machine(self) -> None:
+        """What is promised, and what is not: a replay is refused where it was used, not elsewhere."""
+        proof = digest(self.places[0], "/example/foo")
+        said = [request(place, "/example/foo", "GET", proof).status for place in self.places * 2]
+        self.assertEqual(said, [200, 200, 200, 401, 401, 401])
+
+
+LOGROTATE = 'LOG {\n rotate 9\n nocreate\n postrotate\n  RELOAD\n endscript\n}\n'
+SUPERVISORD = "[supervisord]\nnodaemon=true\nlogfile=s.log\npidfile=s.pid\n[program:authserver]\ncommand=RUN\n"
+CONTAINER = r'''
+mount -t tmpfs -o mode=1777 none "$1" && cp "$2" "$1/users" && chmod 0444 "$1/users" &&
+mount -o remount,ro,bind "$1" && mount -t tmpfs -o mode=1777 none "$3" &&
+mount -o remount,ro,bind / && shift 3 && exec "$@"
+'''
+
+
+class Supervisors(BoxTest):
+    """What people run it under, beyond what Readme tries"""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.at = "127.0.0.1:%d" % free_port()
+        self.passwords = self.box.write("passwords", ha1_line("jim", "secret"), 0o600)
+        self.options = ["--bind", self.at, "--passwords", self.passwords, "--workers", "1"]
+
+    def write(self, name: str, text: str, mode: int = 0o644) -> str:
+        """Write a file of settings; each command as a shell and supervisord read it."""
+        for word, argv in (("RUN", self.box.argv("run", *self.options)), ("LOG", [self.box.log]),
+                           ("RELOAD", self.box.argv("reload", "--quiet"))):
+            text = text.replace(word, " ".join(map(shlex.quote, argv)))
+        return self.box.write(name, text, mode)
+
+    def answers(self, after: int = 0) -> int:
+        """Wait for a daemon other than `after`, see jim let in, and return its pid."""
+        until(lambda: self.box.pid() not in (0, after) and not reach(self.at), "a daemon that answers")
+        self.assertEqual(request(self.at).status, 200)
+        return self.box.pid()
+
+    @needs_other_user
+    @needs("logrotate")
+    def test_logrotate_in_a_folder_of_roots(self) -> None:
+        """Rename and reload under load, the log in a folder where only root may create: no line lost."""
+        self.box.write("passwords", ha1_line("jim", "secret"), 0o640, NOBODY)
+        self.box.start(*self.options, "--uid", str(NOBODY), "--log-bytes", "0")
+        conf = self.write("rotate.conf", LOGROTATE)
+        with calling(self.at) as (callers, go_on):
+            for _ in range(4):
+                run(["logrotate", "-f", "-s", self.box.path("state"), conf], 0)
+                go_on()
+        self.assertEqual([caller.failures for caller in callers], [[]] * 4)
+        self.box.command("stop")
+        logs = [read(path) for path in glob.glob(glob.escape(self.box.log) + "*")]
+        lines = re.findall('"GET /example/foo .*" 200 ', "".join(logs))
+        self.assertEqual((len(logs), len(lines)), (5, sum(caller.answers for caller in callers)))
+        self.assertEqual(os.stat(self.box.log).st_uid, NOBODY)
+
+    def test_supervisors(self) -> None:
+        """supervisord and runit start it, start it again when it is killed, and end it."""
+        self.box.make("service")
+        self.write("service/run", "#!/bin/sh\nexec 2>&1\nexec RUN\n", 0o755)
+        for argv in (["supervisord", "-c", self.write("s.conf", SUPERVISORD)],
+                     ["runsv", self.box.path("service")]):
+            with self.subTest(argv[0]):
+                if not shutil.which(argv[0]):
+                    self.skipTest("needs " + argv[0])
+                child = self.box.spawn(*argv)
+                first = self.answers()
+                os.kill(first, signal.SIGKILL)
+                self.answers(first)
+                child.terminate()
+                self.assertEqual((child.wait(PATIENCE), self.box.processes()), (0, []))
+
+    @needs_other_user
+    @needs("unshare")
+    def test_a_container(self) -> None:
+        """pid 1, a user without a name, a root that is read-only, a secret of mode 0444: it serves, and ends."""
+        secrets, temp = self.box.make("secrets"), self.box.make("tmp")
+        self.box.pidfile = self.box.path("tmp", "d.pid")
+        argv = self.box.argv("run", "--bind", self.at, "--passwords", secrets + "/users")
+        child = self.box.spawn(
+            "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", CONTAINER,
+            "sh", secrets, self.passwords, temp, "setpriv", "--reuid", "10001", "--regid", "10001",
+            "--clear-groups", *argv)
+        until(lambda: not reach(self.at), "a container")
+        self.assertEqual(request(self.at).status, 200)
+        os.kill(family(child.pid)[1], signal.SIGTERM)  # its pid 1
+        self.assertEqual(child.wait(PATIENCE), 0, read(self.box.output))
+
+
+# -- 5.2 daemonize.py with authserver.py ----------------------------------------
+
+
 class Together(BoxTest):
     """daemonize.py with authserver.py"""
 
@@ -7415,7 +8271,7 @@ class FirstStart(DefaultFilesTest):
         """start prints user, password and a curl line; they work; a second start does not repeat it."""
         result = self.action("start", "--bind", "127.0.0.1:0")
         address = self.box.address(result)
-        told = re.search(r"(?m)^user: admin\npassword: (\S+)\n(try: curl --digest -u admin http://%s/example/foo)$"
+        told = re.search(r"(?m)^user: admin\npassword: (\S+)\nkept in: .+\nchange it: .+\n(try: curl --digest -u admin http://%s/example/foo)$"
                          % re.escape(address), result.out)
         self.assertTrue(told, result.out)
         password = told.group(1) if told else ""
@@ -7454,6 +8310,14 @@ class FirstStart(DefaultFilesTest):
             self.assertRegex(result.err, r"(?m)^try: .*authserver\.py passwd \S+ \S+$")
             self.assertFalse(os.path.exists(self.passwords))
 
+    def test_the_command_that_changes_it_knows_the_realm(self) -> None:
+        """With --realm, what the first start says to change the password changes that user."""
+        said = self.action("start", "--bind", "127.0.0.1:0", "--realm", "a b").out
+        command = re.findall(r"(?m)^change it: (.+) && ", said)[0]
+        self.assertIn("changed", run(["sh", "-c", command + " --stdin"], 0, b"new\n").out)
+        self.assertRegex(self.box.daemonize("start", "--quiet", "--name", self.name + "2", "--realm", "c", want=2).err,
+                         "(?m)^try: .* --realm c$")
+
     def test_restart_of_what_never_ran_is_a_first_start(self) -> None:
         """restart on a fresh box is start."""
         self.action("restart", "--bind", "127.0.0.1:0")
@@ -7463,8 +8327,8 @@ class FirstStart(DefaultFilesTest):
         """start --bind unix:PATH prints a curl line with --unix-socket."""
         path = self.box.path("sock")
         said = self.action("start", "--bind", "unix:" + path).out
-        self.assertIn("\ntry: curl --digest -u admin --unix-socket %s http://localhost/example/foo\n" % path,
-                      said)
+        self.assertIn("\ntry: curl --digest -u admin --unix-socket %s http://localhost/example/foo\n" % (
+            shlex.quote(path)), said)
 
 
 @unittest.skipUnless(os.path.exists(README), "needs README")
