@@ -8337,7 +8337,7 @@ class Readme(DefaultFilesTest):
 
     PAGES = {"/README": "daemonize.py and authserver.py", ":8082/": "Hello jim"}
     # What a daemon of the default name writes is the box's own, and so is every port.
-    HIDE = ('cp -a /etc "$0/etc" && mount --bind "$0/etc" /etc && mount -t tmpfs -o mode=755 none /run && '
+    HIDE = ('{ cp -a /etc "$0/etc" || true; } && mount --bind "$0/etc" /etc && mount -t tmpfs -o mode=755 none /run && '
             'mount -t tmpfs -o mode=755 none /var/log && ip link set lo up && mkdir -m 777 /run/home && '
             'rm -f /etc/*.passwords && mkdir /run/d && cp "$0"/*.py /run/d && '
             'sed -i "s|^\\([^:]*:[^:]*:%d:.*:\\)[^:]*:|\\1/run/home:|" /etc/passwd && '
@@ -8473,7 +8473,8 @@ class Readme(DefaultFilesTest):
         self.assertGreaterEqual(len(rows), 25)
         for row in rows:
             with self.subTest(row):
-                self.assertTrue([text for text in texts if row in text], row)
+                deed = row.replace("unable to ", "", 1) + " "       # as trying_to() has it
+                self.assertTrue([text for text in texts if row in text or (text + " ").startswith(deed)], row)
 
     def test_bind_gets_what_it_says(self) -> None:
         """The options of ours that an application gets are those that README names."""
