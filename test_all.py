@@ -8394,16 +8394,18 @@ class Readme(DefaultFilesTest):
 
     def play(self, do: Callable[..., Result], change: Callable[[str], str] = str) -> None:
         """Do every command of README in order, in one folder; it succeeds, and curl gets its page."""
-        password = ""
+        password, places = "", []   # type: str, List[str]
         for command in self.commands():
             with self.subTest(command):
                 command = change(command.replace("-u admin ", "-u admin:%s " % password))
                 done = do(command)
                 password = "".join(re.findall(r"(?m)^password: (\S+)$", done.out)) or password
+                places += re.findall(r"hello is running with pid \d+, listening on (\S+)", done.out)
                 for place, page in self.PAGES.items():
                     if "curl" in command and change(place) in command:
                         self.assertIn(page, done.out)
         self.assertTrue(password)
+        self.assertEqual([len(places), len(set(places))], [2, 1])      # a restart leaves no address
 
     @needs_root
     @needs("curl")
