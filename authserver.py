@@ -804,10 +804,16 @@ class Entry(NamedTuple):
         match = match_kind(self.crypted)
         return match.group() if match else " and ".join(self.ha1) + " HA1"
 
+    @property
+    def is_slow(self) -> bool:
+        """Whether it takes long to verify a password: libcrypt's hashes are made for that."""
+        return self.crypted.startswith("$")
 
-def command(*words: str) -> str:
-    """Return a command line for this file that can be pasted into a shell."""
-    return " ".join(map(shlex.quote, ("python3", os.path.abspath(__file__)) + words))
+
+def command(*words: str, script: str = os.path.basename(__file__)) -> str:
+    """Return a command line, for this file or one beside it, that can be pasted into a shell."""
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), script)
+    return " ".join(map(shlex.quote, ("python3", path) + words))
 
 
 def passwd_command(path: str, usernames: Sequence[str], realm: str) -> str:
@@ -842,10 +848,10 @@ def normal_username(username: str) -> str:
 def normal_password(username: str, password: str) -> str:
     """Return the normal form of a password that this user can send under both schemes."""
     password = unicodedata.normalize("NFC", password)
-    # Surrogates stand for bytes that were no text: measured, so that they can be refused.
-    octets = f"{username}:{password}".encode("utf-8", "surrogatepass")
-    if (not password or has_control(password) or re.search("[\ud800-\udfff]", password)
-            or len(octets) > MAX_TEXT):
+    # Controls; and surrogates, which stand for bytes that were no text.
+    spoilt = {"Cc", "Cs"} & set(map(unicodedata.category, password))
+    size = len(f"{username}:{password}".encode("utf-8", "surrogatepass"))
+    if not password or spoilt or size > MAX_TEXT:
         raise Refusal(f"unable to use this password: empty, control characters in it, no UTF-8, or "
                       f"too long: Basic carries {MAX_TEXT} bytes of name, colon and password")
     return password
@@ -867,23 +873,6 @@ def entry_of_password(username: str, line: int, realm: str, password: str) -> En
     password = normal_password(username, password)
     ha1 = {name: digest_ha1(username, realm, password, name) for name in FOUND if name in HASHES}
     return Entry(username, line, ha1, "")
-
-
-def matches(entry: Entry, realm: str, password: str) -> bool:
-    """Return whether an entry is of this password; at once, so for all but libcrypt's hashes.
-
-    >>> matches(Entry("jim", 1, {}, "{SHA}5en6G6MezRroT3XKqkdPOmY/BfQ="), "files", "secret")
-    True
-    """
-    if entry.crypted:
-        octets = base64.b64decode(entry.crypted.partition("}")[2])      # the hash, then the salt
-        phrase = password.encode("utf-8", "surrogatepass")
-        found = (SHA1 or hashlib.sha1)(phrase + octets[20:]).digest()
-        return hmac.compare_digest(found, octets[:20])
-    # The first line: it is the one that Apache's htdigest changes, and no other.
-    name = next(iter(entry.ha1))
-    return hmac.compare_digest(
-        digest_ha1(entry.username, realm, password, name), entry.ha1[name])
 
 
 @functools.lru_cache(maxsize=None)
@@ -910,6 +899,30 @@ def load_crypt() -> Tuple[Callable[[bytes, bytes], Optional[bytes]], threading.S
     return (lambda phrase, setting: None), threading.Semaphore(1)
 
 
+def matches(entry: Entry, realm: str, password: str) -> bool:
+    """Return whether an entry is of this password; may wait for a slow hash.
+
+    >>> matches(Entry("jim", 1, {}, "{SHA}5en6G6MezRroT3XKqkdPOmY/BfQ="), "files", "secret")
+    True
+    """
+    phrase = password.encode("utf-8", "surrogatepass")
+    if entry.is_slow:
+        # All that begin with the same 72 bytes would be right: $2a$, $2b$, $2y$.
+        if entry.crypted.startswith("$2") and len(phrase) > BCRYPT_BYTES:
+            return False
+        setting, (function, turns) = entry.crypted.encode("ascii"), load_crypt()
+        with turns:
+            # crypt(3) returns setting and hash in one, and takes such a whole as setting.
+            return hmac.compare_digest(function(phrase, setting) or b"", setting)
+    if entry.crypted:
+        octets = base64.b64decode(entry.crypted.partition("}")[2])      # the hash, then the salt
+        found = (SHA1 or hashlib.sha1)(phrase + octets[20:]).digest()
+        return hmac.compare_digest(found, octets[:20])
+    # The first line: it is the one that Apache's htdigest changes, and no other.
+    name, ha1 = next(iter(entry.ha1.items()))
+    return hmac.compare_digest(digest_ha1(entry.username, realm, password, name), ha1)
+
+
 FORMS: Dict[Tuple[str, int], bool] = {}     # kind and length of a hash -> libcrypt makes such
 
 
@@ -926,7 +939,7 @@ def check_crypted(entry: Entry) -> Entry:
         raise Refusal(f"field 2: {entry.crypted[:5]}... is no hash we know (htpasswd -B makes one)")
     if kind[0] == "{" and SHA1 is None:
         raise Refusal(f"field 2: the hashlib of this Python lacks SHA-1, for {kind}")
-    if kind[0] == "$" and form not in FORMS:
+    if entry.is_slow and form not in FORMS:
         function, turns = load_crypt()
         with turns:
             made = function(b"probe", entry.crypted.encode("ascii"))
@@ -985,7 +998,7 @@ def make_entry(line: int, username: str, realm: str, place: str, value: str) -> 
 def add_entry(entries: Dict[str, Entry], entry: Entry, realm: str) -> None:
     """Add an entry, unless it lets everybody in, or contradicts an earlier one of its user."""
     # Without any password; slow hashes are not tried.
-    if not entry.crypted.startswith("$") and matches(entry, realm, ""):
+    if not entry.is_slow and matches(entry, realm, ""):
         raise Refusal("an empty password")
     first = entries.setdefault(entry.username, entry)
     # A second line may add the HA1 of another hash, and nothing else.
@@ -1073,7 +1086,7 @@ class Passwords:
 
     Passwords({"jim": "secret"}, realm="files") makes HA1s at once and forgets the passwords;
     Passwords.read() takes a file. Nothing in it changes afterwards: a reload makes a new
-    one, and with it go the remembered verdicts.
+    one, and with the old one goes what it has granted.
     """
 
     def __init__(self, users: Optional[Mapping[str, str]] = None, realm: str = REALM,
@@ -1086,10 +1099,9 @@ class Passwords:
             self.entries[name] = entry_of_password(name, 0, realm, password)
         # What stands in for unknown users, so that they cost what others cost.
         # False < True: if any hash is slow, the decoy is.
-        self._decoy = max(self.entries.values(), key=lambda entry: entry.crypted[:1] == "$",
+        self._decoy = max(self.entries.values(), key=lambda entry: entry.is_slow,
                           default=Entry("", 0, {"SHA-256": ""}, ""))
-        self._secret = os.urandom(32)
-        self._remembered: Set[bytes] = set()
+        self.granted: Dict[bytes, Any] = {}     # authenticators' Verdicts on Basic's tokens
 
     @classmethod
     def read(cls, path: str, realm: str = REALM) -> "Passwords":
@@ -1142,49 +1154,15 @@ class Passwords:
         # libcrypt would stop reading at a NUL.
         return not has_control(password) and self.verify(username, password)
 
-    def _model(self, username: str) -> Entry:
-        """Return what a password of this user, or of a stranger, is checked against."""
-        return self.entries.get(username, self._decoy)
-
     def is_slow(self, username: str) -> bool:
         """Return whether to verify this user's password takes long; for unknown ones, too."""
-        return self._model(username).crypted.startswith("$")
-
-    def is_known(self, username: str, password: str) -> bool:
-        """Return whether this is remembered as right, so that to verify it takes no time."""
-        return self._key(self._model(username).crypted, password) in self._remembered
+        return self.entries.get(username, self._decoy).is_slow
 
     def verify(self, username: str, password: str) -> bool:
         """Do what check_password() does, for normal forms."""
-        model = self._model(username)
-        correct = (self._verify_slow(model.crypted, password) if self.is_slow(username) else
-                   matches(model, self.realm, password))
+        correct = matches(self.entries.get(username, self._decoy), self.realm, password)
         # Last, and after all the work: what fits the decoy is no password of a stranger.
         return correct and username in self.entries
-
-    def _key(self, crypted: str, password: str) -> bytes:
-        """Return what a verdict is remembered by: no password, and useless elsewhere."""
-        return sign(self._secret, f"{crypted}:{password}".encode("utf-8", "surrogatepass"))
-
-    def _verify_slow(self, crypted: str, password: str) -> bool:
-        """Return a remembered yes, or find out. A no is never kept."""
-        phrase, key = password.encode("utf-8", "surrogatepass"), self._key(crypted, password)
-        if key in self._remembered:
-            return True
-        # All that begin with the same 72 bytes would be right: $2a$, $2b$, $2y$.
-        if crypted.startswith("$2") and len(phrase) > BCRYPT_BYTES:
-            return False
-        setting, (function, turns) = crypted.encode("ascii"), load_crypt()
-        with turns:
-            # Another request with the same password may have gone before.
-            # crypt(3) returns setting and hash in one, and takes such a whole as setting.
-            correct = key in self._remembered or hmac.compare_digest(
-                function(phrase, setting) or b"", setting)
-        if correct:
-            if len(self._remembered) >= REMEMBERED:
-                self._remembered.clear()
-            self._remembered.add(key)
-        return correct
 
 
 # -- 5. The authenticator -----------------------------------------------------
@@ -1333,8 +1311,6 @@ class Authenticator:
                              "sha256").digest()
         self._nobody = os.urandom(16).hex()         # the HA1 of strangers, which nobody has
         self._memo_key = os.urandom(16)
-        self._granted: Dict[bytes, Verdict] = {}    # by Basic's token; of self._granted_by
-        self._granted_by = passwords
 
     def clock(self) -> float:
         """Return the time that nonces and lock-outs go by."""
@@ -1389,15 +1365,15 @@ class Authenticator:
 
     def recall(self, authorization: str) -> Optional[Verdict]:
         """Return the verdict on Basic credentials that this dictionary has found right."""
-        if authorization[:1] not in "Bb" or self._granted_by is not self.passwords:
+        if authorization[:1] not in "Bb":
             return None
-        return self._granted.get(sign(self._memo_key, authorization.encode("latin-1")))
+        return self.passwords.granted.get(sign(self._memo_key, authorization.encode("latin-1")))
 
     def _remember(self, passwords: Passwords, authorization: str, verdict: Verdict) -> None:
-        """Keep a verdict by the name of the dictionary that it was checked against."""
-        if self._granted_by is not passwords or len(self._granted) >= REMEMBERED:
-            self._granted, self._granted_by = {}, passwords
-        self._granted[sign(self._memo_key, authorization.encode("latin-1"))] = verdict
+        """Keep a verdict with the dictionary that it was checked against: both go at a reload."""
+        if len(passwords.granted) >= REMEMBERED:
+            passwords.granted.clear()
+        passwords.granted[sign(self._memo_key, authorization.encode("latin-1"))] = verdict
 
     def _judge_basic(self, attempt: Attempt, username: str, password: str) -> Asking:
         """Look at Basic credentials."""
@@ -1405,16 +1381,15 @@ class Authenticator:
         # Again, if a reload came while a slow hash was made: who is no longer in it is out.
         while passwords is not self.passwords:
             passwords = self.passwords
-            correct = passwords.is_known(username, password)
-            if not correct and passwords.is_slow(username):
-                correct = yield functools.partial(passwords.verify, username, password)
-            elif not correct:
-                correct = passwords.verify(username, password)
+            verify = functools.partial(passwords.verify, username, password)
+            # When its turn comes, another request with these credentials may have gone before.
+            correct = verify() if not passwords.is_slow(username) else (
+                yield lambda: self.recall(attempt.authorization[0]) is not None or verify())
         if not correct:
-            known = username in self.passwords.entries
+            known = username in passwords.entries
             return self._fail(attempt, username, "bad password" if known else "unknown user")
         verdict = Verdict(200, username, username, "", (), "Basic")
-        self._remember(self.passwords, attempt.authorization[0], verdict)
+        self._remember(passwords, attempt.authorization[0], verdict)
         return verdict
 
     def _judge_digest(self, attempt: Attempt, credentials: DigestCredentials,
@@ -4530,6 +4505,9 @@ def find_attribute(handler_class: Any, name: str) -> Any:
 
 LINGER_SECONDS = 10.0       # for which a refused client may go on sending
 TABLES: "weakref.WeakValueDictionary[str, SharedTable]" = weakref.WeakValueDictionary()
+# Networks in which a peer may well be a proxy.
+INSIDE = TrustedProxies(["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10",
+                         "fc00::/7", "fe80::/10"])
 
 
 def open_shared_file(name: str, size: int) -> int:
@@ -4538,13 +4516,15 @@ def open_shared_file(name: str, size: int) -> int:
     path = os.path.join(base, f"authserver-{os.geteuid()}")
     with contextlib.suppress(FileExistsError):
         os.mkdir(path, 0o700)
+    # Opened first, then looked at: what is looked at by its name may be another one afterwards.
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         found = os.fstat(folder)
         # Where everybody may make a folder, somebody else may have been first.
         if found.st_uid != os.geteuid() or found.st_mode & 0o077:
             raise PermissionError(errno.EACCES, f"others have access to {path}")
-        fcntl.flock(folder, fcntl.LOCK_EX)      # until it is closed
+        # Until it is closed: between another's open and its lock, a file looks unused.
+        fcntl.flock(folder, fcntl.LOCK_EX)
         # Not those that we use: to close a file would end all our record locks on it.
         for other in set(os.listdir(folder)) - set(TABLES):
             with open(os.open(other, os.O_RDWR | os.O_NOFOLLOW, dir_fd=folder), "rb+") as stream:
@@ -4578,13 +4558,24 @@ class UnknownProxies(TrustedProxies):
     out: ten wrong passwords by a stranger would keep all others out.
     """
 
-    INSIDE = TrustedProxies(["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10",
-                             "fc00::/7", "fe80::/10"])
-
     def _find_client(self, peer: str, forwarded: str = "") -> Tuple[str, Optional[str]]:
         shown, client = super()._find_client(peer, forwarded)
-        is_inside = client and self.INSIDE.trusts(parse_address(peer))
-        return shown, None if is_inside else client
+        return shown, None if INSIDE.trusts(parse_address(peer)) else client
+
+
+def read_on(read: Callable[[], bytes]) -> bool:
+    """Read what a refused client still sends; return whether that has come to an end."""
+    end = time.monotonic() + LINGER_SECONDS
+    while time.monotonic() < end:
+        if not read():
+            return True
+    return False
+
+
+def call_for(read: Callable[[], bytes]) -> Generator[Any, Any, bytes]:
+    """Read a body as the authenticator wants it read: it asks, and we wait."""
+    content: bytes = (yield read)
+    return content
 
 
 class Gate:
@@ -4596,6 +4587,7 @@ class Gate:
 
     def __init__(self, passwords: Passwords, trusted_proxies: Optional[Sequence[str]],
                  offer: Dict[str, Any], share: bool = False) -> None:
+        # Before anything asks it something: a dict has no realm, and would say so less clearly.
         if not isinstance(passwords, Passwords):
             raise TypeError(f"unable to use {passwords!r:.40} as passwords: expected "
                             f'Passwords({{"jim": "secret"}}, realm="files")')
@@ -4607,25 +4599,20 @@ class Gate:
             except OSError as error:
                 self.log.warning("unable to share nonces with other processes: %s", error)
         self.authenticator = Authenticator(passwords, **offer)
-        self.schemes: Optional[Sequence[str]] = offer.get("schemes")
         self.proxies = (UnknownProxies() if trusted_proxies is None else
                         TrustedProxies(trusted_proxies))
-        if trusted_proxies is None:
-            self.log.info("never locked out: clients on loopback and with private addresses, which "
-                          "may be proxies; trusted_proxies=[...] says which are")
         for warning in passwords.warnings:
             self.log.warning(warning)
 
-    def judge(self, method: str, target: str, authorization: Sequence[str], peer: str,
-              forwarded: str, is_safe: bool, read_body: Callable[[], bytes],
-              same_target: Callable[[str, str], bool] = is_same_target) -> Verdict:
-        """Return the verdict on a request; is_safe: nobody can listen on its way."""
-        host, client = self.proxies.find_client(peer, forwarded)
-        schemes = self.schemes or (SCHEMES if is_safe else SCHEMES[:1])
+    def judge(self, attempt: Attempt, peer: str, forwarded: str, is_safe: bool) -> Verdict:
+        """Return the verdict on an attempt of peer; is_safe: nobody can listen on its way."""
+        authenticator = self.authenticator
+        host, attempt.client = self.proxies.find_client(peer, forwarded)
+        attempt.time, attempt.schemes = authenticator.clock(), authenticator.schemes
+        if not (is_safe or authenticator.is_explicit):
+            attempt.schemes = SCHEMES[:1]
         try:
-            verdict = self.authenticator.authenticate(
-                method, target, authorization, client, self.authenticator.clock(), schemes,
-                read_body, same_target)
+            verdict = at_once(authenticator.judge(attempt))
         except BadRequest as error:         # from read_body
             verdict = Verdict(error.status, reason=str(error))
         if verdict.status != 200 and verdict.reason != "no credentials":
@@ -4655,6 +4642,7 @@ class Guard(Once):
             verdict = self.ask()
             passes, self.info = verdict.status == 200, verdict.fields
         self.remote_user, self.auth_type = verdict.username, verdict.scheme
+        # Now, and not when http.server meets the field: to whom the password has been asked of.
         return passes and (not self.expects or super().handle_expect_100())
 
     def handle_expect_100(self) -> bool:
@@ -4668,6 +4656,8 @@ class Guard(Once):
         while line not in (b"\r\n", b"\n", b"") and len(octets) <= MAX_HEAD:
             line = self.rfile.readline(MAX_HEAD)
             octets += line
+        # http.server first: what it refuses, it refuses as it would without us. Then the strict
+        # parser, for what http.server has read may not be what the client meant.
         stream, self.rfile = self.rfile, io.BytesIO(octets.partition(b"\n")[2])
         try:
             if not super().parse_request():         # and has said why
@@ -4676,7 +4666,9 @@ class Guard(Once):
             self.rfile = stream
         self.unread = True                          # of a head that we cannot read, anything
         try:
-            verdict = self.judge(parse_head(octets))
+            request = parse_head(octets)
+            self.unread = request.has_body()
+            verdict = self.judge(request)
         except BadRequest as error:
             verdict = Verdict(error.status)
         if verdict.status != 200:
@@ -4685,13 +4677,12 @@ class Guard(Once):
 
     def judge(self, request: Request) -> Verdict:
         """Return the verdict on a request that http.server and parse_head understand."""
-        self.unread = request.fields.chunked or request.fields.length > 0
-        return self.gate.judge(
-            request.method, request.target, request.authorization,
-            self.client_address[0] if self.client_address else "", request.fields.forwarded,
-            hasattr(self.connection, "getpeercert")         # TLS
-            or is_private(getattr(self.server, "socket", self.connection)),
-            functools.partial(self.read_content, request.fields))
+        request.read_body = functools.partial(
+            call_for, functools.partial(self.read_content, request.fields))
+        is_safe = (hasattr(self.connection, "getpeercert")      # TLS
+                   or is_private(getattr(self.server, "socket", self.connection)))
+        return self.gate.judge(request, self.client_address[0] if self.client_address else "",
+                               request.fields.forwarded, is_safe)
 
     def read_content(self, fields: FieldBlock) -> bytes:
         """Return the body, for qop=auth-int; the handler reads it again, and is the last."""
@@ -4700,12 +4691,14 @@ class Guard(Once):
         if self.expects:
             self.expects = not super().handle_expect_100()
         content = self.rfile.read(max(0, fields.length))
+        # The last: what the client has sent after it lies in the stream that is replaced here.
         self.rfile, self.close_connection, self.unread = io.BytesIO(content), True, False
         return content
 
     def refuse(self, verdict: Verdict) -> None:
-        """Answer a request that may not pass."""
+        """Answer a request that may not pass; let a client that is still sending read it."""
         page = error_page(verdict.status)
+        # Before send_response(): a handler's own may look at it.
         self.close_connection = self.close_connection or self.unread
         self.send_response(verdict.status)
         for name, value in (*verdict.fields, HTML, ("Content-Length", str(len(page)))):
@@ -4715,17 +4708,10 @@ class Guard(Once):
         self.end_headers()
         self.wfile.write(page if self.command != "HEAD" else b"")
         if self.unread:
-            self.linger()
-
-    def linger(self) -> None:
-        """Let a client that is still sending read the answer, then leave."""
-        end = time.monotonic() + LINGER_SECONDS
-        with contextlib.suppress(OSError):          # it has left, or its time is over
-            self.connection.shutdown(socket.SHUT_WR)
-            more = True
-            while more:
-                self.connection.settimeout(max(0.01, end - time.monotonic()))
-                more = bool(self.connection.recv(IN_MEMORY)) and time.monotonic() < end
+            with contextlib.suppress(OSError):          # it has left, or says nothing
+                self.connection.shutdown(socket.SHUT_WR)
+                self.connection.settimeout(LINGER_SECONDS)
+                read_on(functools.partial(self.connection.recv, IN_MEMORY))
 
     def log_request(self, code: Union[int, str] = "-", size: Union[int, str] = "-") -> None:
         """Leave it to AuthServer's access log, unless the handler has a log of its own."""
@@ -4749,10 +4735,9 @@ def check_handler(handler: Any) -> None:
                         f"from BaseHTTPRequestHandler, and not protected yet")
     for name in ("handle", "handle_one_request"):
         method: Any = getattr(handler, name)
+        code = getattr(getattr(method, "__wrapped__", method), "__code__", None)
         # By the names in its code: what calls none of these cannot come to parse_request().
-        code: Any = getattr(getattr(method, "__wrapped__", method), "__code__", None)
-        calls = code.co_names if code else ()
-        if not {"handle", "handle_one_request", "parse_request"} & set(calls):
+        if not {"handle", "handle_one_request", "parse_request"} & {*getattr(code, "co_names", ())}:
             raise TypeError(f"unable to protect {handler.__name__}: its {name}() does not call "
                             f"parse_request(), where the password is asked for")
 
@@ -4794,10 +4779,11 @@ def is_same_resource(environ: Dict[str, Any], uri: str, target: str) -> bool:
 
 def body_of(environ: Dict[str, Any]) -> Iterator[bytes]:
     """Yield what the body of a request consists of, if it is known where it ends."""
-    length = environ.get("CONTENT_LENGTH")          # wsgiref tells what the client said
-    left = MAX_BODY if environ.get("wsgi.input_terminated") else 0
-    if length:
-        left, _ = framing({"content-length": [length]}, 1)
+    length = environ.get("CONTENT_LENGTH") or ""
+    # Not int() alone: wsgiref hands on what the client said. What is no length ends nowhere.
+    left = int(length) if re.fullmatch("[0-9]{1,15}", length) else 0
+    if not length and environ.get("wsgi.input_terminated"):
+        left = MAX_BODY                     # in chunks, whose end the server finds
     while left:
         piece = environ["wsgi.input"].read(min(left, IN_MEMORY))
         left -= len(piece) or left
@@ -4815,33 +4801,25 @@ def read_signed(environ: Dict[str, Any], body: Iterator[bytes]) -> bytes:
     return content
 
 
-def skip(body: Iterator[bytes], in_chunks: bool) -> None:
-    """Read what a refused client sends."""
-    end = time.monotonic() + LINGER_SECONDS
-    with contextlib.suppress(BadRequest):           # a length that is none
-        for _ in body:
-            if in_chunks and time.monotonic() > end:
-                # Of chunks cheroot does not find the end by itself: this ends the connection.
-                raise ConnectionAbortedError("a refused client does not stop sending")
-            if time.monotonic() > end:
-                break
-
-
 def judge_environ(gate: Gate, environ: Dict[str, Any]) -> Verdict:
     """Return the verdict on the request that a WSGI environment describes."""
     peer, field = environ.get("REMOTE_ADDR", ""), environ.get("HTTP_AUTHORIZATION")
     address, body = parse_address(peer), body_of(environ)
     target = environ.get("RAW_URI") or environ.get("REQUEST_URI")       # gunicorn; the others
-    verdict = gate.judge(
-        environ["REQUEST_METHOD"], str(target or ""), () if field is None else (field,), peer,
-        environ.get("HTTP_X_FORWARDED_FOR", ""),
-        # No peer is a unix socket.
-        not peer or environ.get("wsgi.url_scheme") == "https" or (
-            address is not None and address.is_loopback),
-        functools.partial(read_signed, environ, body),
-        is_same_target if target else functools.partial(is_same_resource, environ))
-    if verdict.status != 200:
-        skip(body, not environ.get("CONTENT_LENGTH"))
+    attempt = Attempt(environ["REQUEST_METHOD"], str(target or ""),
+                      () if field is None else (field,), None, 0.0, ())
+    attempt.read_body = functools.partial(
+        call_for, functools.partial(read_signed, environ, body))
+    if not target:
+        attempt.same_target = functools.partial(is_same_resource, environ)
+    is_safe = (not peer or environ.get("wsgi.url_scheme") == "https"    # no peer: a unix socket
+               or address is not None and address.is_loopback)
+    verdict = gate.judge(attempt, peer, environ.get("HTTP_X_FORWARDED_FOR", ""), is_safe)
+    # What read_signed() has left of the body, or all of it.
+    if verdict.status != 200 and not read_on(lambda: next(body, b"")) and (
+            not environ.get("CONTENT_LENGTH")):
+        # Of chunks cheroot does not find the end by itself: this ends the connection.
+        raise ConnectionAbortedError("a refused client does not stop sending")
     return verdict
 
 
@@ -4940,10 +4918,9 @@ class Place(NamedTuple):
     def fits(self, sock: socket.socket) -> bool:
         """Return whether a socket that was handed over listens where we want to."""
         theirs, ours = sock.getsockname(), self.where
-        if sock.family != self.family or self.family == socket.AF_UNIX:
-            return sock.family == self.family and bool(theirs == ours)
-        # Port 0 is any port.
-        return bool(theirs[:1] + theirs[2:] == ours[:1] + ours[2:] and ours[1] in (0, theirs[1]))
+        if sock.family == self.family != socket.AF_UNIX and ours[1] == 0:       # any port
+            ours = ours[:1] + theirs[1:2] + ours[2:]
+        return bool(sock.family == self.family and theirs == ours)
 
 
 def has_ipv6() -> bool:
@@ -5074,8 +5051,8 @@ def open_sockets(options: argparse.Namespace) -> List[socket.socket]:
 
 # What daemonize.py adds to our own options, and what that is where nobody has added it.
 UNHOSTED: Dict[str, Any] = {
-    "sockets": (), "predecessor": None, "legacy": None, "config_prefix": "", "may_create": False,
-    "uid": None, "gid": None, "chroot": None, "private_files": ()}
+    "name": "authserver", "sockets": (), "predecessor": None, "legacy": None, "uid": None,
+    "gid": None, "chroot": None, "config_prefix": "", "may_create": False, "private_files": ()}
 
 
 def add_arguments(parser: Any) -> None:
@@ -5158,9 +5135,9 @@ def read_passwords(path: str, realm: str) -> Passwords:
     return passwords
 
 
-def greet(user: str, password: str, path: str, server: AuthServer) -> str:
+def greet(user: str, password: str, path: str, options: argparse.Namespace,
+          server: AuthServer) -> str:
     """Return what the first start says, once."""
-    assert server.authenticator is not None
     # Where a client on this machine gets to what listens everywhere.
     url = server.addresses()[0].replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")
     if url.startswith("unix:"):
@@ -5168,10 +5145,11 @@ def greet(user: str, password: str, path: str, server: AuthServer) -> str:
     url += "" if isinstance(server.page, Files) else "example/foo"
     # No client knows who signed a certificate for 127.0.0.1.
     insecure = "--insecure " if url.startswith("https:") else ""
-    daemonize = os.path.join(os.path.dirname(os.path.abspath(__file__)), "daemonize.py")
-    change = passwd_command(path, [user], server.authenticator.passwords.realm)
+    # Who has a name of its own answers to no other.
+    name = [] if options.name == "authserver" else ["--name", options.name]
+    reload = command("reload", *name, script="daemonize.py")
     return (f"user: {user}\npassword: {password}\nkept in: {path}\n"
-            f"change it: {change} && python3 {shlex.quote(daemonize)} reload\n"
+            f"change it: {passwd_command(path, [user], options.realm)} && {reload}\n"
             f"try: curl {insecure}--digest -u {user} {url}")
 
 
@@ -5242,17 +5220,15 @@ def bind(options: argparse.Namespace) -> AuthServer:
     options = argparse.Namespace(**dict(UNHOSTED, **vars(options)))
     check_options(options)
     path, first = find_passwords(options)
+    abandon: Callable[[], None] = functools.partial(os.unlink, path) if first else lambda: None
     try:
         server = make_server(options, path)
         # Inside: should this fail, nobody has seen the password either.
-        server.greeting = greet(*first, path, server) if first else ""
-    # BaseException: nor has anybody after Ctrl-C.
-    except BaseException:
-        if first:
-            os.unlink(path)
+        server.greeting = greet(*first, path, options, server) if first else ""
+    except BaseException:       # nor has anybody after Ctrl-C
+        abandon()
         raise
-    if first:
-        server.abandon = functools.partial(os.unlink, path)
+    server.abandon = abandon
     return server
 
 
@@ -5329,16 +5305,13 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         if words[:1] == ["passwd"]:
             say(passwd(words[1:]), sys.stdout)
             return 0
-        server = bind(build_parser().parse_args(words))
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))   # the log gets its last lines
-        if server.authenticator:
-            server.authenticator.table.alone = True     # we fork nobody
-        try:
+        with bind(build_parser().parse_args(words)) as server:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))   # the log gets its last lines
+            if server.authenticator:
+                server.authenticator.table.alone = True     # we fork nobody
             server.serve_forever()
-        finally:
-            server.server_close()
     except KeyboardInterrupt:
-        return 0
+        pass
     except (OSError, Refusal) as error:
         say(f"authserver: fatal: {error}", sys.stderr)
         return int(getattr(error, "status", 1))

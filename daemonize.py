@@ -53,6 +53,22 @@ reload, run, 14 the library call.  Part II, A DAEMON THAT SERVES: 15 application
 17 the log, 18 restart, 19 other systems, 20 the command line.  Part I calls nothing of Part II
 but through one table, HOSTS, and section 19, which is for systems that lack something.
 """
+import os
+import sys
+if __name__ == "__main__" and "lean" not in globals() and hasattr(sys, "orig_argv") and hasattr(
+        os, "memfd_create") and set(sys.argv[1:2]) & {"start", "restart", "run"}:
+    # Python keeps a script's syntax tree, here 8 MiB, for as long as the script runs: for a daemon,
+    # for ever.  So begin again with what was compiled, and without the tree.  (3.10, Linux.)
+    import marshal
+    fd = os.memfd_create("daemonize.py", 0)         # 0: not close-on-exec
+    with open(fd, "wb", closefd=False) as memory:
+        marshal.dump(sys._getframe().f_code, memory)
+    os.lseek(fd, 0, os.SEEK_SET)
+    text = ("import marshal, os; lean = __file__ = %r; file = os.fdopen(%d, 'rb'); "
+            "code = marshal.load(file); file.close(); exec(code)" % (__file__, fd))
+    flags = sys.orig_argv[1:-len(sys.argv)]         # -X dev, -W error, ...
+    os.execv(sys.executable, [sys.executable] + flags + ["-c", text] + sys.argv[1:])
+
 import argparse
 import array
 import atexit
@@ -60,14 +76,12 @@ import contextlib
 import errno
 import faulthandler
 import fcntl
-import os
 import re
 import select
 import signal
 import socket
 import stat
 import struct
-import sys
 import time
 from types import FrameType, ModuleType
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, NoReturn
@@ -570,25 +584,26 @@ def is_trusted(folder: str) -> bool:
     """Tell whether only root and the caller can change what the path leads to.
 
     Each folder on the way, through links too, must be theirs, and closed to others or sticky (as
-    /tmp is).  Raises OSError where there is no such folder.
+    /tmp is).
     """
-    os.stat(folder)                             # a loop of links ends here
     # names is a stack, the next one last: what a link says is put on top of what remains.
     path, names = "/", folder.split("/")[::-1]
-    while True:
-        facts = os.lstat(path)
-        is_link = stat.S_ISLNK(facts.st_mode)
-        is_open = facts.st_mode & 0o022 and not facts.st_mode & stat.S_ISVTX and not is_link
-        if is_open or facts.st_uid not in (0, os.geteuid()):
-            return False
-        if is_link:
-            target = os.readlink(path)
-            names += target.split("/")[::-1]
-            path = "/" if target.startswith("/") else os.path.dirname(path)
-        if not names:
-            return True
-        # normpath() is wrong on a path with links ("link/.." is elsewhere): here are none left.
-        path = os.path.normpath(os.path.join(path, names.pop()))
+    with trying_to("look at %s" % folder):
+        os.stat(folder)                         # a loop of links ends here
+        while True:
+            facts = os.lstat(path)
+            is_link = stat.S_ISLNK(facts.st_mode)
+            is_open = facts.st_mode & 0o022 and not facts.st_mode & stat.S_ISVTX and not is_link
+            if is_open or facts.st_uid not in (0, os.geteuid()):
+                return False
+            if is_link:
+                target = os.readlink(path)
+                names += target.split("/")[::-1]
+                path = "/" if target.startswith("/") else os.path.dirname(path)
+            if not names:
+                return True
+            # normpath() is wrong on a path with links ("link/.." is elsewhere): here are none.
+            path = os.path.normpath(os.path.join(path, names.pop()))
 
 
 def check_folder(folder: str) -> None:
@@ -632,7 +647,9 @@ NEEDS_CAPABILITIES = "with CAP_SETUID, CAP_SETGID and CAP_CHOWN, or start as tha
 def careful(path: str, identity: Optional[Identity]) -> Iterator[bool]:
     """Have root's rights only where nobody else can change the path's folder; yields whether so."""
     folder = os.path.dirname(path)
-    is_safe = os.path.isdir(folder) and is_trusted(folder) and not os.stat(folder).st_mode & 0o022
+    with trying_to("look at %s" % folder):
+        is_safe = os.path.isdir(folder) and is_trusted(folder)
+        is_safe = is_safe and not os.stat(folder).st_mode & 0o022
     with acting_as(None if is_safe else identity):
         yield is_safe
 
@@ -643,7 +660,7 @@ def open_log(path: str, identity: Optional[Identity]) -> int:
     Runs as: root; in a folder that others may change, with the user's rights.
     See: open(2) O_APPEND; twistd: startLogger.
     """
-    is_new, owner = not os.path.lexists(path), identity.uid if identity else os.geteuid()
+    is_new, owner = not exists(path), identity.uid if identity else os.geteuid()
     with careful(path, identity) as is_safe:
         fd = open_regular(path, os.O_WRONLY | os.O_APPEND, 0o640, is_log=True)
     if not is_safe and os.fstat(fd).st_uid not in (0, owner, os.geteuid()):
@@ -710,12 +727,12 @@ def open_files(plan: Plan, lock: int, control: Optional[socket.socket]) -> Opene
     output = open_log(files.logfile, plan.identity) if files.logfile else None
     pidfile = open_pidfile(files.pidfile)
     with trying_to("open %s" % plan.stdin):
+        facts = os.fstat(pidfile)
         stdin = None if plan.action == "run" else os.open(plan.stdin, os.O_RDONLY | os.O_CLOEXEC)
     obstacle = rotation_obstacle(plan) if plan.kind == "app" and plan.options.log_bytes else ""
     if obstacle:
         warn("unable to rotate %s: %s" % (files.logfile, obstacle))
     stderr = open_log(plan.stderr, plan.identity) if plan.stderr else output
-    facts = os.fstat(pidfile)
     return Opened(stdin, output, stderr, pidfile, (facts.st_dev, facts.st_ino), lock, control,
                   obstacle)
 
@@ -905,12 +922,16 @@ class Lock:
 
     def record(self) -> Optional[Record]:
         """Return what was noted of the last start, None if none has succeeded yet."""
-        with trying_to("read %s" % self.path):
-            # pread(2), not open().read(): to close a second fd would drop our locks (the trap).
-            text = os.pread(self.fd, os.fstat(self.fd).st_size, 0).decode("utf-8", "replace")
+        text = self.read().decode("utf-8", "replace")
         record = parse_record(text) if text else None
         is_its_own = record and record.pidfile == os.path.realpath(self.plan.files.pidfile)
         return record if is_its_own else None
+
+    def read(self) -> bytes:
+        """Return what stands in the file."""
+        with trying_to("read %s" % self.path):
+            # pread(2), not open().read(): to close a second fd would drop our locks (the trap).
+            return os.pread(self.fd, os.fstat(self.fd).st_size, 0)
 
     def note(self, plan: Plan, pid: int) -> None:
         """Note what a start was asked for, and whom it started."""
@@ -933,9 +954,7 @@ class Lock:
 def check_orphan(plan: Plan) -> None:
     """Refuse to call a daemon dead that answers, though somebody removed its lock file."""
     with contextlib.suppress(OSError):
-        end = dial(plan.files).end
-        pid = peer_of(end)[0]
-        end.detach()                    # not closed: see section 10
+        pid = listener_of(plan.files)
         if pid and look_at(pid):
             raise Fatal("unable to tell whether %s runs: pid %d answers at %s, but its lock was "
                         "removed\ntry: kill %d" % (plan.name, pid, plan.files.control, pid))
@@ -948,9 +967,24 @@ class Turn(Lock):
     """
 
     def __init__(self, plan: Plan) -> None:
-        """Wait for it, and say for whom; who has it may need a whole start and a whole stop."""
+        """Wait for it, and leave no file if it does not come."""
         self.is_new = not exists(plan.files.lock)
         super().__init__(plan, os.O_RDWR)
+        try:
+            self.wait()
+        except BaseException as error:
+            self.__exit__(error)
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        """Give it back; who has failed before anything was started leaves no file."""
+        if self.is_new and error[0]:
+            os.unlink(self.path)
+        self.close()
+
+    def wait(self) -> None:
+        """Wait until it is ours, and say for whom: who has it may need a whole start and stop."""
+        plan = self.plan
         # After a moment, not at once: most waits are shorter than what there is to read.
         told_at = time.monotonic() + TICK
         deadline = time.monotonic() + plan.options.start_timeout + plan.options.timeout
@@ -965,7 +999,7 @@ class Turn(Lock):
 
     def take(self) -> bool:
         """Try to take the turn."""
-        if os.fstat(self.fd).st_nlink == 0:     # a first start failed, and took its files with it
+        if self.is_removed():           # a first start failed, and took its files with it
             self.close()
             make_own_folder(self.plan)
             self.fd = open_regular(self.path, os.O_RDWR, 0o600)
@@ -978,7 +1012,12 @@ class Turn(Lock):
             raise Fatal("unable to lock %s: %s\ntry: --pidfile on a local file system" % (
                 self.path, because(error)))
         # This may be the lock of a file that a failed start has just removed: of no use.
-        return os.fstat(self.fd).st_nlink > 0 and self.is_idle(UNDOING)
+        return not self.is_removed() and self.is_idle(UNDOING)
+
+    def is_removed(self) -> bool:
+        """Tell whether the file has no name any more."""
+        with trying_to("look at %s" % self.path):
+            return os.fstat(self.fd).st_nlink == 0
 
     def is_idle(self, byte: int) -> bool:
         """Tell whether no command, or starter, holds the byte."""
@@ -1173,6 +1212,8 @@ def failure(child: Child, message: Message) -> Fatal:
     if message["event"] == "fatal":
         status = 2 if message.get("status") == 2 else 1
         return Fatal(str(message.get("text")), status, str(message.get("trace", "")))
+    if child.pid == 0:
+        return Fatal("unable to start: the command that asked for it is gone")
     result = message.get("status") if message["event"] == "died" else None
     if message["event"] == ENDED:
         with contextlib.suppress(OSError):
@@ -1240,11 +1281,12 @@ HANDLED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.
 
 def open_stdio() -> None:
     """Open what the caller closed of fds 0 to 2: no file of ours may become its stdout."""
-    fd = os.open(os.devnull, os.O_RDWR)
-    while fd <= 2:
-        os.set_inheritable(fd, True)            # as a standard stream is
+    with trying_to("open %s" % os.devnull):
         fd = os.open(os.devnull, os.O_RDWR)
-    os.close(fd)
+        while fd <= 2:
+            os.set_inheritable(fd, True)        # as a standard stream is
+            fd = os.open(os.devnull, os.O_RDWR)
+        os.close(fd)
     # For a stream that was closed Python has None, in which print() loses its text in silence.
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
@@ -1384,10 +1426,11 @@ def detach(plan: Plan, opened: Opened, report: Channel, server: Any, inherited: 
         watch_birth(daemon, leash, report, plan, server, inherited.talk is None)
     os.close(leash)
     reset_handlers()
-    if plan.kind != "library":          # which may want to call setsid(2) itself
-        os.setpgid(0, 0)
-    close_inherited()
-    redirect(opened)
+    with trying_to("leave the terminal"):
+        if plan.kind != "library":      # which may want to call setsid(2) itself
+            os.setpgid(0, 0)
+        close_inherited()
+        redirect(opened)
     # By number, not sys.stderr: it writes into whatever fd 2 means at the time of the crash.
     faulthandler.enable(2)
     return end
@@ -1622,7 +1665,7 @@ class Host:
 
     def complain(self, text: str) -> None:
         """Log a mistake, and keep it for `status`."""
-        self.last_error = "%s %s" % (time.strftime("%Y-%m-%d %H:%M:%S"), text)
+        self.last_error = "%s %s" % (time.strftime("%Y-%m-%d %H:%M:%S"), text.partition("\n")[0])
         log(text)
 
     def reopen(self, fd: Optional[int]) -> str:
@@ -1762,7 +1805,7 @@ class Daemon:
             if self.host.on_end():
                 self.tell_family(signal.SIGINT if signal.SIGINT in signals else signal.SIGTERM)
         elif signal.SIGHUP in signals:
-            self.host.reload(None)
+            self.reload(None)
         elif signal.SIGUSR1 in signals:
             self.host.reopen(None)
 
@@ -1816,7 +1859,22 @@ class Daemon:
 
     def answer_reload(self, talk: Channel) -> None:
         """Reload, with the log that the command may have opened for us."""
-        talk.send("reloaded", reason=self.host.reload(talk.fds[0] if talk.fds else None))
+        fd = talk.fds.pop(0) if talk.fds else None
+        talk.send("reloaded", reason=self.reload(fd))
+        if fd is not None:
+            os.close(fd)
+
+    def reload(self, log_fd: Optional[int]) -> str:
+        """Have all files read again; return why not, "" if done."""
+        notify(self.start, "RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
+        reason = self.host.reload(log_fd)
+        if reason:
+            self.host.complain("reload refused: " + reason)
+        else:
+            log("reloaded")
+        said = reason.replace("\n", "; ") or self.host.introduce().get("addresses", "")
+        notify(self.start, "READY=1\nSTATUS=%s" % said)
+        return reason
 
 
 def has_terminal() -> bool:
@@ -1913,12 +1971,11 @@ class Talks:
             self.verbs.get(event, self.hang_up)(talk)
         except OSError:                 # it hung up in mid-sentence
             self.hang_up(talk)
-        for fd in talk.fds:
-            os.close(fd)
-        talk.fds = []
 
     def hang_up(self, talk: Channel) -> None:
         """End a conversation; the heir's tells the host that there will be none."""
+        for fd in talk.fds:
+            os.close(fd)
         talk.end.close()
         if talk in self.talks:
             self.talks.remove(talk)
@@ -1929,15 +1986,25 @@ class Talks:
 
 def dial(files: Files) -> Channel:
     """Return the command's end of a conversation with whoever listens at the control socket."""
-    end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    # A failure of ours says nothing of the daemon: Fatal, where all others are OSError.
+    with trying_to("dial %s" % files.control):
+        end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        os.chdir(files.folder)              # as in bind_control()
     end.settimeout(ANSWER)
     try:
-        os.chdir(files.folder)              # as in bind_control()
         end.connect(os.path.basename(files.control))
     except OSError:
         end.close()
         raise
     return Channel(end)
+
+
+def listener_of(files: Files) -> Optional[int]:
+    """Return who listens at the control socket; raise OSError if nobody does."""
+    end = dial(files).end
+    pid = peer_of(end)[0]
+    end.detach()                                # not closed: see above
+    return pid
 
 
 def call_daemon(files: Files, pid: int) -> Channel:
@@ -2210,6 +2277,7 @@ class Made:
         self.before: Optional[bytes] = None         # the record of the last start
         self.new = [path for path in (files.pidfile, files.control, files.logfile)
                     if path and not exists(path)] + [files.lock] * turn.is_new
+        turn.is_new = False             # from here on that is our affair
         self.logged = os.path.getsize(self.logfile) if self.logfile and exists(self.logfile) else 0
 
     def make_log_folder(self) -> None:
@@ -2225,7 +2293,7 @@ class Made:
 
     def note(self, pid: int) -> None:
         """Note the start in the lock file, and keep what stood there."""
-        self.before = os.pread(self.turn.fd, MAX_MESSAGE, 0)
+        self.before = self.turn.read()
         self.turn.note(self.plan, pid)
 
     def undo(self, error: BaseException) -> BaseException:
@@ -2236,9 +2304,9 @@ class Made:
             self.end_starter(self.starter)
         if isinstance(error, Fatal) and not error.trace and error.status == 1:
             error.trace = log_since(self.plan, self.logged)
-        if self.before is not None:
+        tidy(self.plan, self.new, lock_holder(self.turn.fd, INSTANCE) is None)
+        if self.before is not None:     # last, for it may fail as well
             self.turn.write(self.before)
-        tidy(self.plan, self.new, self.turn.holder() is None)
         return error
 
     def end_starter(self, starter: Child) -> None:
@@ -2662,7 +2730,8 @@ def enter_folder(plan: Plan) -> None:
     except OSError as error:
         if not isinstance(error, PermissionError):      # su nobody, in /root: nothing relative works
             warn("the folder of the last start is gone: %s; relative paths mean /" % plan.cwd)
-        os.chdir("/")
+        with trying_to("enter /"):
+            os.chdir("/")
 
 
 def options_for(module: ModuleType, plan: Plan, inherited: Inherited) -> argparse.Namespace:
@@ -2739,6 +2808,8 @@ class Service(Host):
         self.is_leaving = False
         self.is_heir = start.inherited.talk is not None
         self.obstacle = self.opened.obstacle        # why the log is not rotated; "" if it is
+        # Who asked for us, until we are ready: if it is gone, so are we.  (No pid: it is no child.)
+        self.callers = [Child(0, start.report)] if start.report is not None else []
         self.verbs = {"sockets": self.hand_over, "leave": self.leave, "reclaim": self.reclaim}
 
     def bring_up(self) -> None:
@@ -2753,7 +2824,7 @@ class Service(Host):
         try:
             for _ in range(self.size):
                 fresh.append(self.fork(self.work))
-            expect(fresh, "able", self.plan.options.start_timeout)
+            expect(fresh, "able", self.plan.options.start_timeout, self.callers)
             self.prove(fresh)
         except BaseException as error:
             for child in fresh:
@@ -2767,11 +2838,11 @@ class Service(Host):
         """Have new workers probed; without a probe they must live for a moment, like a program."""
         if not hasattr(self.server, "probe"):
             if readable([child.channel.end for child in fresh], time.monotonic() + ALIVE):
-                expect([], "", 0, fresh)
+                expect([], "", 0, fresh)        # one has ended
             return
         prober = self.fork(self.probe)
         try:
-            expect([prober], "able", self.plan.options.start_timeout, fresh)
+            expect([prober], "able", self.plan.options.start_timeout, fresh + self.callers)
         finally:
             prober.kill()
 
@@ -2780,7 +2851,8 @@ class Service(Host):
         import threading
         raise_at_end()
         for signum in (signal.SIGHUP, signal.SIGUSR1):      # they are the daemon's
-            signal.signal(signum, do_nothing)
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                signal.signal(signum, do_nothing)
         threading.Thread(target=obey, args=(self.server, channel), daemon=True).start()
         channel.send("able")
         self.server.serve_forever()
@@ -2839,32 +2911,30 @@ class Service(Host):
         """
         if self.is_leaving:
             return "it is leaving: another one takes its place"
-        notify(self.start, "RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
-        reason, trace = "", ""
         try:
+            # First of all, since it may be refused; and as a new one, which is ours to close.
             log_fd = self.open_log_again() if log_fd is None else os.dup(log_fd)
+        except Fatal as error:
+            return str(error)
+        try:
             call(self.server, "reload")
             # The right side runs first: if it raises, the old workers are still in place.
             fresh = self.fresh()
             self.retire()
             self.children = fresh
             self.release(fresh)
-            reason = self.reopen(log_fd)
+            return self.reopen(log_fd)
         except BaseException as error:  # SystemExit, too: it refuses this reload, and no more
-            reason, trace = refusal_of(error), as_fatal(error, "reload").trace
-        log("reloaded" if not reason else "reload refused: %s%s" % (trace, reason))
-        if reason:
-            self.complain("reload refused: " + reason.partition("\n")[0])
-        if log_fd is not None:
-            os.close(log_fd)
-        said = reason.replace("\n", "; ") or self.addresses()
-        notify(self.start, "READY=1\nSTATUS=%s" % said)
-        return reason
+            log("reload: " + as_fatal(error, "reload").trace)
+            return refusal_of(error)
+        finally:
+            if log_fd is not None:
+                os.close(log_fd)
 
     def reopen(self, fd: Optional[int]) -> str:
         """Log elsewhere, here and in the workers; return when all have done it, or why not."""
         reason = super().reopen(fd)
-        if reason:
+        if reason or self.plan.files.logfile is None:
             return reason
         self.obstacle = self.opened.obstacle
         # Each one, even after a "no".
@@ -2941,7 +3011,11 @@ def obey(server: Any, channel: Channel) -> None:
         elif event == "release":
             call(server, "release")
         elif event == "reopen":
-            point_log_at(channel.fds[0])
+            # Several words may come at once, and the fd with the first of them: so it is not
+            # closed but here.
+            fd = channel.fds.pop(0)
+            point_log_at(fd)
+            os.close(fd)
             channel.send("reopened")
         elif event == "drain":
             if hasattr(server, "drain"):
@@ -2949,9 +3023,6 @@ def obey(server: Any, channel: Channel) -> None:
             else:
                 end_main_thread()
             channel.send("draining")
-        for fd in channel.fds:
-            os.close(fd)
-        channel.fds = []
 
 
 def end_main_thread() -> None:
@@ -3056,6 +3127,7 @@ def succeed(plan: Plan, turn: Turn, pid: int) -> bool:
             text = "the old one keeps serving with pid %d" % pid if is_old else "nothing runs now"
             fatal = Fatal("%s\ndaemonize: fatal: %s" % (fatal, text), fatal.status, fatal.trace)
         raise fatal
+    forget(inherited)
     if end_daemon(target, plan.options.timeout, is_told=True):
         warn("pid %d did not drain within %g s: killed" % (pid, plan.options.timeout))
     return True
@@ -3083,6 +3155,16 @@ def take_over(plan: Plan, pid: int) -> Inherited:
     return Inherited(sockets, control, legacy, talk, pid, litter)
 
 
+def forget(inherited: Inherited) -> None:
+    """Let go of what the heir has now.  Not by close(2): that may linger; exit(2) does not."""
+    for end in inherited.sockets:
+        end.detach()
+    if inherited.control is not None:
+        inherited.control.detach()
+    if inherited.talk is not None:
+        inherited.talk.end.detach()
+
+
 def is_control(passed: socket.socket, files: Files) -> bool:
     """Tell whether a socket is the one that listens at the control socket's path.
 
@@ -3092,8 +3174,7 @@ def is_control(passed: socket.socket, files: Files) -> bool:
         return False
     with contextlib.suppress(OSError):
         passed.listen(MAX_TALKS)
-        pid = peer_of(dial(files).end)[0]
-        return pid in (None, os.getpid())
+        return listener_of(files) in (None, os.getpid())
     return False
 
 
