@@ -53,6 +53,7 @@ import re
 import resource
 import select
 import shutil
+import shlex
 import signal
 import socket
 import socketserver
