@@ -2236,6 +2236,14 @@ def refusal(server: "AuthServer", request: Request) -> Answer:
     return Answer(status, (HTML,), error_page(status))
 
 
+def put_off(server: "AuthServer", request: Request, reason: str) -> Answer:
+    """Return the answer to a request that nobody has time for."""
+    if server.authenticator:
+        server.authenticator.table.add("busy")
+    request.verdict = Verdict(503, reason=reason, fields=(("Retry-After", "1"),))
+    return refusal(server, request)
+
+
 def field_lines(fields: Fields) -> str:
     """Return header fields as they go over the wire.
 
@@ -2678,10 +2686,7 @@ class Connection(Channel):
             self.refuse(error, octets, request)
         except Busy as error:           # nobody is there to whom it could be lent
             assert request is not None
-            if server.authenticator:
-                server.authenticator.table.add("busy")
-            request.verdict = Verdict(503, reason=str(error), fields=(("Retry-After", "1"),))
-            answer = refusal(server, request)
+            answer = put_off(server, request, str(error))
         if answer is not None and request is not None:
             self.finish(request, answer, body)
         yield from self.skip(body)
