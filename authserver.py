@@ -3307,20 +3307,6 @@ class Loop(http.server.HTTPServer):
             self.stop_accepting()
             self.paused_until = self.clock + PAUSE_SECONDS
 
-    def begin_drain(self) -> None:
-        """Do the loop's part of drain().
-
-        After a reload we go since others have new passwords. Who is not among them any more
-        gets no last answer here: they are read again. Where we may not (root has read them,
-        for a daemon without rights) there was no reload, and who was let in may finish.
-        """
-        self.stop_accepting()
-        with contextlib.suppress(Refusal):
-            self.reread()
-        for connection in self.connections:
-            if connection.stage in ("first", "idle", "handshake"):
-                connection.deadline = min(connection.deadline, self.clock + DRAIN_SECONDS)
-
 
 # Hooks of socketserver that assume one request at a time and a connection for each. Nobody
 # calls them here, and what is never called must not look as if it were.
@@ -3484,6 +3470,20 @@ class AuthServer(Loop):
         """
         self.draining = True
         self.call_soon(self.begin_drain)
+
+    def begin_drain(self) -> None:
+        """Do the loop's part of drain().
+
+        After a reload we go since others have new passwords. Who is not among them any more
+        gets no last answer here: they are read again. Where we may not (root has read them,
+        for a daemon without rights) there was no reload, and who was let in may finish.
+        """
+        self.stop_accepting()
+        with contextlib.suppress(Refusal):
+            self.reread()
+        for connection in self.connections:
+            if connection.stage in ("first", "idle", "handshake"):
+                connection.deadline = min(connection.deadline, self.clock + DRAIN_SECONDS)
 
     def probe(self) -> None:
         """Ask for a page as a client would, in memory; raise Refusal if the answer is not right.
