@@ -3600,7 +3600,7 @@ def parse(argv: List[str], folder: Optional[str] = None) -> Plan:
     cut = argv.index("--") if "--" in argv else len(argv)
     action, arguments = (argv + [""])[0], argv[cut + 1:] if "--" in argv else None
     if action not in COMMANDS:
-        refuse("expected one of %s" % ", ".join(COMMANDS))
+        refuse("expected one of %s, not %r" % (", ".join(COMMANDS), action))
     parser, (words, spoken) = build_parser(), expand(argv[1:cut], folder)
     typed, foreign = parser.parse_known_args(spoken)
     options = argparse.Namespace(**dict(DEFAULTS, **vars(typed)))
