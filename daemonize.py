@@ -55,19 +55,23 @@ one table, HOSTS, and section 18, which is for systems that lack something.
 """
 import os
 import sys
-if __name__ == "__main__" and "lean" not in globals() and hasattr(sys, "orig_argv") and hasattr(
-        os, "memfd_create") and set(sys.argv[1:2]) & {"start", "restart", "run"}:
+flags = getattr(sys, "orig_argv", [])[1:-len(sys.argv)]         # -X dev, -W error, ...
+if __name__ == "__main__" and "lean" not in globals() and hasattr(os, "memfd_create") and (
+        set(sys.argv[1:2]) & {"start", "restart", "run"} and "-m" not in flags
+        and getattr(sys, "orig_argv", [])[-len(sys.argv):] == sys.argv):
     # Python keeps a script's syntax tree, here 8 MiB, for as long as the script runs: for a daemon,
     # for ever.  So begin again with what was compiled, and without the tree.  (3.10, Linux.)
     import marshal
-    fd = os.memfd_create("daemonize.py", 0)         # 0: not close-on-exec
-    with open(fd, "wb", closefd=False) as memory:
-        marshal.dump(sys._getframe().f_code, memory)
-    os.lseek(fd, 0, os.SEEK_SET)
-    text = ("import marshal, os; lean = __file__ = %r; file = os.fdopen(%d, 'rb'); "
-            "code = marshal.load(file); file.close(); exec(code)" % (__file__, fd))
-    flags = sys.orig_argv[1:-len(sys.argv)]         # -X dev, -W error, ...
-    os.execv(sys.executable, [sys.executable] + flags + ["-c", text] + sys.argv[1:])
+    try:
+        fd = os.memfd_create("daemonize.py", 0)     # 0: not close-on-exec
+        with open(fd, "wb", closefd=False) as memory:
+            marshal.dump(sys._getframe().f_code, memory)
+        os.lseek(fd, 0, os.SEEK_SET)
+        text = ("import marshal, os; lean = __file__ = %r; file = os.fdopen(%d, 'rb'); "
+                "code = marshal.load(file); file.close(); exec(code)" % (__file__, fd))
+        os.execv(sys.executable, [sys.executable] + flags + ["-c", text] + sys.argv[1:])
+    except OSError:         # then with the tree: it costs nothing but memory
+        pass
 
 import argparse
 import array
