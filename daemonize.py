@@ -57,15 +57,15 @@ one table, HOSTS, and section 18, which is for systems that lack something.
 """
 import os
 import sys
-flags = sys.orig_argv[1:-len(sys.argv)] if sys.version_info >= (3, 11) else ["-m"]   # -X dev, ...
-if __name__ == "__main__" and "lean" not in globals() and hasattr(os, "memfd_create") and (
-        set(sys.argv[1:2]) & {"start", "restart", "run"} and "-m" not in flags
-        and sys.orig_argv[-len(sys.argv):] == sys.argv):
+typed = getattr(sys, "orig_argv", []) if sys.version_info >= (3, 11) else []
+flags = typed[1:-len(sys.argv)]             # -X dev, -W error, ...
+if __name__ == "__main__" and "lean" not in globals() and typed[-len(sys.argv):] == sys.argv and (
+        set(sys.argv[1:2]) & {"start", "restart", "run"} and "-m" not in flags):
     # Python keeps a script's syntax tree, here 8 MiB, for as long as the script runs: for a daemon,
     # for ever.  So begin again with what was compiled, and without the tree.  (3.11, Linux.)
     import marshal
     try:
-        fd = os.memfd_create("daemonize.py", 0)     # 0: not close-on-exec
+        fd = getattr(os, "memfd_create")("daemonize.py", 0)     # 0: not close-on-exec
         with open(fd, "wb", closefd=False) as memory:
             marshal.dump(sys._getframe().f_code, memory)
         os.lseek(fd, 0, os.SEEK_SET)
@@ -74,7 +74,7 @@ if __name__ == "__main__" and "lean" not in globals() and hasattr(os, "memfd_cre
                 "file = os.fdopen(%d, 'rb'); code = marshal.load(file); file.close(); exec(code)"
                 % (sys.path, __file__, fd))
         os.execv(sys.executable, [sys.executable] + flags + ["-P", "-c", text] + sys.argv[1:])
-    except OSError:         # then with the tree: it costs nothing but memory
+    except (AttributeError, OSError):       # then with the tree: it costs nothing but memory
         pass
 
 import argparse
@@ -1832,8 +1832,8 @@ class Daemon:
 
         Runs as: the daemon user.  See: listen(2); twistd: startApplication, startReactor.
         """
-        if hasattr(os, "register_at_fork"):         # 3.7: for whoever forks, here and in children
-            os.register_at_fork(after_in_child=reset_handlers)
+        # 3.7: for whoever forks, here and in children.
+        getattr(os, "register_at_fork", lambda **_: None)(after_in_child=reset_handlers)
         # Until we have the place SIGTERM just ends us: there is nothing yet that could be lost.
         raise_at_end()
         try:
