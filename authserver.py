@@ -337,6 +337,50 @@ def parse_digest(params: Mapping[str, str]) -> DigestCredentials:
         CANONICAL.get(algorithm.lower() or "md5", ""), qop, nc, unescape(cnonce))
 
 
+# What a client sends with each request differs in four places: uri, cnonce, nc and response,
+# in this spelling with most of them. What lies between is its FRAME, and that is parsed once.
+# Nothing in the four ends a quotation, a parameter or a line; and the strict parser has said
+# of the frame that it finds just there what it is filled with.
+split_frame = re.compile(r'( uri="| cnonce="| nc=| response=")([!#-+\--\[\]-~]+)').split
+is_filling = re.compile(
+    r"[^ ]+ .{1,256} (?!0{8})[0-9a-fA-F]{8} [0-9a-f]{32}(?:[0-9a-f]{32})?").fullmatch
+HOLES = (' uri="', ' cnonce="', ' nc=', ' response="')
+
+
+@functools.lru_cache(maxsize=1024)
+def read_frame(frame: Tuple[str, ...], holes: Tuple[str, ...]) -> Optional[DigestCredentials]:
+    """Return the credentials in a frame, if its holes are what they seem to be, else None."""
+    probes = dict(zip(HOLES, ("/", "c" * 256, "12345678", "0" * 64)))
+    filled = [text for piece, hole in zip(frame, holes) for text in (piece, hole, probes[hole])]
+    try:
+        scheme, _, params = parse_authorization("".join(filled) + frame[-1])
+        found = parse_digest(params)
+    except Malformed:       # the whole value is parsed then, and says what is wrong with it
+        return None
+    is_so = [found.uri, found.cnonce, found.nc, found.response] == list(probes.values())
+    return found if scheme == "digest" and is_so else None
+
+
+def read_digest(value: str) -> Optional[DigestCredentials]:
+    """Return Digest credentials by their frame; None where they have to be parsed.
+
+    >>> read_digest('Digest username="jim", realm="r", nonce="n", uri="/", nc=00000001, '
+    ...             'cnonce="c", qop=auth, response="' + "0" * 32 + '"').uri
+    '/'
+    """
+    parts = split_frame(value)
+    if len(parts) != 13 or len(value) > 2 * MAX_TEXT:
+        return None
+    values = dict(zip(parts[1::3], parts[2::3]))
+    uri, cnonce, nc, response = [values.get(hole, "") for hole in HOLES]
+    known = is_filling(f"{uri} {cnonce} {nc} {response}") and read_frame(
+        tuple(parts[::3]), tuple(parts[1::3]))
+    if not known:
+        return None
+    names, realm, nonce, _, _, algorithm, qop, _, _ = known
+    return DigestCredentials(names, realm, nonce, uri, response, algorithm, qop, nc, cnonce)
+
+
 # -- 2. Digest arithmetic -----------------------------------------------------
 #
 # MD5 is broken where an attacker chooses both texts. Here it hashes a secret with the
@@ -1237,7 +1281,6 @@ class Attempt:
     those offered where it came in.
     """
 
-    credentials: Optional[DigestCredentials] = None     # where they are parsed already
     read_body: Callable[[], Generator[Any, Any, bytes]] = staticmethod(no_body)
     same_target: Callable[[str, str], bool] = staticmethod(is_same_target)
 
@@ -1302,7 +1345,7 @@ def check_offer(realm: str, schemes: Sequence[str], algorithms: Sequence[str],
 class Authenticator:
     """Say who sends a request; the conductor of everything above.
 
-    Methods for the server: judge, is_locked, challenge, clock.
+    Methods for the server: judge, lock_left_of, challenge, clock.
     Instance variables: passwords, which a reload sets; table; schemes, and is_explicit: somebody
     has said which.
     """
@@ -1333,10 +1376,10 @@ class Authenticator:
     def judge(self, attempt: Attempt) -> Asking:
         """Return the Verdict on an attempt; yields what has to be waited for."""
         # Before the lock-out: who brings no password guesses nothing.
-        if not attempt.authorization and attempt.credentials is None:
+        if not attempt.authorization:
             self.table.add("challenges")
             return self._refuse(attempt, "no credentials")
-        wait = self._lock_left(attempt.client, attempt.time)
+        wait = self.lock_left_of(attempt.client, attempt.time)
         if wait:
             return Verdict(429, reason="locked out", fields=(("Retry-After", str(wait)),))
         try:
@@ -1358,10 +1401,11 @@ class Authenticator:
 
     def _parse(self, attempt: Attempt) -> Tuple[str, str, Optional[DigestCredentials]]:
         """Return scheme, token and Digest credentials of an attempt."""
-        if attempt.credentials:
-            return "digest", "", attempt.credentials
         if len(attempt.authorization) > 1:
             raise Malformed("two Authorization fields")
+        known = read_digest(attempt.authorization[0])
+        if known:
+            return "digest", "", known
         scheme, token, params = parse_authorization(attempt.authorization[0])
         return scheme, token, parse_digest(params) if scheme == "digest" else None
 
@@ -1480,16 +1524,12 @@ class Authenticator:
             self.table.add("lockouts")
         return self._refuse(attempt, reason, username)
 
-    def _lock_left(self, client: Optional[str], now: float) -> int:
+    def lock_left_of(self, client: Optional[str], now: float) -> int:
         """Return the seconds for which client is locked out, or 0."""
         limit, seconds = self.max_failures
         if not limit or client is None:
             return 0
         return math.ceil(self.table.lock_left(client, now, limit, seconds))
-
-    def is_locked(self, client: Optional[str], now: float) -> bool:
-        """Return whether client is locked out."""
-        return self._lock_left(client, now) > 0
 
 
 def parse_choice(text: str, known: Iterable[str]) -> Tuple[str, ...]:
@@ -1760,10 +1800,10 @@ def read_nonce_secret(path: str) -> bytes:
 # nothing is repaired: one spelling is right, all else is 400, and the
 # connection closes, for nobody knows where the next request would begin.
 #
-# Who goes from page to page sends the same fields with each request but for
-# the request line, and a Digest's Authorization. So what a block of fields
-# means is remembered, by a keyed hash of its bytes (there may be a password
-# in it), from the second time it comes; the rest is read each time.
+# Who goes from page to page sends the same fields with each request, but for the
+# request line and the credentials. So what a block of fields means is remembered,
+# by a keyed hash of its bytes without the credentials, from the second time it
+# comes; the rest is read each time.
 
 # RFC 9112 section 3: request-line = method SP request-target SP HTTP-version
 # A target is visible ASCII without "#". RFC 3986 allows less, but curl sends \ | ^ bare.
@@ -1780,10 +1820,9 @@ ABSOLUTE = re.compile(r"https?://([^/?@]+)([/?].*)?", re.IGNORECASE)
 # 15 digits at most: a size is never a number that takes long to make.
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t -~\x80-\xff]*)?")
 UNPRINTABLE = re.compile(r"[^ !#-\[\]-~]")
-# What differs in a client's Digest credentials from request to request: uri, cnonce, nc and
-# response; nothing in it ends a quotation, a parameter or a line.
-match_filling = re.compile(rb"[!#-\[\]-~]+\n[!#-\[\]-~]{1,256}\n(?!0{8})[0-9a-fA-F]{8}\n"
-                           rb"[0-9a-f]{32}(?:[0-9a-f]{32})?").fullmatch
+# One line of credentials, which is cut out of a block before that is remembered.
+find_authorization = re.compile(
+    rb"\r\n[Aa]uthorization:[ \t]*([\t -~\x80-\xff]*)(?=\r\n)").search
 
 Values = Dict[str, List[str]]
 
@@ -1859,47 +1898,12 @@ def parse_head(octets: bytes) -> Request:
     return Request(method, target, path, shown, minor, fields, authorization)
 
 
-class Known(NamedTuple):
-    """What a block of fields meant."""
-
-    fields: FieldBlock
-    start: int              # where in it the value of Authorization lies, but for a Digest's ...
-    end: int
-    credentials: Optional[DigestCredentials]        # ... which are these, with other values in them
-
-
-def cut_holes(block: bytes) -> Tuple[List[bytes], List[int], List[str]]:
-    """Return what lies round the holes in Digest credentials, their order, and what fills them.
-
-    The holes are uri, cnonce, nc and response; order says which comes first, and so on. It is
-    a guess at the syntax, and HeadReader has the strict parser see whether it is right.
-    """
-    start = block.find(b"\r\nAuthorization: Digest ")
-    if start < 0:
-        start = block.find(b"\r\nauthorization: Digest ")
-    if start < 0:
-        return [block], [], []
-    end = block.find(b"\r\n", start + 2)
-    uri, cnonce = block.find(b' uri="', start, end) + 6, block.find(b' cnonce="', start, end) + 9
-    nc, response = block.find(b" nc=", start, end) + 4, block.find(b' response="', start, end) + 11
-    holes = ((uri, block.find(b'"', uri, end)), (cnonce, block.find(b'"', cnonce, end)),
-             (nc, nc + 8), (response, block.find(b'"', response, end)))
-    filling = b"\n".join([block[a:b] for a, b in holes])
-    # What was not found "begins" before the credentials.
-    if not match_filling(filling) or min(uri, cnonce, nc, response) < start:
-        return [block], [], []
-    order = sorted(range(4), key=holes.__getitem__)
-    (a, b), (c, d), (e, f), (g, h) = [holes[number] for number in order]
-    return ([block[:a], block[b:c], block[d:e], block[f:g], block[h:]], order,
-            filling.decode("ascii").split("\n"))
-
-
 class HeadReader:
     """Read heads as parse_head does; what a block of fields meant is remembered."""
 
     def __init__(self) -> None:
         self._key = os.urandom(16)
-        self._known: Dict[bytes, Optional[Known]] = {}      # None: it has come once
+        self._known: Dict[bytes, Optional[FieldBlock]] = {}     # None: it has come once
 
     def read(self, octets: bytes) -> Request:
         r"""Return the request whose head octets are.
@@ -1910,66 +1914,29 @@ class HeadReader:
         end = octets.find(b"\r\n")
         if len(octets) > MAX_MEMO:
             return parse_head(octets)           # which refuses what is larger still
+        found = find_authorization(octets, end)
+        start, stop = found.span(1) if found else (end, end)
         # With the digit before it: the version is part of what the fields mean.
-        pieces, order, filling = cut_holes(octets[end - 1:])
-        key = sign(self._key, b"\0".join(pieces))
-        known = self._known.get(key)
-        if known is None or bool(known.credentials) != bool(filling):
-            return self._learn(key, octets, end, pieces, order)
+        key = sign(self._key, octets[end - 1:start] + octets[stop:])
+        fields = self._known.get(key)
+        if fields is None:
+            return self._learn(key, parse_head(octets), found is not None)
         parse = recall_request_line if end < SHORT else parse_request_line
         method, target, path, shown, minor = parse(octets[:end].decode("latin-1"))
         if not minor:
-            check_length(method, minor, known.fields)
-        request = Request(method, target, path, shown, minor, known.fields)
-        if known.credentials:
-            uri, cnonce, nc, response = filling
-            names, realm, nonce, _, _, algorithm, qop, _, _ = known.credentials
-            request.credentials = DigestCredentials(names, realm, nonce, uri, response, algorithm,
-                                                    qop, nc, cnonce)
-        elif known.start:
-            request.authorization = (octets[end - 1 + known.start:
-                                            end - 1 + known.end].decode("latin-1"),)
-        return request
+            check_length(method, minor, fields)
+        said = (octets[start:stop].decode("latin-1").rstrip(" \t"),) if found else ()
+        return Request(method, target, path, shown, minor, fields, said)
 
-    def _learn(self, key: bytes, octets: bytes, end: int, pieces: List[bytes],
-               order: List[int]) -> Request:
-        """Read a head in full; keep what its block of fields meant, if that has come before."""
-        request = parse_head(octets)
-        said, credentials, start = request.authorization, None, 0
-        if order:
-            credentials = prove_guess(octets[:end - 1], pieces, order, request)
-        elif len(said) == 1:
-            start = pieces[0].find(said[0].encode("latin-1"))
-        # What was not understood, or guessed wrongly, is read by the strict parser each time.
-        if bool(said) == bool(credentials or start):
+    def _learn(self, key: bytes, request: Request, is_cut: bool) -> Request:
+        """Keep what a block of fields meant, if it has come before; return the request."""
+        # A second Authorization, or one in a spelling of its own, is read by parse_head each time.
+        if len(request.authorization) == is_cut:
             if len(self._known) >= MAX_MEMOS:
                 self._known.clear()     # then each client's next head is parsed, that is all
             # A browser's first request, a scanner's thousand: most blocks never come again.
-            self._known[key] = Known(request.fields, start, start + len("".join(said)),
-                                     credentials) if key in self._known else None
+            self._known[key] = request.fields if key in self._known else None
         return request
-
-
-def prove_guess(line: bytes, pieces: List[bytes], order: List[int],
-                request: Request) -> Optional[DigestCredentials]:
-    """Return the credentials of a request, if the holes are holes.
-
-    They are if the strict parser finds what they are filled with, whatever it is, and reads
-    nothing else otherwise.
-    """
-    others: Dict[str, Any] = dict(uri="/other", cnonce="another", nc="0000beef",
-                                  response="f00d" * 8)
-    fillings = [list(others.values())[number].encode("ascii") for number in order]
-    head = line + pieces[0] + b"".join(map(b"".join, zip(fillings, pieces[1:])))
-    with contextlib.suppress(BadRequest, Malformed):
-        again = parse_head(head)
-        if again.fields == request.fields and len(request.authorization) == 1:
-            (scheme, _, before), (_, _, after) = [parse_authorization(text) for text in (
-                request.authorization[0], again.authorization[0])]
-            credentials = parse_digest(before)
-            if scheme == "digest" and parse_digest(after) == credentials._replace(**others):
-                return credentials
-    return None
 
 
 def parse_fields(block: str, minor: int) -> FieldBlock:
@@ -2745,7 +2712,7 @@ class Connection(Channel):
             return PUBLIC
         if authenticator is None or len(request.authorization) != 1 or (
                 "basic" not in request.schemes
-                or request.client and authenticator.is_locked(request.client, server.now)):
+                or authenticator.lock_left_of(request.client, server.now)):
             return None
         return authenticator.recall(request.authorization[0])
 
@@ -3112,7 +3079,7 @@ def count_cpus() -> int:
     return os.cpu_count() or 1      # macOS
 
 
-class Loop:
+class Loop(http.server.HTTPServer):
     """All connections, in one thread; the half of a server that waits.
 
     Methods for the server: open, turn, close, call_soon.  For connections: forget, and what
@@ -3123,7 +3090,8 @@ class Loop:
     listeners: List[Listener]
     draining = held = False     # it accepts nobody any more; nobody yet
 
-    def __init__(self) -> None:
+    def begin_life(self) -> None:
+        """Be a loop without connections; BaseServer's __init__ has done the rest."""
         self.log, self.heads = Log(), HeadReader()
         self.connections: Set[Connection] = set()
         # connections with more requests in their buffers; who came first, comes first
@@ -3150,13 +3118,6 @@ class Loop:
             connection.close()
         for closable in (self.selector, self.wake, self.waker):
             closable.close()
-
-    def service_actions(self) -> None:
-        """Do what a program wants done once in a while."""
-
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Return whether to talk to a client at all."""
-        return True
 
     def turn(self, patience: Optional[float]) -> None:
         """Do what there is to do; where there is nothing, wait for something.
@@ -3344,7 +3305,7 @@ UNUSED_HOOKS = ("get_request", "process_request", "process_request_thread", "shu
                 "close_request")
 
 
-class AuthServer(Loop, http.server.HTTPServer):
+class AuthServer(Loop):
     """An HTTPServer that keeps every connection in one loop.
 
     handler_class may have been through protect(); or it is no class at all, but a page.
@@ -3363,7 +3324,7 @@ class AuthServer(Loop, http.server.HTTPServer):
 
     def __init__(self, server_address: Any, handler_class: Any, bind_and_activate: bool = True,
                  authenticator: Optional[Authenticator] = None,
-                 listeners: Sequence[Listener] = (), public: Sequence[Any] = (),
+                 listeners: Sequence[Listener] = (), public: Sequence[Union[str, bytes]] = (),
                  stream_threads: int = STREAM_THREADS) -> None:
         for name in UNUSED_HOOKS:
             if getattr(type(self), name, None) is not getattr(http.server.HTTPServer, name, None):
@@ -3374,8 +3335,7 @@ class AuthServer(Loop, http.server.HTTPServer):
         handler_class = only_once(handler_class) if is_handler else handler_class
         self.authenticator = authenticator or find_attribute(handler_class, "authenticator")
         self.proxies = find_attribute(handler_class, "proxies") or TrustedProxies()
-        self.public = [os.fsencode(prefix) for prefix in public]    # of text, as of bytes
-        self.listeners = list(listeners)
+        self.public, self.listeners = [os.fsencode(prefix) for prefix in public], list(listeners)
         if listeners:
             socketserver.BaseServer.__init__(self, server_address, handler_class)
             self.socket = listeners[0].socket
@@ -3388,7 +3348,7 @@ class AuthServer(Loop, http.server.HTTPServer):
         # Of those whose table we share: before the first worker of ours.
         self.forebears = (self.authenticator.table.statistics()["workers"]
                           if self.authenticator else 0)
-        Loop.__init__(self)
+        self.begin_life()
 
     @property
     def sockets(self) -> List[socket.socket]:
@@ -3408,7 +3368,7 @@ class AuthServer(Loop, http.server.HTTPServer):
     def serve_forever(self, poll_interval: float = 1.0) -> None:
         """Serve until shutdown() or drain(), or until a signal handler raises."""
         self.begin()
-        is_busy = getattr(self.service_actions, "__func__") is not Loop.service_actions
+        is_busy = type(self).service_actions is not socketserver.BaseServer.service_actions
         try:
             self.announce()
             while not self.stopping and not (self.draining and not self.connections):
@@ -4330,18 +4290,14 @@ class HandlerSocket:
         self.is_parsed = False                  # the handler has seen the request
         self._io_refs, self._closed = 0, False  # for makefile()
 
-    # http.server's streams are the socket module's own: these are all that they need.
-    makefile = socket.socket.makefile
-    _decref_socketios = socket.socket._decref_socketios     # type: ignore[attr-defined]
+    # http.server's streams are the socket module's own: these are all that they need. Closed it
+    # is when the last file made of it has been.
+    makefile, close = socket.socket.makefile, socket.socket.close
     __enter__, __exit__ = socket.socket.__enter__, socket.socket.__exit__
+    _decref_socketios = socket.socket._decref_socketios     # type: ignore[attr-defined]
 
     def _real_close(self) -> None:
         self.is_shut = True
-
-    def close(self) -> None:
-        """Close it as socket.close does: when the last file made of it is closed."""
-        self._closed = True
-        self.is_shut = self.is_shut or self._io_refs <= 0
 
     def shutdown(self, how: int) -> None:
         """End one direction, or both; the client sees it when the handler returns."""
