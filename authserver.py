@@ -3072,13 +3072,6 @@ def host_of(address: Any) -> str:
     return host[7:] if host.startswith("::ffff:") and "." in host else host
 
 
-def count_cpus() -> int:
-    """Return how many CPUs we may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1      # macOS
-
-
 class Loop(http.server.HTTPServer):
     """All connections, in one thread; the half of a server that waits.
 
@@ -4701,10 +4694,9 @@ class Guard(Once):
         # Before send_response(): a handler's own may look at it.
         self.close_connection = self.close_connection or self.unread
         self.send_response(verdict.status)
-        for name, value in (*verdict.fields, HTML, ("Content-Length", str(len(page)))):
+        closes = [("Connection", "close")] * self.close_connection
+        for name, value in (*verdict.fields, HTML, ("Content-Length", str(len(page))), *closes):
             self.send_header(name, value)
-        if self.close_connection:
-            self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(page if self.command != "HEAD" else b"")
         if self.unread:
@@ -5247,8 +5239,10 @@ def make_server(options: argparse.Namespace, path: str) -> AuthServer:
                         options.public, options.stream_threads)
     server.proxies = TrustedProxies(options.trusted_proxy)
     server.forward_auth = options.forward_auth or ""
-    # More than four wait for one another: for the table of nonces, and for the listening socket.
-    server.workers = min(4, count_cpus())
+    # Those that we may use, which macOS does not tell. More than four workers wait for one another:
+    # for the table of nonces, and for the listening socket.
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    server.workers = min(4, cpus or 1)
     server.reread = functools.partial(reread, server, options, path)
     return server
 

@@ -9323,10 +9323,11 @@ class FirstStart(DefaultFilesTest):
             self.assertFalse(os.path.exists(self.passwords))
 
     def test_the_command_that_changes_it_knows_the_realm(self) -> None:
-        """With --realm, what the first start says to change the password changes that user."""
+        """What the first start says changes that user, in that realm, and reloads the daemon of that name."""
         said = self.action("start", "--bind", "127.0.0.1:0", "--realm", "a b").out
-        command = re.findall(r"(?m)^change it: (.+) && ", said)[0]
-        self.assertIn("changed", run(["sh", "-c", command + " --stdin"], 0, b"new\n").out)
+        change, reload = re.findall(r"(?m)^change it: (.+) && (.+)$", said)[0]
+        self.assertIn("changed", run(["sh", "-c", change + " --stdin"], 0, b"new\n").out)
+        self.assertIn("reloaded", run(["sh", "-c", reload], 0).out)
         self.assertRegex(self.box.daemonize("start", "--quiet", "--name", self.name + "2", "--realm", "c", want=2).err,
                          "(?m)^try: .* --realm c$")
 
