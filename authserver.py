@@ -4593,9 +4593,14 @@ class Gate:
         for warning in passwords.warnings:
             self.log.warning(warning)
 
-    def judge(self, attempt: Attempt, peer: str, forwarded: str, is_safe: bool) -> Verdict:
-        """Return the verdict on an attempt of peer; is_safe: nobody can listen on its way."""
+    def judge(self, attempt: Attempt, peer: str, forwarded: str, is_safe: bool,
+              read: Callable[[], bytes]) -> Verdict:
+        """Return the verdict on an attempt of peer, whose body read() would return.
+
+        is_safe: nobody can listen on its way.
+        """
         authenticator = self.authenticator
+        attempt.read_body = functools.partial(call_for, read)
         # Whom a proxy speaks for, before anything is judged: a lock-out would hit that one.
         host, attempt.client = self.proxies.find_client(peer, forwarded)
         attempt.time, attempt.schemes = authenticator.clock(), authenticator.schemes
@@ -4670,12 +4675,12 @@ class Guard(Once):
 
     def judge(self, request: Request) -> Verdict:
         """Return the verdict on a request that http.server and parse_head understand."""
-        request.read_body = functools.partial(
-            call_for, functools.partial(self.read_content, request.fields))
         is_safe = (hasattr(self.connection, "getpeercert")      # TLS
                    or is_private(getattr(self.server, "socket", self.connection)))
+        # A unix socket's peer has no address, or "".
         return self.gate.judge(request, self.client_address[0] if self.client_address else "",
-                               request.fields.forwarded, is_safe)
+                               request.fields.forwarded, is_safe,
+                               functools.partial(self.read_content, request.fields))
 
     def read_content(self, fields: FieldBlock) -> bytes:
         """Return the body, for qop=auth-int; the handler reads it again, and is the last."""
@@ -4807,13 +4812,12 @@ def judge_environ(gate: Gate, environ: Dict[str, Any]) -> Verdict:
     target = environ.get("RAW_URI") or environ.get("REQUEST_URI")       # gunicorn; the others
     attempt = Attempt(environ["REQUEST_METHOD"], str(target or ""),
                       () if field is None else (field,), None, 0.0, ())
-    attempt.read_body = functools.partial(
-        call_for, functools.partial(read_signed, environ, body))
     if not target:
         attempt.same_target = functools.partial(is_same_resource, environ)
     is_safe = (not peer or environ.get("wsgi.url_scheme") == "https"    # no peer: a unix socket
                or address is not None and address.is_loopback)
-    verdict = gate.judge(attempt, peer, environ.get("HTTP_X_FORWARDED_FOR", ""), is_safe)
+    verdict = gate.judge(attempt, peer, environ.get("HTTP_X_FORWARDED_FOR", ""), is_safe,
+                         functools.partial(read_signed, environ, body))
     # What read_signed() has left of the body, or all of it.
     if verdict.status != 200 and not read_on(lambda: next(body, b"")) and (
             not environ.get("CONTENT_LENGTH")):

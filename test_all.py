@@ -3856,11 +3856,13 @@ class Processes(GuardTest):
         folder = "/dev/shm/authserver-%d" % os.geteuid()
         if not os.access("/dev/shm", os.W_OK):
             self.skipTest("needs /dev/shm")
-        before = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        self.start("unique one")("")
-        made = set(os.listdir(folder)) - before
-        self.assertEqual((len(made), stat.S_IMODE(os.stat(folder).st_mode)), (1, 0o700))
-        path = os.path.join(folder, *made)
+        # Found by its name: others, of other runs of these tests, may lie there.
+        secret = "one of %s" % self.folder()
+        name = authserver.LAYOUT + Passwords({"jim": secret}, realm="files").fingerprint()
+        path = os.path.join(folder, name.hex())
+        self.assertFalse(os.path.exists(path))
+        self.start(secret)("")
+        self.assertEqual(stat.S_IMODE(os.stat(folder).st_mode), 0o700)
         self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600)
         self.start("unique two")("")
         self.assertTrue(os.path.exists(path))
