@@ -76,6 +76,7 @@ import contextlib
 import errno
 import faulthandler
 import fcntl
+import functools
 import re
 import select
 import signal
@@ -175,6 +176,7 @@ def as_fatal(error: BaseException, deed: str = "start") -> Fatal:
         return error
     if getattr(error, "status", None) in (1, 2):
         return Fatal(str(error), getattr(error, "status"))
+    # argparse, too, and many a configuration reader end what is wrong by sys.exit().
     if isinstance(error, SystemExit):
         if isinstance(error.code, str):
             return Fatal(error.code)
@@ -285,6 +287,7 @@ def look_up_identity(user: Optional[str], group: Optional[str]) -> Optional[Iden
             raise Fatal("unable to switch to %s: no user has that number\ntry: --gid" % user)
         return Identity(entry, gid, "", "/", [gid])
     gid = entry.pw_gid if gid is None else gid
+    # Not initgroups(3): that would read the group database in the jail, where there is none.
     groups = os.getgrouplist(entry.pw_name, gid)
     if not IS_LINUX:
         groups = groups[:os.sysconf("SC_NGROUPS_MAX")]      # of more, setgroups(2) takes none
@@ -334,6 +337,7 @@ class Plan(NamedTuple):
 
 def default_files(name: str) -> Files:
     """Return the files that effective uid and name stand for, nothing else: cron must find them."""
+    # The effective uid, since it decides what we may open.
     uid = os.geteuid()
     if uid == 0:
         # macOS and the BSDs have no /run.
@@ -421,12 +425,14 @@ def look_at(pid: int) -> Optional[Process]:
     return Process(pid, int(facts[1]), int(facts[2]), int(facts[3]), boot() + facts[19].decode())
 
 
-def boot(known: List[str] = []) -> str:     # noqa: B006  (one list for all calls: that is the point)
+@functools.lru_cache(maxsize=None)
+def boot() -> str:
     """Return the id of this boot: start times count from boot, two of them could show the same."""
-    if not known:
-        with contextlib.suppress(OSError), open(PROC + "/sys/kernel/random/boot_id") as stream:
-            known.append(stream.read().strip() + ":")
-    return known[0] if known else ""
+    try:
+        with open(PROC + "/sys/kernel/random/boot_id") as stream:
+            return stream.read().strip() + ":"
+    except OSError:
+        return ""
 
 
 def processes() -> List[Process]:
@@ -439,7 +445,8 @@ def processes() -> List[Process]:
 
 def status_of(pid: int, field: str) -> List[str]:
     """Return a field of /proc/PID/status, [] where nobody tells.  See: proc(5)."""
-    with contextlib.suppress(OSError), open("%s/%d/status" % (PROC, pid), errors="replace") as stream:
+    path = "%s/%d/status" % (PROC, pid)
+    with contextlib.suppress(OSError), open(path, errors="replace") as stream:
         found = re.findall(r"^%s:\s+(.*)" % field, stream.read(), re.MULTILINE)
         return str(found[0]).split() if found else []
     return []
@@ -465,7 +472,8 @@ def age_of(process: Optional[Process]) -> float:
     """Return for how many seconds a process lives: by its birth, for the wall clock may jump."""
     with contextlib.suppress(OSError, ValueError, AttributeError), open(PROC + "/uptime") as uptime:
         ticks = int(process.birth.rpartition(":")[2])       # type: ignore[union-attr]
-        return max(0.0, round(float(uptime.read().split()[0]) - ticks / os.sysconf("SC_CLK_TCK"), 1))
+        age = float(uptime.read().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+        return max(0.0, round(age, 1))
     return 0.0
 
 
@@ -475,6 +483,7 @@ def family(session: Optional[int]) -> List[Process]:
     An orphan's parent is init: by its session we know it, where we have one of our own (None:
     `run` has none).  The session's leader is our starter, while that lives: not ours to end.
     """
+    # From one listing: a second one could show a child whose parent the first has missed.
     everyone, mine, size = processes(), {os.getpid()}, 0
     # Again until nothing is new: a child may stand in the list before its parent.
     while size != len(mine):
@@ -489,6 +498,8 @@ def signal_each(members: Iterable[Process], signum: int, by_group: bool) -> None
 
     Never our own group: we are in it, and under `run` others are (cron's shell, `| tee`).
     """
+    # A set of groups first: one killpg(2) reaches a child that was forked since the listing, and
+    # whose parent has had no time to hear of it.
     groups = {p.pgid for p in members if by_group and p.pgid != os.getpgrp()}
     for pgid in groups:
         with contextlib.suppress(ProcessLookupError, PermissionError):      # one that became root
@@ -512,6 +523,7 @@ def wait_until(is_so: Callable[[], Any], seconds: float) -> bool:
 def end_all(members: Callable[[], List[Process]], kill: Callable[[], None],
             timeout: float) -> bool:
     """Wait until there are no members; SIGKILL after timeout seconds.  True if that was needed."""
+    # The polite part: whoever was told may need its time, and is left alone for it.
     # Polled: most of them are not our children, and wait(2) is for children only.
     if wait_until(lambda: not members(), timeout):
         return False
@@ -722,6 +734,7 @@ def open_files(plan: Plan, lock: int, control: Optional[socket.socket]) -> Opene
     Runs as: root.  See: open(2); twistd: startLogger, openPIDFile.
     """
     files = plan.files
+    # An heir has its predecessor's: whoever dials the name finds one of the two at any moment.
     if control is None and plan.kind != "library":
         control = bind_control(files.control)
     output = open_log(files.logfile, plan.identity) if files.logfile else None
@@ -729,6 +742,7 @@ def open_files(plan: Plan, lock: int, control: Optional[socket.socket]) -> Opene
     with trying_to("open %s" % plan.stdin):
         facts = os.fstat(pidfile)
         stdin = None if plan.action == "run" else os.open(plan.stdin, os.O_RDONLY | os.O_CLOEXEC)
+    # Said now, while somebody reads it, and not in a log that has grown for a year.
     obstacle = rotation_obstacle(plan) if plan.kind == "app" and plan.options.log_bytes else ""
     if obstacle:
         warn("unable to rotate %s: %s" % (files.logfile, obstacle))
@@ -746,6 +760,7 @@ def open_pidfile(path: str) -> int:
     fd = open_regular(path, os.O_RDWR, 0o644)
     with trying_to("read %s" % path):
         content, facts = os.pread(fd, 33, 0), os.fstat(fd)
+        # Of 0644 we made it, or anybody may read it: there is nothing in it to lose.
         if facts.st_mode & 0o777 == 0o644:
             return fd
         if re.fullmatch(rb"(\d{1,10}\n?)?", content) and facts.st_size <= 11:
@@ -781,6 +796,7 @@ def read_pidfile(path: str) -> str:
 
 def make_folder(folder: str, mode: int, identity: Optional[Identity]) -> bool:
     """Make a folder of the default files, unless it is there; tell whether."""
+    # 0700 until it is its owner's: between mkdir(2) and fchown(2) nobody else shall get in.
     with trying_to("make %s" % folder):
         try:
             os.mkdir(folder, 0o700)
@@ -880,7 +896,11 @@ LockKind = TypeVar("LockKind", bound="Lock")
 
 
 class Lock:
-    """PIDFILE.lock: who is the daemon, and what its last start was asked for."""
+    """PIDFILE.lock: who is the daemon, and what its last start was asked for.
+
+    Opened once, and closed once: see the trap.  Read-only for `status` and `reload`, which change
+    nothing and take no turn.
+    """
 
     def __init__(self, plan: Plan, flags: int) -> None:
         check_folder(plan.files.folder)
@@ -906,6 +926,8 @@ class Lock:
         A script with startstop() may close all its fds (daemons do), and the lock with them; then
         pid and time of birth, which its start noted, prove it as well: the file is 0600 and ours.
         """
+        # Three answers: yes (the kernel names a living process), no, and cannot tell: Fatal.  Who
+        # took the third one for the second would start a second daemon.
         pid, record = lock_holder(self.fd, INSTANCE), self.record()
         if pid not in (None, -1) and look_at(pid or 0) is None:
             # It ended just now; or else it is where we cannot see it.
@@ -913,6 +935,7 @@ class Lock:
                 raise Fatal("unable to see who runs %s: pid %s holds its lock, in another pid "
                             "namespace (a container), or without /proc" % (self.plan.name, pid))
             pid = None
+        # The lock may be lost, the birth cannot: no process of this boot has both numbers again.
         if pid in (None, -1) and record and record.birth:
             process = look_at(record.pid)
             pid = record.pid if process and process.birth == record.birth else None
@@ -943,6 +966,7 @@ class Lock:
 
     def write(self, data: bytes) -> None:
         """Replace the record."""
+        # In the lock file itself, so that one name tells all, and one mode protects it.
         # Not a new file and rename(2), which would be atomic: the locks are on this inode.
         # Written first, cut second: on a full disk the old one is not lost for nothing.
         with trying_to("write %s" % self.path):
@@ -977,7 +1001,10 @@ class Turn(Lock):
             raise
 
     def __exit__(self, *error: object) -> None:
-        """Give it back; who has failed before anything was started leaves no file."""
+        """Give it back; who has failed before anything was started leaves no file.
+
+        A lock file that was there is never removed: its inode is what all others wait on.
+        """
         if self.is_new and error[0]:
             os.unlink(self.path)
         self.close()
@@ -1020,7 +1047,10 @@ class Turn(Lock):
             return os.fstat(self.fd).st_nlink == 0
 
     def is_idle(self, byte: int) -> bool:
-        """Tell whether no command, or starter, holds the byte."""
+        """Tell whether no command, or starter, holds the byte.
+
+        A process that we cannot see counts as one: it may be root's, in another pid namespace.
+        """
         holder = lock_holder(self.fd, byte)
         ids = ids_of(holder) if holder and holder > 0 else None
         if holder == -1 or ids and ids[0] not in (0, os.geteuid()):
@@ -1063,7 +1093,11 @@ def readable(ends: Iterable[socket.socket], deadline: float) -> List[socket.sock
 
 
 class Channel:
-    """JSON lines, and descriptors, over a socket between two of our processes."""
+    """JSON lines, and descriptors, over a socket between two of our processes.
+
+    Methods for who speaks: send, fail.  For who listens: receive, and fds, which holds what came
+    along, in order; whoever takes one closes it.  A line each, since a person can read it, too.
+    """
 
     def __init__(self, end: socket.socket) -> None:
         self.end, self.buffer = end, b""
@@ -1091,6 +1125,7 @@ class Channel:
             self.buffer += data
             if not data or len(self.buffer) > MAX_MESSAGE or len(self.fds) > MAX_FDS:
                 return {"event": ENDED}
+        # What follows the line stays: two words may have come in one piece.
         line, _, self.buffer = self.buffer.partition(b"\n")
         import json
         with contextlib.suppress(ValueError, RecursionError):
@@ -1124,7 +1159,11 @@ class Channel:
 
 
 class Child:
-    """A process that we forked, and the channel to it."""
+    """A process that we forked, and the channel to it.
+
+    Instance variables: channel, its other end is the child's; born and deadline, on the monotonic
+    clock; result, its wait status: while that is None, its pid cannot come to mean another one.
+    """
 
     def __init__(self, pid: int, channel: Channel) -> None:
         self.pid, self.channel = pid, channel
@@ -1138,7 +1177,8 @@ class Child:
             self.channel.send(event, fds)
 
     def hear(self, event: str, seconds: float) -> str:
-        """Return the event once it says so, or ENDED or LATE; what it said before was for nobody."""
+        """Return the event once it says so, or ENDED, or LATE; what came before was for nobody."""
+        # The deadline is for all of it: who talks without end would keep us for ever.
         deadline, said = time.monotonic() + seconds, ""
         while True:
             said = str(self.channel.receive(deadline - time.monotonic())["event"])
@@ -1149,6 +1189,7 @@ class Child:
         """Return its wait status, None if it lives (with WNOHANG)."""
         if self.result is None:
             pid, status = os.waitpid(self.pid, options)
+            # Kept: a second waitpid(2) on that number could wait for a stranger.
             self.result = status if pid else None
         return self.result
 
@@ -1185,26 +1226,28 @@ def fork(life: Callable[[Channel], Any]) -> Child:
     return Child(pid, Channel(ours))
 
 
-def live(life: Callable[[Channel], Any], channel: Channel) -> NoReturn:
-    """Live a child's life; no exception gets out of it."""
+def live(life: Callable[[Channel], Any], channel: Channel) -> None:
+    """Live a child's life, and end with it."""
     status = 1
     try:
         reset_handlers()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
         life(channel)
         status = 0
-    except Returned:
-        raise
-    except BaseException as error:
-        status, fatal = 1, as_fatal(error, "go on")
-        if isinstance(error, SystemExit):
-            status = exit_status(error)
-        if not isinstance(error, SystemExit) or isinstance(error.code, str):    # sys.exit("why")
+    except SystemExit as error:
+        status = exit_status(error)
+        if isinstance(error.code, str):             # sys.exit("why")
             channel.fail(error)
-            log("%s%s" % (fatal.trace, fatal))
-    with contextlib.suppress(Exception):            # the last print(), into a log that is full
-        sys.stdout.flush()
-    os._exit(status)
+            log(error.code)
+    except Exception as error:
+        channel.fail(error)
+        log("%s%s" % (as_fatal(error, "go on").trace, as_fatal(error, "go on")))
+    finally:
+        # Whatever it was, what lies below us on the stack is our parent's to do.
+        if not isinstance(sys.exc_info()[1], Returned):
+            with contextlib.suppress(Exception):    # the last print(), into a log that is full
+                sys.stdout.flush()
+            os._exit(status)
 
 
 def failure(child: Child, message: Message) -> Fatal:
@@ -1233,6 +1276,7 @@ def expect(waiting: Sequence[Child], word: str, seconds: float,
     deadline, missing, message = time.monotonic() + seconds, list(waiting), {}
     while missing or readable([child.channel.end for child in watched], 0):
         listened = missing + list(watched)
+        # One poll for all: the first that fails shall be heard before the slowest that does not.
         ends = readable([child.channel.end for child in listened], deadline)
         if not ends:
             raise Late("unable to start: not ready after %g s" % seconds)
@@ -1364,16 +1408,21 @@ class Start(NamedTuple):
 
 def be_starter(plan: Plan, report: Channel, turn: Lock, inherited: Inherited) -> None:
     """Live as the starter, then as the daemon.  Returns in neither (a library's: by Returned)."""
+    # From here on the terminal is still there, and root's rights: what fails is told in full.
     is_daemon, server, status = False, None, 1
     raise_at_end()                                  # bind() may hang: so its `finally` runs
     for signum in (signal.SIGINT, signal.SIGHUP):   # Ctrl-C is for the command, who will tell us
         signal.signal(signum, do_nothing)
+    # The fd only: record locks are not inherited, and the command's is not touched by this.
+    # Before we open the file again, for closing any fd of it would drop our own lock.
     turn.close()
     for fd in inherited.litter:     # while the command has it as well, no close(2) can linger
         os.close(fd)
     try:
+        # The lock first: whatever bind() makes, the next command waits until it is undone.
         lock = hold_undoing(plan)
-        server = HOSTS[plan.kind].bind(plan, inherited)
+        server = HOSTS[plan.kind][0](plan, inherited)
+        # After bind(), since that fails most often, and then there is less to take back.
         opened = open_files(plan, lock, inherited.control)
         leash = detach(plan, opened, report, server, inherited)
         is_daemon = True
@@ -1416,6 +1465,7 @@ def detach(plan: Plan, opened: Opened, report: Channel, server: Any, inherited: 
     Runs as: root.  See: setsid(2), daemon(7); twistd: daemonize.
     """
     with trying_to("start a process"):
+        # Before the fork, or there would be a moment without it.
         leash, end = os.pipe()
         # Allowed, since a child of fork(2) does not lead its group.
         os.setsid()
@@ -1443,9 +1493,11 @@ def watch_birth(daemon: int, leash: int, report: Channel, plan: Plan, server: An
     # The command gave up.  SIGKILL at once: nothing of it has begun.
     signal.signal(signal.SIGTERM, lambda signum, frame: signal_each(
         family(session), signal.SIGKILL, True))
+    # A byte: it has its place, and we nothing to do.  The end: it died before.
     if not os.read(leash, 1):
         status = os.waitpid(daemon, 0)[1]
-        end_all(lambda: family(session), lambda: signal_each(family(session), signal.SIGKILL, True), 0)
+        end_all(lambda: family(session),
+                lambda: signal_each(family(session), signal.SIGKILL, True), 0)
         take_back(server)
         try:
             report.send("died", status=status)
@@ -1457,6 +1509,7 @@ def watch_birth(daemon: int, leash: int, report: Channel, plan: Plan, server: An
 
 def redirect(opened: Opened) -> None:
     """Point fds 0 to 2 at what step 3 opened: children, C code and crashes log there, too."""
+    # In this order: stdout and stderr may be one file, and dup2(2) wants it open.
     moved = set()                       # stdout and stderr may be one fd
     for number, fd in enumerate((opened.stdin, opened.stdout, opened.stderr)):
         if fd is not None:
@@ -1468,7 +1521,8 @@ def redirect(opened: Opened) -> None:
         for number, name in ((1, "stdout"), (2, "stderr")):
             # A line at a time: what is printed is in the log at once.  And in UTF-8, which never
             # fails: under env -i the caller's streams know ASCII only.
-            setattr(sys, name, os.fdopen(number, "w", 1, "utf-8", "backslashreplace", closefd=False))
+            stream = os.fdopen(number, "w", 1, "utf-8", "backslashreplace", closefd=False)
+            setattr(sys, name, stream)
 
 
 def point_log_at(fd: int) -> None:
@@ -1532,11 +1586,12 @@ def switch_user(identity: Optional[Identity]) -> None:
 
 def begin(start: Start) -> int:
     """Steps 5 to 8: jail, user, and a life; return its exit status."""
-    if start.plan.chroot is not None:   # what is imported late must be here before: a jail has no
-        import json, subprocess, threading, traceback       # noqa: F401  # library
+    if start.plan.chroot or start.plan.identity:
+        # What is imported late must be here by now: a jail has no library, a user may not read it.
+        import json, subprocess, threading, traceback       # noqa: F401
     set_environment(start.plan)
     switch_user(start.plan.identity)
-    return HOSTS[start.plan.kind].live(start)
+    return HOSTS[start.plan.kind][1](start)
 
 
 def take_place(start: Start, **facts: Any) -> None:
@@ -1547,6 +1602,8 @@ def take_place(start: Start, **facts: Any) -> None:
             report.send("ready", pid=os.getpid(), **facts)
         if report.receive(START_TIMEOUT)["event"] != "go":
             raise Fatal("unable to start: the command that asked for it is gone")
+    # The lock, then the name: who reads the pidfile in between finds the old pid, which is dead or
+    # still serves.  Then the socket, for who asks it must be able to believe both.
     take_instance(opened.lock, start.inherited.predecessor)
     write_pidfile(opened.pidfile, os.getpid())
     if opened.control is not None:
@@ -1596,7 +1653,8 @@ class Host:
     """
 
     def __init__(self, start: Start) -> None:
-        self.start, self.plan, self.opened, self.server = start, start.plan, start.opened, start.server
+        self.start, self.plan = start, start.plan
+        self.opened, self.server = start.opened, start.server
         self.children: List[Child] = []
         self.leaving: List[Child] = []
         self.is_owner = self.is_over = False
@@ -1621,6 +1679,7 @@ class Host:
             life(channel)
         child = fork(shed_and_live)
         # A child with a copy of a sibling's channel would keep EOF from that sibling.
+        # In place: the loop and the conversations add theirs to the same list.
         self.ends[:] = [end for end in self.ends if end.fileno() >= 0] + [child.channel.end]
         return child
 
@@ -1629,6 +1688,7 @@ class Host:
 
         For anybody: as pid 1 of a container, or as a subreaper, we get orphans.  See: wait(2).
         """
+        # Before we wait: who is killed now is reaped a moment later, by the same loop.
         for child in self.leaving:
             if time.monotonic() > child.deadline and child.result is None:
                 os.kill(child.pid, signal.SIGKILL)      # not waited for: the pid is still its own
@@ -1750,8 +1810,10 @@ class Daemon:
         """
         if hasattr(os, "register_at_fork"):         # 3.7: for whoever forks, here and in children
             os.register_at_fork(after_in_child=reset_handlers)
+        # Until we have the place SIGTERM just ends us: there is nothing yet that could be lost.
         raise_at_end()
         try:
+            # As in the picture of section 7: able, ready, the place; nobody is let in before.
             self.host.bring_up()
             take_place(self.start, **self.host.introduce())
             self.host.is_owner = True
@@ -1781,11 +1843,13 @@ class Daemon:
     def step(self) -> None:
         """Wait a moment for what comes, and do it."""
         try:
+            # A tick at the latest, for what gives no sign: a pause that is over, a full log.
             for end in readable([self.wake] + self.talks.ends(), time.monotonic() + TICK):
                 if end is self.wake:
                     self.wake.recv(4096)
                 else:
                     self.talks.serve(end)
+            # The dead first: a signal that asks for a reload shall find the living.
             self.host.reap()
             self.on_signals()
             self.host.tend()
@@ -1796,10 +1860,11 @@ class Daemon:
 
     def on_signals(self) -> None:
         """Do what the signals ask for that came since the last look."""
+        # At once, for a handler may add to it at any time; what comes now is for the next look.
         signals, self.signals = self.signals, set()
         endings = {signal.SIGTERM, signal.SIGINT}
-        # Where there is a terminal HUP says that it is gone; where none is, custom made it "reload".
-        if self.start.session is None and has_terminal():
+        # Where there is a terminal HUP says that it is gone; else custom made it "reload".
+        if self.start.session is None and foreground_group() is not None:
             endings.add(signal.SIGHUP)
         if signals & endings:
             if self.host.on_end():
@@ -1821,29 +1886,33 @@ class Daemon:
         by_group = self.start.session is not None
         # Ctrl-C in a terminal went to all of its foreground group, which `run` is a part of.  A
         # second KeyboardInterrupt would hit the program in the midst of its clean-up.
-        has_got_it = signum == signal.SIGINT and not by_group and is_in_foreground()
+        has_got_it = signum == signal.SIGINT and foreground_group() == os.getpgrp()
         if not self.is_told and not has_got_it:
             signal_each(self.family(), signum, by_group)
         self.is_told = True
 
     def family(self) -> List[Process]:
-        """Return all that we have started and that still lives; in a jail without /proc, our children."""
+        """Return all of ours that still lives; in a jail without /proc, our children."""
         self.host.reap()
         members = {process.pid: process for process in family(self.start.session)}
         for child in self.host.children + self.host.leaving:
-            members.setdefault(child.pid, Process(child.pid, self.pid, os.getpgid(child.pid), -1, ""))
+            pgid = os.getpgid(child.pid)
+            members.setdefault(child.pid, Process(child.pid, self.pid, pgid, -1, ""))
         return list(members.values())
 
     def end(self) -> None:
         """End what we have started, then empty the pidfile."""
+        # A second SIGTERM, or Ctrl-C, shall not cut this short.
         for signum in HANDLED - {signal.SIGCHLD}:
             signal.signal(signum, do_nothing)
         signal.set_wakeup_fd(-1)
         notify(self.start, "STOPPING=1")
         self.tell_family(signal.SIGTERM)
         try:
-            kill = lambda: signal_each(self.family(), signal.SIGKILL, self.start.session is not None)
-            if end_all(self.family, kill, self.plan.options.timeout):
+            by_group = self.start.session is not None
+            # The pidfile comes after this: while it names us, something of us may live.
+            if end_all(self.family, lambda: signal_each(self.family(), signal.SIGKILL, by_group),
+                       self.plan.options.timeout):
                 log("what did not end within %g s was killed" % self.plan.options.timeout)
         finally:
             if self.host.is_owner:
@@ -1877,23 +1946,16 @@ class Daemon:
         return reason
 
 
-def has_terminal() -> bool:
-    """Tell whether there is a controlling terminal.  See: tty(4)."""
-    try:
-        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
-        return True
-    except OSError:
-        return False
-
-
-def is_in_foreground() -> bool:
-    """Tell whether Ctrl-C at the terminal is for us.  See: tcgetpgrp(3)."""
+def foreground_group() -> Optional[int]:
+    """Return whom Ctrl-C at our terminal is for; None without one.  See: tty(4), tcgetpgrp(3)."""
     try:
         tty = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
     except OSError:
-        return False
+        return None
     try:
-        return os.tcgetpgrp(tty) == os.getpgrp()
+        return os.tcgetpgrp(tty)
+    except OSError:
+        return None
     finally:
         os.close(tty)
 
@@ -1921,7 +1983,11 @@ def notify(start: Start, text: str) -> None:
 # close(2) waits as long as its owner likes.  exit(2) does not wait.
 
 class Talks:
-    """The daemon's end: open conversations, the longest silent first."""
+    """The daemon's end: open conversations, the longest silent first.
+
+    A verb is a method of the daemon's or its host's that gets the conversation, and answers on it.
+    They are served one after the other: a reload under way keeps a status waiting, no worker.
+    """
 
     def __init__(self, control: socket.socket, verbs: Dict[str, Callable[[Channel], None]],
                  private: List[socket.socket]) -> None:
@@ -2012,6 +2078,8 @@ def call_daemon(files: Files, pid: int) -> Channel:
 
     Whoever owns the folder can bind a socket there.  The kernel says who listens.
     """
+    # The pid, and not the uid alone, for a daemon: another process of that user would do as well
+    # for an attacker, but not for the person who wants to know how the daemon is.
     talk = dial(files)
     listener, uid = peer_of(talk.end)
     if listener not in (None, pid) and uid not in (0, os.geteuid()):
@@ -2039,13 +2107,18 @@ def ask(files: Files, pid: int, verb: str, seconds: float = ANSWER,
 # still be root's.)
 
 class Target:
-    """A daemon to be ended, with its session if a start made it."""
+    """A daemon to be ended, with its session if a start made it.
+
+    Instance variables: pidfd, -1 where there is none; session, None for `run`, whose neighbours
+    are not ours; birth, None when the proof has failed: then nobody is signalled.
+    """
 
     def __init__(self, lock: Lock, pid: int) -> None:
         self.pid, self.pidfd = pid, -1
         record = lock.record()
         with contextlib.suppress(OSError, TypeError):       # it is dead; there is no pidfd_open
             self.pidfd = pidfd_open(pid)
+        # The uid is the kernel's word: the process itself cannot choose it.
         process, ids = look_at(pid), ids_of(pid)
         # Asked after the handle was opened: so all mean one process, or we have nobody.
         is_it = process is not None and lock.holder() == pid
@@ -2059,7 +2132,10 @@ class Target:
         return [process] if process and process.birth == self.birth else []
 
     def members(self) -> List[Process]:
-        """Return who is left: until the last has left, the session's number is its own."""
+        """Return who is left: until the last has left, the session's number is its own.
+
+        So nobody else can be in it.  Children that called setsid(2) are not: README says so.
+        """
         if self.session is None:
             return self.leader()
         return [p for p in processes() if p.sid == self.session]
@@ -2111,11 +2187,13 @@ def end_daemon(target: Target, timeout: float, is_told: bool = False) -> bool:
     First the daemon alone, which tells the others; then who is left.
     """
     with trying_to("stop pid %d" % target.pid):
+        # One deadline for both halves: --timeout is what a person waits.
         deadline = time.monotonic() + timeout
         if not is_told:
             target.send(signal.SIGTERM)
             target.send(signal.SIGCONT)             # one that was stopped obeys when it goes on
         was_killed = end_all(target.leader, lambda: target.send(signal.SIGKILL), timeout)
+        # The daemon is gone, and with it whoever knew its children: now the session tells.
         target.send_all(signal.SIGTERM)
         left = max(0.0, deadline - time.monotonic())
         return end_all(target.members, lambda: target.send_all(signal.SIGKILL), left) or was_killed
@@ -2124,10 +2202,15 @@ def end_daemon(target: Target, timeout: float, is_told: bool = False) -> bool:
 # -- 12. Programs ------------------------------------------------------------
 
 class Program(Host):
-    """Any program, as the daemon's child: it gets SIGHUP at `reload`, and may be started again."""
+    """Any program, as the daemon's child: it gets SIGHUP at `reload`, and may be started again.
+
+    It leads a group of its own, in the daemon's session, and holds no fd of the daemon's: it may
+    close all that it has, fork and kill as it likes, and the lock stays where it is.
+    """
 
     def bring_up(self) -> None:
         """Start it; it has started once it was executed, and lives a moment later."""
+        # In the daemon, and not in the command: a start that is interrupted ends with both.
         self.run()
         child, = self.children
         if not wait_until(lambda: child.wait(os.WNOHANG) is not None, ALIVE):
@@ -2156,6 +2239,7 @@ class Program(Host):
         for signum in (signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(signum, signal.SIG_DFL)
         os.environ.setdefault("PYTHONUNBUFFERED", "1")      # what it prints is in the log at once
+        # In the jail, and as the user: what counts is what that user may execute there.
         path = find_program(self.plan.command[0])
         with trying_to("execute %s" % path):
             os.execv(path, self.plan.command)
@@ -2188,7 +2272,8 @@ class Program(Host):
 
     def facts(self) -> Message:
         """Return what is to be said of the program."""
-        return {"program": " ".join(self.plan.command), "program_pid": [c.pid for c in self.children]}
+        return {"program": " ".join(self.plan.command),
+                "program_pid": [child.pid for child in self.children]}
 
 
 def find_program(name: str) -> str:
@@ -2225,11 +2310,11 @@ def start(plan: Plan) -> int:
 def tell_running(plan: Plan, record: Optional[Record], pid: int) -> None:
     """Say that it runs already; and what is not as it was asked for."""
     if record and (record.kind, record.hosted) != (plan.kind, plan.hosted):
-        raise Fatal("unable to start %s: the name is held by pid %d, which hosts %s\ntry: --name" % (
-            plan.hosted, pid, record.hosted))
+        raise Fatal("unable to start %s: the name is held by pid %d, which hosts %s\n"
+                    "try: --name" % (plan.hosted, pid, record.hosted))
     tell(plan, "%s is already running with pid %d" % (plan.name, pid))
-    if record and not plan.options.quiet and (record.words, record.arguments) != (plan.words, plan.arguments):
-        emit(1, "it was started with other options\ntry: %s\n" % command_line("restart", plan))
+    if record and (record.words, record.arguments) != (plan.words, plan.arguments):
+        tell(plan, "it was started with other options\ntry: %s" % command_line("restart", plan))
 
 
 def command_line(action: str, plan: Plan) -> str:
@@ -2242,6 +2327,7 @@ def command_line(action: str, plan: Plan) -> str:
 
 def launch(plan: Plan, turn: Turn, inherited: Inherited) -> None:
     """Start the daemon, and see it to its place.  The picture is in section 7."""
+    # First the list of what is not there yet: only that may be removed, if this fails.
     made = Made(plan, turn)
     try:
         made.make_log_folder()
@@ -2254,6 +2340,7 @@ def launch(plan: Plan, turn: Turn, inherited: Inherited) -> None:
         raise
     except BaseException as error:
         raise made.undo(error)
+    # From here on the new one needs nobody: it takes the place, and tells the old one itself.
     made.starter.tell("go")
     # The point of no return.  What interrupts us now leaves the new daemon where it is.
     try:
@@ -2268,7 +2355,11 @@ def launch(plan: Plan, turn: Turn, inherited: Inherited) -> None:
 
 
 class Made:
-    """What a start has made so far, and how it is taken back."""
+    """What a start has made so far, and how it is taken back.
+
+    Only what was not there before is removed.  A folder that another start could be using is
+    safe: all this happens under the turn.
+    """
 
     def __init__(self, plan: Plan, turn: Turn) -> None:
         files = plan.files
@@ -2300,6 +2391,7 @@ class Made:
         """Take all back; return why the start failed, with what the log says of it."""
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(signum, do_nothing)       # an impatient second Ctrl-C
+        # The processes before the files: they still write.
         if self.starter is not None:
             self.end_starter(self.starter)
         if isinstance(error, Fatal) and not error.trace and error.status == 1:
@@ -2322,6 +2414,7 @@ class Made:
 
 def tidy(plan: Plan, new: List[str], is_alone: bool = True) -> None:
     """Remove what a failed start made, but a log that says something; empty an older pidfile."""
+    # By lstat, and with the user's rights for the log: its folder may lead elsewhere by now.
     for path in sorted(new, key=len, reverse=True):     # what is in a folder before the folder
         identity = plan.identity if path == plan.files.logfile else None
         with contextlib.suppress(OSError, Fatal), careful(path, identity):  # not there, not empty
@@ -2374,7 +2467,8 @@ def stop(plan: Plan) -> int:
         else:
             stop_daemon(plan, turn, pid)
         for path in (plan.files.pidfile, plan.files.control):
-            with trying_to("remove %s" % path), contextlib.suppress(FileNotFoundError, IsADirectoryError):
+            with trying_to("remove %s" % path), contextlib.suppress(
+                    FileNotFoundError, IsADirectoryError):
                 os.unlink(path)                     # a name; what it may link to stays as it is
     return 0
 
@@ -2394,6 +2488,7 @@ def tell_stopped(plan: Plan) -> None:
 
 def stop_daemon(plan: Plan, turn: Turn, pid: int) -> None:
     """End the daemon, and whoever else holds its lock; say so, once it is so."""
+    # The lock decides, here as well: "stopped" is when nobody holds it any more.
     was_killed = end_daemon(Target(turn, pid), plan.options.timeout)
     for _ in range(100):                            # its children, if it let them have the lock
         left = turn.holder()
@@ -2420,6 +2515,7 @@ def holder_of(plan: Plan) -> Tuple[Optional[int], Optional[Record]]:
 
 def status(plan: Plan) -> int:
     """Say whether the daemon runs, and what it says of itself; exit status as LSB has it."""
+    # Without a turn: who only looks must never wait, nor keep others waiting.
     pid, record = holder_of(plan)
     facts = stopped_facts(plan) if pid is None else running_facts(plan, pid, record)
     if plan.options.json:
@@ -2445,6 +2541,7 @@ def stopped_facts(plan: Plan) -> Message:
 def running_facts(plan: Plan, pid: int, record: Optional[Record]) -> Message:
     """Return what the daemon says, and above it what the kernel says."""
     facts, ids = {}, ids_of(pid)        # type: Message, Any
+    # A script with startstop() has no control socket: the kernel's facts must do.
     if record is None or record.kind != "library":
         try:
             said = ask(plan.files, pid, "status").get("said")
@@ -2514,7 +2611,8 @@ def reload(plan: Plan) -> int:
         # We open the log for it: it may have no right to do so (root's folder, another's jail).
         fd = open_log(record.logfile, identity_of(pid)) if record and record.logfile else None
         try:
-            message = ask(plan.files, pid, "reload", plan.options.start_timeout, [] if fd is None else [fd])
+            message = ask(plan.files, pid, "reload", plan.options.start_timeout,
+                          [] if fd is None else [fd])
             reason = str(message.get("reason", "it talks nonsense"))
         except OSError as error:
             reason = "%s\ntry: daemonize.py restart" % because(error)
@@ -2549,6 +2647,8 @@ def run(plan: Plan) -> int:
 
     No fork, no setsid, and we stay in the group of who started us: what ends that ends us, too.
     """
+    # Both look at the environment, and take what they find out of it: a child of ours that knows
+    # these protocols must not believe that it is meant.
     notifier, inherited = open_notifier(), Inherited(inherited_sockets())
     make_own_folder(plan)
     with Turn(plan) as turn:
@@ -2559,7 +2659,7 @@ def run(plan: Plan) -> int:
         server = None
         try:
             lock = hold_undoing(plan)
-            server = HOSTS[plan.kind].bind(plan, inherited)
+            server = HOSTS[plan.kind][0](plan, inherited)
             opened = open_files(plan, lock, None)
             turn.note(plan, os.getpid())
         except BaseException as error:
@@ -2610,6 +2710,7 @@ def startstop(stdout: str = "/dev/null", stderr: Optional[str] = None, stdin: st
         plan = library_plan(action, pidfile, stdout, more)._replace(
             stdin=absolute(stdin, caller_folder()), startmsg=startmsg,
             stderr=absolute(stderr, caller_folder()) if stderr else None)
+        # A script has no sockets that we know of: stop, then start.
         if action == "restart":
             stop(plan)
         result = COMMANDS[plan.action](plan)
@@ -2675,7 +2776,6 @@ def check_application(path: str) -> None:
     """Refuse what is no application before it runs: a script is a program."""
     import importlib.util
     import traceback
-    cure = "daemonize.py start -- python3 %s" % path
     try:
         with trying_to("load %s" % path), open(path, "rb") as stream:
             source = importlib.util.decode_source(stream.read())
@@ -2684,7 +2784,8 @@ def check_application(path: str) -> None:
     except (SyntaxError, ValueError) as error:      # ValueError: a zip file has null bytes
         trace = "".join(traceback.format_exception_only(type(error), error))
         raise Fatal("unable to load %s: %s" % (path, because(error)), trace=trace)
-    raise Fatal("unable to host %s: it defines no bind() at its top level\ntry: %s" % (path, cure), 2)
+    raise Fatal("unable to host %s: it defines no bind() at its top level\n"
+                "try: daemonize.py start -- python3 %s" % (path, path), 2)
 
 
 def load(path: str) -> ModuleType:
@@ -2710,6 +2811,7 @@ def bind_application(plan: Plan, inherited: Inherited) -> Any:
 
     Runs as: root.  See: twistd: privilegedStartService.
     """
+    # First of all: even the import may read a file by a relative name.
     enter_folder(plan)
     umask = os.umask(plan.options.umask)        # for __pycache__; what bind() makes is private
     try:
@@ -2728,7 +2830,7 @@ def enter_folder(plan: Plan) -> None:
     try:
         os.chdir(plan.cwd or "/")
     except OSError as error:
-        if not isinstance(error, PermissionError):      # su nobody, in /root: nothing relative works
+        if not isinstance(error, PermissionError):      # su nobody, in /root
             warn("the folder of the last start is gone: %s; relative paths mean /" % plan.cwd)
         with trying_to("enter /"):
             os.chdir("/")
@@ -2773,6 +2875,7 @@ def adopt(fd: int) -> Optional[socket.socket]:
 def inherited_sockets() -> List[socket.socket]:
     """Return the sockets that systemd passed to this very process.  See: sd_listen_fds(3)."""
     # Popped: a child that knows the protocol would take fds 3, 4, ... of ours for its own.
+    # Ours only if the pid is: a shell between systemd and us has passed on what was its own.
     is_ours = os.environ.pop("LISTEN_PID", "") == str(os.getpid())
     number = os.environ.pop("LISTEN_FDS", "")
     os.environ.pop("LISTEN_FDNAMES", None)
@@ -2799,12 +2902,18 @@ def inherited_sockets() -> List[socket.socket]:
 #   (dies) - - - - EOF - - - - - >  exits at once: nothing of a dead daemon may hold the port
 
 class Service(Host):
-    """An application, in workers that are replaced when they die, or reload, or leave."""
+    """An application, in workers that are replaced when they die, or reload, or leave.
+
+    The server lives in this process, too, but is never served here: it is what each fork(2) makes
+    a worker of.  So reload() runs here, once, and fresh workers have what it has read.
+
+    Methods for the loop: tend, on_end.  For commands: reload, hand_over, leave, reclaim.
+    """
 
     def __init__(self, start: Start) -> None:
         super().__init__(start)
-        said = getattr(self.server, "workers", 1) if self.plan.options.workers is None else self.plan.options.workers
-        self.size = max(1, int(said))
+        typed = self.plan.options.workers
+        self.size = max(1, int(getattr(self.server, "workers", 1) if typed is None else typed))
         self.is_leaving = False
         self.is_heir = start.inherited.talk is not None
         self.obstacle = self.opened.obstacle        # why the log is not rotated; "" if it is
@@ -2822,6 +2931,7 @@ class Service(Host):
         """Return a full set of new workers that have proved themselves; if one fails none stays."""
         fresh: List[Child] = []
         try:
+            # All at once, and then wait: they need as long as one.
             for _ in range(self.size):
                 fresh.append(self.fork(self.work))
             expect(fresh, "able", self.plan.options.start_timeout, self.callers)
@@ -2840,6 +2950,7 @@ class Service(Host):
             if readable([child.channel.end for child in fresh], time.monotonic() + ALIVE):
                 expect([], "", 0, fresh)        # one has ended
             return
+        # After the workers: it asks them, over the sockets that they serve.
         prober = self.fork(self.probe)
         try:
             expect([prober], "able", self.plan.options.start_timeout, fresh + self.callers)
@@ -2853,6 +2964,7 @@ class Service(Host):
         for signum in (signal.SIGHUP, signal.SIGUSR1):      # they are the daemon's
             if signal.getsignal(signum) is not signal.SIG_IGN:
                 signal.signal(signum, do_nothing)
+        # A thread, since the main one belongs to serve_forever(), and may never look up.
         threading.Thread(target=obey, args=(self.server, channel), daemon=True).start()
         channel.send("able")
         self.server.serve_forever()
@@ -2864,7 +2976,8 @@ class Service(Host):
 
     def introduce(self) -> Message:
         """Return where we listen, and what to say once."""
-        return {"addresses": self.addresses(), "greeting": getattr(self.server, "greeting", None) or ""}
+        return {"addresses": self.addresses(),
+                "greeting": getattr(self.server, "greeting", None) or ""}
 
     def settle(self) -> None:
         """Let the workers begin: whom we replace takes no more requests."""
@@ -2879,6 +2992,7 @@ class Service(Host):
 
     def tend(self) -> None:
         """Start a worker where one is missing, rotate a full log; see when a leave is done."""
+        # One at a time: where forking fails, or code is bad, the pause is for each of them.
         missing = 0 if self.is_leaving else self.size - len(self.children)
         if missing > 0 and time.monotonic() >= self.next_start:
             self.children.append(self.fork(self.work))
@@ -2942,7 +3056,10 @@ class Service(Host):
         return "a worker did not reopen the log" if LATE in said else ""
 
     def facts(self) -> Message:
-        """Return what the application says of itself; if it raises, what."""
+        """Return what the application says of itself; if it raises, what.
+
+        It may be called at any time: in this process no request is served.
+        """
         facts = {"workers": [child.pid for child in self.children], "log_rotation": self.obstacle}
         try:
             return dict(call(self.server, "status", {}), **facts)
@@ -2963,11 +3080,12 @@ class Service(Host):
         if not path or not is_ours or os.fstat(1).st_size < self.plan.options.log_bytes:
             return
         try:
-            elders = ["%s.%d" % (path, n) for n in range(self.plan.options.log_keep, 0, -1)] + [path]
+            keep = self.plan.options.log_keep
+            elders = ["%s.%d" % (path, n) for n in range(keep, 0, -1)] + [path]
             for older, name in zip(elders, elders[1:]):         # the oldest first
                 with contextlib.suppress(FileNotFoundError):
                     os.rename(name, older)
-            if not self.plan.options.log_keep:
+            if not keep:
                 os.unlink(path)
             self.obstacle = self.reopen(None)       # to rename on would push the elders out
         except OSError as error:
@@ -2987,6 +3105,7 @@ class Service(Host):
     def leave(self, talk: Channel) -> None:
         """Drain and go: the heir is there, and has shared the instance lock until now."""
         self.is_leaving, self.is_owner = True, False
+        # A second reload, or HUP, must not fork anybody now: we hold the port, and the heir does.
         workers = self.children
         self.retire()
         for child in workers:           # none accepts any more: only then may the heir's begin
@@ -2995,7 +3114,7 @@ class Service(Host):
         fcntl.lockf(self.opened.lock, fcntl.LOCK_UN, 1, INSTANCE)
 
     def reclaim(self, talk: Channel) -> None:
-        """Be the daemon again in all: the heir hung up, maybe late, and has not told us to leave."""
+        """Be the daemon again in all: the heir hung up, and has not told us to leave."""
         if self.is_owner:
             write_pidfile(self.opened.pidfile, os.getpid())
             assert self.opened.control is not None
@@ -3082,6 +3201,7 @@ def restart(plan: Plan) -> int:
                         "try: systemctl restart %s" % (plan.name, plan.name))
         plan = repeat(plan, record) if plan.is_bare else plan
         kinds = {plan.kind, record.kind if record else plan.kind}
+        # Only an application has sockets to hand over, and only another one can take them.
         if pid is None:
             launch(plan, turn, Inherited())
         elif kinds != {"app"} or not succeed(plan, turn, pid):
@@ -3096,7 +3216,11 @@ def raise_unknown(plan: Plan, reason: str = "it is not known") -> NoReturn:
 
 
 def repeat(plan: Plan, record: Optional[Record]) -> Plan:
-    """Return the plan of the last start, made anew from the words that it left in the lock file."""
+    """Return the plan of the last start, made anew from the words that it left in the lock file.
+
+    The words, and not the plan: whatever they name (a user, a link, an @FILE) may mean something
+    else today, and is looked up today.  Root repeats no words that others could have put there.
+    """
     if record is None:
         raise_unknown(plan)
     if os.geteuid() == 0 and not is_trusted(plan.files.folder):
@@ -3111,7 +3235,11 @@ def repeat(plan: Plan, record: Optional[Record]) -> Plan:
 
 
 def succeed(plan: Plan, turn: Turn, pid: int) -> bool:
-    """Start the new daemon on the old one's sockets, see the old one out; False if it is mute."""
+    """Start the new daemon on the old one's sockets, see the old one out; False if it is mute.
+
+    Mute is one that does not answer: hung, stopped, or without its socket.  Then a gap is better
+    than no restart.  What fails on our side is another thing: then nothing is stopped.
+    """
     target = Target(turn, pid)                  # now: when it leaves, it will hold no lock
     try:
         inherited = take_over(plan, pid)
@@ -3134,13 +3262,17 @@ def succeed(plan: Plan, turn: Turn, pid: int) -> bool:
 
 
 def take_over(plan: Plan, pid: int) -> Inherited:
-    """Return what the old daemon hands over.  It may send anything: only what fits is taken."""
+    """Return what the old daemon hands over.  It may send anything: only what fits is taken.
+
+    The application compares the addresses with what is asked for, and closes the others.
+    """
     talk = call_daemon(plan.files, pid)
     talk.send("sockets")
     message = talk.receive(ANSWER)
     if message["event"] != "sockets":
         raise TimeoutError(errno.ETIMEDOUT, "it does not answer")
     sockets, control, legacy, litter = [], None, None, []   # type: Any, Any, Any, Any
+    # By what the kernel says of each, whatever the daemon calls it.
     for fd in talk.fds:
         passed = adopt(fd)
         if passed is not None and control is None and is_control(passed, plan.files):
@@ -3194,6 +3326,7 @@ def is_legacy(fd: int) -> bool:
 
 def stop_and_start(plan: Plan, turn: Turn, pid: int) -> None:
     """Restart what has nothing to hand over; look first whether there is something to start."""
+    # The commonest mistake can be seen before anything is lost.  (In a jail only from inside.)
     if plan.kind == "program" and plan.chroot is None:
         find_program(plan.command[0])
     if end_daemon(Target(turn, pid), plan.options.timeout):
@@ -3260,7 +3393,10 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def die_with_parent() -> None:
-    """Have a program end with its daemon, though somebody killed that by SIGKILL."""
+    """Have a program end with its daemon, though somebody killed that by SIGKILL.
+
+    By the kernel: there is no channel whose end a program would notice.  See: prctl(2).
+    """
     daemon = os.getppid()
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != daemon:          # it was faster
@@ -3274,15 +3410,11 @@ def keep_orphans() -> None:
 
 # -- 20. The command line ----------------------------------------------------
 
-class Hosted(NamedTuple):
-    """What can be hosted: what root does for it, and how it lives."""
-    bind: Callable[[Plan, Inherited], Any]
-    live: Callable[[Start], int]
-
-
-HOSTS = {"app": Hosted(bind_application, lambda start: Daemon(start, Service(start)).live()),
-         "program": Hosted(bind_nothing, lambda start: Daemon(start, Program(start)).live()),
-         "library": Hosted(bind_nothing, live_in_script)}
+# What can be hosted: what root does for it in step 3, and how it lives from step 7 on.
+HOSTS: Dict[str, Tuple[Callable[[Plan, Inherited], Any], Callable[[Start], int]]] = {
+    "app": (bind_application, lambda start: Daemon(start, Service(start)).live()),
+    "program": (bind_nothing, lambda start: Daemon(start, Program(start)).live()),
+    "library": (bind_nothing, live_in_script)}
 COMMANDS = {"start": start, "stop": stop, "restart": restart, "reload": reload,
             "status": status, "run": run}
 STARTING = ("start", "restart", "run")
@@ -3456,8 +3588,13 @@ def log_path(action: str, logfile: str, folder: str) -> Optional[str]:
 
 
 def parse(argv: List[str], folder: Optional[str] = None) -> Plan:
-    """Step 1.  Return what is to be done; the application's own options wait until it is loaded."""
+    """Step 1.  Return what is to be done; the application's own options wait until it is loaded.
+
+    In the starter, so that stop, status and reload load nothing: broken new code must not prevent
+    them.  Words that we do not know are the application's there, and here foreign.
+    """
     folder = caller_folder() if folder is None else folder
+    # What follows the dashes is a program's, and never looked at: not for @FILE, not for -h.
     cut = argv.index("--") if "--" in argv else len(argv)
     action, arguments = (argv + [""])[0], argv[cut + 1:] if "--" in argv else None
     if action not in COMMANDS:
@@ -3466,6 +3603,7 @@ def parse(argv: List[str], folder: Optional[str] = None) -> Plan:
     typed, foreign = parser.parse_known_args(spoken)
     options = argparse.Namespace(**dict(DEFAULTS, **vars(typed)))
     is_program = arguments is not None and options.app is None
+    # Whoever types one more word than these means a new set of options, and the whole set.
     is_bare = action == "restart" and not is_program and not foreign and set(vars(typed)) <= NEUTRAL
     if action in STARTING and not is_program and not is_bare:
         foreign = []                        # the application's, which will say if they are not
@@ -3477,6 +3615,7 @@ def parse(argv: List[str], folder: Optional[str] = None) -> Plan:
         is_name = len(foreign) == 1 and foreign[0][0] != "-" and not is_program
         refuse("unrecognized arguments: %s" % " ".join(foreign),
                "daemonize.py %s --name %s" % (action, foreign[0]) if is_name else "daemonize.py -h")
+    # What was typed, and nothing else; settle() looks it all up.
     plan = settle(Plan(action, "", "app", "", [], words, spoken, arguments, folder, is_bare,
                        Files("", None, ""), None, None, "/", options))
     is_known = action in ("start", "run") or options.name or options.app or is_program
@@ -3484,7 +3623,10 @@ def parse(argv: List[str], folder: Optional[str] = None) -> Plan:
 
 
 def settle(plan: Plan) -> Plan:
-    """Look up every path and name: after step 1 nothing is relative."""
+    """Look up every path and name: after step 1 nothing is relative.
+
+    All of them are outside paths, as the caller sees them, with --chroot as well.
+    """
     options, folder, arguments = plan.options, plan.cwd, plan.arguments
     chroot = absolute(options.chroot, folder) if options.chroot else None
     plan = plan._replace(hosted=absolute(options.app, folder) if options.app else APPLICATION)
@@ -3500,6 +3642,7 @@ def settle(plan: Plan) -> Plan:
     rundir = "/" if options.rundir is None else inside(absolute(options.rundir, folder), chroot)
     if rundir is None:
         raise Fatal("unable to use --rundir %s: it is not below --chroot" % options.rundir, 2)
+    # Names of users are looked up where they are needed: `stop @FILE` works though --uid is gone.
     name, is_start = name_of(options.name, plan.hosted), plan.action in STARTING
     return plan._replace(
         name=name, files=wanted_files(plan.action, name, options, folder), chroot=chroot,
@@ -3518,7 +3661,7 @@ def renamed(plan: Plan) -> Plan:
 
 
 def show_help(argv: List[str]) -> None:
-    """Print the options of the daemon, and of the application if it is one that would be started."""
+    """Print the options of the daemon, and of the application that would be started."""
     action = argv[0] if argv and argv[0] in COMMANDS else "start"
     cut = argv.index("--") if "--" in argv else len(argv)
     app = vars(build_parser().parse_known_args(argv[:cut])[0]).get("app")
@@ -3534,7 +3677,10 @@ def report_fatal(error: Fatal, is_status: bool) -> int:
 
 
 def main(argv: List[str]) -> int:
-    """Do one command; return its exit status."""
+    """Do one command; return its exit status.
+
+    0 done, 1 failed, 2 usage, 130 interrupted; `status` has the numbers of LSB.
+    """
     action, words = argv[0] if argv else "start", argv[:argv.index("--")] if "--" in argv else argv
     try:
         open_stdio()
