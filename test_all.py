@@ -7934,10 +7934,13 @@ class NothingOfYours(BoxTest):
 
     @needs_linux
     def test_a_killed_daemon_takes_its_program_along(self) -> None:
-        """kill -9 of the daemon: nobody is left who could hold a port, and the next start works."""
-        self.box.start("--", "sleep", "600")
-        os.kill(self.box.pid(), signal.SIGKILL)
-        until(lambda: not self.box.processes(), "the end of the program")
+        """kill -9 of the daemon: nobody is left who could hold a port, and the next start works; another user's, too."""
+        if run([sys.executable, "-c", "import ctypes"]).code:
+            self.skipTest("needs ctypes")
+        for user in [[]] + [["--uid", str(NOBODY)]] * ROOT:
+            self.box.start(*user, "--", "sleep", "600")
+            os.kill(self.box.pid(), signal.SIGKILL)
+            until(lambda: not self.box.processes(), "the end of the program")
         self.box.start("--", "sleep", "600")
 
     def test_what_a_handler_may_do(self) -> None:
