@@ -52,6 +52,7 @@ import random
 import re
 import resource
 import select
+import shlex
 import shutil
 import signal
 import socket
