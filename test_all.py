@@ -52,8 +52,8 @@ import random
 import re
 import resource
 import select
-import shutil
 import shlex
+import shutil
 import signal
 import socket
 import socketserver
@@ -7229,7 +7229,7 @@ sys.exit(daemonize.main(sys.argv[1:]))
         os.chown(logs, NOBODY, NOBODY)
         self.box.pidfile, self.box.log = self.box.path("d.pid"), os.path.join(logs, "d.log")
         app = APP + """
-import shutil
+import shutil_
 def bind(options):
     shutil.rmtree(%r)
     os.symlink(%r, %r)
