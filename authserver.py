@@ -1379,9 +1379,9 @@ class Authenticator:
         if not attempt.authorization:
             self.table.add("challenges")
             return self._refuse(attempt, "no credentials")
-        wait = self.lock_left_of(attempt.client, attempt.time)
-        if wait:
-            return Verdict(429, reason="locked out", fields=(("Retry-After", str(wait)),))
+        locked = self._locked(attempt)
+        if locked:
+            return locked
         try:
             scheme, token, credentials = self._parse(attempt)
             if scheme not in attempt.schemes:
@@ -1398,6 +1398,12 @@ class Authenticator:
         except Malformed as error:
             self.table.add("malformed")
             return Verdict(400, reason=f"malformed: {error}")
+
+    def _locked(self, attempt: Attempt) -> Optional[Verdict]:
+        """Return the verdict on who has guessed too often, or None."""
+        wait = self.lock_left_of(attempt.client, attempt.time)
+        return Verdict(429, reason="locked out", fields=(
+            ("Retry-After", str(wait)),)) if wait else None
 
     def _parse(self, attempt: Attempt) -> Tuple[str, str, Optional[DigestCredentials]]:
         """Return scheme, token and Digest credentials of an attempt."""
@@ -1430,6 +1436,10 @@ class Authenticator:
             verify = functools.partial(passwords.verify, username, password)
             correct = (yield verify) if passwords.is_slow(username) else verify()
         assert passwords is not None
+        # Again: of guesses whose hashes were made together the eleventh must learn nothing.
+        locked = self._locked(attempt)
+        if locked:
+            return locked
         if not correct:
             known = username in passwords.entries
             return self._fail(attempt, username, "bad password" if known else "unknown user")
@@ -2236,6 +2246,14 @@ def refusal(server: "AuthServer", request: Request) -> Answer:
     return Answer(status, (HTML,), error_page(status))
 
 
+def put_off(server: "AuthServer", request: Request, reason: str) -> Answer:
+    """Return the answer to a request that nobody has time for."""
+    if server.authenticator:
+        server.authenticator.table.add("busy")
+    request.verdict = Verdict(503, reason=reason, fields=(("Retry-After", "1"),))
+    return refusal(server, request)
+
+
 def field_lines(fields: Fields) -> str:
     """Return header fields as they go over the wire.
 
@@ -2678,10 +2696,7 @@ class Connection(Channel):
             self.refuse(error, octets, request)
         except Busy as error:           # nobody is there to whom it could be lent
             assert request is not None
-            if server.authenticator:
-                server.authenticator.table.add("busy")
-            request.verdict = Verdict(503, reason=str(error), fields=(("Retry-After", "1"),))
-            answer = refusal(server, request)
+            answer = put_off(server, request, str(error))
         if answer is not None and request is not None:
             self.finish(request, answer, body)
         yield from self.skip(body)
@@ -2707,6 +2722,7 @@ class Connection(Channel):
                 return Verdict(403, reason="forward-auth: no --trusted-proxy, or not one method "
                                            "and one URI")
             request.method, request.target = asked
+            request.same_target = is_same_spelling
             request.line = escape(f"{asked[0]} {asked[1]} HTTP/1.{request.minor}")
         elif authenticator is None or is_public(server.public, request.path):
             return PUBLIC
@@ -3291,13 +3307,6 @@ class Loop(http.server.HTTPServer):
             self.stop_accepting()
             self.paused_until = self.clock + PAUSE_SECONDS
 
-    def begin_drain(self) -> None:
-        """Do the loop's part of drain()."""
-        self.stop_accepting()
-        for connection in self.connections:
-            if connection.stage in ("first", "idle", "handshake"):
-                connection.deadline = min(connection.deadline, self.clock + DRAIN_SECONDS)
-
 
 # Hooks of socketserver that assume one request at a time and a connection for each. Nobody
 # calls them here, and what is never called must not look as if it were.
@@ -3333,7 +3342,10 @@ class AuthServer(Loop):
         is_handler = isinstance(handler_class, (type, functools.partial))
         self.page: Optional[Page] = None if is_handler else handler_class
         handler_class = only_once(handler_class) if is_handler else handler_class
-        self.authenticator = authenticator or find_attribute(handler_class, "authenticator")
+        guard = find_attribute(handler_class, "authenticator")
+        if guard and authenticator and guard is not authenticator:
+            raise TypeError("two authenticators: one is protect()'s, the other an argument")
+        self.authenticator = authenticator or guard
         self.proxies = find_attribute(handler_class, "proxies") or TrustedProxies()
         self.public = [os.fsencode(prefix) for prefix in public]    # of text, as of bytes
         self.listeners = list(listeners)
@@ -3458,6 +3470,20 @@ class AuthServer(Loop):
         """
         self.draining = True
         self.call_soon(self.begin_drain)
+
+    def begin_drain(self) -> None:
+        """Do the loop's part of drain().
+
+        After a reload we go since others have new passwords. Who is not among them any more
+        gets no last answer here: they are read again. Where we may not (root has read them,
+        for a daemon without rights) there was no reload, and who was let in may finish.
+        """
+        self.stop_accepting()
+        with contextlib.suppress(Refusal):
+            self.reread()
+        for connection in self.connections:
+            if connection.stage in ("first", "idle", "handshake"):
+                connection.deadline = min(connection.deadline, self.clock + DRAIN_SECONDS)
 
     def probe(self) -> None:
         """Ask for a page as a client would, in memory; raise Refusal if the answer is not right.
@@ -4886,12 +4912,27 @@ def asked_about(request: Request, prefix: str) -> Optional[Tuple[str, str]]:
             return None
         found.append(said[0] if said else "")
     method, target = found
-    if method and target:
-        return method, target
-    rest = request.target[len(prefix):]         # Envoy's way
-    if not method and not target and request.path == request.target and rest.startswith("/"):
+    rest = request.target[len(prefix):]         # Envoy's way: what stands behind the prefix
+    if rest.startswith("/") and request.path == request.target and not method and not target:
         return request.method, rest
-    return None
+    # Not both ways at once, but for a slash that somebody set behind the prefix.
+    return (method, target) if method and target and (rest == "/" or rest[:1] != "/") else None
+
+
+def is_same_spelling(uri: str, target: str) -> bool:
+    """Return whether the uri of a proof names the target that a proxy asks about.
+
+    Caddy spells a path anew: `[` is %5B in what it says. Each step of a path is compared as
+    what it decodes to, so that %2F is still no slash; the query as it is.
+
+    >>> [is_same_spelling("/a[1]/b", text) for text in ("/a%5b1%5D/b", "/a[1]%2Fb", "/a[1]/b?")]
+    [True, False, False]
+    """
+    def steps(text: str) -> Any:
+        path, query, rest = text.partition("?")
+        return query + rest, [urllib.parse.unquote_to_bytes(step.encode("latin-1"))
+                              for step in path.split("/")]
+    return uri == target or steps(uri) == steps(target)
 
 
 def is_forward_auth(prefix: str, path: str) -> bool:
