@@ -4042,7 +4042,7 @@ class Records:
 
 class HttpsTest(HttpTest):
     """A server with a certificate that tests of a class share."""
-    settings = "authserver.WAITS.update(handshake=1)"
+    settings = "authserver.WAITS.update(handshake=3)"
     pem: str
 
     @classmethod
