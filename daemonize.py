@@ -76,6 +76,7 @@ import contextlib
 import errno
 import faulthandler
 import fcntl
+import io
 import functools
 import re
 import select
@@ -1426,7 +1427,7 @@ def be_starter(plan: Plan, report: Channel, turn: Lock, inherited: Inherited) ->
         opened = open_files(plan, lock, inherited.control)
         leash = detach(plan, opened, report, server, inherited)
         is_daemon = True
-        rope = None if leash is None else open(leash, "wb", 0)
+        rope = None if leash is None else io.FileIO(leash, "wb")
         status = begin(Start(plan, opened, inherited, server, os.getsid(0), rope, report))
     except Returned:
         raise
