@@ -55,19 +55,25 @@ one table, HOSTS, and section 18, which is for systems that lack something.
 """
 import os
 import sys
-if __name__ == "__main__" and "lean" not in globals() and hasattr(sys, "orig_argv") and hasattr(
-        os, "memfd_create") and set(sys.argv[1:2]) & {"start", "restart", "run"}:
+flags = sys.orig_argv[1:-len(sys.argv)] if sys.version_info >= (3, 11) else ["-m"]   # -X dev, ...
+if __name__ == "__main__" and "lean" not in globals() and hasattr(os, "memfd_create") and (
+        set(sys.argv[1:2]) & {"start", "restart", "run"} and "-m" not in flags
+        and sys.orig_argv[-len(sys.argv):] == sys.argv):
     # Python keeps a script's syntax tree, here 8 MiB, for as long as the script runs: for a daemon,
-    # for ever.  So begin again with what was compiled, and without the tree.  (3.10, Linux.)
+    # for ever.  So begin again with what was compiled, and without the tree.  (3.11, Linux.)
     import marshal
-    fd = os.memfd_create("daemonize.py", 0)         # 0: not close-on-exec
-    with open(fd, "wb", closefd=False) as memory:
-        marshal.dump(sys._getframe().f_code, memory)
-    os.lseek(fd, 0, os.SEEK_SET)
-    text = ("import marshal, os; lean = __file__ = %r; file = os.fdopen(%d, 'rb'); "
-            "code = marshal.load(file); file.close(); exec(code)" % (__file__, fd))
-    flags = sys.orig_argv[1:-len(sys.argv)]         # -X dev, -W error, ...
-    os.execv(sys.executable, [sys.executable] + flags + ["-c", text] + sys.argv[1:])
+    try:
+        fd = os.memfd_create("daemonize.py", 0)     # 0: not close-on-exec
+        with open(fd, "wb", closefd=False) as memory:
+            marshal.dump(sys._getframe().f_code, memory)
+        os.lseek(fd, 0, os.SEEK_SET)
+        # -P, and our own path: that of -c begins with the folder that we are called in.
+        text = ("import sys; sys.path[:] = %r; import marshal, os; lean = __file__ = %r; "
+                "file = os.fdopen(%d, 'rb'); code = marshal.load(file); file.close(); exec(code)"
+                % (sys.path, __file__, fd))
+        os.execv(sys.executable, [sys.executable] + flags + ["-P", "-c", text] + sys.argv[1:])
+    except OSError:         # then with the tree: it costs nothing but memory
+        pass
 
 import argparse
 import array
@@ -977,10 +983,14 @@ class Lock:
 
 
 def check_orphan(plan: Plan) -> None:
-    """Refuse to call a daemon dead that answers, though somebody removed its lock file."""
+    """Refuse to call a daemon dead that answers, though somebody removed its lock file.
+
+    Where the folder is another user's, anybody of that user could answer there: not believed.
+    """
     with contextlib.suppress(OSError):
-        pid = listener_of(plan.files)
-        if pid and look_at(pid):
+        pid, uid = listener_of(plan.files)
+        is_ours = uid in (0, os.geteuid()) or is_trusted(plan.files.folder)
+        if pid and look_at(pid) and is_ours:
             raise Fatal("unable to tell whether %s runs: pid %d answers at %s, but its lock was "
                         "removed\ntry: kill %d" % (plan.name, pid, plan.files.control, pid))
 
@@ -993,8 +1003,14 @@ class Turn(Lock):
 
     def __init__(self, plan: Plan) -> None:
         """Wait for it, and leave no file if it does not come."""
+        self.made = [plan.files.folder] * make_own_folder(plan)
         self.is_new = not exists(plan.files.lock)
-        super().__init__(plan, os.O_RDWR)
+        try:
+            super().__init__(plan, os.O_RDWR)
+        except Fatal:                   # a first start that failed has just removed the folder?
+            if not make_own_folder(plan):
+                raise
+            super().__init__(plan, os.O_RDWR)
         try:
             self.wait()
         except BaseException as error:
@@ -1008,6 +1024,9 @@ class Turn(Lock):
         """
         if self.is_new and error[0]:
             os.unlink(self.path)
+            for folder in self.made:
+                with contextlib.suppress(OSError):      # somebody else has a file in it
+                    os.rmdir(folder)
         self.close()
 
     def wait(self) -> None:
@@ -1286,7 +1305,8 @@ def expect(waiting: Sequence[Child], word: str, seconds: float,
                 message = child.channel.receive(deadline - time.monotonic())
                 if message["event"] != word:
                     raise failure(child, message)
-                missing.remove(child)
+                if child in missing:
+                    missing.remove(child)
     return message
 
 
@@ -2071,12 +2091,12 @@ def dial(files: Files) -> Channel:
     return Channel(end)
 
 
-def listener_of(files: Files) -> Optional[int]:
-    """Return who listens at the control socket; raise OSError if nobody does."""
+def listener_of(files: Files) -> Tuple[Optional[int], Optional[int]]:
+    """Return (pid, uid) of who listens at the control socket; raise OSError if nobody does."""
     end = dial(files).end
-    pid = peer_of(end)[0]
+    listener = peer_of(end)
     end.detach()                                # not closed: see above
-    return pid
+    return listener
 
 
 def call_daemon(files: Files, pid: int) -> Channel:
@@ -2303,7 +2323,6 @@ def bind_nothing(plan: Plan, inherited: Inherited) -> None:
 
 def start(plan: Plan) -> int:
     """Start the daemon unless it runs; return when it is ready."""
-    make_own_folder(plan)
     with Turn(plan) as turn:
         pid = turn.holder()
         if pid is None:
@@ -2373,7 +2392,7 @@ class Made:
         self.starter: Optional[Child] = None
         self.before: Optional[bytes] = None         # the record of the last start
         self.new = [path for path in (files.pidfile, files.control, files.logfile)
-                    if path and not exists(path)] + [files.lock] * turn.is_new
+                    if path and not exists(path)] + [files.lock] * turn.is_new + turn.made
         turn.is_new = False             # from here on that is our affair
         self.logged = os.path.getsize(self.logfile) if self.logfile and exists(self.logfile) else 0
 
@@ -2656,7 +2675,6 @@ def run(plan: Plan) -> int:
     # Both look at the environment, and take what they find out of it: a child of ours that knows
     # these protocols must not believe that it is meant.
     notifier, inherited = open_notifier(), Inherited(inherited_sockets())
-    make_own_folder(plan)
     with Turn(plan) as turn:
         pid = turn.holder()
         if pid is not None:
@@ -3312,7 +3330,7 @@ def is_control(passed: socket.socket, files: Files) -> bool:
         return False
     with contextlib.suppress(OSError):
         passed.listen(MAX_TALKS)
-        return listener_of(files) in (None, os.getpid())
+        return listener_of(files)[0] in (None, os.getpid())
     return False
 
 
