@@ -2470,7 +2470,8 @@ from authserver import AuthServer, Authenticator, Passwords, protect, protect_ws
 passwords = Passwords({"jim": "secret", "ann": "other"}, realm="files")
 ''' % HERE
 LIBRARY_END = r'''
-print("listening on http://127.0.0.1:%d/" % server.server_address[1], flush=True)
+if not isinstance(server, AuthServer):  # which says it itself
+    print("listening on http://127.0.0.1:%d/" % server.server_address[1], flush=True)
 server.serve_forever()
 '''
 Row = Tuple[str, bytes, List[int], bool]        # sentence, what is sent, the statuses, closed?
