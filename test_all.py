@@ -66,7 +66,6 @@ import sys
 import tempfile
 import threading
 import time
-import tokenize
 import traceback
 import unittest
 import urllib.error
@@ -76,7 +75,7 @@ import warnings
 import wave
 import wsgiref.simple_server
 from random import Random
-from typing import (Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union)
+from typing import (Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union)
 from unittest import mock
 
 sys.dont_write_bytecode = True  # nothing is written beside the programs
