@@ -2469,7 +2469,7 @@ from authserver import AuthServer, Authenticator, Passwords, protect, protect_ws
 passwords = Passwords({"jim": "secret", "ann": "other"}, realm="files")
 ''' % HERE
 LIBRARY_END = r'''
-if not isinstance(server, AuthServer):  # which says it itself
+if not isinstance(server, authserver.AuthServer):  # which says it itself
     print("listening on http://127.0.0.1:%d/" % server.server_address[1], flush=True)
 server.serve_forever()
 '''
