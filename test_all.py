@@ -66,7 +66,6 @@ import sys
 import tempfile
 import threading
 import time
-import tokenize
 import traceback
 import unittest
 import urllib.error
@@ -76,7 +75,7 @@ import warnings
 import wave
 import wsgiref.simple_server
 from random import Random
-from typing import (Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union)
+from typing import (Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union)
 from unittest import mock
 
 sys.dont_write_bytecode = True  # nothing is written beside the programs
@@ -1721,6 +1720,7 @@ class DigestScheme(AuthTestCase):
                     now = authenticator.clock() + 6
                     self.assertNotEqual(200, clients[-1].ask(fields[-1], now=now).status)
                     for client in clients[:100:9] + [Client(authenticator, now=now)]:
+                        now += 0.02  # two of one moment may want the same place in the table
                         verdict = client.ask(now=now)
                         if is_stale(verdict):
                             client.hear(verdict.fields[0][1])
@@ -2470,7 +2470,8 @@ from authserver import AuthServer, Authenticator, Passwords, protect, protect_ws
 passwords = Passwords({"jim": "secret", "ann": "other"}, realm="files")
 ''' % HERE
 LIBRARY_END = r'''
-print("listening on http://127.0.0.1:%d/" % server.server_address[1], flush=True)
+if not isinstance(server, authserver.AuthServer):  # which says it itself
+    print("listening on http://127.0.0.1:%d/" % server.server_address[1], flush=True)
 server.serve_forever()
 '''
 Row = Tuple[str, bytes, List[int], bool]        # sentence, what is sent, the statuses, closed?
@@ -4450,31 +4451,6 @@ class HttpCommand(BoxTest):
         at = self.serve("--bind", "0.0.0.0:0", "--tls-cert", self.box.path(said[0][2].split()[1]))
         self.assertTrue(at)
         self.assertNotIn("try:", read(self.box.output))
-
-    @needs_root
-    @needs("ip")
-    @needs("unshare")
-    def test_a_link_local_address_keeps_its_zone(self) -> None:
-        """[fe80::1%lo]:0 is bound, in a network of its own that has it."""
-        script = ("ip link set lo up && ip -6 addr add fe80::1/64 dev lo nodad && exec " +
-                  " ".join(map(shlex.quote, self.argv("--bind", "[fe80::1%lo]:0"))))
-        self.box.spawn("unshare", "-n", "sh", "-c", script)
-        self.assertRegex(self.logged(r"listening on (\S+)")[0], r"fe80::1%(25)?lo\]:\d+")
-
-    def test_a_kernel_without_IPv6(self) -> None:
-        """:PORT is IPv4 alone there, whatever Python was compiled with."""
-        path = self.box.write("four.py", PRELUDE + '''
-import errno, socket
-real = socket.socket
-class Four(real):
-    def __init__(self, family=socket.AF_INET, *rest, **keys):
-        if family == socket.AF_INET6: raise OSError(errno.EAFNOSUPPORT, "not supported")
-        super().__init__(family, *rest, **keys)
-socket.socket = Four
-sys.exit(authserver.main(sys.argv[1:]))
-''')
-        at = self.box.launch(sys.executable, path, *self.argv("--bind", ":0")[2:])
-        self.assertEqual(request("127.0.0.1:" + at.rpartition(":")[2], "/", "GET", "").status, 401)
 
     def test_a_unix_socket_is_replaced_when_nobody_listens(self) -> None:
         """A socket file of a dead server is no obstacle, one of a living server is."""
@@ -10055,13 +10031,14 @@ def soak_life_cycle(random: Random, deadline: float) -> str:
 
 
 def soak_credentials(random: Random, deadline: float) -> str:
-    """Put 100,000 mutated Authorization fields to the authenticator; nobody is let in."""
-    before, rounds = memory(os.getpid()), 0
+    """Put 100,000 mutated Authorization fields to the authenticator; nobody is let in, nothing grows."""
+    fuzz_credentials(20000, random)  # until the caches are full
+    before, rounds = memory(os.getpid()), 20000
     while rounds < 100000 or time.monotonic() < deadline:
         fuzz_credentials(10000, random)
         rounds += 10000
     grown = memory(os.getpid()) - before
-    assert grown < 8, "memory grew by %.1f MiB" % grown
+    assert grown < 4, "memory grew by %.1f MiB" % grown
     return "%d mutations, memory grew by %.1f MiB" % (rounds, grown)
 
 
@@ -10071,11 +10048,10 @@ def soak_requests(random: Random, deadline: float) -> str:
     fields = basic("jim", "wrong"), Digest('realm="authserver", nonce="x"', uri="/example/foo").field()
     with served("--max-failures", "0") as (box, address):
         while sum(seen.values()) < 5000 or time.monotonic() < deadline:
-            field = mutate(random.choice(fields), random)
-            text = head("/example/foo", "GET", field, CLOSE) if field.isprintable() else b"\r\n\r\n"
+            text = head("/example/foo", "GET", mutate(random.choice(fields), random), CLOSE)
             status = (statuses(talk(address, text, True)) or [0])[0]
             seen[status] += 1
-            assert 400 <= status < 500 or not field.isprintable(), (status, text)
+            assert 400 <= status < 500, (status, text)
             if sum(seen.values()) == 500:
                 warm = memory(box.server.pid)
         grown = memory(box.server.pid) - warm
@@ -10408,7 +10384,9 @@ def run_parts(chosen: Dict[Any, List[str]], verbose: bool) -> List[Dict[str, Any
             while waiting and len(running) < PARTS:
                 part = Part(*waiting.pop(0))
                 running[part.pid] = part
-            reports.append(running.pop(os.wait()[0]).report(verbose))
+            pid = os.wait()[0]
+            if pid in running:  # as the first process of a container we inherit others
+                reports.append(running.pop(pid).report(verbose))
     finally:
         for pid in running:
             os.killpg(pid, signal.SIGKILL)
