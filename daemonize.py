@@ -50,8 +50,8 @@ The file has two parts.  Part I, A DAEMON, stands alone: 1 messages, 2 who and w
 4 files, 5 the lock, 6 children and their words, 7 leaving the terminal, 8 giving up root, 9 being
 the daemon, 10 a word with the daemon, 11 ending a daemon, 12 programs, 13 start, stop, status,
 reload, run, 14 the library call.  Part II, A DAEMON THAT SERVES: 15 applications, 16 workers,
-17 the log, 18 restart, 19 other systems, 20 the command line.  Part I calls nothing of Part II
-but through one table, HOSTS, and section 19, which is for systems that lack something.
+17 restart, 18 other systems, 19 the command line.  Part I calls nothing of Part II but through
+one table, HOSTS, and section 18, which is for systems that lack something.
 """
 import os
 import sys
@@ -1309,7 +1309,7 @@ def expect(waiting: Sequence[Child], word: str, seconds: float,
 #                                   <--- a byte on the leash -----
 #                                   exits: nothing is left to undo
 #                                                                   tells the old daemon to leave
-#   <-------------------------------------------------- "done" ---  (restart: see section 18)
+#   <-------------------------------------------------- "done" ---  (restart: see section 17)
 #   greets; gives the turn back
 #
 # Whoever dies before the point is noticed: the command by the starter (EOF, "fatal", "died"), the
@@ -1385,7 +1385,7 @@ def reset_handlers() -> None:
 
 
 class Inherited(NamedTuple):
-    """What a daemon takes over: from systemd, or from the daemon that it replaces (section 18)."""
+    """What a daemon takes over: from systemd, or from the daemon that it replaces (section 17)."""
     sockets: Sequence[socket.socket] = ()
     control: Optional[socket.socket] = None
     legacy: Optional[int] = None            # memory that the application shares with its heir
@@ -1589,6 +1589,8 @@ def begin(start: Start) -> int:
     if start.plan.chroot or start.plan.identity:
         # What is imported late must be here by now: a jail has no library, a user may not read it.
         import json, subprocess, threading, traceback       # noqa: F401
+        if start.plan.kind == "program":
+            prctl(PR_GET_DUMPABLE, 0)               # which changes nothing, but imports ctypes
     set_environment(start.plan)
     switch_user(start.plan.identity)
     return HOSTS[start.plan.kind][1](start)
@@ -1975,7 +1977,7 @@ def notify(start: Start, text: str) -> None:
 #   <-------------- "status", said -----
 #   "reload", an fd of the log ---------> reads all files again, or refuses
 #   <-------------- "reloaded", reason --
-#   "sockets", "leave"                    a restart: section 18
+#   "sockets", "leave"                    a restart: section 17
 #
 # The daemon serves root and its own user.  The command treats the daemon as hostile: it may have
 # been taken over.  One deadline for an exchange, 64 KiB and 64 fds at most, no text printed raw.
@@ -3092,7 +3094,7 @@ class Service(Host):
             self.obstacle = because(error)
             self.complain("unable to rotate %s: %s" % (path, self.obstacle))
 
-    # A restart: the picture is in section 18.
+    # A restart: the picture is in section 17.
 
     def hand_over(self, talk: Channel) -> None:
         """Send our sockets, and the memory that the application shares with its heir."""
@@ -3165,7 +3167,7 @@ def refusal_of(error: BaseException) -> str:
     return reason
 
 
-# -- 18. Restart -------------------------------------------------------------
+# -- 17. Restart -------------------------------------------------------------
 # An application's sockets go from the old daemon to the new one: no client ever meets a closed
 # port.  The conversation on which they came is inherited, too, and it is the HEIR that tells the
 # old one to leave, when it has the place: no command is needed for that any more.
@@ -3341,7 +3343,7 @@ def stop_and_start(plan: Plan, turn: Turn, pid: int) -> None:
         raise Fatal("%s\ndaemonize: fatal: nothing runs now" % fatal, fatal.status, fatal.trace)
 
 
-# -- 19. Other systems -------------------------------------------------------
+# -- 18. Other systems -------------------------------------------------------
 # What Linux has and others lack (or a jail, a container, an old Python), in one place.
 
 def has_proc() -> bool:
@@ -3389,7 +3391,7 @@ def prctl(option: int, value: int) -> None:
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+PR_SET_PDEATHSIG, PR_GET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 1, 3, 36
 
 
 def die_with_parent() -> None:
@@ -3408,7 +3410,7 @@ def keep_orphans() -> None:
     prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
-# -- 20. The command line ----------------------------------------------------
+# -- 19. The command line ----------------------------------------------------
 
 # What can be hosted: what root does for it in step 3, and how it lives from step 7 on.
 HOSTS: Dict[str, Tuple[Callable[[Plan, Inherited], Any], Callable[[Start], int]]] = {
@@ -3598,7 +3600,7 @@ def parse(argv: List[str], folder: Optional[str] = None) -> Plan:
     cut = argv.index("--") if "--" in argv else len(argv)
     action, arguments = (argv + [""])[0], argv[cut + 1:] if "--" in argv else None
     if action not in COMMANDS:
-        refuse("expected one of %s" % ", ".join(COMMANDS))
+        refuse("expected one of %s, not %r" % (", ".join(COMMANDS), action))
     parser, (words, spoken) = build_parser(), expand(argv[1:cut], folder)
     typed, foreign = parser.parse_known_args(spoken)
     options = argparse.Namespace(**dict(DEFAULTS, **vars(typed)))
