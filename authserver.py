@@ -870,7 +870,7 @@ class Exclusively:
             self.mutex.release()
             raise
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, self.offset)
         self.mutex.release()
 
@@ -929,7 +929,7 @@ class SharedTable:
     def set_clock(self, wall: float) -> None:
         """Begin a new era if the time of day has jumped: only machines that share need this."""
         with self._exclusively(0):
-            layout, key, salt, issuers, offset, started = HEADER.unpack_from(self._memory)
+            layout, key, salt, issuers, offset, _ = HEADER.unpack_from(self._memory)
             if abs(wall - time.monotonic() - offset) > CLOCK_SKEW:
                 HEADER.pack_into(self._memory, 0, layout, key, salt, os.urandom(4) + issuers[:28],
                                  wall - time.monotonic(), wall)
@@ -1250,7 +1250,7 @@ class Authenticator:
         # Again, if a reload came while a slow hash was made: who is no longer in it is out.
         while passwords is not self.passwords:
             passwords = self.passwords
-            verify = functools.partial(passwords.verify, username, password)
+            verify = functools.partial(self._verify, passwords, attempt, username, password)
             correct = (yield verify) if passwords.is_slow(username) else verify()
         assert passwords is not None
         # Again: of guesses whose hashes were made together the eleventh must learn nothing.
@@ -1260,11 +1260,21 @@ class Authenticator:
         if not correct:
             known = username in passwords.entries
             return self._fail(attempt, username, "bad password" if known else "unknown user")
-        verdict = Verdict(200, username, username, "", (), "Basic")
-        if len(passwords.granted) >= REMEMBERED:
-            passwords.granted.clear()
-        passwords.granted[self._memo_of(attempt.authorization[0])] = verdict
-        return verdict
+        return Verdict(200, username, username, "", (), "Basic")
+
+    def _verify(self, passwords: Passwords, attempt: Attempt, username: str,
+                password: str) -> bool:
+        """Return whether a password is right; note it if so, for whoever waits for a thread.
+
+        A browser opens eight connections at once, all with the same credentials: one hash.
+        """
+        memo = self._memo_of(attempt.authorization[0])
+        if memo in passwords.granted or passwords.verify(username, password):
+            if len(passwords.granted) >= REMEMBERED:
+                passwords.granted.clear()
+            passwords.granted[memo] = Verdict(200, username, username, "", (), "Basic")
+            return True
+        return False
 
     def _judge_digest(self, attempt: Attempt, credentials: DigestCredentials,
                       body: Optional[bytes]) -> Verdict:
@@ -1514,7 +1524,6 @@ class Request(Attempt):
     now = time = 0.0
     host = ""                           # of the client, for the log
     asked = False                       # a proxy asks, and method and target are its client's
-    is_read = False                     # its body has been, for qop=auth-int
     status = 0                          # of the answer
 
     def __init__(self, method: str = "GET", target: str = "/", path: str = "/", line: str = "",
@@ -1522,6 +1531,7 @@ class Request(Attempt):
                  authorization: Sequence[str] = ()) -> None:
         self.method, self.target, self.path, self.line = method, target, path, line
         self.minor, self.fields, self.authorization = minor, fields or NO_FIELDS, authorization
+        self.is_head = method == "HEAD"     # by what came: a proxy asks about another method
         self.verdict = UNASKED
 
     @property
@@ -2006,6 +2016,7 @@ class Body:
         self.done = not self.left and not chunked
         self.rest = bytearray()
         self.taken = b""        # what was read ahead of a handler, as it came (qop=auth-int)
+        self.is_read = False    # it was, and the client has been told 100 Continue
 
     def feed(self, octets: bytes) -> bytes:
         """Take octets as they came, return what they mean."""
@@ -2322,7 +2333,7 @@ class Connection(Channel):
             request = server.heads.read(octets)
             if request.has_body():
                 body = Body(request.fields.length, request.fields.chunked)
-                request.read_body = functools.partial(self.read, request, body)
+                request.read_body = functools.partial(self.read, request.fields, body)
             verdict = request.verdict = self.recall(request) or (
                 yield from self.judge(request))
             request.username = verdict.username
@@ -2381,27 +2392,27 @@ class Connection(Channel):
         assert self.server.authenticator is not None        # recall() has seen to that
         return self.server.authenticator.judge(request)
 
-    def read(self, request: Request, body: Body) -> Generator[Any, Any, bytes]:
+    def read(self, fields: FieldBlock, body: Body) -> Generator[Any, Any, bytes]:
         """Return the whole of a body; one that the loop cannot hold is refused.
 
         For qop=auth-int alone, where the proof is about the body. What was read stays in
         body.taken, as it came: a handler has a right to read it as well.
         """
         # If something has come after the head, the client is not waiting: RFC 9110 section 10.1.1.
-        if request.fields.expects and not self.buffer:
+        if fields.expects and not self.buffer:
             self.output += CONTINUE
         content = b""
         while True:
             body.taken += self.buffer
             content += body.feed(self.take_buffer())
             # Twice, for chunks: what says how long they are may be as long as they.
-            if max(len(content), len(body.taken) // 2, request.fields.length) > IN_MEMORY:
+            if max(len(content), len(body.taken) // 2, fields.length) > IN_MEMORY:
                 raise BadRequest(413, "body too large")
             if body.done:
                 break
             yield MORE
         body.taken = body.taken[:len(body.taken) - len(body.rest)]
-        request.is_read = True
+        body.is_read = True
         return content
 
     def skip(self, body: Body) -> Story:
@@ -2462,9 +2473,9 @@ class Connection(Channel):
                 f"{field_lines(request.verdict.fields)}{length}{ends}\r\n")
         self.output += head.encode("latin-1", "replace")
         if not isinstance(content, FilePart):
-            size = size if length and request.method != "HEAD" else 0
+            size = size if length and not request.is_head else 0
             self.output += content[:size]
-        elif not (length and size and request.method != "HEAD"):
+        elif not (length and size and not request.is_head):
             size = 0
             content.file.close()
         else:
@@ -3859,8 +3870,8 @@ class Follower:
     it is the last one on its connection; upgraded, what follows is another protocol.
     """
 
-    def __init__(self, request: Request, draining: bool) -> None:
-        self.request = request
+    def __init__(self, request: Request, body: Body, draining: bool) -> None:
+        self.request, self.body = request, body
         self.closes = draining or not (request.minor and request.fields.keep_alive)
         self.head = b""                         # of the answer, until it is whole
         self.left: Optional[int] = None         # bytes of the answer still to come; None: all
@@ -3886,7 +3897,7 @@ class Follower:
                 rest, self.head, self.status = self.head, b"", status
                 passed += self.complete(head, found.group(1) == b"1") + self.cut(rest)
             # 100 Continue and its like: another follows. Who has sent its body has been told so.
-            elif status != 100 or not self.request.is_read:
+            elif status != 100 or not self.body.is_read:
                 passed += head
         return passed
 
@@ -3905,6 +3916,7 @@ class Follower:
             self.left = 0
         elif is_chunked(head):
             self.chunks = Body(-1, True)
+            self.chunks.room = sys.maxsize      # a download, or a stream that never ends
         else:
             self.left = int(length.group(1)) if length else None
         ends = self.left is not None or self.chunks is not None
@@ -3951,7 +3963,7 @@ class HandlerSocket:
     def __init__(self, connection: Connection, octets: bytes, request: Request, body: Body) -> None:
         self.connection, self.body, self.verdict = connection, body, request.verdict
         self.pending = octets                   # for the handler to read
-        self.answer = Follower(request, connection.server.draining)
+        self.answer = Follower(request, body, connection.server.draining)
         self.nonsense: Optional[BadRequest] = None
         # The client has left; the handler has closed it, has handed it out, has raised.
         self.gone = self.is_shut = self.bypassed = self.failed = False

@@ -76,6 +76,7 @@ import contextlib
 import errno
 import faulthandler
 import fcntl
+import io
 import functools
 import re
 import select
@@ -1401,7 +1402,7 @@ class Start(NamedTuple):
     inherited: Inherited
     server: Any = None                      # what bind() returned
     session: Optional[int] = None           # that the starter made; None: run has none
-    leash: Optional[int] = None             # to the starter
+    leash: Any = None                       # to the starter: a file, which knows that it is closed
     report: Optional[Channel] = None        # to the command
     notifier: Optional[socket.socket] = None        # to systemd
 
@@ -1426,7 +1427,8 @@ def be_starter(plan: Plan, report: Channel, turn: Lock, inherited: Inherited) ->
         opened = open_files(plan, lock, inherited.control)
         leash = detach(plan, opened, report, server, inherited)
         is_daemon = True
-        status = begin(Start(plan, opened, inherited, server, os.getsid(0), leash, report))
+        rope = None if leash is None else io.FileIO(leash, "wb")
+        status = begin(Start(plan, opened, inherited, server, os.getsid(0), rope, report))
     except Returned:
         raise
     except BaseException as error:
@@ -1614,8 +1616,8 @@ def take_place(start: Start, **facts: Any) -> None:
             opened.control.listen(MAX_TALKS)
     if start.leash is not None:
         with contextlib.suppress(OSError):          # somebody killed the starter: good as well
-            os.write(start.leash, b"!")
-        os.close(start.leash)
+            start.leash.write(b"!")
+        start.leash.close()
     replace_predecessor(start)
 
 
@@ -1675,9 +1677,11 @@ class Host:
             for end in self.ends:
                 end.close()
             # Harmless for the lock: that is the daemon's, and fork(2) gave us none to lose.
-            for fd in (self.opened.pidfile, self.opened.lock, self.start.leash):
-                with contextlib.suppress(OSError, TypeError):       # a leash ends once it is used
-                    os.close(fd)                                    # type: ignore[arg-type]
+            os.close(self.opened.pidfile)
+            os.close(self.opened.lock)
+            # By its file, not by its number: used and closed, that is another's by now.
+            if self.start.leash is not None:
+                self.start.leash.close()
             life(channel)
         child = fork(shed_and_live)
         # A child with a copy of a sibling's channel would keep EOF from that sibling.

@@ -6037,6 +6037,14 @@ class Reload(BoxTest):
         self.assertIn("after\n", read(self.box.log))
         self.assertNotIn("after", read(self.box.path("old.log")))
 
+    def test_reloads_follow_one_another_and_a_restart(self) -> None:
+        """Each is done, however many were before: nothing that was closed is closed again."""
+        self.box.start(app=APP)
+        self.box.command("restart")
+        for number in range(1, 4):
+            self.box.command("reload")
+            self.assertEqual(read(self.box.log).count("reloaded\n"), number)
+
     def test_SIGHUP_does_the_same_and_says_so_in_the_log(self) -> None:
         """SIGHUP is reload; its result stands in the log."""
         address = self.box.address(self.box.start(app=APP))
