@@ -4004,7 +4004,9 @@ threading.Thread.start = start
 
 def secure(address: str, context: Optional[ssl.SSLContext] = None, **settings: Any) -> Any:
     """Return a connection over TLS; it raises when it is cut off instead of closed."""
-    return (context or trusting()).wrap_socket(Wire(address), suppress_ragged_eofs=False, **settings)
+    context = context or trusting()
+    context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)     # which Python sets since 3.10
+    return context.wrap_socket(Wire(address), suppress_ragged_eofs=False, **settings)
 
 
 def https(address: str, *words: str) -> Answer:
