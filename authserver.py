@@ -3937,7 +3937,8 @@ class Follower:
             try:
                 self.chunks.feed(octets)
             except BadRequest as error:
-                self.fault, self.chunks, self.left = f"the handler sent a malformed {error}", None, 0
+                self.fault, self.chunks = f"the handler sent a malformed {error}", None
+                self.left = 0
                 return b""
             rest = self.chunks.take_rest() if self.chunks.done else b""
             if rest:

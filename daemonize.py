@@ -2860,6 +2860,13 @@ def enter_folder(plan: Plan) -> None:
             os.chdir("/")
 
 
+def private_files(plan: Plan) -> List[str]:
+    """Return our own files, which an application that serves files should serve to nobody."""
+    files, log = plan.files, plan.files.logfile
+    logs = [log] + ["%s.%d" % (log, n + 1) for n in range(plan.options.log_keep)] if log else []
+    return [files.pidfile, files.lock, files.control] + logs
+
+
 def options_for(module: ModuleType, plan: Plan, inherited: Inherited) -> argparse.Namespace:
     """Return what bind() gets: the application's own options, and a written list of ours."""
     # One parser knows all options, so that a typo in either half is refused.
@@ -2870,7 +2877,7 @@ def options_for(module: ModuleType, plan: Plan, inherited: Inherited) -> argpars
             "legacy": inherited.legacy, "uid": uid, "gid": gid, "chroot": plan.chroot,
             "workers": plan.options.workers, "config_prefix": plan.files.prefix,
             "may_create": plan.action != "run" and not plan.options.quiet,
-            "predecessor": inherited.predecessor}
+            "predecessor": inherited.predecessor, "private_files": private_files(plan)}
     taken = set(parsed) & set(ours) - foreign
     if taken:
         raise Fatal("unable to host %s: --%s is an option of daemonize.py" % (

@@ -7235,7 +7235,7 @@ sys.exit(daemonize.main(sys.argv[1:]))
         os.chown(logs, NOBODY, NOBODY)
         self.box.pidfile, self.box.log = self.box.path("d.pid"), os.path.join(logs, "d.log")
         app = APP + """
-import shutil_
+import shutil
 def bind(options):
     shutil.rmtree(%r)
     os.symlink(%r, %r)
