@@ -2641,9 +2641,10 @@ def reload(plan: Plan) -> int:
             reason = str(message.get("reason", "it talks nonsense"))
         except OSError as error:
             reason = "%s\ntry: daemonize.py restart" % because(error)
-    if reason:                          # its lines are not to look like ours
-        raise Fatal("unable to reload %s: %s" % (
-            plan.name, reason.replace("\ndaemonize:", "\n  daemonize:")))
+    if reason:                          # its lines are not to look like ours; ours name this daemon
+        cure = command_line("restart", plan)
+        raise Fatal("unable to reload %s: %s" % (plan.name, reason.replace(
+            "\ndaemonize:", "\n  daemonize:").replace("try: daemonize.py restart", "try: " + cure)))
     tell(plan, "%s is reloaded" % plan.name)
     return 0
 
@@ -3070,7 +3071,12 @@ class Service(Host):
             self.release(fresh)
             return self.reopen(log_fd)
         except BaseException as error:  # SystemExit, too: it refuses this reload, and no more
-            log("reload: " + as_fatal(error, "reload").trace)
+            # The log nevertheless: it may have been renamed, and what is written to the old one
+            # is lost when logrotate compresses it.
+            self.reopen(log_fd)
+            trace = as_fatal(error, "reload").trace
+            if trace:
+                log("reload: " + trace)
             return refusal_of(error)
         finally:
             if log_fd is not None:
