@@ -2058,7 +2058,7 @@ class Talks:
         if event == LATE:               # half a line, so far
             return
         try:
-            if event == "sockets":
+            if event == "sockets" and event in self.verbs:      # a program has none
                 self.heir = talk
             self.verbs.get(event, self.hang_up)(talk)
         except OSError:                 # it hung up in mid-sentence
@@ -3534,8 +3534,8 @@ def add_options(add: Callable[..., Any]) -> None:
     add("--version", action="store_true", help="show the version")
 
 
-COMMENT = re.compile(r"""((?:\\.|'[^']*'|"(?:\\.|[^"\\])*"|[^\s'"\\#])"""
-                     r"""(?:\\.|'[^']*'|"(?:\\.|[^"\\])*"|[^\s'"\\])*)|#[^\n]*""", re.DOTALL)
+WORD_OR_COMMENT = (r"""(?s)((?:\\.|'[^']*'|"(?:\\.|[^"\\])*"|[^\s'"\\#])"""
+                   r"""(?:\\.|'[^']*'|"(?:\\.|[^"\\])*"|[^\s'"\\])*)|#[^\n]*""")
 
 
 def split_words(text: str) -> List[str]:
@@ -3547,7 +3547,7 @@ def split_words(text: str) -> List[str]:
     ['--a', 'b c', '--e', 'f#g', '#h']
     """
     import shlex
-    return shlex.split(COMMENT.sub(lambda found: found.group(1) or "", text))
+    return shlex.split(re.sub(WORD_OR_COMMENT, lambda found: found.group(1) or "", text))
 
 
 def expand(typed: List[str], folder: str) -> Tuple[List[str], List[str]]:

@@ -5815,14 +5815,17 @@ class Status(BoxTest):
 
     def test_a_command_that_hangs_up_or_talks_nonsense_is_no_harm(self) -> None:
         """Half a line, no JSON, an unknown word, a question whose answer nobody reads: status works on."""
-        self.box.start(app=APP)
-        for said in (b"{", b"[]\n", b"\xff\n", b'{"event": 7}\n', b'{"event": "tea"}\n', b"[" * 60000 + b"\n",
-                     b'{"event": "status"}\n' * 50):
-            with self.subTest(said[:20]):
-                with self.control() as control:
-                    control.sendall(said)
-                self.assertEqual(self.box.status()["pid"], self.box.pid())
-        self.assertNotIn("Traceback", read(self.box.log))
+        for app, hosted in ((APP, []), ("", ["--", "sleep", "600"])):
+            self.box.start(*hosted, app=app)
+            for said in (b"{", b"[]\n", b"\xff\n", b'{"event": 7}\n', b'{"event": "tea"}\n', b"[" * 60000 + b"\n",
+                         b'{"event": "status"}\n' * 50, b'{"event": "sockets"}\n', b'{"event": "reclaim"}\n'):
+                with self.subTest(said[:20], app=app[:9]):
+                    with self.control() as control:
+                        control.sendall(said)
+                    facts = self.box.status()
+                    self.assertEqual((facts["pid"], facts["last_error"]), (self.box.pid(), ""))
+            self.assertNotIn("Traceback", read(self.box.log))
+            self.box.command("stop")
 
     def test_silent_conversations_keep_nobody_out(self) -> None:
         """Nine callers who say nothing: status and restart work at once, and the longest silent are hung up."""
