@@ -8868,11 +8868,16 @@ class Supervisors(BoxTest):
             for _ in range(4):
                 run(["logrotate", "-f", "-s", self.box.path("state"), conf], 0)
                 go_on()
+            self.box.write("passwords", "no colon\n", 0o640, NOBODY)  # a mistake refuses all but the log
+            self.assertEqual(run(["logrotate", "-f", "-s", self.box.path("state"), conf]).code, 1)
+            size = os.stat(self.box.log + ".1").st_size
+            go_on()
+            self.assertEqual(os.stat(self.box.log + ".1").st_size, size)
         self.assertEqual([caller.failures for caller in callers], [[]] * 4)
         self.box.command("stop")
         logs = [read(path) for path in glob.glob(glob.escape(self.box.log) + "*")]
         lines = re.findall('"GET /example/foo .*" 200 ', "".join(logs))
-        self.assertEqual((len(logs), len(lines)), (5, sum(caller.answers for caller in callers)))
+        self.assertEqual((len(logs), len(lines)), (6, sum(caller.answers for caller in callers)))
         self.assertEqual(os.stat(self.box.log).st_uid, NOBODY)
 
     def test_supervisors(self) -> None:
