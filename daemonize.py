@@ -46,6 +46,8 @@ its own but no session (so it can never acquire a terminal), and so does each ch
      4243     1  4243  4242 ?    python3 daemonize.py start        the daemon
      4244  4243  4244  4242 ?    python3 daemonize.py start        a worker
 
+(From Python 3.11 on, CMD is `python3 -P -c ... daemonize.py ... start`: the reason stands below.)
+
 The file has two parts.  Part I, A DAEMON, stands alone: 1 messages, 2 who and where, 3 processes,
 4 files, 5 the lock, 6 children and their words, 7 leaving the terminal, 8 giving up root, 9 being
 the daemon, 10 a word with the daemon, 11 ending a daemon, 12 programs, 13 start, stop, status,
