@@ -10137,15 +10137,17 @@ def reset(address: str) -> None:
 
 def never_read(address: str) -> None:
     """200 connections that ask for more and more, and read nothing; again when they are cut off."""
+    host, port = address.split(":")
     while True:
         with contextlib.ExitStack() as stack:
             for _ in range(200):
-                wire = stack.enter_context(Wire(address))
-                wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-                wire.setblocking(False)
+                sock = stack.enter_context(socket.socket())
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)  # before the window is offered
+                sock.connect((host, int(port)))
+                sock.setblocking(False)
                 with contextlib.suppress(OSError):
                     while True:
-                        wire.send(head() * 100)
+                        sock.send(head() * 100)
             select.select([], [], [], 30)
 
 
