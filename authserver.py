@@ -3,8 +3,8 @@
 """Serve over HTTP to who has a password: Basic and Digest, from one dictionary.
 
     python3 authserver.py passwd users jim          (asks for jim's password, twice)
-    python3 authserver.py --passwords users
-    curl --digest -u jim http://127.0.0.1:8081/example/foo
+    python3 authserver.py --passwords users --root .
+    curl --digest -u jim http://127.0.0.1:8081/README
 
 One exchange, as it goes over the wire (\\ marks a line broken for this page):
 
@@ -20,7 +20,7 @@ One exchange, as it goes over the wire (\\ marks a line broken for this page):
                                 Authentication-Info: rspauth="9b71...09a5", qop=auth, \\
                                     nc=00000001, cnonce="f2"
 
-Throughout this file
+In Part I, which is about who is there,
 
     realm           the name of what is protected; a password is for one realm
     challenge       what a 401 asks for: one WWW-Authenticate line per scheme and algorithm
@@ -35,19 +35,27 @@ Throughout this file
                     this one, and do not ask the person
     qop             what the proof covers: auth = method and uri, auth-int = the body as well
     -sess           form of an algorithm that mixes nonce and cnonce into HA1
+    verdict         what the authenticator says of a request: 200 and whose it is, or why not
+
+and in Part II, which is about a server,
+
     target          what the request line asks for, as sent, before any clean-up
-    head            request line and fields; an exchange is one request and its answer
+    head            request line and fields; an answer has one, too
+    page            a function that answers in the loop; a handler, a class of http.server's,
+                    answers in a thread
+    story           the generator that tells a request, from its head to its line in the log
     peer            who is at the other end of the socket; host is whom the log names, client
                     whom a lock-out would hit: with a proxy between, these are three
-    memo            what one exact head meant, to be checked again and not parsed again
 
-The way of a request: bytes -> head (7) -> Authorization (1) -> credentials (2, 3) -> the one
-dictionary (4) -> Verdict (5) -> handler (8) -> one write (9, 10). Sections 11 to 13 put it
-before other people's handlers and applications, and on the command line.
+The way of a request: bytes -> head (7) -> Authorization (1) -> credentials (2) -> the one
+dictionary (3) and the nonce (4) -> verdict (5) -> page (8) -> one write (9, 10).  Part III, which
+nobody has to read, has what people serve and how they get at it: folders (11 to 13), HTTPS
+(14), handlers (15), other servers (16), proxies that ask (17), files of secrets (18), addresses
+(19) and options (20).  Each section begins with what it took to find out.
 
 For programs: protect(HandlerClass, passwords), protect_wsgi(application, passwords),
-Passwords({"jim": "secret"}, realm="files"), AuthServer.  daemonize.py finds add_arguments()
-and bind().
+Passwords({"jim": "secret"}, realm="files"), AuthServer, Files.  daemonize.py finds
+add_arguments() and bind().
 
 See: RFC 7616 (Digest), RFC 7617 (Basic), RFC 9110 (HTTP), RFC 9112 (its messages).
 """
@@ -161,6 +169,12 @@ class NoNonce(Malformed):
 
 class Busy(Exception):
     """Every thread that could do what takes long has work: 503."""
+
+
+################################################################ PART I: WHO IS THERE
+#
+# What HTTP authentication is, and one dictionary that serves both schemes. Nothing in it knows
+# of sockets; a server asks it one question: Authenticator.judge().
 
 
 # -- 1. Reading the header ----------------------------------------------------
@@ -381,7 +395,7 @@ def read_digest(value: str) -> Optional[DigestCredentials]:
     return DigestCredentials(names, realm, nonce, uri, response, algorithm, qop, nc, cnonce)
 
 
-# -- 2. Digest arithmetic -----------------------------------------------------
+# -- 2. The digest ------------------------------------------------------------
 #
 # MD5 is broken where an attacker chooses both texts. Here it hashes a secret with the
 # request, and for that it is not known to be broken; but it is fast, as is SHA-256: who
@@ -479,7 +493,219 @@ def digest_response(ha1: str, nonce: str, nc: str, cnonce: str, qop: str, ha2: s
     return to_hex(algorithm, f"{ha1}:{nonce}:{nc}:{cnonce}:{qop}:{ha2}".encode("latin-1"))
 
 
-# -- 3. Nonces, and what the workers share ------------------------------------
+# -- 3. The dictionary: one for both schemes ----------------------------------
+#
+# Basic brings a password, Digest a proof made from HA1. A checker that compares passwords
+# can never serve Digest: in the second article all looked well, and every log-in failed
+# in silence. But HA1 can be made from the password; so a dictionary of HA1s serves both,
+# and holds no password. What it cannot serve (from a htpasswd hash there is no way to
+# HA1) is found at start, and not by the user in front of the door.
+#
+# An HA1 is worth as much as the password, for this realm: who reads it can log in. "Do
+# not use it because in-memory passwords can be a security hole", says Twisted of its own
+# dictionary; this one is as safe as the permissions of its file. A line with `plain` is no
+# worse for this realm. It is for all others in which the same person has the same password:
+# so it is for tests, and for programs that write the file themselves.
+#
+# Limits have twins: what no client could send, or some clients would spoil, is refused
+# here, where the person who chose it can choose again. So is what one reader of the file
+# would take for something else than another: a blank at an end, a letter nobody sees.
+
+# How hashes begin: {SHA} and {SSHA} of htpasswd, the others are libcrypt's business.
+B64 = "[A-Za-z0-9+/]"
+# {SSHA}: 20 bytes and at least 1 of salt make at least 28 characters; 27 and "=" have no salt.
+# Without $apr1$: libcrypt does not know it, and its 1000 rounds would be a loop in Python.
+is_crypted = re.compile(rf"\{{SHA\}}{B64}{{27}}=|\{{SSHA\}}(?:{B64}{{4}}){{7,}}(?:{B64}{{2}}==|"
+                        rf"{B64}{{3}}=)?|\$(?!apr1\$)[0-9a-z]+\$[!-9;-~]+").fullmatch
+# With rounds or cost and without the salt: what decides how long a hash is, and takes.
+match_kind = re.compile(r"\{[^}]*\}|\$[156]\$(?:rounds=\d+\$)?|\$[^$]*\$[^$]*\$").match
+is_ha1 = re.compile("[0-9a-fA-F]{32}(?:[0-9a-fA-F]{32})?").fullmatch
+BCRYPT_BYTES = 72           # of a password; libcrypt does not read the rest
+SHA1 = find_hash("sha1")
+
+
+class Entry(NamedTuple):
+    """What is known of one user."""
+
+    username: str
+    line: int                       # of the file; 0 = from elsewhere
+    ha1: Dict[str, str]             # hash name -> HA1
+    crypted: str                    # a htpasswd hash, or ""
+
+    @property
+    def kind(self) -> str:
+        """How the password is kept."""
+        match = match_kind(self.crypted)
+        return match.group() if match else " and ".join(self.ha1) + " HA1"
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether it takes long to verify a password: libcrypt's hashes are made for that."""
+        return self.crypted.startswith("$")
+
+
+def is_username(text: str) -> bool:
+    """Return whether a name is one that clients, log and readers of the file can handle."""
+    # Most clients send a backslash bare: before the closing quotation mark it would escape that.
+    found = re.fullmatch(r'(?!-$|[# ])[^:"]+(?<![ \\])', text)
+    # Percent-encoded, as some clients send it, a name is three times as long: MAX_TEXT.
+    return found is not None and text.isprintable() and len(text.encode("utf-8")) < 256
+
+
+def normal_username(username: str) -> str:
+    r"""Return the normal form of a name, or raise Refusal.
+
+    >>> normal_username("Ju\u0308rgen")
+    'Jürgen'
+    """
+    if not is_username(username):
+        raise Refusal(f"unable to use user name {username!r}: it is -, empty or longer than 255 "
+                      f"bytes, or has # or a blank at its start, \\ or a blank at its end, or a "
+                      f"colon, \" or what is invisible or no UTF-8")
+    return unicodedata.normalize("NFC", username)
+
+
+def normal_password(username: str, password: str) -> str:
+    """Return the normal form of a password that this user can send under both schemes."""
+    password = unicodedata.normalize("NFC", password)
+    # Surrogates stand for bytes that were no text.
+    spoilt = has_control(password) or re.search("[\ud800-\udfff]", password)
+    size = len(f"{username}:{password}".encode("utf-8", "surrogatepass"))
+    if not password or spoilt or size > MAX_TEXT:
+        raise Refusal(f"unable to use this password: empty, control characters in it, no UTF-8, or "
+                      f"too long: Basic carries {MAX_TEXT} bytes of name, colon and password")
+    return password
+
+
+def check_realm(realm: str) -> None:
+    r"""Refuse a realm that clients or the password file would misunderstand.
+
+    wget, urllib, requests and httpx all answer wrongly to a " or \ in it; in the file a
+    colon ends it, and `plain`, { and $ begin something else.
+    """
+    if not re.fullmatch(r"(?!plain$|[ {$])[ !#-9;-\[\]-~]+(?<! )", realm):
+        raise Refusal(f"unable to use realm {realm!r}: printable ASCII without \" \\ or colon, "
+                      f"not `plain`, and not {{ $ or blank at its ends")
+
+
+def entry_of_password(username: str, line: int, realm: str, password: str) -> Entry:
+    """Return an entry that serves every scheme and algorithm, and forget the password."""
+    password = normal_password(username, password)
+    ha1 = {name: digest_ha1(username, realm, password, name) for name in FOUND if name in HASHES}
+    return Entry(username, line, ha1, "")
+
+
+def matches(entry: Entry, realm: str, password: str) -> bool:
+    """Return whether an entry is of this password; may wait for a slow hash.
+
+    >>> matches(Entry("jim", 1, {}, "{SHA}5en6G6MezRroT3XKqkdPOmY/BfQ="), "files", "secret")
+    True
+    """
+    phrase = password.encode("utf-8", "surrogatepass")
+    if entry.is_slow:
+        # All that begin with the same 72 bytes would be right: $2a$, $2b$, $2y$.
+        if entry.crypted.startswith("$2") and len(phrase) > BCRYPT_BYTES:
+            return False
+        setting, (function, turns) = entry.crypted.encode("ascii"), load_crypt()
+        with turns:
+            # crypt(3) returns setting and hash in one, and takes such a whole as setting.
+            return hmac.compare_digest(function(phrase, setting) or b"", setting)
+    if entry.crypted:
+        octets = base64.b64decode(entry.crypted.partition("}")[2])      # the hash, then the salt
+        found = (SHA1 or hashlib.sha1)(phrase + octets[20:]).digest()
+        return hmac.compare_digest(found, octets[:20])
+    # The first line: it is the one that Apache's htdigest changes, and no other.
+    name, ha1 = next(iter(entry.ha1.items()))
+    return hmac.compare_digest(digest_ha1(entry.username, realm, password, name), ha1)
+
+
+class Passwords:
+    """The one knower of passwords, for Basic and for Digest.
+
+    Passwords({"jim": "secret"}, realm="files") makes HA1s at once and forgets the passwords;
+    Passwords.read() takes a file. Nothing in it changes afterwards: a reload makes a new
+    one, and with the old one goes what it has granted.
+    """
+
+    def __init__(self, users: Optional[Mapping[str, str]] = None, realm: str = REALM,
+                 entries: Optional[Mapping[str, Entry]] = None, source: str = "FILE") -> None:
+        check_realm(realm)
+        self.realm, self.source = realm, source
+        self.entries: Dict[str, Entry] = dict(entries or {})
+        for username, password in (users or {}).items():
+            name = normal_username(username)
+            self.entries[name] = entry_of_password(name, 0, realm, password)
+        # What stands in for unknown users, so that they cost what others cost.
+        # False < True: if any hash is slow, the decoy is.
+        self._decoy = max(self.entries.values(), key=lambda entry: entry.is_slow,
+                          default=Entry("", 0, {"SHA-256": ""}, ""))
+        self.granted: Dict[bytes, Any] = {}     # authenticators' Verdicts on Basic's tokens
+
+    @classmethod
+    def read(cls, path: str, realm: str = REALM) -> "Passwords":
+        """Read the password file at path ("-" = standard input), or name all its mistakes."""
+        # First: no command that cures the file could cure that.
+        check_realm(realm)
+        entries, mistakes = parse_passwords(
+            read_secrets("passwords", path, passwd_command(path, [FIRST_USER], realm)), realm)
+        if mistakes:
+            curable = [name for _, name in mistakes if name]
+            raise refuse_file(f"use passwords {path}", [text for text, _ in mistakes],
+                              passwd_command(path, curable, realm))
+        return cls(None, realm, entries, path)
+
+    @property
+    def warnings(self) -> List[str]:
+        """What a person should know of the hashes in it."""
+        kinds = sorted({entry.kind if entry.crypted else "HA1" for entry in self.entries.values()})
+        mixed = [f"{' and '.join(kinds)} in one file: the time of an answer tells which a user has"]
+        return mixed * (len(kinds) > 1) + [
+            f"{kind} in {self.source}: bcrypt knows {BCRYPT_BYTES} bytes of a password, longer "
+            f"ones are refused" for kind in kinds if kind.startswith("$2")]
+
+    def fingerprint(self) -> bytes:
+        """Return 32 bytes that tell this dictionary from all others."""
+        known = [(entry.username, sorted(entry.ha1.items()), entry.crypted)
+                 for entry in self.entries.values()]
+        return hashlib.sha256(repr((self.realm, sorted(known))).encode("utf-8")).digest()
+
+    def check_servable(self, schemes: Sequence[str], algorithms: Sequence[str]) -> None:
+        """Refuse what some user could never answer, however right the password.
+
+        This is the trap of the second article, where Digest was offered and the checker
+        knew Basic only.
+        """
+        gaps = [(entry, algorithm) for entry in self.entries.values() if "digest" in schemes
+                for algorithm in algorithms if hash_name(algorithm) not in entry.ha1]
+        texts = [f"line {entry.line}: user {entry.username!r} has only {entry.kind}: cannot "
+                 f"answer Digest {algorithm}" for entry, algorithm in gaps]
+        if texts:
+            cure = passwd_command(self.source, [gaps[0][0].username], self.realm)
+            raise refuse_file(f"serve every user of {self.source}", texts,
+                              (cure + "   # or: ") * bool(cure) + "--schemes basic")
+
+    def find(self, usernames: Iterable[str]) -> Optional[Entry]:
+        """Return the entry of the first of these names that has one."""
+        return next((self.entries[name] for name in usernames if name in self.entries), None)
+
+    def check_password(self, username: str, password: str) -> bool:
+        """Return whether this is the password of that user; may wait for a slow hash."""
+        username, password = (unicodedata.normalize("NFC", text) for text in (username, password))
+        # libcrypt would stop reading at a NUL.
+        return not has_control(password) and self.verify(username, password)
+
+    def is_slow(self, username: str) -> bool:
+        """Return whether to verify this user's password takes long; for unknown ones, too."""
+        return self.entries.get(username, self._decoy).is_slow
+
+    def verify(self, username: str, password: str) -> bool:
+        """Do what check_password() does, for normal forms."""
+        correct = matches(self.entries.get(username, self._decoy), self.realm, password)
+        # Last, and after all the work: what fits the decoy is no password of a stranger.
+        return correct and username in self.entries
+
+
+# -- 4. Nonces, and what the workers share ------------------------------------
 #
 # A nonce says when it was made and carries our signature: a 401 costs no memory, nor do
 # a million of them. Memory is spent only once a right response has used a nonce: the
@@ -504,7 +730,7 @@ def digest_response(ha1: str, nonce: str, nc: str, cnonce: str, qop: str, ha2: s
 #
 # Who maps a table: the workers of a daemon, forked after it was made; its heir (a restart
 # hands the descriptor over, so that no client notices); and, by a name that only its
-# user can reach, the processes of a WSGI server, which know nothing of one another (12).
+# user can reach, the processes of a WSGI server, which know nothing of one another (16).
 
 # 27 bytes are 36 characters of base64 and no padding: a nonce has one spelling.
 is_nonce = re.compile(r"[A-Za-z0-9_-]{36}").fullmatch
@@ -644,7 +870,7 @@ class Exclusively:
             self.mutex.release()
             raise
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, self.offset)
         self.mutex.release()
 
@@ -703,7 +929,7 @@ class SharedTable:
     def set_clock(self, wall: float) -> None:
         """Begin a new era if the time of day has jumped: only machines that share need this."""
         with self._exclusively(0):
-            layout, key, salt, issuers, offset, started = HEADER.unpack_from(self._memory)
+            layout, key, salt, issuers, offset, _ = HEADER.unpack_from(self._memory)
             if abs(wall - time.monotonic() - offset) > CLOCK_SKEW:
                 HEADER.pack_into(self._memory, 0, layout, key, salt, os.urandom(4) + issuers[:28],
                                  wall - time.monotonic(), wall)
@@ -806,415 +1032,6 @@ class SharedTable:
         """Return all COUNTERS with their values, of all who ever counted."""
         rows = ROW.iter_unpack(self._memory[ROWS:SLOTS])
         return dict(zip(COUNTERS, map(sum, zip(*rows))))
-
-
-# -- 4. Passwords: one dictionary for both schemes ----------------------------
-#
-# Basic brings a password, Digest a proof made from HA1. A checker that compares passwords
-# can never serve Digest: in the second article all looked well, and every log-in failed
-# in silence. But HA1 can be made from the password; so a dictionary of HA1s serves both,
-# and holds no password. What it cannot serve (from a htpasswd hash there is no way to
-# HA1) is found at start, and not by the user in front of the door.
-#
-# An HA1 is worth as much as the password, for this realm: who reads it can log in. "Do
-# not use it because in-memory passwords can be a security hole", says Twisted of its own
-# dictionary; this one is as safe as the permissions of its file. A line with `plain` is no
-# worse for this realm. It is for all others in which the same person has the same password:
-# so it is for tests, and for programs that write the file themselves.
-#
-# Limits have twins: what no client could send, or some clients would spoil, is refused
-# here, where the person who chose it can choose again. So is what one reader of the file
-# would take for something else than another: a blank at an end, a letter nobody sees.
-
-# How hashes begin: {SHA} and {SSHA} of htpasswd, the others are libcrypt's business.
-B64 = "[A-Za-z0-9+/]"
-# {SSHA}: 20 bytes and at least 1 of salt make at least 28 characters; 27 and "=" have no salt.
-# Without $apr1$: libcrypt does not know it, and its 1000 rounds would be a loop in Python.
-is_crypted = re.compile(rf"\{{SHA\}}{B64}{{27}}=|\{{SSHA\}}(?:{B64}{{4}}){{7,}}(?:{B64}{{2}}==|"
-                        rf"{B64}{{3}}=)?|\$(?!apr1\$)[0-9a-z]+\$[!-9;-~]+").fullmatch
-# With rounds or cost and without the salt: what decides how long a hash is, and takes.
-match_kind = re.compile(r"\{[^}]*\}|\$[156]\$(?:rounds=\d+\$)?|\$[^$]*\$[^$]*\$").match
-is_ha1 = re.compile("[0-9a-fA-F]{32}(?:[0-9a-fA-F]{32})?").fullmatch
-BCRYPT_BYTES = 72           # of a password; libcrypt does not read the rest
-SHA1 = find_hash("sha1")
-
-
-class Entry(NamedTuple):
-    """What is known of one user."""
-
-    username: str
-    line: int                       # of the file; 0 = from elsewhere
-    ha1: Dict[str, str]             # hash name -> HA1
-    crypted: str                    # a htpasswd hash, or ""
-
-    @property
-    def kind(self) -> str:
-        """How the password is kept."""
-        match = match_kind(self.crypted)
-        return match.group() if match else " and ".join(self.ha1) + " HA1"
-
-    @property
-    def is_slow(self) -> bool:
-        """Whether it takes long to verify a password: libcrypt's hashes are made for that."""
-        return self.crypted.startswith("$")
-
-
-def command(*words: str, script: str = os.path.basename(__file__)) -> str:
-    """Return a command line, for this file or one beside it, that can be pasted into a shell."""
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), script)
-    return " ".join(map(shlex.quote, ("python3", path) + words))
-
-
-def passwd_command(path: str, usernames: Sequence[str], realm: str) -> str:
-    """Return the command that sets the password of the first of these, "" if none can."""
-    # What is no regular file is a pipe or a folder; a new file has no form yet.
-    if not usernames or path == "-" or os.path.exists(path) and not os.path.isfile(path):
-        return ""
-    return command("passwd", path, usernames[0], *["--realm", realm][:2 * (realm != REALM)])
-
-
-def is_username(text: str) -> bool:
-    """Return whether a name is one that clients, log and readers of the file can handle."""
-    # Most clients send a backslash bare: before the closing quotation mark it would escape that.
-    found = re.fullmatch(r'(?!-$|[# ])[^:"]+(?<![ \\])', text)
-    # Percent-encoded, as some clients send it, a name is three times as long: MAX_TEXT.
-    return found is not None and text.isprintable() and len(text.encode("utf-8")) < 256
-
-
-def normal_username(username: str) -> str:
-    r"""Return the normal form of a name, or raise Refusal.
-
-    >>> normal_username("Ju\u0308rgen")
-    'Jürgen'
-    """
-    if not is_username(username):
-        raise Refusal(f"unable to use user name {username!r}: it is -, empty or longer than 255 "
-                      f"bytes, or has # or a blank at its start, \\ or a blank at its end, or a "
-                      f"colon, \" or what is invisible or no UTF-8")
-    return unicodedata.normalize("NFC", username)
-
-
-def normal_password(username: str, password: str) -> str:
-    """Return the normal form of a password that this user can send under both schemes."""
-    password = unicodedata.normalize("NFC", password)
-    # Surrogates stand for bytes that were no text.
-    spoilt = has_control(password) or re.search("[\ud800-\udfff]", password)
-    size = len(f"{username}:{password}".encode("utf-8", "surrogatepass"))
-    if not password or spoilt or size > MAX_TEXT:
-        raise Refusal(f"unable to use this password: empty, control characters in it, no UTF-8, or "
-                      f"too long: Basic carries {MAX_TEXT} bytes of name, colon and password")
-    return password
-
-
-def check_realm(realm: str) -> None:
-    r"""Refuse a realm that clients or the password file would misunderstand.
-
-    wget, urllib, requests and httpx all answer wrongly to a " or \ in it; in the file a
-    colon ends it, and `plain`, { and $ begin something else.
-    """
-    if not re.fullmatch(r"(?!plain$|[ {$])[ !#-9;-\[\]-~]+(?<! )", realm):
-        raise Refusal(f"unable to use realm {realm!r}: printable ASCII without \" \\ or colon, "
-                      f"not `plain`, and not {{ $ or blank at its ends")
-
-
-def entry_of_password(username: str, line: int, realm: str, password: str) -> Entry:
-    """Return an entry that serves every scheme and algorithm, and forget the password."""
-    password = normal_password(username, password)
-    ha1 = {name: digest_ha1(username, realm, password, name) for name in FOUND if name in HASHES}
-    return Entry(username, line, ha1, "")
-
-
-@functools.lru_cache(maxsize=None)
-def load_crypt() -> Tuple[Callable[[bytes, bytes], Optional[bytes]], threading.Semaphore]:
-    """Return crypt(phrase, setting) of the C library, and how many may call it at a time.
-
-    Python's own crypt left with 3.13, and stopped all threads while it hashed. crypt(3) keeps
-    its result where all threads write theirs: one at a time where there is no crypt_r(3).
-    """
-    for name in ("libcrypt.so.1", "libcrypt.so.2", "libcrypt.so.5", None):
-        try:
-            import ctypes           # 3 ms and a megabyte, only for who has such hashes
-            library = ctypes.CDLL(name)
-            function = getattr(library, "crypt_r", None) or library.crypt
-        except (ImportError, OSError, AttributeError):
-            continue
-        function.restype = ctypes.c_char_p
-        if not hasattr(library, "crypt_r"):
-            return function, threading.Semaphore(1)
-        # struct crypt_data has 131,232 bytes in an old glibc, and less elsewhere.
-        return (lambda phrase, setting, crypt_r=function: crypt_r(
-            phrase, setting, ctypes.create_string_buffer(160 * 1024)),
-            threading.Semaphore(SLOW_HASHES))
-    return (lambda phrase, setting: None), threading.Semaphore(1)
-
-
-def matches(entry: Entry, realm: str, password: str) -> bool:
-    """Return whether an entry is of this password; may wait for a slow hash.
-
-    >>> matches(Entry("jim", 1, {}, "{SHA}5en6G6MezRroT3XKqkdPOmY/BfQ="), "files", "secret")
-    True
-    """
-    phrase = password.encode("utf-8", "surrogatepass")
-    if entry.is_slow:
-        # All that begin with the same 72 bytes would be right: $2a$, $2b$, $2y$.
-        if entry.crypted.startswith("$2") and len(phrase) > BCRYPT_BYTES:
-            return False
-        setting, (function, turns) = entry.crypted.encode("ascii"), load_crypt()
-        with turns:
-            # crypt(3) returns setting and hash in one, and takes such a whole as setting.
-            return hmac.compare_digest(function(phrase, setting) or b"", setting)
-    if entry.crypted:
-        octets = base64.b64decode(entry.crypted.partition("}")[2])      # the hash, then the salt
-        found = (SHA1 or hashlib.sha1)(phrase + octets[20:]).digest()
-        return hmac.compare_digest(found, octets[:20])
-    # The first line: it is the one that Apache's htdigest changes, and no other.
-    name, ha1 = next(iter(entry.ha1.items()))
-    return hmac.compare_digest(digest_ha1(entry.username, realm, password, name), ha1)
-
-
-FORMS: Set[Tuple[str, int]] = set()     # kinds and lengths of hashes that libcrypt makes
-
-
-def check_crypted(entry: Entry) -> Entry:
-    """Return an entry whose hash this machine can verify; else raise Refusal.
-
-    libcrypt is asked for a hash with the same salt: if that is not as long, it does not know
-    the kind, or an editor has cut off the end. Once for each form: bcrypt takes its time.
-    """
-    kind, form = entry.kind, (entry.kind, len(entry.crypted))
-    if ":" in entry.crypted:
-        raise Refusal("field 3: nothing may follow a hash of htpasswd")
-    if not is_crypted(entry.crypted):
-        raise Refusal(f"field 2: {entry.crypted[:5]}... is no hash we know (htpasswd -B makes one)")
-    if kind[0] == "{" and SHA1 is None:
-        raise Refusal(f"field 2: the hashlib of this Python lacks SHA-1, for {kind}")
-    if entry.is_slow and form not in FORMS:
-        function, turns = load_crypt()
-        with turns:
-            made = function(b"probe", entry.crypted.encode("ascii"))
-        # Only a yes is kept: what is wrong with this line need not be with the next one's.
-        if len(made or b"") != len(entry.crypted):
-            raise Refusal(f"field 2: the libcrypt of this machine does not know {kind}, or this "
-                          f"one is of the wrong length")
-        FORMS.add(form)
-    return entry
-
-
-def split_line(line: str) -> Tuple[str, str, str]:
-    """Return the fields of a line: user, place, value; the place of a htpasswd hash is "".
-
-    Blanks at a line's ends are cut off, as Apache does.
-
-    >>> split_line(" jim:plain:se:cret"), split_line("ann:{SHA}0=\\r")
-    (('jim', 'plain', 'se:cret'), ('ann', '', '{SHA}0='))
-    """
-    username, _, rest = line.strip(" \t\r").partition(":")
-    place, _, value = ("", "", rest) if rest.startswith(("{", "$")) else rest.partition(":")
-    return unicodedata.normalize("NFC", username), place, value
-
-
-def is_line_of(line: str, username: str, realm: str) -> bool:
-    """Return whether a line is about this user in this realm; a broken one may be.
-
-    >>> [is_line_of(line, "jim", "a") for line in ("jim:a:0", " jim:{SHA}x", "#jim:a:0", "jim:b:0")]
-    [True, True, False, False]
-    """
-    name, place, value = split_line(line)
-    return name == username and (place in ("", "plain", realm) or not value)
-
-
-def make_entry(line: int, username: str, realm: str, place: str, value: str) -> Entry:
-    """Return the entry that the fields of a line stand for.
-
-    >>> make_entry(1, "jim", "files", "files", "5e93c589edbe9d5867a3bce43a1066c1").ha1
-    {'MD5': '5e93c589edbe9d5867a3bce43a1066c1'}
-    """
-    if not value:
-        raise Refusal("expected user:realm:HA1, user:HASH or user:plain:PASSWORD, "
-                      "but a field is missing")
-    if place == "plain":
-        return entry_of_password(username, line, realm, value)
-    if not place:
-        return check_crypted(Entry(username, line, {}, value))
-    if not is_ha1(value):
-        raise Refusal("field 3: neither 32 nor 64 hex digits")
-    # The length tells which hash: 64 digits count as SHA-256, though SHA-512-256 has as many.
-    name = "MD5" if len(value) == 32 else "SHA-256"
-    if name not in HASHES:
-        raise Refusal(f"field 3: the hashlib of this Python lacks {name}")
-    return Entry(username, line, {name: value.lower()}, "")
-
-
-def add_entry(entries: Dict[str, Entry], entry: Entry, realm: str) -> None:
-    """Add an entry, unless it lets everybody in, or contradicts an earlier one of its user."""
-    # Without any password; slow hashes are not tried.
-    if not entry.is_slow and matches(entry, realm, ""):
-        raise Refusal("an empty password")
-    first = entries.setdefault(entry.username, entry)
-    # A second line may add the HA1 of another hash, and nothing else.
-    if first is not entry and (first.crypted or entry.crypted or set(first.ha1) & set(entry.ha1)):
-        raise Refusal(f"again, after line {first.line}")
-    first.ha1.update(entry.ha1)
-
-
-def parse_passwords(text: str, realm: str) -> Tuple[Dict[str, Entry], List[Tuple[str, str]]]:
-    """Return entries by user; and mistakes, each with the user whose new password would cure it.
-
-    >>> parse_passwords("# staff\\njim:plain:secret\\n jim:plain:other \\n", "files")[1]
-    [("line 3: user 'jim': again, after line 2", 'jim')]
-    """
-    entries: Dict[str, Entry] = {}
-    mistakes, elsewhere = [], set()     # type: List[Tuple[str, str]], Set[str]
-    # Not splitlines(): it also divides at a form feed or U+2028, and the numbers would be wrong.
-    for line, content in enumerate(text.split("\n"), 1):
-        if content.strip(" \t\r")[:1] in ("", "#"):
-            continue
-        name, place, value = split_line(content)
-        is_ours = is_line_of(content, name, realm)
-        try:
-            # What is no HA1 may be a password whose owner has forgotten the `plain`.
-            if is_ours or not is_ha1(value):
-                add_entry(entries, make_entry(line, normal_username(name), realm, place, value),
-                          realm)
-            else:
-                elsewhere.add(place)
-        except Refusal as error:
-            mistakes.append((f"line {line}: user {name!r}: {error}",
-                             name if is_ours and is_username(name) else ""))
-    if not entries and not mistakes:
-        others = ", but of " * bool(elsewhere) + ", ".join(sorted(elsewhere))
-        mistakes.append((f"no user of realm {realm} in it{others}", FIRST_USER))
-    return entries, mistakes
-
-
-def refuse_file(what: str, mistakes: Sequence[str], cure: str) -> Refusal:
-    """Return the Refusal of a file, with up to ten mistakes and the command that cures one.
-
-    >>> str(refuse_file("use passwords F", ["a", "b"], "chmod 600 F"))
-    'unable to use passwords F: a; b\\ntry: chmod 600 F'
-    """
-    more = [f"and {len(mistakes) - 10} more"] * (len(mistakes) > 10)
-    return Refusal(f"unable to {what}: " + "; ".join(list(mistakes[:10]) + more)
-                   + f"\ntry: {cure}" * bool(cure))
-
-
-def is_exposed(fd: int) -> bool:
-    """Return whether others may read or change an open file of secrets.
-
-    Containers are given theirs as 0444: root's, or on a mount that nobody can write to, and
-    who is in the container may read them anyway.
-    """
-    found = os.fstat(fd)
-    if not stat.S_ISREG(found.st_mode) or not found.st_mode & (stat.S_IROTH | stat.S_IWOTH):
-        return False
-    is_roots = found.st_uid == 0 != os.geteuid() and not found.st_mode & 0o222
-    return not is_roots and not os.fstatvfs(fd).f_flag & os.ST_RDONLY
-
-
-def read_secrets(what: str, path: str, cure: str = "", is_strict: bool = True) -> str:
-    """Return the text of a file of secrets ("-" = standard input), if it is one.
-
-    Bytes that are no UTF-8 become surrogates, which no name and no password may have: so a line
-    is told by its number, and a comment may be in any encoding. cure makes a file that is missing.
-    """
-    try:
-        # closefd: with descriptor 0 closed, the next file opened would be "standard input".
-        with open(0 if path == "-" else path, "rb", closefd=path != "-") as stream:
-            exposed, octets = is_exposed(stream.fileno()), stream.read()
-    except OSError as error:
-        raise refuse_file(f"read {what} {path}", [str(error.strerror)],
-                          cure * (error.errno == errno.ENOENT))
-    if exposed and is_strict:
-        raise refuse_file(f"use {what} {path}", ["everybody may read or change it"],
-                          f"chmod 600 {shlex.quote(path)}")
-    # -sig: some editors put U+FEFF at the start, which would become part of the first name.
-    return octets.decode("utf-8-sig", "surrogateescape")
-
-
-class Passwords:
-    """The one knower of passwords, for Basic and for Digest.
-
-    Passwords({"jim": "secret"}, realm="files") makes HA1s at once and forgets the passwords;
-    Passwords.read() takes a file. Nothing in it changes afterwards: a reload makes a new
-    one, and with the old one goes what it has granted.
-    """
-
-    def __init__(self, users: Optional[Mapping[str, str]] = None, realm: str = REALM,
-                 entries: Optional[Mapping[str, Entry]] = None, source: str = "FILE") -> None:
-        check_realm(realm)
-        self.realm, self.source = realm, source
-        self.entries: Dict[str, Entry] = dict(entries or {})
-        for username, password in (users or {}).items():
-            name = normal_username(username)
-            self.entries[name] = entry_of_password(name, 0, realm, password)
-        # What stands in for unknown users, so that they cost what others cost.
-        # False < True: if any hash is slow, the decoy is.
-        self._decoy = max(self.entries.values(), key=lambda entry: entry.is_slow,
-                          default=Entry("", 0, {"SHA-256": ""}, ""))
-        self.granted: Dict[bytes, Any] = {}     # authenticators' Verdicts on Basic's tokens
-
-    @classmethod
-    def read(cls, path: str, realm: str = REALM) -> "Passwords":
-        """Read the password file at path ("-" = standard input), or name all its mistakes."""
-        # First: no command that cures the file could cure that.
-        check_realm(realm)
-        entries, mistakes = parse_passwords(
-            read_secrets("passwords", path, passwd_command(path, [FIRST_USER], realm)), realm)
-        if mistakes:
-            curable = [name for _, name in mistakes if name]
-            raise refuse_file(f"use passwords {path}", [text for text, _ in mistakes],
-                              passwd_command(path, curable, realm))
-        return cls(None, realm, entries, path)
-
-    @property
-    def warnings(self) -> List[str]:
-        """What a person should know of the hashes in it."""
-        kinds = sorted({entry.kind if entry.crypted else "HA1" for entry in self.entries.values()})
-        mixed = [f"{' and '.join(kinds)} in one file: the time of an answer tells which a user has"]
-        return mixed * (len(kinds) > 1) + [
-            f"{kind} in {self.source}: bcrypt knows {BCRYPT_BYTES} bytes of a password, longer "
-            f"ones are refused" for kind in kinds if kind.startswith("$2")]
-
-    def fingerprint(self) -> bytes:
-        """Return 32 bytes that tell this dictionary from all others."""
-        known = [(entry.username, sorted(entry.ha1.items()), entry.crypted)
-                 for entry in self.entries.values()]
-        return hashlib.sha256(repr((self.realm, sorted(known))).encode("utf-8")).digest()
-
-    def check_servable(self, schemes: Sequence[str], algorithms: Sequence[str]) -> None:
-        """Refuse what some user could never answer, however right the password.
-
-        This is the trap of the second article, where Digest was offered and the checker
-        knew Basic only.
-        """
-        gaps = [(entry, algorithm) for entry in self.entries.values() if "digest" in schemes
-                for algorithm in algorithms if hash_name(algorithm) not in entry.ha1]
-        texts = [f"line {entry.line}: user {entry.username!r} has only {entry.kind}: cannot "
-                 f"answer Digest {algorithm}" for entry, algorithm in gaps]
-        if texts:
-            cure = passwd_command(self.source, [gaps[0][0].username], self.realm)
-            raise refuse_file(f"serve every user of {self.source}", texts,
-                              (cure + "   # or: ") * bool(cure) + "--schemes basic")
-
-    def find(self, usernames: Iterable[str]) -> Optional[Entry]:
-        """Return the entry of the first of these names that has one."""
-        return next((self.entries[name] for name in usernames if name in self.entries), None)
-
-    def check_password(self, username: str, password: str) -> bool:
-        """Return whether this is the password of that user; may wait for a slow hash."""
-        username, password = (unicodedata.normalize("NFC", text) for text in (username, password))
-        # libcrypt would stop reading at a NUL.
-        return not has_control(password) and self.verify(username, password)
-
-    def is_slow(self, username: str) -> bool:
-        """Return whether to verify this user's password takes long; for unknown ones, too."""
-        return self.entries.get(username, self._decoy).is_slow
-
-    def verify(self, username: str, password: str) -> bool:
-        """Do what check_password() does, for normal forms."""
-        correct = matches(self.entries.get(username, self._decoy), self.realm, password)
-        # Last, and after all the work: what fits the decoy is no password of a stranger.
-        return correct and username in self.entries
 
 
 # -- 5. The authenticator -----------------------------------------------------
@@ -1433,7 +1250,7 @@ class Authenticator:
         # Again, if a reload came while a slow hash was made: who is no longer in it is out.
         while passwords is not self.passwords:
             passwords = self.passwords
-            verify = functools.partial(passwords.verify, username, password)
+            verify = functools.partial(self._verify, passwords, attempt, username, password)
             correct = (yield verify) if passwords.is_slow(username) else verify()
         assert passwords is not None
         # Again: of guesses whose hashes were made together the eleventh must learn nothing.
@@ -1443,11 +1260,21 @@ class Authenticator:
         if not correct:
             known = username in passwords.entries
             return self._fail(attempt, username, "bad password" if known else "unknown user")
-        verdict = Verdict(200, username, username, "", (), "Basic")
-        if len(passwords.granted) >= REMEMBERED:
-            passwords.granted.clear()
-        passwords.granted[self._memo_of(attempt.authorization[0])] = verdict
-        return verdict
+        return Verdict(200, username, username, "", (), "Basic")
+
+    def _verify(self, passwords: Passwords, attempt: Attempt, username: str,
+                password: str) -> bool:
+        """Return whether a password is right; note it if so, for whoever waits for a thread.
+
+        A browser opens eight connections at once, all with the same credentials: one hash.
+        """
+        memo = self._memo_of(attempt.authorization[0])
+        if memo in passwords.granted or passwords.verify(username, password):
+            if len(passwords.granted) >= REMEMBERED:
+                passwords.granted.clear()
+            passwords.granted[memo] = Verdict(200, username, username, "", (), "Basic")
+            return True
+        return False
 
     def _judge_digest(self, attempt: Attempt, credentials: DigestCredentials,
                       body: Optional[bytes]) -> Verdict:
@@ -1542,29 +1369,7 @@ class Authenticator:
         return math.ceil(self.table.lock_left(client, now, limit, seconds))
 
 
-def parse_choice(text: str, known: Iterable[str]) -> Tuple[str, ...]:
-    """Return the names in a comma-separated option, in their canonical spelling.
-
-    >>> parse_choice("sha-256,md5", CANONICAL.values())
-    ('SHA-256', 'MD5')
-    """
-    spelling = {name.lower(): name for name in known}
-    return tuple(spelling.get(name.strip().lower(), name) for name in text.split(","))
-
-
-def parse_max_failures(text: str) -> Tuple[int, float]:
-    """Return the two numbers of --max-failures.
-
-    >>> parse_max_failures("10/60"), parse_max_failures("0")
-    ((10, 60.0), (0, 60.0))
-    """
-    match = re.fullmatch(r"0|([1-9][0-9]{0,8})/([1-9][0-9]{0,8})", text)
-    if match is None:
-        raise Refusal(f"unable to use --max-failures {text}: expected N/SECONDS, or 0")
-    return int(match.group(1) or 0), float(match.group(2) or MAX_FAILURES[1])
-
-
-# -- 5.1 Who is asking --------------------------------------------------------
+# -- 6. Who is asking ---------------------------------------------------------
 
 Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 
@@ -1644,160 +1449,9 @@ class TrustedProxies:
         return shown, shown
 
 
-# -- 6. Files of secrets: the passwd verb, the first password, the nonce secret
+################################################################ PART II: A SERVER
 #
-# A file of secrets is never half there, and never there for others: it is written under another
-# name, with its owner and mode, before it gets its own. Of two who make it at a time one fails,
-# and of two who change it one waits: or the second would write back what the first had read.
-
-FIRST_USER = "admin"
-LETTERS = "abcdefghijkmnpqrstuvwxyz23456789"    # 32, and none looks like another
-
-
-def password_lines(username: str, realm: str, password: str) -> List[str]:
-    """Return the htdigest lines of a user; MD5 first, for Apache reads the first that fits."""
-    return [f"{username}:{realm}:{digest_ha1(username, realm, password, name)}"
-            for name in ("MD5", "SHA-256") if name in HASHES]
-
-
-def edit_passwords(text: str, username: str, realm: str, new_lines: Sequence[str]) -> str:
-    r"""Return the text of a password file with new lines for a user, in the old ones' place.
-
-    Comments, other users, and the same user in other realms stay as they are.
-
-    >>> edit_passwords("# x\njim:plain:old\nann:files:00", "jim", "files", ["jim:files:11"])
-    '# x\njim:files:11\nann:files:00\n'
-    """
-    # Not splitlines(): only a line feed divides lines here.
-    lines = [line.rstrip("\n") for line in io.StringIO(text)]
-    mine = [number for number, line in enumerate(lines) if is_line_of(line, username, realm)]
-    others = [line for number, line in enumerate(lines) if number not in mine]
-    others[mine[0] if mine else len(others):0] = new_lines
-    return "".join(line + "\n" for line in others)
-
-
-def write_file(path: str, text: str, gid: Optional[int] = None, replace: bool = False) -> None:
-    """Put text into a file, 0600, or 0640 for a group: whole, or not at all.
-
-    A file that is replaced keeps its owner and group if we may give them, and 0640 if it
-    had that: it may have been made for the group of a daemon.
-    """
-    # Beside it, for neither a link nor a rename leads to another file system.
-    fd, new = tempfile.mkstemp(".new", os.path.basename(path) + ".", os.path.dirname(path))
-    try:
-        with open(fd, "w", encoding="utf-8", errors="surrogateescape") as stream:
-            if replace:
-                old = os.stat(path)
-                gid = old.st_gid if stat.S_IMODE(old.st_mode) == 0o640 else None
-                if os.geteuid() == 0:
-                    os.fchown(fd, old.st_uid, old.st_gid)
-            # The group before the mode: for a moment another group could read it.
-            if gid is not None:
-                os.fchown(fd, -1, gid)
-                os.fchmod(fd, 0o640)
-            stream.write(text)
-            stream.flush()
-            # Before the name: after a crash it must not stand for an empty file.
-            os.fsync(fd)
-        # A link, unlike a rename, fails where another process has just made the file.
-        (os.rename if replace else os.link)(new, path)
-    finally:
-        if os.path.lexists(new):
-            os.unlink(new)
-
-
-@contextlib.contextmanager
-def locked(path: str) -> Iterator[bool]:
-    """Have other passwd commands wait for this file; False: there is none to wait for.
-
-    The lock goes with the file when that is replaced: who has waited looks whether the name
-    still stands for what was locked. Of those who make a new file only one succeeds.
-    """
-    while os.path.exists(path):
-        # To write: a file system over a network locks nothing else.
-        with open(path, "rb+") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-            if os.path.exists(path) and os.path.samestat(os.fstat(stream.fileno()), os.stat(path)):
-                yield True
-                return
-    yield False
-
-
-def change_password(path: str, username: str, realm: str, password: Optional[str]) -> str:
-    """Set the password of a user in a file, or delete the user (None); return what was done."""
-    username = normal_username(username)
-    check_realm(realm)
-    new_lines = [] if password is None else password_lines(
-        username, realm, normal_password(username, password))
-    # Through links, or the rename would replace a link by a file.
-    target = os.path.realpath(path)
-    try:
-        with locked(target) as exists:
-            # Read only now, under the lock: or a change that has just been made would be undone.
-            # Not strictly: if others may read it, what takes its place is 0600.
-            old = read_secrets("passwords", target, is_strict=False) if exists else ""
-            known = any(is_line_of(line, username, realm) for line in old.split("\n"))
-            if password is None and not known:
-                raise Refusal(f"unable to delete user {username!r}: not in {path}")
-            write_file(target, edit_passwords(old, username, realm, new_lines), replace=exists)
-    except FileExistsError:         # made by another one meanwhile: now there is one to edit
-        return change_password(path, username, realm, password)
-    except OSError as error:
-        raise Refusal(f"unable to write passwords {path}: {error.strerror}")
-    return "deleted" if password is None else "changed" if known else "added"
-
-
-def run_passwd(path: str, username: str, realm: str = REALM, from_stdin: bool = False,
-               delete: bool = False) -> str:
-    """Do what `passwd FILE USER` asks for, and return what to say about it."""
-    # As bytes: what Python decoded in the locale of cron, which is ASCII, it has mangled.
-    username = normal_username(os.fsencode(username).decode("utf-8", "surrogateescape"))
-    if delete:
-        password = None
-    elif from_stdin:
-        octets = sys.stdin.buffer.readline().rstrip(b"\r\n")
-        password = octets.decode("utf-8", "surrogateescape")
-    else:
-        import getpass              # termios and more, for this verb alone
-        try:
-            password = getpass.getpass("new password: ")
-            if getpass.getpass("again: ") != password:
-                raise Refusal("unable to set the password: the two differ")
-        except UnicodeError:
-            raise Refusal("unable to read the password: not in the encoding of this locale\n"
-                          "try: export LC_ALL=C.UTF-8")
-    done = change_password(path, username, realm, password)
-    # The realm, for it is what one forgets: a line for another one lets nobody in here.
-    return f"user {username!r} {done} in {path} (realm {realm!r})"
-
-
-def first_password(path: str, gid: Optional[int] = None, realm: str = REALM) -> Tuple[str, str]:
-    """Make a password file with one user and a random password; return the two."""
-    # 256 is 8 * 32, so % prefers no letter; 16 letters of 5 bits are 80 bits.
-    password = "".join(LETTERS[octet % 32] for octet in os.urandom(16))
-    lines = password_lines(FIRST_USER, realm, password)
-    try:
-        write_file(path, edit_passwords("", FIRST_USER, realm, lines), gid)
-    except OSError as error:
-        raise Refusal(f"unable to make passwords {path}: {error.strerror}")
-    return FIRST_USER, password
-
-
-def read_nonce_secret(path: str) -> bytes:
-    """Return the secret in a file; make the file when there is none."""
-    path = os.path.abspath(path)
-    try:
-        if not os.path.exists(path):
-            with contextlib.suppress(FileExistsError):      # who was faster made our secret too
-                write_file(path, os.urandom(32).hex() + "\n")
-    except OSError as error:
-        raise Refusal(f"unable to make nonce secret {path}: {error.strerror}")
-    secret = read_secrets("nonce secret", path).strip()
-    if len(secret) < 16:
-        # Without it, it is made anew.
-        raise refuse_file(f"use nonce secret {path}", ["shorter than 16 bytes"],
-                          f"rm {shlex.quote(path)}")
-    return secret.encode("utf-8", "surrogateescape")
+# How one thread serves ten thousand clients, and how a request stays one story in it.
 
 
 # -- 7. Reading a request -----------------------------------------------------
@@ -1870,7 +1524,6 @@ class Request(Attempt):
     now = time = 0.0
     host = ""                           # of the client, for the log
     asked = False                       # a proxy asks, and method and target are its client's
-    is_read = False                     # its body has been, for qop=auth-int
     status = 0                          # of the answer
 
     def __init__(self, method: str = "GET", target: str = "/", path: str = "/", line: str = "",
@@ -1878,6 +1531,7 @@ class Request(Attempt):
                  authorization: Sequence[str] = ()) -> None:
         self.method, self.target, self.path, self.line = method, target, path, line
         self.minor, self.fields, self.authorization = minor, fields or NO_FIELDS, authorization
+        self.is_head = method == "HEAD"     # by what came: a proxy asks about another method
         self.verdict = UNASKED
 
     @property
@@ -2362,6 +2016,7 @@ class Body:
         self.done = not self.left and not chunked
         self.rest = bytearray()
         self.taken = b""        # what was read ahead of a handler, as it came (qop=auth-int)
+        self.is_read = False    # it was, and the client has been told 100 Continue
 
     def feed(self, octets: bytes) -> bytes:
         """Take octets as they came, return what they mean."""
@@ -2433,7 +2088,7 @@ class Channel:
     """A client's connection as far as it is bytes: in, out, and one deadline for either.
 
     For whoever talks: receive, wait; output and part, which flush() sends; hang_up, close.
-    TLSConnection (11) overrides receive, send, send_part and shut.
+    TLSConnection (14) overrides receive, send, send_part and shut.
 
     Bytes go out in two forms: output, which lies in memory, and then part, which lies in a
     file and never comes here, unless it has to be encrypted. While either waits for the client,
@@ -2678,7 +2333,7 @@ class Connection(Channel):
             request = server.heads.read(octets)
             if request.has_body():
                 body = Body(request.fields.length, request.fields.chunked)
-                request.read_body = functools.partial(self.read, request, body)
+                request.read_body = functools.partial(self.read, request.fields, body)
             verdict = request.verdict = self.recall(request) or (
                 yield from self.judge(request))
             request.username = verdict.username
@@ -2737,27 +2392,27 @@ class Connection(Channel):
         assert self.server.authenticator is not None        # recall() has seen to that
         return self.server.authenticator.judge(request)
 
-    def read(self, request: Request, body: Body) -> Generator[Any, Any, bytes]:
+    def read(self, fields: FieldBlock, body: Body) -> Generator[Any, Any, bytes]:
         """Return the whole of a body; one that the loop cannot hold is refused.
 
         For qop=auth-int alone, where the proof is about the body. What was read stays in
         body.taken, as it came: a handler has a right to read it as well.
         """
         # If something has come after the head, the client is not waiting: RFC 9110 section 10.1.1.
-        if request.fields.expects and not self.buffer:
+        if fields.expects and not self.buffer:
             self.output += CONTINUE
         content = b""
         while True:
             body.taken += self.buffer
             content += body.feed(self.take_buffer())
             # Twice, for chunks: what says how long they are may be as long as they.
-            if max(len(content), len(body.taken) // 2, request.fields.length) > IN_MEMORY:
+            if max(len(content), len(body.taken) // 2, fields.length) > IN_MEMORY:
                 raise BadRequest(413, "body too large")
             if body.done:
                 break
             yield MORE
         body.taken = body.taken[:len(body.taken) - len(body.rest)]
-        request.is_read = True
+        body.is_read = True
         return content
 
     def skip(self, body: Body) -> Story:
@@ -2818,9 +2473,9 @@ class Connection(Channel):
                 f"{field_lines(request.verdict.fields)}{length}{ends}\r\n")
         self.output += head.encode("latin-1", "replace")
         if not isinstance(content, FilePart):
-            size = size if length and request.method != "HEAD" else 0
+            size = size if length and not request.is_head else 0
             self.output += content[:size]
-        elif not (length and size and request.method != "HEAD"):
+        elif not (length and size and not request.is_head):
             size = 0
             content.file.close()
         else:
@@ -3086,13 +2741,6 @@ def host_of(address: Any) -> str:
     host = str(address[0]) if isinstance(address, tuple) and address[0] != "unix:" else ""
     # IPv4 on a socket of both families. By parse_address it would take 5 us.
     return host[7:] if host.startswith("::ffff:") and "." in host else host
-
-
-def count_cpus() -> int:
-    """Return how many CPUs we may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1      # macOS
 
 
 class Loop(http.server.HTTPServer):
@@ -3528,6 +3176,12 @@ class AuthServer(Loop):
             sock.close()
 
 
+################################################################ PART III: WHAT NOBODY HAS TO READ
+#
+# Each section stands alone: folders of files, TLS, other people's code, files of secrets,
+# addresses, the command line.
+
+
 # -- 11. Files ----------------------------------------------------------------
 #
 # One mechanism keeps a request inside the tree. A path is decoded once, cut into names,
@@ -3769,7 +3423,7 @@ def answer_file(fd: int, name: bytes, found: os.stat_result, request: Request) -
     return Answer(206, (*fields, extent), read_part(fd, offset, length))
 
 
-# -- 11. Listings -------------------------------------------------------------
+# -- 12. Listings -------------------------------------------------------------
 
 # RFC 3986 section 2.3: unreserved. All else is encoded in href: so nothing in a name can end the
 # attribute, and "a:b" has no scheme. (The slash: what is spelled is many names at once.)
@@ -3829,7 +3483,7 @@ def human_date(minute: int) -> str:
     return time.strftime("%Y-%m-%d<i> %H:%M</i>", moment)
 
 
-# -- 12. The tree -------------------------------------------------------------
+# -- 13. The tree -------------------------------------------------------------
 
 
 def is_below(path: str, folder: str) -> bool:
@@ -4023,7 +3677,7 @@ class Files:
         return [part for part in text.split(b"/")[::-1] if part not in (b"", b".")]
 
 
-# -- 11.1 HTTPS --------------------------------------------------------------
+# -- 14. HTTPS ----------------------------------------------------------------
 
 def expiry_of(certificate: str) -> float:
     """Return when the first certificate of a PEM text ends, in seconds since the epoch."""
@@ -4182,7 +3836,7 @@ class TLSConnection(Connection):
         super().close()
 
 
-# -- 12. Other people's handlers ----------------------------------------------
+# -- 15. Other people's handlers ----------------------------------------------
 #
 # A handler class is run by http.server's own code, unmodified, in a thread. To it an exchange
 # looks like a socket whose client sends one request and hangs up. What it writes is passed on
@@ -4216,8 +3870,8 @@ class Follower:
     it is the last one on its connection; upgraded, what follows is another protocol.
     """
 
-    def __init__(self, request: Request, draining: bool) -> None:
-        self.request = request
+    def __init__(self, request: Request, body: Body, draining: bool) -> None:
+        self.request, self.body = request, body
         self.closes = draining or not (request.minor and request.fields.keep_alive)
         self.head = b""                         # of the answer, until it is whole
         self.left: Optional[int] = None         # bytes of the answer still to come; None: all
@@ -4243,7 +3897,7 @@ class Follower:
                 rest, self.head, self.status = self.head, b"", status
                 passed += self.complete(head, found.group(1) == b"1") + self.cut(rest)
             # 100 Continue and its like: another follows. Who has sent its body has been told so.
-            elif status != 100 or not self.request.is_read:
+            elif status != 100 or not self.body.is_read:
                 passed += head
         return passed
 
@@ -4262,6 +3916,7 @@ class Follower:
             self.left = 0
         elif is_chunked(head):
             self.chunks = Body(-1, True)
+            self.chunks.room = sys.maxsize      # a download, or a stream that never ends
         else:
             self.left = int(length.group(1)) if length else None
         ends = self.left is not None or self.chunks is not None
@@ -4282,7 +3937,8 @@ class Follower:
             try:
                 self.chunks.feed(octets)
             except BadRequest as error:
-                self.fault, self.chunks, self.left = f"the handler sent a malformed {error}", None, 0
+                self.fault, self.chunks = f"the handler sent a malformed {error}", None
+                self.left = 0
                 return b""
             rest = self.chunks.take_rest() if self.chunks.done else b""
             if rest:
@@ -4308,7 +3964,7 @@ class HandlerSocket:
     def __init__(self, connection: Connection, octets: bytes, request: Request, body: Body) -> None:
         self.connection, self.body, self.verdict = connection, body, request.verdict
         self.pending = octets                   # for the handler to read
-        self.answer = Follower(request, connection.server.draining)
+        self.answer = Follower(request, body, connection.server.draining)
         self.nonsense: Optional[BadRequest] = None
         # The client has left; the handler has closed it, has handed it out, has raised.
         self.gone = self.is_shut = self.bypassed = self.failed = False
@@ -4499,6 +4155,13 @@ class Once(http.server.BaseHTTPRequestHandler):
             raise PermissionError("nobody has been asked for a password: AuthServer was gone round")
         return super().parse_request()
 
+    def log_request(self, code: Union[int, str] = "-", size: Union[int, str] = "-") -> None:
+        """Leave it to AuthServer's access log, unless the handler has a log of its own."""
+        base, own = http.server.BaseHTTPRequestHandler, super().log_request
+        if not isinstance(self.request, HandlerSocket) or base.log_message is not type(
+                self).log_message or base.log_request is not getattr(own, "__func__", own):
+            own(code, size)
+
 
 def only_once(handler_class: Any) -> Any:
     """Return a class of handlers with Once before it; also inside a functools.partial."""
@@ -4518,7 +4181,7 @@ def find_attribute(handler_class: Any, name: str) -> Any:
     return getattr(handler_class, name, None)
 
 
-# -- 11. protect() and protect_wsgi() -----------------------------------------
+# -- 16. protect() and protect_wsgi() -----------------------------------------
 #
 # Here other people's servers read the requests and write the answers, in a thread or a
 # process for each. Where they do less than we need, it is done here: the head is read once
@@ -4627,9 +4290,14 @@ class Gate:
         for warning in passwords.warnings:
             self.log.warning(warning)
 
-    def judge(self, attempt: Attempt, peer: str, forwarded: str, is_safe: bool) -> Verdict:
-        """Return the verdict on an attempt of peer; is_safe: nobody can listen on its way."""
+    def judge(self, attempt: Attempt, peer: str, forwarded: str, is_safe: bool,
+              read: Callable[[], bytes]) -> Verdict:
+        """Return the verdict on an attempt of peer, whose body read() would return.
+
+        is_safe: nobody can listen on its way.
+        """
         authenticator = self.authenticator
+        attempt.read_body = functools.partial(call_for, read)
         # Whom a proxy speaks for, before anything is judged: a lock-out would hit that one.
         host, attempt.client = self.proxies.find_client(peer, forwarded)
         attempt.time, attempt.schemes = authenticator.clock(), authenticator.schemes
@@ -4704,12 +4372,12 @@ class Guard(Once):
 
     def judge(self, request: Request) -> Verdict:
         """Return the verdict on a request that http.server and parse_head understand."""
-        request.read_body = functools.partial(
-            call_for, functools.partial(self.read_content, request.fields))
         is_safe = (hasattr(self.connection, "getpeercert")      # TLS
                    or is_private(getattr(self.server, "socket", self.connection)))
+        # A unix socket's peer has no address, or "".
         return self.gate.judge(request, self.client_address[0] if self.client_address else "",
-                               request.fields.forwarded, is_safe)
+                               request.fields.forwarded, is_safe,
+                               functools.partial(self.read_content, request.fields))
 
     def read_content(self, fields: FieldBlock) -> bytes:
         """Return the body, for qop=auth-int; the handler reads it again, and is the last."""
@@ -4728,10 +4396,9 @@ class Guard(Once):
         # Before send_response(): a handler's own may look at it.
         self.close_connection = self.close_connection or self.unread
         self.send_response(verdict.status)
-        for name, value in (*verdict.fields, HTML, ("Content-Length", str(len(page)))):
+        closes = [("Connection", "close")] * self.close_connection
+        for name, value in (*verdict.fields, HTML, ("Content-Length", str(len(page))), *closes):
             self.send_header(name, value)
-        if self.close_connection:
-            self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(page if self.command != "HEAD" else b"")
         if self.unread:
@@ -4740,13 +4407,6 @@ class Guard(Once):
                 self.connection.shutdown(socket.SHUT_WR)
                 self.connection.settimeout(LINGER_SECONDS)
                 read_on(functools.partial(self.connection.recv, IN_MEMORY))
-
-    def log_request(self, code: Union[int, str] = "-", size: Union[int, str] = "-") -> None:
-        """Leave it to AuthServer's access log, unless the handler has a log of its own."""
-        base, own = http.server.BaseHTTPRequestHandler, super().log_request
-        if not hasattr(self.request, "verdict") or base.log_message is not type(
-                self).log_message or base.log_request is not getattr(own, "__func__", own):
-            own(code, size)
 
     def end_headers(self) -> None:
         """Add Authentication-Info to the handler's answer."""
@@ -4842,13 +4502,12 @@ def judge_environ(gate: Gate, environ: Dict[str, Any]) -> Verdict:
     target = environ.get("RAW_URI") or environ.get("REQUEST_URI")       # gunicorn; the others
     attempt = Attempt(environ["REQUEST_METHOD"], str(target or ""),
                       () if field is None else (field,), None, 0.0, ())
-    attempt.read_body = functools.partial(
-        call_for, functools.partial(read_signed, environ, body))
     if not target:
         attempt.same_target = functools.partial(is_same_resource, environ)
     is_safe = (not peer or environ.get("wsgi.url_scheme") == "https"    # no peer: a unix socket
                or address is not None and address.is_loopback)
-    verdict = gate.judge(attempt, peer, environ.get("HTTP_X_FORWARDED_FOR", ""), is_safe)
+    verdict = gate.judge(attempt, peer, environ.get("HTTP_X_FORWARDED_FOR", ""), is_safe,
+                         functools.partial(read_signed, environ, body))
     # What read_signed() has left of the body, or all of it.
     if verdict.status != 200 and not read_on(lambda: next(body, b"")) and (
             not environ.get("CONTENT_LENGTH")):
@@ -4888,7 +4547,7 @@ def protect_wsgi(application: Any, passwords: Passwords,
     return guarded
 
 
-# -- 13. Forward-auth ---------------------------------------------------------
+# -- 17. Forward-auth ---------------------------------------------------------
 #
 # nginx (auth_request), Traefik (forwardAuth), Caddy (forward_auth) and Envoy (ext_authz) can
 # ask another server whether a request may pass. They send its header fields on, and say its
@@ -4951,7 +4610,361 @@ def grant(request: Request) -> Answer:
     return Answer(200, (("Remote-User", name), ("Cache-Control", "no-store")))
 
 
-# -- 12. Addresses ------------------------------------------------------------
+# -- 18. Secrets on disk ------------------------------------------------------
+#
+# A file of secrets is never half there, and never there for others: it is written under another
+# name, with its owner and mode, before it gets its own. Of two who make it at a time one fails,
+# and of two who change it one waits: or the second would write back what the first had read.
+
+
+def command(*words: str, script: str = os.path.basename(__file__)) -> str:
+    """Return a command line, for this file or one beside it, that can be pasted into a shell."""
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), script)
+    return " ".join(map(shlex.quote, ("python3", path) + words))
+
+
+def passwd_command(path: str, usernames: Sequence[str], realm: str) -> str:
+    """Return the command that sets the password of the first of these, "" if none can."""
+    # What is no regular file is a pipe or a folder; a new file has no form yet.
+    if not usernames or path == "-" or os.path.exists(path) and not os.path.isfile(path):
+        return ""
+    return command("passwd", path, usernames[0], *["--realm", realm][:2 * (realm != REALM)])
+
+
+@functools.lru_cache(maxsize=None)
+def load_crypt() -> Tuple[Callable[[bytes, bytes], Optional[bytes]], threading.Semaphore]:
+    """Return crypt(phrase, setting) of the C library, and how many may call it at a time.
+
+    Python's own crypt left with 3.13, and stopped all threads while it hashed. crypt(3) keeps
+    its result where all threads write theirs: one at a time where there is no crypt_r(3).
+    """
+    for name in ("libcrypt.so.1", "libcrypt.so.2", "libcrypt.so.5", None):
+        try:
+            import ctypes           # 3 ms and a megabyte, only for who has such hashes
+            library = ctypes.CDLL(name)
+            function = getattr(library, "crypt_r", None) or library.crypt
+        except (ImportError, OSError, AttributeError):
+            continue
+        function.restype = ctypes.c_char_p
+        if not hasattr(library, "crypt_r"):
+            return function, threading.Semaphore(1)
+        # struct crypt_data has 131,232 bytes in an old glibc, and less elsewhere.
+        return (lambda phrase, setting, crypt_r=function: crypt_r(
+            phrase, setting, ctypes.create_string_buffer(160 * 1024)),
+            threading.Semaphore(SLOW_HASHES))
+    return (lambda phrase, setting: None), threading.Semaphore(1)
+
+
+FORMS: Set[Tuple[str, int]] = set()     # kinds and lengths of hashes that libcrypt makes
+
+
+def check_crypted(entry: Entry) -> Entry:
+    """Return an entry whose hash this machine can verify; else raise Refusal.
+
+    libcrypt is asked for a hash with the same salt: if that is not as long, it does not know
+    the kind, or an editor has cut off the end. Once for each form: bcrypt takes its time.
+    """
+    kind, form = entry.kind, (entry.kind, len(entry.crypted))
+    if ":" in entry.crypted:
+        raise Refusal("field 3: nothing may follow a hash of htpasswd")
+    if not is_crypted(entry.crypted):
+        raise Refusal(f"field 2: {entry.crypted[:5]}... is no hash we know (htpasswd -B makes one)")
+    if kind[0] == "{" and SHA1 is None:
+        raise Refusal(f"field 2: the hashlib of this Python lacks SHA-1, for {kind}")
+    if entry.is_slow and form not in FORMS:
+        function, turns = load_crypt()
+        with turns:
+            made = function(b"probe", entry.crypted.encode("ascii"))
+        # Only a yes is kept: what is wrong with this line need not be with the next one's.
+        if len(made or b"") != len(entry.crypted):
+            raise Refusal(f"field 2: the libcrypt of this machine does not know {kind}, or this "
+                          f"one is of the wrong length")
+        FORMS.add(form)
+    return entry
+
+
+def split_line(line: str) -> Tuple[str, str, str]:
+    """Return the fields of a line: user, place, value; the place of a htpasswd hash is "".
+
+    Blanks at a line's ends are cut off, as Apache does.
+
+    >>> split_line(" jim:plain:se:cret"), split_line("ann:{SHA}0=\\r")
+    (('jim', 'plain', 'se:cret'), ('ann', '', '{SHA}0='))
+    """
+    username, _, rest = line.strip(" \t\r").partition(":")
+    place, _, value = ("", "", rest) if rest.startswith(("{", "$")) else rest.partition(":")
+    return unicodedata.normalize("NFC", username), place, value
+
+
+def is_line_of(line: str, username: str, realm: str) -> bool:
+    """Return whether a line is about this user in this realm; a broken one may be.
+
+    >>> [is_line_of(line, "jim", "a") for line in ("jim:a:0", " jim:{SHA}x", "#jim:a:0", "jim:b:0")]
+    [True, True, False, False]
+    """
+    name, place, value = split_line(line)
+    return name == username and (place in ("", "plain", realm) or not value)
+
+
+def make_entry(line: int, username: str, realm: str, place: str, value: str) -> Entry:
+    """Return the entry that the fields of a line stand for.
+
+    >>> make_entry(1, "jim", "files", "files", "5e93c589edbe9d5867a3bce43a1066c1").ha1
+    {'MD5': '5e93c589edbe9d5867a3bce43a1066c1'}
+    """
+    if not value:
+        raise Refusal("expected user:realm:HA1, user:HASH or user:plain:PASSWORD, "
+                      "but a field is missing")
+    if place == "plain":
+        return entry_of_password(username, line, realm, value)
+    if not place:
+        return check_crypted(Entry(username, line, {}, value))
+    if not is_ha1(value):
+        raise Refusal("field 3: neither 32 nor 64 hex digits")
+    # The length tells which hash: 64 digits count as SHA-256, though SHA-512-256 has as many.
+    name = "MD5" if len(value) == 32 else "SHA-256"
+    if name not in HASHES:
+        raise Refusal(f"field 3: the hashlib of this Python lacks {name}")
+    return Entry(username, line, {name: value.lower()}, "")
+
+
+def add_entry(entries: Dict[str, Entry], entry: Entry, realm: str) -> None:
+    """Add an entry, unless it lets everybody in, or contradicts an earlier one of its user."""
+    # Without any password; slow hashes are not tried.
+    if not entry.is_slow and matches(entry, realm, ""):
+        raise Refusal("an empty password")
+    first = entries.setdefault(entry.username, entry)
+    # A second line may add the HA1 of another hash, and nothing else.
+    if first is not entry and (first.crypted or entry.crypted or set(first.ha1) & set(entry.ha1)):
+        raise Refusal(f"again, after line {first.line}")
+    first.ha1.update(entry.ha1)
+
+
+def parse_passwords(text: str, realm: str) -> Tuple[Dict[str, Entry], List[Tuple[str, str]]]:
+    """Return entries by user; and mistakes, each with the user whose new password would cure it.
+
+    >>> parse_passwords("# staff\\njim:plain:secret\\n jim:plain:other \\n", "files")[1]
+    [("line 3: user 'jim': again, after line 2", 'jim')]
+    """
+    entries: Dict[str, Entry] = {}
+    mistakes, elsewhere = [], set()     # type: List[Tuple[str, str]], Set[str]
+    # Not splitlines(): it also divides at a form feed or U+2028, and the numbers would be wrong.
+    for line, content in enumerate(text.split("\n"), 1):
+        if content.strip(" \t\r")[:1] in ("", "#"):
+            continue
+        name, place, value = split_line(content)
+        is_ours = is_line_of(content, name, realm)
+        try:
+            # What is no HA1 may be a password whose owner has forgotten the `plain`.
+            if is_ours or not is_ha1(value):
+                add_entry(entries, make_entry(line, normal_username(name), realm, place, value),
+                          realm)
+            else:
+                elsewhere.add(place)
+        except Refusal as error:
+            mistakes.append((f"line {line}: user {name!r}: {error}",
+                             name if is_ours and is_username(name) else ""))
+    if not entries and not mistakes:
+        others = ", but of " * bool(elsewhere) + ", ".join(sorted(elsewhere))
+        mistakes.append((f"no user of realm {realm} in it{others}", FIRST_USER))
+    return entries, mistakes
+
+
+def refuse_file(what: str, mistakes: Sequence[str], cure: str) -> Refusal:
+    """Return the Refusal of a file, with up to ten mistakes and the command that cures one.
+
+    >>> str(refuse_file("use passwords F", ["a", "b"], "chmod 600 F"))
+    'unable to use passwords F: a; b\\ntry: chmod 600 F'
+    """
+    more = [f"and {len(mistakes) - 10} more"] * (len(mistakes) > 10)
+    return Refusal(f"unable to {what}: " + "; ".join(list(mistakes[:10]) + more)
+                   + f"\ntry: {cure}" * bool(cure))
+
+
+def is_exposed(fd: int) -> bool:
+    """Return whether others may read or change an open file of secrets.
+
+    Containers are given theirs as 0444: root's, or on a mount that nobody can write to, and
+    who is in the container may read them anyway.
+    """
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode) or not found.st_mode & (stat.S_IROTH | stat.S_IWOTH):
+        return False
+    is_roots = found.st_uid == 0 != os.geteuid() and not found.st_mode & 0o222
+    return not is_roots and not os.fstatvfs(fd).f_flag & os.ST_RDONLY
+
+
+def read_secrets(what: str, path: str, cure: str = "", is_strict: bool = True) -> str:
+    """Return the text of a file of secrets ("-" = standard input), if it is one.
+
+    Bytes that are no UTF-8 become surrogates, which no name and no password may have: so a line
+    is told by its number, and a comment may be in any encoding. cure makes a file that is missing.
+    """
+    try:
+        # closefd: with descriptor 0 closed, the next file opened would be "standard input".
+        with open(0 if path == "-" else path, "rb", closefd=path != "-") as stream:
+            exposed, octets = is_exposed(stream.fileno()), stream.read()
+    except OSError as error:
+        raise refuse_file(f"read {what} {path}", [str(error.strerror)],
+                          cure * (error.errno == errno.ENOENT))
+    if exposed and is_strict:
+        raise refuse_file(f"use {what} {path}", ["everybody may read or change it"],
+                          f"chmod 600 {shlex.quote(path)}")
+    # -sig: some editors put U+FEFF at the start, which would become part of the first name.
+    return octets.decode("utf-8-sig", "surrogateescape")
+
+
+FIRST_USER = "admin"
+LETTERS = "abcdefghijkmnpqrstuvwxyz23456789"    # 32, and none looks like another
+
+
+def password_lines(username: str, realm: str, password: str) -> List[str]:
+    """Return the htdigest lines of a user; MD5 first, for Apache reads the first that fits."""
+    return [f"{username}:{realm}:{digest_ha1(username, realm, password, name)}"
+            for name in ("MD5", "SHA-256") if name in HASHES]
+
+
+def edit_passwords(text: str, username: str, realm: str, new_lines: Sequence[str]) -> str:
+    r"""Return the text of a password file with new lines for a user, in the old ones' place.
+
+    Comments, other users, and the same user in other realms stay as they are.
+
+    >>> edit_passwords("# x\njim:plain:old\nann:files:00", "jim", "files", ["jim:files:11"])
+    '# x\njim:files:11\nann:files:00\n'
+    """
+    # Not splitlines(): only a line feed divides lines here.
+    lines = [line.rstrip("\n") for line in io.StringIO(text)]
+    mine = [number for number, line in enumerate(lines) if is_line_of(line, username, realm)]
+    others = [line for number, line in enumerate(lines) if number not in mine]
+    others[mine[0] if mine else len(others):0] = new_lines
+    return "".join(line + "\n" for line in others)
+
+
+def write_file(path: str, text: str, gid: Optional[int] = None, replace: bool = False) -> None:
+    """Put text into a file, 0600, or 0640 for a group: whole, or not at all.
+
+    A file that is replaced keeps its owner and group if we may give them, and 0640 if it
+    had that: it may have been made for the group of a daemon.
+    """
+    # Beside it, for neither a link nor a rename leads to another file system.
+    fd, new = tempfile.mkstemp(".new", os.path.basename(path) + ".", os.path.dirname(path))
+    try:
+        with open(fd, "w", encoding="utf-8", errors="surrogateescape") as stream:
+            if replace:
+                old = os.stat(path)
+                gid = old.st_gid if stat.S_IMODE(old.st_mode) == 0o640 else None
+                if os.geteuid() == 0:
+                    os.fchown(fd, old.st_uid, old.st_gid)
+            # The group before the mode: for a moment another group could read it.
+            if gid is not None:
+                os.fchown(fd, -1, gid)
+                os.fchmod(fd, 0o640)
+            stream.write(text)
+            stream.flush()
+            # Before the name: after a crash it must not stand for an empty file.
+            os.fsync(fd)
+        # A link, unlike a rename, fails where another process has just made the file.
+        (os.rename if replace else os.link)(new, path)
+    finally:
+        if os.path.lexists(new):
+            os.unlink(new)
+
+
+@contextlib.contextmanager
+def locked(path: str) -> Iterator[bool]:
+    """Have other passwd commands wait for this file; False: there is none to wait for.
+
+    The lock goes with the file when that is replaced: who has waited looks whether the name
+    still stands for what was locked. Of those who make a new file only one succeeds.
+    """
+    while os.path.exists(path):
+        # To write: a file system over a network locks nothing else.
+        with open(path, "rb+") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            if os.path.exists(path) and os.path.samestat(os.fstat(stream.fileno()), os.stat(path)):
+                yield True
+                return
+    yield False
+
+
+def change_password(path: str, username: str, realm: str, password: Optional[str]) -> str:
+    """Set the password of a user in a file, or delete the user (None); return what was done."""
+    username = normal_username(username)
+    check_realm(realm)
+    new_lines = [] if password is None else password_lines(
+        username, realm, normal_password(username, password))
+    # Through links, or the rename would replace a link by a file.
+    target = os.path.realpath(path)
+    try:
+        with locked(target) as exists:
+            # Read only now, under the lock: or a change that has just been made would be undone.
+            # Not strictly: if others may read it, what takes its place is 0600.
+            old = read_secrets("passwords", target, is_strict=False) if exists else ""
+            known = any(is_line_of(line, username, realm) for line in old.split("\n"))
+            if password is None and not known:
+                raise Refusal(f"unable to delete user {username!r}: not in {path}")
+            write_file(target, edit_passwords(old, username, realm, new_lines), replace=exists)
+    except FileExistsError:         # made by another one meanwhile: now there is one to edit
+        return change_password(path, username, realm, password)
+    except OSError as error:
+        raise Refusal(f"unable to write passwords {path}: {error.strerror}")
+    return "deleted" if password is None else "changed" if known else "added"
+
+
+def run_passwd(path: str, username: str, realm: str = REALM, from_stdin: bool = False,
+               delete: bool = False) -> str:
+    """Do what `passwd FILE USER` asks for, and return what to say about it."""
+    # As bytes: what Python decoded in the locale of cron, which is ASCII, it has mangled.
+    username = normal_username(os.fsencode(username).decode("utf-8", "surrogateescape"))
+    if delete:
+        password = None
+    elif from_stdin:
+        octets = sys.stdin.buffer.readline().rstrip(b"\r\n")
+        password = octets.decode("utf-8", "surrogateescape")
+    else:
+        import getpass              # termios and more, for this verb alone
+        try:
+            password = getpass.getpass("new password: ")
+            if getpass.getpass("again: ") != password:
+                raise Refusal("unable to set the password: the two differ")
+        except UnicodeError:
+            raise Refusal("unable to read the password: not in the encoding of this locale\n"
+                          "try: export LC_ALL=C.UTF-8")
+    done = change_password(path, username, realm, password)
+    # The realm, for it is what one forgets: a line for another one lets nobody in here.
+    return f"user {username!r} {done} in {path} (realm {realm!r})"
+
+
+def first_password(path: str, gid: Optional[int] = None, realm: str = REALM) -> Tuple[str, str]:
+    """Make a password file with one user and a random password; return the two."""
+    # 256 is 8 * 32, so % prefers no letter; 16 letters of 5 bits are 80 bits.
+    password = "".join(LETTERS[octet % 32] for octet in os.urandom(16))
+    lines = password_lines(FIRST_USER, realm, password)
+    try:
+        write_file(path, edit_passwords("", FIRST_USER, realm, lines), gid)
+    except OSError as error:
+        raise Refusal(f"unable to make passwords {path}: {error.strerror}")
+    return FIRST_USER, password
+
+
+def read_nonce_secret(path: str) -> bytes:
+    """Return the secret in a file; make the file when there is none."""
+    path = os.path.abspath(path)
+    try:
+        if not os.path.exists(path):
+            with contextlib.suppress(FileExistsError):      # who was faster made our secret too
+                write_file(path, os.urandom(32).hex() + "\n")
+    except OSError as error:
+        raise Refusal(f"unable to make nonce secret {path}: {error.strerror}")
+    secret = read_secrets("nonce secret", path).strip()
+    if len(secret) < 16:
+        # Without it, it is made anew.
+        raise refuse_file(f"use nonce secret {path}", ["shorter than 16 bytes"],
+                          f"rm {shlex.quote(path)}")
+    return secret.encode("utf-8", "surrogateescape")
+
+
+# -- 19. Addresses ------------------------------------------------------------
 #
 # Everything about an address is found out before anything else is done with it: the name
 # is looked up, with the rights and in the file system of who typed it, and what is handed over
@@ -5094,7 +5107,7 @@ def open_sockets(options: argparse.Namespace) -> List[socket.socket]:
     return sockets
 
 
-# -- 16. The command line -----------------------------------------------------
+# -- 20. The command line -----------------------------------------------------
 #
 # Copied alone this file is a server; beside daemonize.py it is what that hosts. Either way
 # it is three calls:
@@ -5118,6 +5131,28 @@ def open_sockets(options: argparse.Namespace) -> List[socket.socket]:
 UNHOSTED: Dict[str, Any] = {
     "name": "authserver", "sockets": (), "predecessor": None, "legacy": None, "uid": None,
     "gid": None, "chroot": None, "config_prefix": "", "may_create": False, "private_files": ()}
+
+
+def parse_choice(text: str, known: Iterable[str]) -> Tuple[str, ...]:
+    """Return the names in a comma-separated option, in their canonical spelling.
+
+    >>> parse_choice("sha-256,md5", CANONICAL.values())
+    ('SHA-256', 'MD5')
+    """
+    spelling = {name.lower(): name for name in known}
+    return tuple(spelling.get(name.strip().lower(), name) for name in text.split(","))
+
+
+def parse_max_failures(text: str) -> Tuple[int, float]:
+    """Return the two numbers of --max-failures.
+
+    >>> parse_max_failures("10/60"), parse_max_failures("0")
+    ((10, 60.0), (0, 60.0))
+    """
+    match = re.fullmatch(r"0|([1-9][0-9]{0,8})/([1-9][0-9]{0,8})", text)
+    if match is None:
+        raise Refusal(f"unable to use --max-failures {text}: expected N/SECONDS, or 0")
+    return int(match.group(1) or 0), float(match.group(2) or MAX_FAILURES[1])
 
 
 def add_arguments(parser: Any) -> None:
@@ -5289,8 +5324,10 @@ def make_server(options: argparse.Namespace, path: str) -> AuthServer:
                         options.public, options.stream_threads)
     server.proxies = TrustedProxies(options.trusted_proxy)
     server.forward_auth = options.forward_auth or ""
-    # More than four wait for one another: for the table of nonces, and for the listening socket.
-    server.workers = min(4, count_cpus())
+    # Those that we may use, which macOS does not tell. More than four workers wait for one another:
+    # for the table of nonces, and for the listening socket.
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    server.workers = min(4, cpus or 1)
     server.reread = functools.partial(reread, server, options, path)
     return server
 
@@ -5410,5 +5447,3 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
-
-

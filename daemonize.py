@@ -84,6 +84,7 @@ import contextlib
 import errno
 import faulthandler
 import fcntl
+import io
 import functools
 import re
 import select
@@ -1432,7 +1433,7 @@ class Start(NamedTuple):
     inherited: Inherited
     server: Any = None                      # what bind() returned
     session: Optional[int] = None           # that the starter made; None: run has none
-    leash: Optional[int] = None             # to the starter
+    leash: Any = None                       # to the starter: a file, which knows that it is closed
     report: Optional[Channel] = None        # to the command
     notifier: Optional[socket.socket] = None        # to systemd
 
@@ -1457,7 +1458,8 @@ def be_starter(plan: Plan, report: Channel, turn: Lock, inherited: Inherited) ->
         opened = open_files(plan, lock, inherited.control)
         leash = detach(plan, opened, report, server, inherited)
         is_daemon = True
-        status = begin(Start(plan, opened, inherited, server, os.getsid(0), leash, report))
+        rope = None if leash is None else io.FileIO(leash, "wb")
+        status = begin(Start(plan, opened, inherited, server, os.getsid(0), rope, report))
     except Returned:
         raise
     except BaseException as error:
@@ -1657,8 +1659,8 @@ def take_place(start: Start, **facts: Any) -> None:
             opened.control.listen(MAX_TALKS)
     if start.leash is not None:
         with contextlib.suppress(OSError):          # somebody killed the starter: good as well
-            os.write(start.leash, b"!")
-        os.close(start.leash)
+            start.leash.write(b"!")
+        start.leash.close()
     replace_predecessor(start)
 
 
@@ -1718,9 +1720,11 @@ class Host:
             for end in self.ends:
                 end.close()
             # Harmless for the lock: that is the daemon's, and fork(2) gave us none to lose.
-            for fd in (self.opened.pidfile, self.opened.lock, self.start.leash):
-                with contextlib.suppress(OSError, TypeError):       # a leash ends once it is used
-                    os.close(fd)                                    # type: ignore[arg-type]
+            os.close(self.opened.pidfile)
+            os.close(self.opened.lock)
+            # By its file, not by its number: used and closed, that is another's by now.
+            if self.start.leash is not None:
+                self.start.leash.close()
             life(channel)
         child = fork(shed_and_live)
         # A child with a copy of a sibling's channel would keep EOF from that sibling.
@@ -2672,9 +2676,10 @@ def reload(plan: Plan) -> int:
             reason = str(message.get("reason", "it talks nonsense"))
         except OSError as error:
             reason = "%s\ntry: daemonize.py restart" % because(error)
-    if reason:                          # its lines are not to look like ours
-        raise Fatal("unable to reload %s: %s" % (
-            plan.name, reason.replace("\ndaemonize:", "\n  daemonize:")))
+    if reason:                          # its lines are not to look like ours; ours name this daemon
+        cure = command_line("restart", plan)
+        raise Fatal("unable to reload %s: %s" % (plan.name, reason.replace(
+            "\ndaemonize:", "\n  daemonize:").replace("try: daemonize.py restart", "try: " + cure)))
     tell(plan, "%s is reloaded" % plan.name)
     return 0
 
@@ -2894,6 +2899,13 @@ def enter_folder(plan: Plan) -> None:
             os.chdir("/")
 
 
+def private_files(plan: Plan) -> List[str]:
+    """Return our own files, which an application that serves files should serve to nobody."""
+    files, log = plan.files, plan.files.logfile
+    logs = [log] + ["%s.%d" % (log, n + 1) for n in range(plan.options.log_keep)] if log else []
+    return [files.pidfile, files.lock, files.control] + logs
+
+
 def options_for(module: ModuleType, plan: Plan, inherited: Inherited) -> argparse.Namespace:
     """Return what bind() gets: the application's own options, and a written list of ours."""
     # One parser knows all options, so that a typo in either half is refused.
@@ -2904,7 +2916,7 @@ def options_for(module: ModuleType, plan: Plan, inherited: Inherited) -> argpars
             "legacy": inherited.legacy, "uid": uid, "gid": gid, "chroot": plan.chroot,
             "workers": plan.options.workers, "config_prefix": plan.files.prefix,
             "may_create": plan.action != "run" and not plan.options.quiet,
-            "predecessor": inherited.predecessor}
+            "predecessor": inherited.predecessor, "private_files": private_files(plan)}
     taken = set(parsed) & set(ours) - foreign
     if taken:
         raise Fatal("unable to host %s: --%s is an option of daemonize.py" % (
@@ -3109,7 +3121,12 @@ class Service(Host):
             self.release(fresh)
             return self.reopen(log_fd)
         except BaseException as error:  # SystemExit, too: it refuses this reload, and no more
-            log("reload: " + as_fatal(error, "reload").trace)
+            # The log nevertheless: it may have been renamed, and what is written to the old one
+            # is lost when logrotate compresses it.
+            self.reopen(log_fd)
+            trace = as_fatal(error, "reload").trace
+            if trace:
+                log("reload: " + trace)
             return refusal_of(error)
         finally:
             if log_fd is not None:

@@ -52,8 +52,8 @@ import random
 import re
 import resource
 import select
-import shutil
 import shlex
+import shutil
 import signal
 import socket
 import socketserver
@@ -66,7 +66,6 @@ import sys
 import tempfile
 import threading
 import time
-import tokenize
 import traceback
 import unittest
 import urllib.error
@@ -76,7 +75,7 @@ import warnings
 import wave
 import wsgiref.simple_server
 from random import Random
-from typing import (Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union)
+from typing import (Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union)
 from unittest import mock
 
 sys.dont_write_bytecode = True  # nothing is written beside the programs
@@ -724,6 +723,26 @@ class HeaderParsing(AuthTestCase):
             'Digest a="b\nc"', "Digest a=b, A=c", 'Digest a="1", b=2, a="1"', "Digest a=\xe9",
             "Digest a=b,\n", "Digest " + "a" * 20000, 'Digest a="' + "\\\\" * 9000 + '"')
 
+    def test_a_field_takes_no_longer_than_its_length(self) -> None:
+        """Of blanks, commas or letters: sixteen times the length costs sixteen times the CPU, not its square."""
+        def cost(size: int, start: str, filling: str, end: str) -> float:
+            began = time.process_time()
+            with contextlib.suppress(authserver.Malformed):
+                authserver.parse_authorization("Digest " + start + filling * size + end)
+            return time.process_time() - began
+        for form in (("x=y", "\t", "\xe9"), ("x=y", ", ", "\xe9"), ("", "z", "\t\xe9"), ("x=y,", "z", "?")):
+            with self.subTest(form):
+                self.assertLess(min(cost(7000, *form) for _ in range(5)), 80 * cost(437, *form) + 0.001)
+
+    def test_what_is_remembered_of_a_field_is_what_it_says(self) -> None:
+        """Where a quoted value looks like nc, uri or response, the strict parser is believed."""
+        for old, new in (('"a"', '"a nc=00000003 b"'), ('"a"', '"uri=\\"/z\\", b"'), ('"r"', '"cnonce=\\"c\\""'),
+                         ('"n"', '"n, response=%s"' % ("1" * 32)), ("uri=", 'opaque="uri=/z",uri='), ("nc=", "nc = ")):
+            for count in "123":     # the second time it is known, the third time another's would show
+                field = self.GOOD.replace(old, new).replace("0000001", "000000" + count)
+                with self.subTest(new, count=count):
+                    self.assertIn(authserver.read_digest("Digest " + field), (None, self.digest(field)))
+
     def test_decodes_basic_credentials(self) -> None:
         """The examples of RFC 7617, Latin-1, a colon in the password, composed Unicode."""
         for token, want in (("QWxhZGRpbjpvcGVuIHNlc2FtZQ==", ("Aladdin", "open sesame")),
@@ -980,6 +999,21 @@ class Nonces(AuthTestCase):
         self.assertEqual(200, client.ask(now=NOW + 7).status)
         client.authenticator = make(nonce_secret=b"t" * 32)
         self.assertTrue(is_stale(client.ask(now=NOW + 7)))
+
+    def test_signs_whatever_this_hashlib_lacks(self) -> None:
+        """No BLAKE2, one without keys, or one that is forbidden: 12 bytes that depend on key and data."""
+        for error in (AttributeError, TypeError, ValueError):
+            with self.subTest(error), mock.patch.object(hashlib, "blake2s", side_effect=error):
+                sign = authserver.find_mac()
+                made = {sign(key, data) for key in (b"k", b"l") for data in (b"", b"x")}
+                self.assertEqual([len(mac) for mac in made], [12] * 4)
+
+    def test_a_lock_that_fails_is_held_by_nobody(self) -> None:
+        """When the kernel refuses the lock of a file, the one between threads is free again."""
+        table = authserver.SharedTable()
+        with mock.patch("fcntl.lockf", side_effect=OSError(errno.EDEADLK, "")), self.assertRaises(OSError):
+            table.count_failure("192.0.2.1", NOW, 10, 60.0)
+        self.assertEqual(threads(1, lambda _: table._mutex.acquire(timeout=1)), [True])
 
 
 LINE = "jim:files:" + hashed("MD5", "jim", "files", "secret")
@@ -1655,6 +1689,12 @@ class DigestScheme(AuthTestCase):
                 self.assertEqual(200, Client(make(), uri=uri).ask(target=target).status)
         self.assertEqual("bad response", Client(make()).ask(method="POST").reason)
 
+    def test_no_body_is_read_for_what_is_not_offered(self) -> None:
+        """auth-int where only auth is offered: refused before anything is waited for."""
+        client, read_body = Client(make(), qop="auth-int"), mock.Mock(return_value=b"")
+        self.assertEqual(client.ask(client.field(body=b""), read_body=read_body).status, 401)
+        self.assertFalse(read_body.called)
+
     def test_an_empty_ha1_is_nobodys(self) -> None:
         """Who computes with no HA1, or one of zeros, is refused like any unknown user."""
         for ha1 in ("", "0" * 32):
@@ -1721,6 +1761,7 @@ class DigestScheme(AuthTestCase):
                     now = authenticator.clock() + 6
                     self.assertNotEqual(200, clients[-1].ask(fields[-1], now=now).status)
                     for client in clients[:100:9] + [Client(authenticator, now=now)]:
+                        now += 0.02  # two of one moment may want the same place in the table
                         verdict = client.ask(now=now)
                         if is_stale(verdict):
                             client.hear(verdict.fields[0][1])
@@ -1808,6 +1849,47 @@ class LockOut(AuthTestCase):
             client = Client(make(max_failures=(2, 60.0)), user, "wrong")
             self.assertEqual([401, 401, 429], [client.ask(client="192.0.2.1").status for _ in range(3)])
 
+    def told(self, authenticator: Any, *fields: str) -> List[int]:
+        """Send requests of one client whose slow hashes wait for a thread at the same time; return the statuses."""
+        stories = [authenticator.judge(authserver.Attempt("GET", "/x", [field], "192.0.2.1", NOW, authenticator.schemes))
+                   for field in fields]
+        done = [work() for work in [story.send(None) for story in stories]]
+        said = []
+        for story, result in zip(stories, done):
+            with self.assertRaises(StopIteration) as caught:
+                story.send(result)
+            said.append(caught.exception.value.status)
+        return said
+
+    @mock.patch.object(Passwords, "is_slow", lambda *_: True)
+    def test_slow_hashes_that_are_made_together(self) -> None:
+        """Twelve guesses, the right one last: after the limit 429. Eight requests of one browser: one hash for all."""
+        guesses = [basic("jim", "w%d" % number) for number in range(11)]
+        self.assertEqual(self.told(make(max_failures=(10, 60.0)), *guesses, JIM), [401] * 10 + [429] * 2)
+        with mock.patch.object(Passwords, "verify", autospec=True, side_effect=Passwords.verify) as counted:
+            self.assertEqual(self.told(make(), *[JIM] * 8), [200] * 8)
+        self.assertEqual(counted.call_count, 1)
+
+    def test_a_verdict_is_remembered_by_the_dictionary_that_gave_it(self) -> None:
+        """A reload in the middle, by another thread: the deleted user is out, and not in the new one's memory."""
+        authenticator = make()
+        verify, new = Passwords.verify, Passwords({"ann": "other"}, realm="files")
+
+        def reloading(passwords: Passwords, *words: str) -> bool:
+            authenticator.passwords = new
+            return verify(passwords, *words)
+        with mock.patch.object(Passwords, "verify", reloading):
+            self.assertEqual(self.status(authenticator, None), 401)
+        self.assertEqual((new.granted, self.status(authenticator, None)), ({}, 401))
+
+    def test_thousands_who_guess_lock_out_few_others(self) -> None:
+        """4,000 addresses are locked out: of 1,000 innocents less than one in ten is, too."""
+        table = authserver.SharedTable()
+        for number in range(4000):
+            table.count_failure("2001:db8:0:%x::/64" % number, NOW, 1, 60.0)
+        hit = sum(table.lock_left("198.51.%d.%d" % divmod(number, 250), NOW, 1, 60.0) > 0 for number in range(1000))
+        self.assertLess(hit, 100)
+
     def test_a_stale_or_replayed_proof_is_no_guess(self) -> None:
         """A right password at the wrong time does not count."""
         authenticator = make(max_failures=(1, 60.0))
@@ -1866,6 +1948,7 @@ class LockOut(AuthTestCase):
                 (own, "127.0.0.1", ["6.6.6.6", "[2001:db8::1]:80"], six),
                 (own + ["10.0.0.0/8"], "127.0.0.1", ["192.0.2.1, 10.0.0.7"], one),
                 (own, "127.0.0.1", ["192.0.2.1, unknown"], local),
+                (["10.0.0.0/8"], "10.0.0.1", ["192.0.2.1" + ",10.0.0.7" * 3000], ("10.0.0.7", None)),
                 (own, "127.0.0.1", ["192.0.2.1, "], local), (own, "127.0.0.1", [], local),
                 (own, "192.0.2.9", ["192.0.2.1"], ("192.0.2.9", "192.0.2.9")),
                 (own, "127.0.0.1", ["127.0.0.1"], local)):
@@ -2462,7 +2545,7 @@ class FilesPageTests(FilesTest):
 # -- 2. HTTP, over real sockets ----------------------------------------------
 
 PRELUDE = r'''
-import functools, gc, http.server, io, os, resource, socketserver, sys, threading, time
+import functools, gc, http.server, io, os, resource, socketserver, ssl, sys, threading, time
 sys.path.insert(0, %r)
 sys.dont_write_bytecode = True
 import authserver
@@ -2470,7 +2553,8 @@ from authserver import AuthServer, Authenticator, Passwords, protect, protect_ws
 passwords = Passwords({"jim": "secret", "ann": "other"}, realm="files")
 ''' % HERE
 LIBRARY_END = r'''
-print("listening on http://127.0.0.1:%d/" % server.server_address[1], flush=True)
+if not isinstance(server, authserver.AuthServer):  # which says it itself
+    print("listening on http://127.0.0.1:%d/" % server.server_address[1], flush=True)
 server.serve_forever()
 '''
 Row = Tuple[str, bytes, List[int], bool]        # sentence, what is sent, the statuses, closed?
@@ -2688,6 +2772,23 @@ class HttpSyntax(HttpTest):
                 reader.read(octets)
         self.assertLessEqual(max(len(kept) for kept in vars(reader).values() if isinstance(kept, dict)), 8)
 
+    def test_a_head_is_read_as_if_it_were_the_first(self) -> None:
+        """Whatever came before, and wherever credentials seem to stand: HeadReader reads as parse_head does."""
+        for lines in ("Authorization: Digest a=%s\r\nReferer: %s", "Proxy-Authorization: Digest a=%s\r\nAuthorization: %s",
+                      "X: uthorization: Digest %s\r\nUser-Agent: %s", "authorization: gest %s\r\nX: Authorization: %s",
+                      'Connection: x uri="%s"\r\nAuthorization: %s', "authorization:%s \r\nAuthorization: %s",
+                      "Authorization: %s\r\nConnection: %s", "AUTHORIZATION: %s\r\nContent-Length: 1%s"):
+            reader = authserver.HeadReader()
+            for pair in (("1", "2"), ("1", "2"), ("1", "3"), ("4", "2"), ("close", "5"), ("6", "7"), ("a,close", "8")):
+                octets = b"GET / HTTP/1.1\r\nHost: a\r\n%s\r\n\r\n" % (lines % pair).encode()
+                with self.subTest(octets):
+                    found, want = ((read.fields, read.line, [*read.authorization]) for read in (
+                        reader.read(octets), authserver.parse_head(octets)))
+                    self.assertEqual(found, want)
+        known = len(reader._known)
+        reader.read(octets[:-2] + b"X: %s\r\n\r\n" % (b"a" * 5000))     # too long to be kept
+        self.assertEqual(len(reader._known), known)
+
     def test_a_field_that_looks_like_credentials_deceives_nobody(self) -> None:
         """A proof that was right once is 401 again, whatever nc stands in a field beside Authorization."""
         auth = "Authorization: " + digest(self.at, "/")
@@ -2730,6 +2831,13 @@ class Echo(http.server.BaseHTTPRequestHandler):
     def get_rest(self): self.answer(repr([self.command, self.path, self.client_address[0]]).encode())
     def do_HEAD(self): self.answer(b"body of a HEAD")
     def do_UNREAD(self): self.answer(b"unread")
+    def do_LINE(self): self.rfile.readline(); self.answer(b"a line")
+    def do_MUTE(self): pass
+    def do_ROUND(self): self.connection.sendmsg([b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"])
+    def get_more(self, chunk=b"0\r\n\r\n"):
+        self.send_response(200); self.send_header("Transfer-Encoding", "chunked"); self.end_headers()
+        self.wfile.write(b"2\r\nok\r\n" + chunk + b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil")
+    def get_worse(self): self.get_more(b"zz\r\n")
     def do_POST(self): self.answer(self.rfile.read(int(self.headers["Content-Length"])))
     def do_RAW(self): self.answer(self.rfile.read())
     def do_CHUNKS(self):
@@ -2761,6 +2869,10 @@ HANDLED = [("a body that the handler did not read", head("/", "UNREAD", JIM, LEN
     ("a handler that raises in the middle of its answer", head("/late"), [200], True),
     ("fewer bytes than announced", head("/short"), [200], True),
     ("more bytes than announced", head("/long"), [200], True),
+    ("more after the last chunk", head("/more"), [200], True), ("a chunk without a size", head("/worse"), [200], True),
+    ("a body of which the handler read a line", head("/", "LINE", JIM, LENGTH) + SMUGGLED, [200], False),
+    ("a body of lines, of which it read one", head("/", "LINE", JIM, "Content-Length: %d" % (len(SMUGGLED) + 3))
+     + b"a\r\n" + SMUGGLED, [200], False), ("a body, and no answer", head("/", "MUTE", JIM, LENGTH) + SMUGGLED, [500], True),
     ("a body after a HEAD", head("/", "HEAD"), [200], True), ("a body after 204", head("/no204"), [204], True),
     ("no answer at all", head("/none"), [500], True),
     ("a handler that closes the connection", head("/close"), [], True),
@@ -2801,7 +2913,7 @@ class HttpHandlers(HttpTest):
     def test_broken_chunks_are_no_body(self) -> None:
         """A chunk without size, end or sense: one answer at most, and nothing after it is read."""
         for chunks in BROKEN_CHUNKS:
-            for method, want in (("RAW", [[], [200], [400]]), ("CHUNKS", [[], [400], [500]])):
+            for method, want in (("RAW", [[], [200], [400]]), ("CHUNKS", [[], [400], [500]]), ("UNREAD", [[200]])):
                 with self.subTest(chunks[:20], method=method):
                     data = head("/", method, JIM, CHUNKED) + chunks + head("/")
                     self.assertIn(statuses(self.say(data)), want)
@@ -2809,6 +2921,11 @@ class HttpHandlers(HttpTest):
     def test_an_answer_that_was_begun_has_no_second_head(self) -> None:
         """A handler that has begun to answer meets a malformed chunk: no second status line."""
         self.assertEqual(statuses(self.say(head("/", "BEGIN", JIM, CHUNKED) + b"x\r\n")), [200])
+
+    def test_who_answers_past_us_has_answered(self) -> None:
+        """sendmsg() and a body that nobody read: no second answer, and the end of the connection."""
+        said = self.say(head("/", "ROUND", JIM, "Content-Length: 9") + b"not HTTP\n" + head())
+        self.assertEqual(said.count(b"ok") + said.count(b"HTML") + len(statuses(said)), 2)
 
     def test_bodies_arrive_whole(self) -> None:
         """By length or in chunks, 0 to 3,000,000 bytes, and the next request after."""
@@ -2843,7 +2960,8 @@ class HttpHandlers(HttpTest):
         """A body that was signed arrives; another is 401, one too large to look at 413."""
         for sent, signed, fields, want in ((b"hello", b"hello", ["Content-Length: 5"], 200), (b"", b"", [EMPTY], 200),
                 (b"hellO", b"hello", ["Content-Length: 5"], 401),
-                (b"%x\r\n" % 70000 + b"a" * 70000, b"", [CHUNKED], 413), (b"x\r\n", b"", [CHUNKED], 400)):
+                (b"%x\r\n" % 70000 + b"a" * 70000, b"", [CHUNKED], 413), (b"x\r\n", b"", [CHUNKED], 400),
+                (b"1;%s\r\na\r\n" % (b"x" * 8000) * 20 + b"0\r\n\r\n", b"a" * 20, [CHUNKED], 413)):
             with self.subTest(fields[0], want=want):
                 auth = digest(self.at, "/", "POST", body=signed)
                 self.assertEqual(request(self.at, "/", "POST", auth, *fields, data=sent).status, want)
@@ -2921,6 +3039,9 @@ def page(request):
     if request.path == "/raise": raise KeyError("on purpose")
     if request.path == "/none": return None
     if request.path == "/304": return authserver.Answer(304, [("ETag", '"x"')], b"")
+    if request.path[:5] == "/204/": return authserver.Answer(204, [], b"HTTP/1.1 200 OK\r\n\r\n")
+    if request.path == "/204f": return authserver.Answer(204, [], authserver.FilePart(open("a file", "rb", buffering=0), 0, 9))
+    if request.path == "/299": return authserver.Answer(299, [], b"")
     if request.path.startswith("/file"):
         start, length = map(int, request.path[5:].split("-"))
         return authserver.Answer(200, [], authserver.FilePart(open("a file", "rb", buffering=0), start, length))
@@ -2942,6 +3063,9 @@ server = AuthServer(("127.0.0.1", 0), page, authenticator=Authenticator(password
         self.check([("a page that raises", head("/raise"), [500], False),
                     ("a page that answers nothing", head("/none"), [500], False),
                     ("a status without a body", head("/304"), [304], False),
+                    ("a body where none belongs", head("/204/"), [204], False),
+                    ("a file where none belongs", head("/204f"), [204], False),
+                    ("a status that nobody knows", head("/299"), [500], False),
                     ("HEAD of a large answer", head("/big", "HEAD"), [200], False),
                     ("HEAD of a file", head("/file0-20000000", "HEAD"), [200], False)])
         self.logged("KeyError: 'on purpose'")
@@ -3071,6 +3195,16 @@ class SendsAFile(Idiom):
     def do_GET(self):
         self.send_response(200); self.send_header("Content-Length", "5"); self.end_headers()
         with open("five", "rb") as file: self.connection.sendfile(file)
+class SendsAPart(Idiom):
+    def do_GET(self):
+        self.send_response(200); self.send_header("Content-Length", "4"); self.end_headers()
+        with open("five", "rb") as file: self.connection.sendfile(file, 1, 3); self.wfile.write(b"%d" % file.tell())
+class WithTheConnection(Idiom):
+    def do_GET(self):
+        with self.connection as connection: connection.sendall(self.WHOLE)
+    ASKED = head()
+class AsksItsTimeout(Idiom):
+    def do_GET(self): self.connection.settimeout(5); self.answer(repr(self.connection.gettimeout()).encode())
 class CopiesAFile(Idiom):
     def do_GET(self):
         self.send_response(200); self.send_header("Content-Length", "5"); self.end_headers()
@@ -3312,16 +3446,152 @@ class HttpHooks(BoxTest):
                 handler = protect(Idiom, USERS, **offer)
                 self.assertEqual(self.ask(AuthServer((host, 0), handler)), want)
 
-    def test_a_handler_that_closed_its_connection_is_forgotten(self) -> None:
-        """serve_forever() ends after drain(), whatever a handler did with its connection."""
-        server = AuthServer(("127.0.0.1", 0), protect(Idiom.made(lambda handler: handler.connection.close()), USERS))
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
+    def ours(self, handler: Any, **settings: Any) -> AuthServer:
+        """Return a server with an authenticator of its own, closed after the test."""
+        server = AuthServer(("127.0.0.1", 0), handler, authenticator=Authenticator(USERS, **settings))
         self.addCleanup(server.server_close)
-        self.assertEqual(talk("127.0.0.1:%d" % server.server_address[1], head("/"), True), b"")
+        return server
+
+    def drained(self, handler: Any, before: Callable[[Any, str], None]) -> None:
+        """Serve, drain() once before(server, address) has returned: serve_forever() ends."""
+        server = self.ours(handler)
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        before(server, "127.0.0.1:%d" % server.server_address[1])
         server.drain()
         thread.join(SOON)
         self.assertFalse(thread.is_alive())
+
+    def test_a_handler_that_closed_its_connection_is_forgotten(self) -> None:
+        """serve_forever() ends after drain(), whatever a handler did with its connection, or the number of it."""
+        for close in (lambda wire: wire.close(), lambda wire: os.close(wire.fileno()), lambda wire: os.close(wire.detach())):
+            with contextlib.redirect_stderr(io.StringIO()):
+                self.drained(Idiom.made(lambda handler: close(handler.connection)),
+                             lambda _, at: self.assertEqual(talk(at, head("/"), True), b""))
+
+    def test_who_keeps_a_connection_keeps_no_server(self) -> None:
+        """drain() in the middle of an answer, or before the rest of a body: that is all that is waited for."""
+        for data, rest in ((head(), b""), (head("/", "POST", JIM, "Content-Length: 4"), b"late")):
+            def begin(server: Any, at: str) -> None:
+                wire, begun = Wire(at), threading.Event()
+                self.addCleanup(wire.close)
+                wire.sendall(data)
+                select.select([wire], [], [], PATIENCE)
+                server.drain()
+                server.call_soon(begun.set)
+                begun.wait(PATIENCE)
+                self.assertEqual(wire.exchange(rest).status, 405 if rest else 200)
+            with self.subTest(rest):
+                self.drained(lambda _: authserver.Answer(200, (), b"a" * 20000000), begin)
+
+    def test_whom_a_reload_has_deleted_gets_no_last_answer(self) -> None:
+        """A worker that drains has the new passwords: on a kept connection, too, 401."""
+        def delete(server: Any, at: str) -> None:
+            server.reread = lambda: setattr(server.authenticator, "passwords", Passwords({"ann": "other"}, realm="files"))
+            with Wire(at) as jim:
+                said.append(jim.ask("/").status)
+                server.drain()
+                said.append(jim.ask("/").status)
+        said: List[int] = []
+        with mock.patch.object(authserver, "DRAIN_SECONDS", PATIENCE):
+            self.drained(lambda _: authserver.Answer(200, ()), delete)
+        self.assertEqual(said, [200, 401])
+
+    def test_an_idle_server_does_what_the_stock_one_does(self) -> None:
+        """handle_request() times out, however often, and then it serves; service_actions() is called with nobody there."""
+        acted, called = threading.Event(), threading.Event()
+        hooks = {"handle_timeout": lambda _: called.set(), "service_actions": lambda _: acted.set()}
+        server = type("Own", (AuthServer,), hooks)(("127.0.0.1", 0), protect(Idiom, USERS))
+        authserver.raise_file_limit.cache_clear()
+        with mock.patch.object(os, "register_at_fork", create=True) as forks:
+            for server.timeout in (1.01, 0, 0):
+                called.clear()
+                thread = threading.Thread(target=server.handle_request, daemon=True)
+                thread.start()
+                self.assertTrue(called.wait(SOON))
+                thread.join()
+        self.assertLessEqual(forks.call_count, 1)
+        acted.clear()
+        with serving(server) as at:
+            self.assertTrue(acted.wait(SOON))
+            self.assertEqual([request(at, "/").status for _ in range(3)], [200] * 3)
+
+    def test_nobody_goes_round_the_loop(self) -> None:
+        """What other loops call on a server of socketserver serves nobody who has not been asked."""
+        server = self.ours(Idiom)
+        for way in ("finish_request", "process_request", "_handle_request_noblock"):
+            with self.subTest(way), Wire("127.0.0.1:%d" % server.server_address[1]) as wire:
+                wire.sendall(head("/", "GET", "", CLOSE))
+                with contextlib.suppress(Exception), contextlib.redirect_stderr(io.StringIO()):
+                    with contextlib.closing(server.socket.accept()[0] if way[0] != "_" else wire) as sock:
+                        getattr(server, way)(*[sock, ("192.0.2.1", 1)] * (way[0] != "_"))
+                self.assertEqual(b"" if wire.fileno() < 0 else wire.hear(), b"")
+
+    def test_a_thread_that_could_not_be_started_is_not_waited_for(self) -> None:
+        """With one busy thread and no second one: refused at once; and once there may be one, served."""
+        pool, busy, done = authserver.Pool(5), threading.Event(), threading.Event()
+        self.addCleanup(busy.set)
+        self.assertTrue(pool.lend(busy.wait))
+        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+            self.assertFalse(pool.lend(busy.wait))
+        self.assertTrue(pool.lend(done.set) and done.wait(SOON))
+
+    def test_an_heir_says_where_it_listens(self) -> None:
+        """With a table in which others have counted; its second worker does not say it again."""
+        table = authserver.SharedTable()
+        table.add("workers")
+        server = self.ours(Idiom, table=table)
+        with mock.patch.object(server.log, "error") as said:
+            server.begin()
+            for _ in range(2):
+                server.announce()
+            server.close()
+        self.assertEqual(str(said.call_args_list).count("listening on"), 1)
+
+    def test_a_file_is_sent_in_pieces(self) -> None:
+        """connection.sendfile() has no more of it in memory than a piece."""
+        file, whole = mock.Mock(wraps=io.BytesIO(b"a" * 1000000)), b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n"
+        handler = Idiom.made(lambda handler: (handler.wfile.write(whole), handler.connection.sendfile(file)))
+        with serving(self.ours(handler)) as at:
+            self.assertEqual(len(request(at, "/").body), 1000000)
+        self.assertTrue(all(0 < call[0][0] < 200000 for call in file.read.call_args_list))
+
+    def test_a_stream_in_chunks_has_no_end(self) -> None:
+        """More than the largest body of a request, in an answer; and who has kept the connection writes no more to it."""
+        kept: List[Any] = []
+
+        def answer(handler: Any) -> None:
+            kept.append(handler.connection)
+            handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+            for piece in [b"a" * 900] * 10 + [b""]:
+                handler.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+        with mock.patch.object(authserver, "MAX_BODY", 5000), serving(self.ours(Idiom.made(answer))) as at, Wire(at) as wire:
+            wire.sendall(head() + head("/", "GET", JIM, CLOSE))
+            self.assertEqual(wire.hear().count(b"a" * 900), 20)
+            with self.assertRaises(BrokenPipeError):
+                kept[0].sendall(b"late")
+
+    def test_nothing_of_a_request_is_left(self) -> None:
+        """Without the garbage collector: no Request, with its password, outlives its answer."""
+        with serving(self.ours(lambda _: authserver.Answer(200, ()))) as at, Wire(at) as wire:
+            self.addCleanup(gc.enable)
+            gc.collect()
+            gc.disable()
+            for _ in range(20):
+                self.assertEqual(wire.ask("/", "GET", JIM, "Content-Length: 3", data=b"abc").status, 200)
+            self.assertLess(sum(isinstance(item, authserver.Request) for item in gc.get_objects()), 5)
+
+    def test_who_is_not_trusted_fills_no_memory(self) -> None:
+        """X-Forwarded-For of a stranger is not looked at, and of a proxy no more than its end."""
+        for trusted, count in (("192.0.2.1", 0), ("127.0.0.1", 3)):
+            server = self.ours(Idiom)
+            server.proxies = authserver.TrustedProxies([trusted])
+            with mock.patch.object(server.proxies, "find_client", wraps=server.proxies.find_client) as asked:
+                with serving(server) as at, Wire(at) as wire:
+                    for number in range(3):
+                        wire.ask("/", "GET", JIM, "X-Forwarded-For: %s, 192.0.2.%d" % ("x" * 9000, number))
+            said = [call[0][1] for call in asked.call_args_list if len(call[0]) > 1]
+            self.assertEqual((len(said), max(map(len, said), default=0) < 2000), (count, True))
 
     def test_who_is_held_accepts_nobody_until_released(self) -> None:
         """After hold() a client waits in the queue of the kernel, and is served after release()."""
@@ -3354,6 +3624,7 @@ class HttpHooks(BoxTest):
                          "two refusals")
             self.assertEqual([wire.exchange(b"").status for wire in busy], [503, 503])
             self.assertEqual(request(at, "/x", "GET", basic("ann", "wrong")).status, 503)
+            self.assertEqual(server.status()["busy"], 3)
             go.set()
             self.assertEqual({wire.exchange(b"").status for wire in wires if wire not in busy}, {401})
 
@@ -3754,6 +4025,8 @@ class Construction(GuardTest):
                     make(passwords)
         with self.assertRaises(TypeError):
             protect(Echo, users(), tables=1)
+        with self.assertRaisesRegex(TypeError, "two authenticators"):
+            AuthServer(("127.0.0.1", 0), protect(Echo, users()), authenticator=Authenticator(users()))
         self.refuses("unable to trust proxy", protect, Echo, users(), ["proxy.example"])
         path = self.write("ann:%s\n" % SHA)     # whom Digest cannot serve
         self.refuses("--schemes basic", protect, Echo, Passwords.read(path, "files"))
@@ -3831,11 +4104,13 @@ class Processes(GuardTest):
         folder = "/dev/shm/authserver-%d" % os.geteuid()
         if not os.access("/dev/shm", os.W_OK):
             self.skipTest("needs /dev/shm")
-        before = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        self.start("unique one")("")
-        made = set(os.listdir(folder)) - before
-        self.assertEqual((len(made), stat.S_IMODE(os.stat(folder).st_mode)), (1, 0o700))
-        path = os.path.join(folder, *made)
+        # Found by its name: others, of other runs of these tests, may lie there.
+        secret = "one of %s" % self.folder()
+        name = authserver.LAYOUT + Passwords({"jim": secret}, realm="files").fingerprint()
+        path = os.path.join(folder, name.hex())
+        self.assertFalse(os.path.exists(path))
+        self.start(secret)("")
+        self.assertEqual(stat.S_IMODE(os.stat(folder).st_mode), 0o700)
         self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600)
         self.start("unique two")("")
         self.assertTrue(os.path.exists(path))
@@ -4001,7 +4276,9 @@ threading.Thread.start = start
 
 def secure(address: str, context: Optional[ssl.SSLContext] = None, **settings: Any) -> Any:
     """Return a connection over TLS; it raises when it is cut off instead of closed."""
-    return (context or trusting()).wrap_socket(Wire(address), suppress_ragged_eofs=False, **settings)
+    context = context or trusting()
+    context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)     # which Python sets since 3.10
+    return context.wrap_socket(Wire(address), suppress_ragged_eofs=False, **settings)
 
 
 def https(address: str, *words: str) -> Answer:
@@ -4040,7 +4317,7 @@ class Records:
 
 class HttpsTest(HttpTest):
     """A server with a certificate that tests of a class share."""
-    settings = "authserver.WAITS.update(handshake=1)"
+    settings = "authserver.WAITS.update(handshake=3)"
     pem: str
 
     @classmethod
@@ -4133,6 +4410,20 @@ class Https(HttpsTest):
             self.assertEqual([https(self.at, "/").status for _ in range(5)], [200] * 5)
             self.assertEqual([wire.recv(1) for wire in stalled], [b""] * 20)
 
+    def test_a_look_at_the_port_is_no_error(self) -> None:
+        """Who resets before he is accepted leaves no traceback; who speaks plain HTTP is told so, without a reset."""
+        os.kill(self.box.server.pid, signal.SIGSTOP)
+        try:
+            for _ in range(5):
+                Wire(self.at).abort()
+        finally:
+            os.kill(self.box.server.pid, signal.SIGCONT)
+        self.assertEqual(https(self.at, "/").status, 200)
+        self.assertNotIn("Traceback", self.log())
+        with Wire(self.at) as wire:
+            wire.sendall(head("/", "GET", JIM, "X: " + "a" * 5000))
+            self.assertEqual(statuses(b"".join(iter(lambda: wire.recv(65536), b""))), [400])
+
     @needs_linux
     def test_large_files_at_the_pace_of_their_readers(self) -> None:
         """16 slow readers of 16 MB, and others: each byte arrives, nobody waits, nothing is kept; a cut file ends."""
@@ -4160,7 +4451,6 @@ class HttpsHandlers(HttpsTest):
     @classmethod
     def set_up(cls) -> None:
         cls.script = HANDLERS + '''
-import ssl
 context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
 context.load_cert_chain(%r)
 server.socket = context.wrap_socket(server.socket, server_side=True)
@@ -4449,31 +4739,6 @@ class HttpCommand(BoxTest):
         self.assertTrue(at)
         self.assertNotIn("try:", read(self.box.output))
 
-    @needs_root
-    @needs("ip")
-    @needs("unshare")
-    def test_a_link_local_address_keeps_its_zone(self) -> None:
-        """[fe80::1%lo]:0 is bound, in a network of its own that has it."""
-        script = ("ip link set lo up && ip -6 addr add fe80::1/64 dev lo nodad && exec " +
-                  " ".join(map(shlex.quote, self.argv("--bind", "[fe80::1%lo]:0"))))
-        self.box.spawn("unshare", "-n", "sh", "-c", script)
-        self.assertRegex(self.logged(r"listening on (\S+)")[0], r"fe80::1%(25)?lo\]:\d+")
-
-    def test_a_kernel_without_IPv6(self) -> None:
-        """:PORT is IPv4 alone there, whatever Python was compiled with."""
-        path = self.box.write("four.py", PRELUDE + '''
-import errno, socket
-real = socket.socket
-class Four(real):
-    def __init__(self, family=socket.AF_INET, *rest, **keys):
-        if family == socket.AF_INET6: raise OSError(errno.EAFNOSUPPORT, "not supported")
-        super().__init__(family, *rest, **keys)
-socket.socket = Four
-sys.exit(authserver.main(sys.argv[1:]))
-''')
-        at = self.box.launch(sys.executable, path, *self.argv("--bind", ":0")[2:])
-        self.assertEqual(request("127.0.0.1:" + at.rpartition(":")[2], "/", "GET", "").status, 401)
-
     def test_a_unix_socket_is_replaced_when_nobody_listens(self) -> None:
         """A socket file of a dead server is no obstacle, one of a living server is."""
         place = "unix:" + self.box.path("sock")
@@ -4489,7 +4754,7 @@ sys.exit(authserver.main(sys.argv[1:]))
         for code, options, said in ((2, ["--bind", "x"], "x"), (2, ["--bind", "127.0.0.1:99999"], "99999"),
                 (2, ["--nonsense"], "nonsense"), (2, ["--schemes", "tea"], "tea"),
                 (2, ["--schemes", ""], "scheme"), (2, ["--schemes", "digest,tea"], "tea"),
-                (2, ["--schemes", "basic,basic"], "basic"), (2, ["--realm", 'a"b'], "realm"),
+                (2, ["--schemes", "basic,basic"], "basic"), (2, ["--realm", 'a"b'], "realm"), (2, ["--realm", "b:c"], "use realm 'b:c'"),
                 (2, ["--max-failures", "x"], "max-failures"), (2, ["--trusted-proxy", "x"], "proxy"),
                 (2, ["--nonce-lifetime", "0"], "nonce-lifetime"),
                 (2, ["--stream-threads", "0"], "stream-threads 0: expected at least 1"),
@@ -6047,6 +6312,14 @@ class Reload(BoxTest):
         self.assertEqual((ask(address)["reloads"], self.box.pid()), (1, pid))
         self.assertIn("after\n", read(self.box.log))
         self.assertNotIn("after", read(self.box.path("old.log")))
+
+    def test_reloads_follow_one_another_and_a_restart(self) -> None:
+        """Each is done, however many were before: nothing that was closed is closed again."""
+        self.box.start(app=APP)
+        self.box.command("restart")
+        for number in range(1, 4):
+            self.box.command("reload")
+            self.assertEqual(read(self.box.log).count("reloaded\n"), number)
 
     def test_SIGHUP_does_the_same_and_says_so_in_the_log(self) -> None:
         """SIGHUP is reload; its result stands in the log."""
@@ -8415,6 +8688,11 @@ class House(unittest.TestCase):
         for path in (DAEMONIZE, AUTHSERVER):
             self.assertLessEqual(max(map(len, read(path).splitlines())), 100)
 
+    def test_no_bare_yield_after_an_annotation(self) -> None:
+        """`name: type = yield` is a syntax error before Python 3.8, which later ones do not tell."""
+        for path in (DAEMONIZE, AUTHSERVER):
+            self.assertNotRegex(read(path), r"(?m)^ *\w+: [^#\n]+ = yield\b")
+
     def test_the_contract_is_three_names(self) -> None:
         """authserver.py has add_arguments, bind and serve_forever."""
         names = [node.name for node in ast.walk(self.tree(AUTHSERVER)) if isinstance(node, ast.FunctionDef)]
@@ -8571,17 +8849,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
 server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
 print("listening on 127.0.0.1:%d" % server.server_address[1], flush=True); server.serve_forever()
 '''
-ASKED = ["X-Original-Method: GET", "X-Original-URI: /x"]
+ASKED = ["X-Original-Method: GET", "X-Original-URI: /a/x"]
 SHAPES = {  # what is sent with METHOD of TARGET
     "nginx": "GET /auth|X-Original-Method: METHOD|X-Original-URI: TARGET",
     "Traefik": "GET /auth?query|X-Forwarded-Method: METHOD|X-Forwarded-Uri: TARGET|X-Forwarded-For: 192.0.2.1",
     "Envoy": "METHOD /authTARGET|Content-Length: 0|X-Forwarded-For: 192.0.2.1|X-Forwarded-Proto: https",
-    "two that agree": "GET /auth|X-Original-Method: METHOD|X-Original-URI: TARGET|"
-                      "X-Forwarded-Method: METHOD|X-Forwarded-Uri: TARGET"}
+    "two that agree": "GET /auth/|X-Forwarded-Method: METHOD|X-Original-URI: TARGET|X-Forwarded-Uri: TARGET"}
 UNCLEAR = {
     "nothing": [], "an URI without a method": ASKED[1:], "a method without an URI": ASKED[:1],
     "two URIs": ASKED + ["X-Original-URI: /y"], "two methods": ASKED + ["X-Original-Method: POST"],
-    "an URI of two minds": ASKED + ["X-Forwarded-Uri: /y"], "a path and an URI": ASKED[1:],
+    "an URI of two minds": ASKED + ["X-Forwarded-Uri: /y"], "a path and an URI": ASKED[1:], "a path and all": ASKED,
     "a method of two minds": ASKED + ["X-Forwarded-Method: POST"], "a path and a method": ASKED[:1],
     "an empty URI": ASKED[:1] + ["X-Original-URI:"], "an empty URI beside one": ASKED + ["X-Forwarded-Uri:"]}
 
@@ -8613,13 +8890,14 @@ class ForwardAuth(HttpTest):
             with self.through(program) as at:
                 for kind in ("--digest", "--basic", "--anyauth"):
                     for data in ("", "a=b"):
-                        argv = ["curl", "-s", "http://%s/a%%20b?c=d" % at, kind, "-w", "\n%{http_code}"]
+                        argv = ["curl", "-gs", "http://%s/a%%20[b]?c=d" % at, kind, "-w", "\n%{http_code}"]
                         argv += ["--data", data] * bool(data)
                         self.assertTrue(run(argv + ["-u", "jim:wrong"], 0).out.endswith("\n401"))
                         text = run(argv + ["-u", "jim:secret"], 0).out.replace("\n200", "")
                         method, path, fields, body = json.loads(text)
                         self.assertIn(["Remote-User", "jim"], fields)
-                        self.assertEqual((method, path, body), ("POST" if data else "GET", "/a%20b?c=d", data))
+                        self.assertEqual((method, urllib.parse.unquote(path), body),
+                                         ("POST" if data else "GET", "/a [b]?c=d", data))
 
     @needs("chromium")
     def test_a_browser_gets_through(self) -> None:
@@ -8679,12 +8957,22 @@ class ForwardAuth(HttpTest):
         self.logged(r"127\.0\.0\.2: refused .*--trusted-proxy")
         self.assertEqual(request(self.at, "/authority", "GET", JIM, *ASKED).status, 404)
 
+    def test_an_answer_is_framed_by_how_it_was_asked_for(self) -> None:
+        """GET about a HEAD has a body, HEAD about a GET none: the next answer begins where it should."""
+        for asked, about in (("GET", "HEAD"), ("HEAD", "GET")):
+            for auth in ("", JIM):
+                with self.subTest(asked, auth=auth), Wire(self.at) as wire:
+                    fields = ["X-Original-URI: /x", "X-Original-Method: " + about]
+                    wire.ask("/auth", asked, auth, *fields, body=asked == "GET")
+                    self.assertEqual(wire.ask("/auth", "GET", JIM, *ASKED).status, 200)
+
     def test_only_what_proxies_pass_on_is_answered(self) -> None:
         """A malformed field and a lock-out are 403: nginx makes 500 of 400 and 429."""
         def ask(auth: str, client: str) -> int:
             return request(self.at, "/auth", "GET", auth, "X-Forwarded-For: " + client, *ASKED).status
-        for auth in ("Basic %", "Basic amlt", digest(self.at, "/other")):
+        for auth in ("Basic %", "Basic amlt", *(digest(self.at, uri) for uri in ("/x", "/a%2Fx", "/a/x?"))):
             self.assertEqual(ask(auth, "192.0.2.1"), 403)
+        self.assertEqual(ask(digest(self.at, "/a/%78"), "192.0.2.1"), 200)  # spelt anew, as Caddy does
         self.assertEqual([ask(WRONG, "192.0.2.9") for _ in range(10)], [401] * 10)
         self.assertEqual([ask(JIM, client) for client in ("192.0.2.9", "192.0.2.10")], [403, 200])
 
@@ -8879,11 +9167,16 @@ class Supervisors(BoxTest):
             for _ in range(4):
                 run(["logrotate", "-f", "-s", self.box.path("state"), conf], 0)
                 go_on()
+            self.box.write("passwords", "no colon\n", 0o640, NOBODY)  # a mistake refuses all but the log
+            self.assertEqual(run(["logrotate", "-f", "-s", self.box.path("state"), conf]).code, 1)
+            size = os.stat(self.box.log + ".1").st_size
+            go_on()
+            self.assertEqual(os.stat(self.box.log + ".1").st_size, size)
         self.assertEqual([caller.failures for caller in callers], [[]] * 4)
         self.box.command("stop")
         logs = [read(path) for path in glob.glob(glob.escape(self.box.log) + "*")]
         lines = re.findall('"GET /example/foo .*" 200 ', "".join(logs))
-        self.assertEqual((len(logs), len(lines)), (5, sum(caller.answers for caller in callers)))
+        self.assertEqual((len(logs), len(lines)), (6, sum(caller.answers for caller in callers)))
         self.assertEqual(os.stat(self.box.log).st_uid, NOBODY)
 
     def test_supervisors(self) -> None:
@@ -9174,10 +9467,11 @@ class FirstStart(DefaultFilesTest):
             self.assertFalse(os.path.exists(self.passwords))
 
     def test_the_command_that_changes_it_knows_the_realm(self) -> None:
-        """With --realm, what the first start says to change the password changes that user."""
+        """What the first start says changes that user, in that realm, and reloads the daemon of that name."""
         said = self.action("start", "--bind", "127.0.0.1:0", "--realm", "a b").out
-        command = re.findall(r"(?m)^change it: (.+) && ", said)[0]
-        self.assertIn("changed", run(["sh", "-c", command + " --stdin"], 0, b"new\n").out)
+        change, reload = re.findall(r"(?m)^change it: (.+) && (.+)$", said)[0]
+        self.assertIn("changed", run(["sh", "-c", change + " --stdin"], 0, b"new\n").out)
+        self.assertIn("reloaded", run(["sh", "-c", reload], 0).out)
         self.assertRegex(self.box.daemonize("start", "--quiet", "--name", self.name + "2", "--realm", "c", want=2).err,
                          "(?m)^try: .* --realm c$")
 
@@ -10046,13 +10340,14 @@ def soak_life_cycle(random: Random, deadline: float) -> str:
 
 
 def soak_credentials(random: Random, deadline: float) -> str:
-    """Put 100,000 mutated Authorization fields to the authenticator; nobody is let in."""
-    before, rounds = memory(os.getpid()), 0
+    """Put 100,000 mutated Authorization fields to the authenticator; nobody is let in, nothing grows."""
+    fuzz_credentials(20000, random)  # until the caches are full
+    before, rounds = memory(os.getpid()), 20000
     while rounds < 100000 or time.monotonic() < deadline:
         fuzz_credentials(10000, random)
         rounds += 10000
     grown = memory(os.getpid()) - before
-    assert grown < 8, "memory grew by %.1f MiB" % grown
+    assert grown < 4, "memory grew by %.1f MiB" % grown
     return "%d mutations, memory grew by %.1f MiB" % (rounds, grown)
 
 
@@ -10062,11 +10357,10 @@ def soak_requests(random: Random, deadline: float) -> str:
     fields = basic("jim", "wrong"), Digest('realm="authserver", nonce="x"', uri="/example/foo").field()
     with served("--max-failures", "0") as (box, address):
         while sum(seen.values()) < 5000 or time.monotonic() < deadline:
-            field = mutate(random.choice(fields), random)
-            text = head("/example/foo", "GET", field, CLOSE) if field.isprintable() else b"\r\n\r\n"
+            text = head("/example/foo", "GET", mutate(random.choice(fields), random), CLOSE)
             status = (statuses(talk(address, text, True)) or [0])[0]
             seen[status] += 1
-            assert 400 <= status < 500 or not field.isprintable(), (status, text)
+            assert 400 <= status < 500, (status, text)
             if sum(seen.values()) == 500:
                 warm = memory(box.server.pid)
         grown = memory(box.server.pid) - warm
@@ -10142,15 +10436,17 @@ def reset(address: str) -> None:
 
 def never_read(address: str) -> None:
     """200 connections that ask for more and more, and read nothing; again when they are cut off."""
+    host, port = address.split(":")
     while True:
         with contextlib.ExitStack() as stack:
             for _ in range(200):
-                wire = stack.enter_context(Wire(address))
-                wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-                wire.setblocking(False)
+                sock = stack.enter_context(socket.socket())
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)  # before the window is offered
+                sock.connect((host, int(port)))
+                sock.setblocking(False)
                 with contextlib.suppress(OSError):
                     while True:
-                        wire.send(head() * 100)
+                        sock.send(head() * 100)
             select.select([], [], [], 30)
 
 
@@ -10399,7 +10695,9 @@ def run_parts(chosen: Dict[Any, List[str]], verbose: bool) -> List[Dict[str, Any
             while waiting and len(running) < PARTS:
                 part = Part(*waiting.pop(0))
                 running[part.pid] = part
-            reports.append(running.pop(os.wait()[0]).report(verbose))
+            pid = os.wait()[0]
+            if pid in running:  # as the first process of a container we inherit others
+                reports.append(running.pop(pid).report(verbose))
     finally:
         for pid in running:
             os.killpg(pid, signal.SIGKILL)
