@@ -84,8 +84,8 @@ import contextlib
 import errno
 import faulthandler
 import fcntl
-import io
 import functools
+import io
 import re
 import select
 import signal
@@ -1433,7 +1433,7 @@ class Start(NamedTuple):
     inherited: Inherited
     server: Any = None                      # what bind() returned
     session: Optional[int] = None           # that the starter made; None: run has none
-    leash: Any = None                       # to the starter: a file, which knows that it is closed
+    leash: Optional[io.FileIO] = None       # to the starter; no number, for it is closed early
     report: Optional[Channel] = None        # to the command
     notifier: Optional[socket.socket] = None        # to systemd
 
@@ -1458,8 +1458,7 @@ def be_starter(plan: Plan, report: Channel, turn: Lock, inherited: Inherited) ->
         opened = open_files(plan, lock, inherited.control)
         leash = detach(plan, opened, report, server, inherited)
         is_daemon = True
-        rope = None if leash is None else io.FileIO(leash, "wb")
-        status = begin(Start(plan, opened, inherited, server, os.getsid(0), rope, report))
+        status = begin(Start(plan, opened, inherited, server, os.getsid(0), leash, report))
     except Returned:
         raise
     except BaseException as error:
@@ -1501,7 +1500,8 @@ def call(server: Any, name: str, otherwise: Any = None) -> Any:
     return getattr(server, name, lambda: otherwise)()
 
 
-def detach(plan: Plan, opened: Opened, report: Channel, server: Any, inherited: Inherited) -> int:
+def detach(plan: Plan, opened: Opened, report: Channel, server: Any,
+           inherited: Inherited) -> io.FileIO:
     """Step 4.  Fork, setsid, fork; only the daemon returns, with its stdio moved, and its leash.
 
     Runs as: root.  See: setsid(2), daemon(7); twistd: daemonize.
@@ -1525,7 +1525,7 @@ def detach(plan: Plan, opened: Opened, report: Channel, server: Any, inherited: 
         redirect(opened)
     # By number, not sys.stderr: it writes into whatever fd 2 means at the time of the crash.
     faulthandler.enable(2)
-    return end
+    return io.FileIO(end, "wb")
 
 
 def watch_birth(daemon: int, leash: int, report: Channel, plan: Plan, server: Any,

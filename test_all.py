@@ -6348,6 +6348,20 @@ class Reload(BoxTest):
         self.assertIn("ready", self.box.command("reload", want=1).err)
         self.assertEqual(sorted(self.box.processes()), before)
 
+    def test_reload_again_and_again(self) -> None:
+        """Five reloads, after a start and after a restart: each has fresh workers, and leaves no descriptor behind."""
+        address = self.box.address(self.box.start("--workers", "2", app=APP))
+        for action in ("status", "restart"):
+            self.box.command(action)
+            fds = None
+            for number in range(5):
+                self.box.command("reload")
+                until(lambda: len(self.box.processes()) == 3, "the end of the old workers")
+                self.assertEqual((ask(address)["reloads"], self.box.status()["restarts"]), (number + 1, 0))
+                found = len(fds_of(self.box.pid()))
+                self.assertEqual(found, fds or found)
+                fds = found
+
     def test_reload_of_nothing_is_3(self) -> None:
         """Not running: exit status 3."""
         self.assertIn("not running", "".join(self.box.command("reload", want=3)[1:3]))
