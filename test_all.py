@@ -6350,17 +6350,18 @@ class Reload(BoxTest):
 
     def test_reload_again_and_again(self) -> None:
         """Five reloads, after a start and after a restart: each has fresh workers, and leaves no descriptor behind."""
-        address = self.box.address(self.box.start("--workers", "2", app=APP))
-        for action in ("status", "restart"):
-            self.box.command(action)
-            fds = None
+        for workers, actions in (("1", []), ("2", []), ("1", ["restart"]), ("2", ["restart"]), ("3", ["restart"])):
+            address = self.box.address(self.box.start("--workers", workers, app=APP))
+            for action in actions:
+                self.box.command(action)
+            first = len(fds_of(self.box.pid()))
             for number in range(5):
-                self.box.command("reload")
-                until(lambda: len(self.box.processes()) == 3, "the end of the old workers")
-                self.assertEqual((ask(address)["reloads"], self.box.status()["restarts"]), (number + 1, 0))
-                found = len(fds_of(self.box.pid()))
-                self.assertEqual(found, fds or found)
-                fds = found
+                with self.subTest(workers + " ".join(actions), number=number):
+                    self.box.command("reload")
+                    until(lambda: len(self.box.processes()) == 1 + int(workers), "the end of the old workers")
+                    self.assertEqual((ask(address)["reloads"], self.box.status()["restarts"]), (number + 1, 0))
+            until(lambda: len(fds_of(self.box.pid())) <= first, "as few descriptors as at first")
+            self.box.command("stop")
 
     def test_reload_of_nothing_is_3(self) -> None:
         """Not running: exit status 3."""
