@@ -69,10 +69,10 @@ if __name__ == "__main__" and "lean" not in globals() and typed[-len(sys.argv):]
         with open(fd, "wb", closefd=False) as memory:
             marshal.dump(sys._getframe().f_code, memory)
         os.lseek(fd, 0, os.SEEK_SET)
-        # -P, and our own path: that of -c begins with the folder that we are called in.
-        text = ("import sys; sys.path[:] = %r; import marshal, os; lean = __file__ = %r; "
+        # -P: the path of -c would begin with the folder that we are called in.  Ours does not.
+        text = ("lean = __file__ = %r; import marshal, os, sys; sys.path[:0] = %r; "
                 "file = os.fdopen(%d, 'rb'); code = marshal.load(file); file.close(); exec(code)"
-                % (sys.path, __file__, fd))
+                % (__file__, sys.path[:1] * (not getattr(sys.flags, "safe_path", False)), fd))
         os.execv(sys.executable, [sys.executable] + flags + ["-P", "-c", text] + sys.argv[1:])
     except (AttributeError, OSError):       # then with the tree: it costs nothing but memory
         pass
