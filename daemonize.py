@@ -57,15 +57,15 @@ one table, HOSTS, and section 18, which is for systems that lack something.
 """
 import os
 import sys
-flags = sys.orig_argv[1:-len(sys.argv)] if sys.version_info >= (3, 11) else ["-m"]   # -X dev, ...
-if __name__ == "__main__" and "lean" not in globals() and hasattr(os, "memfd_create") and (
-        set(sys.argv[1:2]) & {"start", "restart", "run"} and "-m" not in flags
-        and sys.orig_argv[-len(sys.argv):] == sys.argv):
+typed = getattr(sys, "orig_argv", []) if sys.version_info >= (3, 11) else []
+flags = typed[1:-len(sys.argv)]             # -X dev, -W error, ...
+if __name__ == "__main__" and "lean" not in globals() and typed[-len(sys.argv):] == sys.argv and (
+        set(sys.argv[1:2]) & {"start", "restart", "run"} and "-m" not in flags):
     # Python keeps a script's syntax tree, here 8 MiB, for as long as the script runs: for a daemon,
     # for ever.  So begin again with what was compiled, and without the tree.  (3.11, Linux.)
     import marshal
     try:
-        fd = os.memfd_create("daemonize.py", 0)     # 0: not close-on-exec
+        fd = getattr(os, "memfd_create")("daemonize.py", 0)     # 0: not close-on-exec
         with open(fd, "wb", closefd=False) as memory:
             marshal.dump(sys._getframe().f_code, memory)
         os.lseek(fd, 0, os.SEEK_SET)
@@ -74,7 +74,7 @@ if __name__ == "__main__" and "lean" not in globals() and hasattr(os, "memfd_cre
                 "file = os.fdopen(%d, 'rb'); code = marshal.load(file); file.close(); exec(code)"
                 % (sys.path, __file__, fd))
         os.execv(sys.executable, [sys.executable] + flags + ["-P", "-c", text] + sys.argv[1:])
-    except OSError:         # then with the tree: it costs nothing but memory
+    except (AttributeError, OSError):       # then with the tree: it costs nothing but memory
         pass
 
 import argparse
@@ -84,8 +84,8 @@ import contextlib
 import errno
 import faulthandler
 import fcntl
-import io
 import functools
+import io
 import re
 import select
 import signal
@@ -197,7 +197,10 @@ def as_fatal(error: BaseException, deed: str = "start") -> Fatal:
 
 
 def exit_status(error: SystemExit) -> int:
-    """Return what exit status sys.exit(code) means: None is 0, a text is 1."""
+    """Return what exit status sys.exit(code) means: None is 0, a text is 1.
+
+    See: sys.exit().  Every way out of a process of ours comes through here, or os._exit().
+    """
     return error.code if isinstance(error.code, int) else int(error.code is not None)
 
 
@@ -781,7 +784,10 @@ def open_pidfile(path: str) -> int:
 
 
 def write_pidfile(fd: int, pid: int) -> None:
-    """Name the daemon in the pidfile, through the fd that root opened."""
+    """Name the daemon in the pidfile, through the fd that root opened.
+
+    Monitors read it at any time, and know nothing of our locks: so at no moment is it half written.
+    """
     data = b"%d\n" % pid
     with trying_to("write the pidfile"):
         # Written first, cut second: whoever reads in between finds a pid in the first line.
@@ -1361,7 +1367,10 @@ def open_stdio() -> None:
 
 
 def close_inherited() -> None:
-    """Close what the caller left open, from a list: RLIMIT_NOFILE may be 2^30."""
+    """Close what the caller left open, from a list: RLIMIT_NOFILE may be 2^30.
+
+    A pipe of cron's or ssh's that stayed open in a daemon would keep its reader waiting for ever.
+    """
     for fd in LEFT_OPEN:
         with contextlib.suppress(OSError):          # it was closed since
             # Inheritable is what the caller left, and no number of a file that we have opened.
@@ -1424,7 +1433,7 @@ class Start(NamedTuple):
     inherited: Inherited
     server: Any = None                      # what bind() returned
     session: Optional[int] = None           # that the starter made; None: run has none
-    leash: Any = None                       # to the starter: a file, which knows that it is closed
+    leash: Optional[io.FileIO] = None       # to the starter; no number, for it is closed early
     report: Optional[Channel] = None        # to the command
     notifier: Optional[socket.socket] = None        # to systemd
 
@@ -1449,8 +1458,7 @@ def be_starter(plan: Plan, report: Channel, turn: Lock, inherited: Inherited) ->
         opened = open_files(plan, lock, inherited.control)
         leash = detach(plan, opened, report, server, inherited)
         is_daemon = True
-        rope = None if leash is None else io.FileIO(leash, "wb")
-        status = begin(Start(plan, opened, inherited, server, os.getsid(0), rope, report))
+        status = begin(Start(plan, opened, inherited, server, os.getsid(0), leash, report))
     except Returned:
         raise
     except BaseException as error:
@@ -1463,7 +1471,10 @@ def be_starter(plan: Plan, report: Channel, turn: Lock, inherited: Inherited) ->
 
 
 def hold_undoing(plan: Plan) -> int:
-    """Hold byte 2 of the lock, for as long as this process lives; return the daemon's lock fd."""
+    """Hold byte 2 of the lock, for as long as this process lives; return the daemon's lock fd.
+
+    A read lock, through a read-only fd: the daemon inherits the fd, but never the lock.
+    """
     fd = open_regular(plan.files.lock, os.O_RDONLY, 0o600)
     with trying_to("lock %s" % plan.files.lock, "--pidfile on a local file system"):
         fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, UNDOING)
@@ -1471,7 +1482,10 @@ def hold_undoing(plan: Plan) -> int:
 
 
 def take_back(server: Any) -> None:
-    """Have the application undo what bind() made (a password that nobody will ever see)."""
+    """Have the application undo what bind() made (a password that nobody will ever see).
+
+    Only in the starter, and only while the daemon has no place: nobody else may ever call it.
+    """
     try:
         call(server, "abandon")
     except Exception as error:
@@ -1479,11 +1493,15 @@ def take_back(server: Any) -> None:
 
 
 def call(server: Any, name: str, otherwise: Any = None) -> Any:
-    """Call what an application need not have."""
+    """Call what an application need not have.
+
+    A server is any object with serve_forever(): whatever else it knows makes its life better.
+    """
     return getattr(server, name, lambda: otherwise)()
 
 
-def detach(plan: Plan, opened: Opened, report: Channel, server: Any, inherited: Inherited) -> int:
+def detach(plan: Plan, opened: Opened, report: Channel, server: Any,
+           inherited: Inherited) -> io.FileIO:
     """Step 4.  Fork, setsid, fork; only the daemon returns, with its stdio moved, and its leash.
 
     Runs as: root.  See: setsid(2), daemon(7); twistd: daemonize.
@@ -1507,7 +1525,7 @@ def detach(plan: Plan, opened: Opened, report: Channel, server: Any, inherited: 
         redirect(opened)
     # By number, not sys.stderr: it writes into whatever fd 2 means at the time of the crash.
     faulthandler.enable(2)
-    return end
+    return io.FileIO(end, "wb")
 
 
 def watch_birth(daemon: int, leash: int, report: Channel, plan: Plan, server: Any,
@@ -1550,7 +1568,10 @@ def redirect(opened: Opened) -> None:
 
 
 def point_log_at(fd: int) -> None:
-    """Log to another file from now on."""
+    """Log to another file from now on.
+
+    In each process for itself: an fd's number is its process's, the open file is everybody's.
+    """
     # dup2(2) swaps the file behind a number in one step: no thread ever meets a closed fd 1.
     os.dup2(fd, 1)
     os.dup2(fd, 2)
@@ -1836,8 +1857,8 @@ class Daemon:
 
         Runs as: the daemon user.  See: listen(2); twistd: startApplication, startReactor.
         """
-        if hasattr(os, "register_at_fork"):         # 3.7: for whoever forks, here and in children
-            os.register_at_fork(after_in_child=reset_handlers)
+        # 3.7: for whoever forks, here and in children.
+        getattr(os, "register_at_fork", lambda **_: None)(after_in_child=reset_handlers)
         # Until we have the place SIGTERM just ends us: there is nothing yet that could be lost.
         raise_at_end()
         try:
@@ -2345,7 +2366,10 @@ def tell_running(plan: Plan, record: Optional[Record], pid: int) -> None:
 
 
 def command_line(action: str, plan: Plan) -> str:
-    """Return a command that can be pasted, with the words that were typed."""
+    """Return a command that can be pasted, with the words that were typed.
+
+    Quoted as a shell wants it, since a path may hold a blank.
+    """
     import shlex
     words = ["daemonize.py", action] + plan.words
     words += [] if plan.arguments is None else ["--"] + plan.arguments
@@ -2468,7 +2492,10 @@ def greet(plan: Plan, facts: Message) -> None:
 
 
 def log_since(plan: Plan, size: int) -> str:
-    """Return the last lines of what was logged beyond that size."""
+    """Return the last lines of what was logged beyond that size.
+
+    The program's own last words say more than its exit status, and who starts it sees no log.
+    """
     path = plan.files.logfile
     if not path:
         return ""
@@ -2509,7 +2536,10 @@ def is_unknown(plan: Plan) -> bool:
 
 
 def tell_stopped(plan: Plan) -> None:
-    """Say that it does not run, and where we have looked."""
+    """Say that it does not run, and where we have looked.
+
+    Who meant another user's daemon of that name sees it from the path.
+    """
     tell(plan, "%s is not running (%s)" % (plan.name, plan.files.pidfile))
 
 
@@ -2554,7 +2584,10 @@ def status(plan: Plan) -> int:
 
 
 def stopped_facts(plan: Plan) -> Message:
-    """Return what is left of a daemon that does not run."""
+    """Return what is left of a daemon that does not run.
+
+    A pid that is left says that it was killed; whose it is today says whether that was long ago.
+    """
     path = plan.files.pidfile
     content = read_pidfile(path)
     if not content:
@@ -2652,7 +2685,10 @@ def reload(plan: Plan) -> int:
 
 
 def hang_up_on(plan: Plan, pid: int) -> str:
-    """Send SIGHUP to a script that handles it; return why not, "" if done."""
+    """Send SIGHUP to a script that handles it; return why not, "" if done.
+
+    The kernel knows (SigCgt in /proc/PID/status): the default action would end it.
+    """
     if not handles(pid, signal.SIGHUP):
         return "it does not handle SIGHUP, and would end"
     with Lock(plan, os.O_RDONLY) as lock, trying_to("signal pid %d" % pid):
@@ -2993,7 +3029,10 @@ class Service(Host):
             prober.kill()
 
     def work(self, channel: Channel) -> None:
-        """Serve, with one thread that listens to the daemon."""
+        """Serve, with one thread that listens to the daemon.
+
+        SIGTERM ends it by SystemExit in the main thread, so that the application's `finally` runs.
+        """
         import threading
         raise_at_end()
         for signum in (signal.SIGHUP, signal.SIGUSR1):      # they are the daemon's
@@ -3005,7 +3044,10 @@ class Service(Host):
         self.server.serve_forever()
 
     def probe(self, channel: Channel) -> None:
-        """Ask the workers one question, from outside; in a child, since it may hang."""
+        """Ask the workers one question, from outside; in a child, since it may hang.
+
+        What that means only the application knows: we know no HTTP, only whether it raises.
+        """
         self.server.probe()
         channel.send("able")
 
@@ -3015,7 +3057,10 @@ class Service(Host):
                 "greeting": getattr(self.server, "greeting", None) or ""}
 
     def settle(self) -> None:
-        """Let the workers begin: whom we replace takes no more requests."""
+        """Let the workers begin: whom we replace takes no more requests.
+
+        For a first start this is no news to them: nobody held them.
+        """
         self.release(self.children)
         notify(self.start, "READY=1\nSTATUS=%s" % self.addresses())
 
@@ -3038,7 +3083,10 @@ class Service(Host):
         self.rotate()
 
     def retire(self) -> None:
-        """Tell all workers to finish what they have, and go."""
+        """Tell all workers to finish what they have, and go.
+
+        Each has --timeout seconds from now; reap() ends who needs more.
+        """
         for child in self.children:
             child.deadline = time.monotonic() + self.plan.options.timeout
             child.tell("drain")
@@ -3135,7 +3183,10 @@ class Service(Host):
     # A restart: the picture is in section 17.
 
     def hand_over(self, talk: Channel) -> None:
-        """Send our sockets, and the memory that the application shares with its heir."""
+        """Send our sockets, and the memory that the application shares with its heir.
+
+        Control socket, listening sockets, memory, in this order; the other side looks itself.
+        """
         sockets = list(getattr(self.server, "sockets", []))[:MAX_FDS - 2]
         legacy = getattr(self.server, "legacy", None)
         assert self.opened.control is not None
@@ -3198,7 +3249,10 @@ def end_main_thread() -> None:
 
 
 def refusal_of(error: BaseException) -> str:
-    """Return why a reload was refused, with a cure where there is one."""
+    """Return why a reload was refused, with a cure where there is one.
+
+    The daemon has not the rights that bind() had: what only root can read, only a restart reads.
+    """
     reason = str(as_fatal(error, "reload")).replace("unable to reload: ", "", 1)
     if isinstance(error.__context__ or error, PermissionError):     # root could, we cannot
         return reason.partition("\n")[0] + "\ntry: daemonize.py restart"
@@ -3385,7 +3439,10 @@ def stop_and_start(plan: Plan, turn: Turn, pid: int) -> None:
 # What Linux has and others lack (or a jail, a container, an old Python), in one place.
 
 def has_proc() -> bool:
-    """Tell whether there is a /proc as Linux has it."""
+    """Tell whether there is a /proc as Linux has it.
+
+    Asked each time: a jail, or a container that is being set up, may lose or gain it.
+    """
     return os.path.exists(PROC + "/self/stat")
 
 
@@ -3406,7 +3463,10 @@ def ask_ps(*keys: str) -> Dict[int, List[str]]:
 
 
 def by_ps() -> Dict[int, Process]:
-    """Return all living processes where there is no /proc.  See: ps(1), getsid(2)."""
+    """Return all living processes where there is no /proc.  See: ps(1), getsid(2).
+
+    No birth there, so no record can prove who is who: the lock alone does.
+    """
     found = {}
     for pid, (ppid, pgid, state) in ask_ps("ppid", "pgid", "stat").items():
         if state[0] not in "ZX":
@@ -3476,12 +3536,18 @@ DEFAULTS = {"app": None, "name": None, "pidfile": None, "logfile": None, "rundir
 
 
 def refuse(message: str, cure: str = "daemonize.py -h") -> NoReturn:
-    """Refuse a command line, in the words of all other complaints."""
+    """Refuse a command line, in the words of all other complaints.
+
+    Instead of argparse's own error(), which prints a usage of ten lines above the reason.
+    """
     raise Fatal("unable to understand the command line: %s\ntry: %s" % (message, cure), 2)
 
 
 def bounded(kind: Callable[[str], float], lowest: float, highest: float) -> Callable[[str], float]:
-    """Return a converter for numbers from lowest to highest."""
+    """Return a converter for numbers from lowest to highest.
+
+    NaN is not between any two numbers, and so refused as well.
+    """
     def convert(text: str) -> float:
         value = kind(text)
         if not lowest <= value <= highest:
@@ -3510,7 +3576,10 @@ def build_parser(application: Optional[ModuleType] = None) -> argparse.ArgumentP
 
 
 def add_options(add: Callable[..., Any]) -> None:
-    """Add the daemon's own options; what stands in brackets is the default."""
+    """Add the daemon's own options; what stands in brackets is the default.
+
+    The defaults themselves stand in DEFAULTS: here they would hide what was typed.
+    """
     seconds: Dict[str, Any] = dict(metavar="SECONDS", type=bounded(float, 0, 1e6))
     add("--app", metavar="FILE.py", help="application to host (%s)" % os.path.basename(APPLICATION))
     add("--name", help="name of the daemon and its files (that of what it hosts)")
@@ -3593,7 +3662,10 @@ def script_of(command: List[str]) -> Optional[str]:
 
 
 def name_of(given: Optional[str], hosted: str) -> str:
-    """Return the daemon's name: --name, or else what it hosts, without its extension."""
+    """Return the daemon's name: --name, or else what it hosts, without its extension.
+
+    It becomes part of file names that root opens: so no slash, and nothing that a shell minds.
+    """
     name = os.path.splitext(os.path.basename(hosted))[0] if given is None else given
     if not re.fullmatch(r"\.*[A-Za-z0-9_-][A-Za-z0-9._-]*", name):     # not . and ..
         raise Fatal("unable to name it %s: letters, digits and ._- only\ntry: --name" % name, 2)
@@ -3601,7 +3673,10 @@ def name_of(given: Optional[str], hosted: str) -> str:
 
 
 def wanted_files(action: str, name: str, options: argparse.Namespace, folder: str) -> Files:
-    """Return the default files, with what --pidfile and --logfile say instead."""
+    """Return the default files, with what --pidfile and --logfile say instead.
+
+    A user without a home can still name both; then only the application's own files have no place.
+    """
     try:
         files = default_files(name)
     except Fatal:
@@ -3617,7 +3692,10 @@ def wanted_files(action: str, name: str, options: argparse.Namespace, folder: st
 
 
 def log_path(action: str, logfile: str, folder: str) -> Optional[str]:
-    """Return the log's path; None for the caller's own streams, by any of their names."""
+    """Return the log's path; None for the caller's own streams, by any of their names.
+
+    Containers collect what is printed, and images link their logs to /dev/stdout.
+    """
     streams = ("-", "/dev/stdout", "/dev/stderr", "/proc/self/fd/1", "/proc/self/fd/2")
     # nginx' image has links to /dev/stdout for logs.
     if logfile not in streams and not (os.path.islink(logfile) and os.readlink(logfile) in streams):
@@ -3690,7 +3768,10 @@ def settle(plan: Plan) -> Plan:
 
 
 def renamed(plan: Plan) -> Plan:
-    """Call the daemon by the name that its start noted, where only its pidfile is given."""
+    """Call the daemon by the name that its start noted, where only its pidfile is given.
+
+    "authserver is stopped", said of somebody's sleep, frightens at three in the morning.
+    """
     name = os.path.splitext(os.path.basename(plan.files.pidfile))[0]
     with contextlib.suppress(Fatal):        # whatever it is, the command itself will say so
         if exists(plan.files.lock):

@@ -6348,6 +6348,21 @@ class Reload(BoxTest):
         self.assertIn("ready", self.box.command("reload", want=1).err)
         self.assertEqual(sorted(self.box.processes()), before)
 
+    def test_reload_again_and_again(self) -> None:
+        """Five reloads, after a start and after a restart: each has fresh workers, and leaves no descriptor behind."""
+        for workers, actions in (("1", []), ("2", []), ("1", ["restart"]), ("2", ["restart"]), ("3", ["restart"])):
+            address = self.box.address(self.box.start("--workers", workers, app=APP))
+            for action in actions:
+                self.box.command(action)
+            first = len(fds_of(self.box.pid()))
+            for number in range(5):
+                with self.subTest(workers + " ".join(actions), number=number):
+                    self.box.command("reload")
+                    until(lambda: len(self.box.processes()) == 1 + int(workers), "the end of the old workers")
+                    self.assertEqual((ask(address)["reloads"], self.box.status()["restarts"]), (number + 1, 0))
+            until(lambda: len(fds_of(self.box.pid())) <= first, "as few descriptors as at first")
+            self.box.command("stop")
+
     def test_reload_of_nothing_is_3(self) -> None:
         """Not running: exit status 3."""
         self.assertIn("not running", "".join(self.box.command("reload", want=3)[1:3]))
