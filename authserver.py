@@ -2790,6 +2790,7 @@ class Loop(http.server.HTTPServer):
         `later`, there is time to rest, and then to wait. One call more in a quiet turn, so that
         a busy one never writes a log.
         """
+        self.handshakes = 0
         events = self.selector.select(0)
         self.look_at_clock()
         is_busy = events or self.later
@@ -3747,9 +3748,12 @@ class TLSConnection(Connection):
         self.wait("handshake")
 
     def ready(self, events: int) -> None:
-        """Shake hands first."""
-        if self.stage != "handshake" or self.shake_hands():
-            super().ready(events)
+        """Shake hands first; BATCH of them a turn, so that a crowd leaves time for the others."""
+        if self.stage == "handshake":
+            self.server.handshakes += 1
+            if self.server.handshakes > BATCH or not self.shake_hands():
+                return          # if one too many: the selector says so again
+        super().ready(events)
 
     def shake_hands(self) -> bool:
         """Go on with the handshake as far as it goes; return whether it is done.
@@ -5255,9 +5259,10 @@ def greet(user: str, password: str, path: str, options: argparse.Namespace,
     url += "" if isinstance(server.page, Files) else "example/foo"
     # No client knows who signed a certificate for 127.0.0.1.
     insecure = "--insecure " if url.startswith("https:") else ""
-    # Who has a name of its own answers to no other.
-    name = [] if options.name == "authserver" else ["--name", options.name]
-    reload = command("reload", *name, script="daemonize.py")
+    # Who has a pidfile, or a name, of its own answers to no other.
+    handle = [] if options.name == "authserver" else ["--name", options.name]
+    handle = ["--pidfile", options.pidfile] if getattr(options, "pidfile", None) else handle
+    reload = command("reload", *handle, script="daemonize.py")
     return (f"user: {user}\npassword: {password}\nkept in: {path}\n"
             f"change it: {passwd_command(path, [user], options.realm)} && {reload}\n"
             f"try: curl {insecure}--digest -u {user} {url}")
@@ -5382,7 +5387,9 @@ def inherited_table(fd: Optional[int]) -> Optional[SharedTable]:
 
 def warn(text: str) -> None:
     """Tell who started us what could be better; a name in it must not colour the terminal."""
-    say("authserver: warning: " + "\n".join(map(escape, text.split("\n"))), sys.stderr)
+    say("authserver: warning: " + "\n".join(
+        "".join(char if char.isprintable() else escape(char) for char in line)
+        for line in text.split("\n")), sys.stderr)
 
 
 def say(text: str, stream: TextIO) -> None:

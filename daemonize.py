@@ -2915,6 +2915,7 @@ def options_for(module: ModuleType, plan: Plan, inherited: Inherited) -> argpars
     ours = {"action": plan.action, "name": plan.name, "sockets": list(inherited.sockets),
             "legacy": inherited.legacy, "uid": uid, "gid": gid, "chroot": plan.chroot,
             "workers": plan.options.workers, "config_prefix": plan.files.prefix,
+            "pidfile": plan.files.pidfile if plan.options.pidfile else None,
             "may_create": plan.action != "run" and not plan.options.quiet,
             "predecessor": inherited.predecessor, "private_files": private_files(plan)}
     taken = set(parsed) & set(ours) - foreign
