@@ -3450,13 +3450,20 @@ class HttpHooks(BoxTest):
         self.addCleanup(server.server_close)
         return server
 
+    def drain(self, server: Any) -> None:
+        """Have a server drain, and wait until its loop has heard of it; or until there is no loop."""
+        heard = threading.Event()
+        server.drain()
+        server.call_soon(heard.set)
+        until(lambda: heard.is_set() or server.stopped.is_set(), "that")
+
     def drained(self, handler: Any, before: Callable[[Any, str], None]) -> None:
         """Serve, drain() once before(server, address) has returned: serve_forever() ends."""
         server = self.ours(handler)
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         before(server, "127.0.0.1:%d" % server.server_address[1])
-        server.drain()
+        self.drain(server)
         thread.join(SOON)
         self.assertFalse(thread.is_alive())
 
@@ -3471,13 +3478,11 @@ class HttpHooks(BoxTest):
         """drain() in the middle of an answer, or before the rest of a body: that is all that is waited for."""
         for data, rest in ((head(), b""), (head("/", "POST", JIM, "Content-Length: 4"), b"late")):
             def begin(server: Any, at: str) -> None:
-                wire, begun = Wire(at), threading.Event()
+                wire = Wire(at)
                 self.addCleanup(wire.close)
                 wire.sendall(data)
                 select.select([wire], [], [], PATIENCE)
-                server.drain()
-                server.call_soon(begun.set)
-                begun.wait(PATIENCE)
+                self.drain(server)
                 self.assertEqual(wire.exchange(rest).status, 405 if rest else 200)
             with self.subTest(rest):
                 self.drained(lambda _: authserver.Answer(200, (), b"a" * 20000000), begin)
@@ -3488,7 +3493,7 @@ class HttpHooks(BoxTest):
             server.reread = lambda: setattr(server.authenticator, "passwords", Passwords({"ann": "other"}, realm="files"))
             with Wire(at) as jim:
                 said.append(jim.ask("/").status)
-                server.drain()
+                self.drain(server)
                 said.append(jim.ask("/").status)
         said: List[int] = []
         with mock.patch.object(authserver, "DRAIN_SECONDS", PATIENCE):
