@@ -735,13 +735,12 @@ class HeaderParsing(AuthTestCase):
                 self.assertLess(min(cost(7000, *form) for _ in range(5)), 80 * cost(437, *form) + 0.001)
 
     def test_what_is_remembered_of_a_field_is_what_it_says(self) -> None:
-        """Where a quoted value looks like nc, uri or response, the strict parser is believed."""
-        for old, new in (('"a"', '"a nc=00000003 b"'), ('"a"', '"uri=\\"/z\\", b"'), ('"r"', '"cnonce=\\"c\\""'),
-                         ('"n"', '"n, response=%s"' % ("1" * 32)), ("uri=", 'opaque="uri=/z",uri='), ("nc=", "nc = ")):
-            for count in "123":     # the second time it is known, the third time another's would show
-                field = self.GOOD.replace(old, new).replace("0000001", "000000" + count)
-                with self.subTest(new, count=count):
-                    self.assertIn(authserver.read_digest("Digest " + field), (None, self.digest(field)))
+        """A quoted value that looks like the count is not taken for it, the first time or later."""
+        for value in ('"a"', '"r"', '"n"', '"c"'):
+            for count in (1, 2, 3):
+                field = self.GOOD.replace(value, '"z nc=00000009 z"').replace("nc=00000001", "nc = %08d" % count)
+                with self.subTest(value, count=count):
+                    self.assertIn(authserver.read_digest("Digest " + field.replace(",", ", ")), (self.digest(field), None))
 
     def test_decodes_basic_credentials(self) -> None:
         """The examples of RFC 7617, Latin-1, a colon in the password, composed Unicode."""
@@ -1613,7 +1612,7 @@ class DigestScheme(AuthTestCase):
                 for user in ("jim", "nobody"):
                     authenticator = make(max_failures=(1, 60.0))
                     client = Client(authenticator, user, "wrong")
-                    verdict = client.ask(client.field(**change), client="192.0.2.1")
+                    verdict = client.ask(client.field(**change), client="192.0.2.1", read_body=self.fail)
                     name = change.get("username", user).strip('"') if wrong else None
                     self.assertEqual((status, None, name), verdict[:3])
                     locked = attempt(authenticator, JIM, client="192.0.2.1").status == 429
@@ -1688,12 +1687,6 @@ class DigestScheme(AuthTestCase):
             with self.subTest(uri):
                 self.assertEqual(200, Client(make(), uri=uri).ask(target=target).status)
         self.assertEqual("bad response", Client(make()).ask(method="POST").reason)
-
-    def test_no_body_is_read_for_what_is_not_offered(self) -> None:
-        """auth-int where only auth is offered: refused before anything is waited for."""
-        client, read_body = Client(make(), qop="auth-int"), mock.Mock(return_value=b"")
-        self.assertEqual(client.ask(client.field(body=b""), read_body=read_body).status, 401)
-        self.assertFalse(read_body.called)
 
     def test_an_empty_ha1_is_nobodys(self) -> None:
         """Who computes with no HA1, or one of zeros, is refused like any unknown user."""
@@ -2774,17 +2767,16 @@ class HttpSyntax(HttpTest):
 
     def test_a_head_is_read_as_if_it_were_the_first(self) -> None:
         """Whatever came before, and wherever credentials seem to stand: HeadReader reads as parse_head does."""
-        for lines in ("Authorization: Digest a=%s\r\nReferer: %s", "Proxy-Authorization: Digest a=%s\r\nAuthorization: %s",
+        for lines in ("AUTHORIZATION: %s\r\nContent-Length: 1%s", "Authorization: Digest a=%s\r\nReferer: %s", "Proxy-Authorization: Digest a=%s\r\nAuthorization: %s",
                       "X: uthorization: Digest %s\r\nUser-Agent: %s", "authorization: gest %s\r\nX: Authorization: %s",
                       'Connection: x uri="%s"\r\nAuthorization: %s', "authorization:%s \r\nAuthorization: %s",
-                      "Authorization: %s\r\nConnection: %s", "AUTHORIZATION: %s\r\nContent-Length: 1%s"):
+                      "Authorization: %s\r\nConnection: %s"):
             reader = authserver.HeadReader()
             for pair in (("1", "2"), ("1", "2"), ("1", "3"), ("4", "2"), ("close", "5"), ("6", "7"), ("a,close", "8")):
                 octets = b"GET / HTTP/1.1\r\nHost: a\r\n%s\r\n\r\n" % (lines % pair).encode()
                 with self.subTest(octets):
-                    found, want = ((read.fields, read.line, [*read.authorization]) for read in (
-                        reader.read(octets), authserver.parse_head(octets)))
-                    self.assertEqual(found, want)
+                    self.assertEqual(*[(found.fields, found.line, [*found.authorization]) for found in (
+                        reader.read(octets), authserver.parse_head(octets))])
         known = len(reader._known)
         reader.read(octets[:-2] + b"X: %s\r\n\r\n" % (b"a" * 5000))     # too long to be kept
         self.assertEqual(len(reader._known), known)
@@ -2870,8 +2862,7 @@ HANDLED = [("a body that the handler did not read", head("/", "UNREAD", JIM, LEN
     ("fewer bytes than announced", head("/short"), [200], True),
     ("more bytes than announced", head("/long"), [200], True),
     ("more after the last chunk", head("/more"), [200], True), ("a chunk without a size", head("/worse"), [200], True),
-    ("a body of which the handler read a line", head("/", "LINE", JIM, LENGTH) + SMUGGLED, [200], False),
-    ("a body of lines, of which it read one", head("/", "LINE", JIM, "Content-Length: %d" % (len(SMUGGLED) + 3))
+    ("a body of which the handler read a line", head("/", "LINE", JIM, "Content-Length: %d" % (len(SMUGGLED) + 3))
      + b"a\r\n" + SMUGGLED, [200], False), ("a body, and no answer", head("/", "MUTE", JIM, LENGTH) + SMUGGLED, [500], True),
     ("a body after a HEAD", head("/", "HEAD"), [200], True), ("a body after 204", head("/no204"), [204], True),
     ("no answer at all", head("/none"), [500], True),
@@ -2895,7 +2886,8 @@ class HttpHandlers(HttpTest):
 
     def test_one_answer_to_each_request(self) -> None:
         """Exactly one; what cannot be followed ends the connection, with nothing added."""
-        for sentence, data, want, closes in HANDLED:
+        for sentence, data, want, closes in HANDLED + [
+                ("an answer past us, and a body", head("/", "ROUND", JIM, LENGTH) + SMUGGLED, [200], True)]:
             with self.subTest(sentence):
                 said = statuses(self.say(data + head("/", "GET", JIM, CLOSE)))
                 self.assertEqual(said, want + [200] * (not closes))
@@ -2917,15 +2909,11 @@ class HttpHandlers(HttpTest):
                 with self.subTest(chunks[:20], method=method):
                     data = head("/", method, JIM, CHUNKED) + chunks + head("/")
                     self.assertIn(statuses(self.say(data)), want)
+        self.assertNotIn("BadRequest", self.log())
 
     def test_an_answer_that_was_begun_has_no_second_head(self) -> None:
         """A handler that has begun to answer meets a malformed chunk: no second status line."""
         self.assertEqual(statuses(self.say(head("/", "BEGIN", JIM, CHUNKED) + b"x\r\n")), [200])
-
-    def test_who_answers_past_us_has_answered(self) -> None:
-        """sendmsg() and a body that nobody read: no second answer, and the end of the connection."""
-        said = self.say(head("/", "ROUND", JIM, "Content-Length: 9") + b"not HTTP\n" + head())
-        self.assertEqual(said.count(b"ok") + said.count(b"HTML") + len(statuses(said)), 2)
 
     def test_bodies_arrive_whole(self) -> None:
         """By length or in chunks, 0 to 3,000,000 bytes, and the next request after."""
@@ -3040,7 +3028,8 @@ def page(request):
     if request.path == "/none": return None
     if request.path == "/304": return authserver.Answer(304, [("ETag", '"x"')], b"")
     if request.path[:5] == "/204/": return authserver.Answer(204, [], b"HTTP/1.1 200 OK\r\n\r\n")
-    if request.path == "/204f": return authserver.Answer(204, [], authserver.FilePart(open("a file", "rb", buffering=0), 0, 9))
+    if request.path == "/204f": return authserver.Answer(204, [], authserver.FilePart(
+        open(__file__, "rb", buffering=0), 0, os.path.getsize(__file__)))     # there is the beginning of an answer in it
     if request.path == "/299": return authserver.Answer(299, [], b"")
     if request.path.startswith("/file"):
         start, length = map(int, request.path[5:].split("-"))
@@ -3452,50 +3441,36 @@ class HttpHooks(BoxTest):
         self.addCleanup(server.server_close)
         return server
 
-    def drained(self, handler: Any, before: Callable[[Any, str], None]) -> None:
-        """Serve, drain() once before(server, address) has returned: serve_forever() ends."""
-        server = self.ours(handler)
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        before(server, "127.0.0.1:%d" % server.server_address[1])
+    def drain(self, server: Any) -> None:
+        """Have a server drain, and wait until its loop has heard of it; or until there is no loop."""
+        heard = threading.Event()
         server.drain()
-        thread.join(SOON)
-        self.assertFalse(thread.is_alive())
+        server.call_soon(heard.set)
+        until(lambda: heard.is_set() or server.stopped.is_set(), "that")
 
-    def test_a_handler_that_closed_its_connection_is_forgotten(self) -> None:
-        """serve_forever() ends after drain(), whatever a handler did with its connection, or the number of it."""
-        for close in (lambda wire: wire.close(), lambda wire: os.close(wire.fileno()), lambda wire: os.close(wire.detach())):
-            with contextlib.redirect_stderr(io.StringIO()):
-                self.drained(Idiom.made(lambda handler: close(handler.connection)),
-                             lambda _, at: self.assertEqual(talk(at, head("/"), True), b""))
-
-    def test_who_keeps_a_connection_keeps_no_server(self) -> None:
-        """drain() in the middle of an answer, or before the rest of a body: that is all that is waited for."""
-        for data, rest in ((head(), b""), (head("/", "POST", JIM, "Content-Length: 4"), b"late")):
-            def begin(server: Any, at: str) -> None:
-                wire, begun = Wire(at), threading.Event()
-                self.addCleanup(wire.close)
+    def test_drain_ends_whatever_became_of_a_connection(self) -> None:
+        """A handler closed it, or its number; an answer, or the rest of a body, was under way: serve_forever() ends."""
+        large, late = (lambda _: authserver.Answer(200, (), b"a" * 20000000)), head("/", "POST", JIM, "Content-Length: 4")
+        for handler, data, rest in [(Idiom.made(lambda handler, close=close: close(handler.connection)), head(), b"") for close in (
+                lambda wire: wire.close(), lambda wire: os.close(wire.fileno()), lambda wire: os.close(wire.detach()))] + [
+                (large, head(), b""), (large, late, b"late")]:
+            server = self.ours(handler)
+            with self.subTest(data, rest=rest), serving(server) as at, Wire(at) as wire:
                 wire.sendall(data)
                 select.select([wire], [], [], PATIENCE)
-                server.drain()
-                server.call_soon(begun.set)
-                begun.wait(PATIENCE)
-                self.assertEqual(wire.exchange(rest).status, 405 if rest else 200)
-            with self.subTest(rest):
-                self.drained(lambda _: authserver.Answer(200, (), b"a" * 20000000), begin)
+                self.drain(server)
+                wire.sendall(rest)
+                wire.hear()
+                self.assertTrue(server.stopped.wait(SOON))
 
     def test_whom_a_reload_has_deleted_gets_no_last_answer(self) -> None:
         """A worker that drains has the new passwords: on a kept connection, too, 401."""
-        def delete(server: Any, at: str) -> None:
-            server.reread = lambda: setattr(server.authenticator, "passwords", Passwords({"ann": "other"}, realm="files"))
-            with Wire(at) as jim:
-                said.append(jim.ask("/").status)
-                server.drain()
-                said.append(jim.ask("/").status)
-        said: List[int] = []
-        with mock.patch.object(authserver, "DRAIN_SECONDS", PATIENCE):
-            self.drained(lambda _: authserver.Answer(200, ()), delete)
-        self.assertEqual(said, [200, 401])
+        server = self.ours(lambda _: authserver.Answer(200, ()))
+        server.reread = lambda: setattr(server.authenticator, "passwords", Passwords({"ann": "other"}, realm="files"))
+        with mock.patch.object(authserver, "DRAIN_SECONDS", PATIENCE), serving(server) as at, Wire(at) as jim:
+            self.assertEqual(jim.ask("/").status, 200)
+            self.drain(server)
+            self.assertEqual(jim.ask("/").status, 401)
 
     def test_an_idle_server_does_what_the_stock_one_does(self) -> None:
         """handle_request() times out, however often, and then it serves; service_actions() is called with nobody there."""
@@ -3537,39 +3512,33 @@ class HttpHooks(BoxTest):
         self.assertTrue(pool.lend(done.set) and done.wait(SOON))
 
     def test_an_heir_says_where_it_listens(self) -> None:
-        """With a table in which others have counted; its second worker does not say it again."""
+        """Also with a table in which others have counted."""
         table = authserver.SharedTable()
         table.add("workers")
-        server = self.ours(Idiom, table=table)
-        with mock.patch.object(server.log, "error") as said:
-            server.begin()
-            for _ in range(2):
-                server.announce()
-            server.close()
+        with mock.patch.object(authserver.Log, "error") as said, serving(self.ours(Idiom, table=table)) as at:
+            self.assertEqual(request(at).status, 200)
         self.assertEqual(str(said.call_args_list).count("listening on"), 1)
 
-    def test_a_file_is_sent_in_pieces(self) -> None:
-        """connection.sendfile() has no more of it in memory than a piece."""
-        file, whole = mock.Mock(wraps=io.BytesIO(b"a" * 1000000)), b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n"
-        handler = Idiom.made(lambda handler: (handler.wfile.write(whole), handler.connection.sendfile(file)))
-        with serving(self.ours(handler)) as at:
-            self.assertEqual(len(request(at, "/").body), 1000000)
-        self.assertTrue(all(0 < call[0][0] < 200000 for call in file.read.call_args_list))
-
-    def test_a_stream_in_chunks_has_no_end(self) -> None:
-        """More than the largest body of a request, in an answer; and who has kept the connection writes no more to it."""
-        kept: List[Any] = []
+    def test_large_answers_of_handlers(self) -> None:
+        """A file goes in pieces; chunks never end; who has kept the connection writes no more to it."""
+        file, kept = mock.Mock(wraps=io.BytesIO(b"a" * 1000000)), []
 
         def answer(handler: Any) -> None:
             kept.append(handler.connection)
             handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
             for piece in [b"a" * 900] * 10 + [b""]:
                 handler.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
-        with mock.patch.object(authserver, "MAX_BODY", 5000), serving(self.ours(Idiom.made(answer))) as at, Wire(at) as wire:
-            wire.sendall(head() + head("/", "GET", JIM, CLOSE))
-            self.assertEqual(wire.hear().count(b"a" * 900), 20)
-            with self.assertRaises(BrokenPipeError):
-                kept[0].sendall(b"late")
+
+        def send(handler: Any) -> None:
+            handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+            handler.connection.sendfile(file)
+        with mock.patch.object(authserver, "MAX_BODY", 5000), serving(self.ours(Idiom.made(answer))) as at:
+            self.assertEqual(talk(at, head() + head("/", "GET", JIM, CLOSE)).count(b"a" * 900), 20)
+        with self.assertRaises(BrokenPipeError):
+            kept[0].sendall(b"late")
+        with serving(self.ours(Idiom.made(send))) as at:
+            self.assertEqual(len(request(at).body), 1000000)
+        self.assertTrue(all(0 < call[0][0] < 200000 for call in file.read.call_args_list))
 
     def test_nothing_of_a_request_is_left(self) -> None:
         """Without the garbage collector: no Request, with its password, outlives its answer."""
@@ -3583,15 +3552,14 @@ class HttpHooks(BoxTest):
 
     def test_who_is_not_trusted_fills_no_memory(self) -> None:
         """X-Forwarded-For of a stranger is not looked at, and of a proxy no more than its end."""
-        for trusted, count in (("192.0.2.1", 0), ("127.0.0.1", 3)):
+        for trusted, count in (("192.0.2.1", 0), ("127.0.0.1", 1)):
             server = self.ours(Idiom)
             server.proxies = authserver.TrustedProxies([trusted])
-            with mock.patch.object(server.proxies, "find_client", wraps=server.proxies.find_client) as asked:
-                with serving(server) as at, Wire(at) as wire:
-                    for number in range(3):
-                        wire.ask("/", "GET", JIM, "X-Forwarded-For: %s, 192.0.2.%d" % ("x" * 9000, number))
+            with mock.patch.object(server.proxies, "find_client", wraps=server.proxies.find_client) as asked, \
+                    serving(server) as at:
+                request(at, "/", "GET", JIM, "X-Forwarded-For: %s, 192.0.2.7" % ("x" * 9000))
             said = [call[0][1] for call in asked.call_args_list if len(call[0]) > 1]
-            self.assertEqual((len(said), max(map(len, said), default=0) < 2000), (count, True))
+            self.assertEqual([len(text) < 2000 for text in said], [True] * count)
 
     def test_who_is_held_accepts_nobody_until_released(self) -> None:
         """After hold() a client waits in the queue of the kernel, and is served after release()."""
@@ -4754,7 +4722,7 @@ class HttpCommand(BoxTest):
         for code, options, said in ((2, ["--bind", "x"], "x"), (2, ["--bind", "127.0.0.1:99999"], "99999"),
                 (2, ["--nonsense"], "nonsense"), (2, ["--schemes", "tea"], "tea"),
                 (2, ["--schemes", ""], "scheme"), (2, ["--schemes", "digest,tea"], "tea"),
-                (2, ["--schemes", "basic,basic"], "basic"), (2, ["--realm", 'a"b'], "realm"), (2, ["--realm", "b:c"], "use realm 'b:c'"),
+                (2, ["--schemes", "basic,basic"], "basic"), (2, ["--realm", 'a"b'], "realm"),
                 (2, ["--max-failures", "x"], "max-failures"), (2, ["--trusted-proxy", "x"], "proxy"),
                 (2, ["--nonce-lifetime", "0"], "nonce-lifetime"),
                 (2, ["--stream-threads", "0"], "stream-threads 0: expected at least 1"),
@@ -8703,11 +8671,6 @@ class House(unittest.TestCase):
         for path in (DAEMONIZE, AUTHSERVER):
             self.assertLessEqual(max(map(len, read(path).splitlines())), 100)
 
-    def test_no_bare_yield_after_an_annotation(self) -> None:
-        """`name: type = yield` is a syntax error before Python 3.8, which later ones do not tell."""
-        for path in (DAEMONIZE, AUTHSERVER):
-            self.assertNotRegex(read(path), r"(?m)^ *\w+: [^#\n]+ = yield\b")
-
     def test_the_contract_is_three_names(self) -> None:
         """authserver.py has add_arguments, bind and serve_forever."""
         names = [node.name for node in ast.walk(self.tree(AUTHSERVER)) if isinstance(node, ast.FunctionDef)]
@@ -8975,11 +8938,9 @@ class ForwardAuth(HttpTest):
     def test_an_answer_is_framed_by_how_it_was_asked_for(self) -> None:
         """GET about a HEAD has a body, HEAD about a GET none: the next answer begins where it should."""
         for asked, about in (("GET", "HEAD"), ("HEAD", "GET")):
-            for auth in ("", JIM):
-                with self.subTest(asked, auth=auth), Wire(self.at) as wire:
-                    fields = ["X-Original-URI: /x", "X-Original-Method: " + about]
-                    wire.ask("/auth", asked, auth, *fields, body=asked == "GET")
-                    self.assertEqual(wire.ask("/auth", "GET", JIM, *ASKED).status, 200)
+            with self.subTest(asked), Wire(self.at) as wire:
+                wire.ask("/auth", asked, "", "X-Original-URI: /x", "X-Original-Method: " + about, body=asked == "GET")
+                self.assertEqual(wire.ask("/auth", "GET", JIM, *ASKED).status, 200)
 
     def test_only_what_proxies_pass_on_is_answered(self) -> None:
         """A malformed field and a lock-out are 403: nginx makes 500 of 400 and 429."""
