@@ -10507,6 +10507,7 @@ def soak(argv: List[str]) -> int:
 # of the tests goes as JSON into a nameless file, what they print into another.
 
 PARTS = 4
+ENDINGS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 class Sentences(unittest.TestResult):
@@ -10625,6 +10626,7 @@ class Part:
         os.setpgid(0, 0)
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
         with open(os.devnull, "rb") as nothing:
             os.dup2(nothing.fileno(), 0)
         os.dup2(self.output.fileno(), 1)
@@ -10669,8 +10671,11 @@ def run_parts(chosen: Dict[Any, List[str]], verbose: bool) -> List[Dict[str, Any
     try:
         while waiting or running:
             while waiting and len(running) < PARTS:
+                # Not now: an exception out of a fork hook (of logging) is lost, and so were our child.
+                signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
                 part = Part(*waiting.pop(0))
                 running[part.pid] = part
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
             pid = os.wait()[0]
             if pid in running:  # as the first process of a container we inherit others
                 reports.append(running.pop(pid).report(verbose))
@@ -10724,6 +10729,35 @@ def run_tests(argv: List[str]) -> int:
         return 1
     reports = run_parts(chosen, options.verbose)
     return summarize(reports, clean_up(), options.verbose)
+
+
+class Itself(BoxTest):
+    """This file keeps its own word"""
+
+    def test_what_it_is_asked(self) -> None:
+        """A wrong name lists the right ones, a pattern that nothing fits is a failure, a run ends with three numbers."""
+        for words, code, said in (
+                (["Stopp"], 2, "no subject Stopp; there are: HeaderParsing, "), (["-k", "zzz"], 1, "no test matches zzz"),
+                (["Stop.test_x"], 2, "no test_x in Stop; there are: test_"), (["soak", "x"], 2, "no soak x; there are: "),
+                (["--help"], 0, "test_all.py bench"), (["bench", "--help"], 0, "--rounds"),
+                (["BasicScheme", "-v", "-k", "not_offered"], 0, "even the right password is not looked at."),
+                (["BasicScheme.test_is_refused_where_it_is_not_offered", "--seed", "5"], 0,
+                 "\nseed 5\n1 passed, 0 failed, 0 skipped\n")):
+            with self.subTest(words):
+                done = run([sys.executable, os.path.abspath(__file__)] + words, code, env=self.box.env)
+                self.assertIn(said, done.out + done.err)
+
+    @needs_linux
+    def test_ctrl_c_leaves_nothing(self) -> None:
+        """Interrupted in the middle, with processes of its own: no process and no folder stays."""
+        child = self.box.spawn(sys.executable, os.path.abspath(__file__), "HttpPages", "HttpHandlers", env=dict(
+            self.box.env, TMPDIR=self.box.make("tmp")))
+        until(lambda: len(family(child.pid)) > 3, "a server of a test")
+        everybody = family(child.pid)
+        child.send_signal(signal.SIGINT)
+        self.assertEqual(child.wait(PATIENCE), 130, read(self.box.output))
+        until(lambda: not any(map(is_alive, everybody)), "the end of all of them")
+        self.assertEqual(os.listdir(self.box.path("tmp")), [])
 
 
 def main() -> int:
