@@ -2101,6 +2101,8 @@ class Talks:
 
 def dial(files: Files) -> Channel:
     """Return the command's end of a conversation with whoever listens at the control socket."""
+    if not exists(files.folder):            # a first `status`, before anything was started
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), files.folder)
     # A failure of ours says nothing of the daemon: Fatal, where all others are OSError.
     with trying_to("dial %s" % files.control):
         end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
