@@ -75,7 +75,7 @@ import warnings
 import wave
 import wsgiref.simple_server
 from random import Random
-from typing import (Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union)
+from typing import (Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union)
 from unittest import mock
 
 sys.dont_write_bytecode = True  # nothing is written beside the programs
@@ -892,7 +892,8 @@ class Nonces(AuthTestCase):
     def test_window_agrees_with_a_set(self) -> None:
         """Against a plain set of used counts, 5,000 random uses give the same answers."""
         chance, client = Random(SEED), Client(make())
-        used, highest = set(), 0    # type: Set[int], int
+        used: Set[int] = set()
+        highest = 0
         for _ in range(5000):
             count = max(1, highest + chance.randint(-150, 20))
             expected = count not in used and count > highest - authserver.NC_WINDOW
@@ -3451,10 +3452,13 @@ class HttpHooks(BoxTest):
 
     def test_drain_ends_whatever_became_of_a_connection(self) -> None:
         """A handler closed it, or its number; an answer, or the rest of a body, was under way: serve_forever() ends."""
-        large, late = (lambda _: authserver.Answer(200, (), b"a" * 20000000)), head("/", "POST", JIM, "Content-Length: 4")
-        for handler, data, rest in [(Idiom.made(lambda handler, close=close: close(handler.connection)), head(), b"") for close in (
-                lambda wire: wire.close(), lambda wire: os.close(wire.fileno()), lambda wire: os.close(wire.detach()))] + [
-                (large, head(), b""), (large, late, b"late")]:
+        def large(request: Any) -> Any:
+            return authserver.Answer(200, (), b"a" * 20000000)
+        for handler, data, rest in (
+                (Idiom.made(lambda handler: handler.connection.close()), head(), b""),
+                (Idiom.made(lambda handler: os.close(handler.connection.fileno())), head(), b""),
+                (Idiom.made(lambda handler: os.close(handler.connection.detach())), head(), b""),
+                (large, head(), b""), (large, head("/", "POST", JIM, "Content-Length: 4"), b"late")):
             server = self.ours(handler)
             with self.subTest(data, rest=rest), serving(server) as at, Wire(at) as wire:
                 wire.sendall(data)
@@ -3506,10 +3510,11 @@ class HttpHooks(BoxTest):
     def test_a_thread_that_could_not_be_started_is_not_waited_for(self) -> None:
         """With one busy thread and no second one: refused at once; and once there may be one, served."""
         pool, busy, done = authserver.Pool(5), threading.Event(), threading.Event()
+        wait: Any = busy.wait
         self.addCleanup(busy.set)
-        self.assertTrue(pool.lend(busy.wait))
+        self.assertTrue(pool.lend(wait))
         with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
-            self.assertFalse(pool.lend(busy.wait))
+            self.assertFalse(pool.lend(wait))
         self.assertTrue(pool.lend(done.set) and done.wait(SOON))
 
     def test_an_heir_says_where_it_listens(self) -> None:
