@@ -6019,7 +6019,7 @@ class Status(BoxTest):
         self.box.pidfile = self.box.path("fresh", "d.pid")
         self.assertIn("not running", self.box.command("status", want=3).out)
         self.assertIn("not running", self.box.command("stop").out)
-        self.assertIn("not running", self.box.command("reload", want=3).err)
+        self.assertIn("not running", self.box.command("reload", want=3).out)
         self.assertFalse(os.path.exists(self.box.path("fresh")))
 
     def test_dead_with_a_pidfile_is_1(self) -> None:
