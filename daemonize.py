@@ -3130,7 +3130,7 @@ class Service(Host):
             trace = as_fatal(error, "reload").trace
             if trace:
                 log("reload: " + trace)
-            return refusal_of(error)
+            return refusal_of(error, self.plan.chroot is not None)
         finally:
             if log_fd is not None:
                 os.close(log_fd)
@@ -3250,13 +3250,15 @@ def end_main_thread() -> None:
         time.sleep(POLL)
 
 
-def refusal_of(error: BaseException) -> str:
+def refusal_of(error: BaseException, is_jailed: bool) -> str:
     """Return why a reload was refused, with a cure where there is one.
 
     The daemon has not the rights that bind() had: what only root can read, only a restart reads.
+    And from a jail it does not even see what lies outside.
     """
     reason = str(as_fatal(error, "reload")).replace("unable to reload: ", "", 1)
-    if isinstance(error.__context__ or error, PermissionError):     # root could, we cannot
+    out_of_reach = (PermissionError, FileNotFoundError) if is_jailed else PermissionError
+    if isinstance(error.__context__ or error, out_of_reach):
         return reason.partition("\n")[0] + "\ntry: daemonize.py restart"
     return reason
 

@@ -7024,6 +7024,15 @@ class Chroot(BoxTest):
         self.assertEqual((self.box.processes(), os.path.exists(self.box.pidfile)), ([], False))
         self.assertEqual(os.listdir(jail), [])
 
+    def test_what_a_jailed_daemon_does_not_see_needs_a_restart(self) -> None:
+        """reload cannot read a file outside: the refusal says so, and does not call the file missing."""
+        self.box.make("jail")
+        users = self.box.write("users.txt", "")
+        app = APP + "Server.reload = lambda self: open(%r).close()\n" % users
+        self.box.start("--chroot", self.box.path("jail"), "--workers", "1", app=app)
+        self.assertIn("try: daemonize.py restart", self.box.command("reload", want=1).err)
+        self.box.command("restart")
+
     def test_the_working_directory_is_an_outside_path(self) -> None:
         """--rundir below the jail is given as seen from outside."""
         self.box.make("jail")
