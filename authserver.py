@@ -1814,7 +1814,7 @@ STYLE = (
     "@media(max-width:32rem){body{margin:1rem auto}th+th,td+td{padding-left:1rem}i{display:none}}")
 EXPLANATIONS = {
     401: "This is for who has a password. To try again, reload the page.",
-    403: "The server itself may not read this.",
+    403: "The server may not give you this.",
     404: "There is nothing here.",
     429: "Too many wrong passwords came from your address. Wait a minute, then reload the page.",
     500: "Something went wrong here; the log of the server says what.",
