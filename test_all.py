@@ -375,6 +375,21 @@ class BoxTest(unittest.TestCase):
         self.box = Box()
         self.addCleanup(self.box.close)
 
+    def small_disk(self, size: str) -> str:
+        """Return a folder "small" in the box that holds no more than that."""
+        small = self.box.make("small")
+        if run(["mount", "-t", "tmpfs", "-o", "size=%s,mode=755" % size, "none", small]).code:
+            self.skipTest("needs the right to mount")
+        self.addCleanup(lambda: until(lambda: run(["umount", small]).code == 0, "umount"))
+        self.addCleanup(self.box.end)
+        return small
+
+    def fill(self, folder: str) -> None:
+        """Write a file until the disk is full."""
+        with contextlib.suppress(OSError), open(os.path.join(folder, "filler"), "wb", 0) as filler:
+            while True:
+                filler.write(b"x" * 4096)
+
 
 class SharedBoxTest(unittest.TestCase):
     """Tests that look at one Box and at what set_up started in it, and leave it as it was."""
@@ -5878,13 +5893,8 @@ class StartFailure(BoxTest):
     @needs_root
     def test_a_full_disk_leaves_nothing_half_made(self) -> None:
         """A pidfile on a full disk: exit status 1, nothing runs, no empty pidfile, one clear line."""
-        small = self.box.make("small")
-        if run(["mount", "-t", "tmpfs", "-o", "size=16k,mode=755", "none", small]).code:
-            self.skipTest("needs the right to mount")
-        self.addCleanup(run, ["umount", small], 0)
-        with contextlib.suppress(OSError), open(self.box.path("small", "filler"), "wb", 0) as filler:
-            while True:
-                filler.write(b"x" * 4096)
+        small = self.small_disk("16k")
+        self.fill(small)
         said = self.fails(APP, "--pidfile", self.box.path("small", "d.pid"))
         self.assertIn("No space left", said)
         self.assertEqual(set(os.listdir(small)) - {"d.pid.lock"}, {"filler"})
@@ -7147,16 +7157,10 @@ class Logfile(BoxTest):
     @needs_root
     def test_a_log_on_a_full_disk_does_not_end_the_daemon(self) -> None:
         """The daemon outlives a full disk under its log and says so when it can again."""
-        small = self.box.make("small")
-        if run(["mount", "-t", "tmpfs", "-o", "size=64k,mode=755", "none", small]).code:
-            self.skipTest("needs the right to mount")
-        self.addCleanup(lambda: until(lambda: run(["umount", small]).code == 0, "umount"))
-        self.addCleanup(self.box.end)
+        small = self.small_disk("64k")
         self.box.log = self.box.path("small", "d.log")
         address = self.box.address(self.box.start(app=APP + QUIET_PRINT))
-        with contextlib.suppress(OSError), open(self.box.path("small", "filler"), "wb", 0) as filler:
-            while True:
-                filler.write(b"x" * 4096)
+        self.fill(small)
         for _ in range(40):
             ask(address, "print " + "y" * 200)
         self.assertEqual(ask(address)["pid"], self.box.pid())
@@ -8094,16 +8098,10 @@ Server.drain = lambda self: wait_for("drained") or drain_well(self)
     @needs_root
     def test_a_full_disk_stops_a_restart_before_it(self) -> None:
         """When the lock file cannot hold the new options, the old one keeps serving, with its own."""
-        small = self.box.make("small")
-        if run(["mount", "-t", "tmpfs", "-o", "size=24k,mode=755", "none", small]).code:
-            self.skipTest("needs the right to mount")
-        self.addCleanup(lambda: until(lambda: run(["umount", small]).code == 0, "umount"))
-        self.addCleanup(self.box.end)
+        small = self.small_disk("24k")
         self.box.pidfile = self.box.path("small", "d.pid")
         address = self.box.address(self.box.start("--word", "old", app=APP))
-        with contextlib.suppress(OSError), open(self.box.path("small", "filler"), "wb", 0) as filler:
-            while True:
-                filler.write(b"x" * 4096)
+        self.fill(small)
         pid, app = self.box.pid(), ["--logfile", self.box.log, "--app", self.box.path("app.py")]
         said = self.box.command("restart", *app, "--word", "x" * 9000, want=1).err
         self.assertRegex(said, r"unable to write .*d\.pid\.lock: No space left on device\n.*keeps serving with pid %d" % pid)
