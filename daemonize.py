@@ -77,6 +77,7 @@ if __name__ == "__main__" and "lean" not in globals() and typed[-len(sys.argv):]
     except (AttributeError, OSError):       # then with the tree: it costs nothing but memory
         pass
 
+import _thread
 import argparse
 import array
 import atexit
@@ -1416,6 +1417,28 @@ def reset_handlers() -> None:
             signal.signal(signum, signal.SIG_DFL)
 
 
+def guard_forks() -> None:
+    """Have whoever forks, here and in workers, make a child with default handlers.
+
+    Between fork(2) and these it has its parent's, and Python forgets a signal that came meanwhile:
+    a multiprocessing.Pool that is ended at once would wait for ever.  So they are blocked until
+    then, in the thread that forks.  (Since Python 3.7.)
+    """
+    masks: Dict[int, Iterable[int]] = {}        # by thread: two may fork at a time
+
+    def before() -> None:
+        masks[_thread.get_ident()] = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+
+    def after() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masks.pop(_thread.get_ident()))
+
+    def after_in_child() -> None:
+        reset_handlers()
+        after()
+    getattr(os, "register_at_fork", lambda **_: None)(
+        before=before, after_in_parent=after, after_in_child=after_in_child)
+
+
 class Inherited(NamedTuple):
     """What a daemon takes over: from systemd, or from the daemon that it replaces (section 17)."""
     sockets: Sequence[socket.socket] = ()
@@ -1857,8 +1880,7 @@ class Daemon:
 
         Runs as: the daemon user.  See: listen(2); twistd: startApplication, startReactor.
         """
-        # 3.7: for whoever forks, here and in children.
-        getattr(os, "register_at_fork", lambda **_: None)(after_in_child=reset_handlers)
+        guard_forks()
         # Until we have the place SIGTERM just ends us: there is nothing yet that could be lost.
         raise_at_end()
         try:

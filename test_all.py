@@ -8248,7 +8248,7 @@ def do_terminate(self, rest):
     child = multiprocessing.Process(target=job); child.start(); time.sleep(0.1); child.terminate(); child.join()
     return child.exitcode
 def do_pool(self, rest):
-    for _ in range(5):
+    for _ in range(40):     # one that is ended as it begins must not lose the signal
         with multiprocessing.Pool(2) as pool: pool.map(abs, [1, 2])
     return True
 def do_handlers(self, rest):
@@ -8266,8 +8266,9 @@ for name in ("terminate", "pool", "handlers", "lock"):
 '''
         address = self.box.address(self.box.start("--workers", "2", app=app))
         before = sorted(self.box.processes())
-        self.assertEqual([ask(address, "terminate"), ask(address, "pool")], [-15, True])
-        if sys.version_info >= (3, 7):
+        self.assertEqual(ask(address, "terminate"), -15)
+        if sys.version_info >= (3, 7):      # since then Python lets us prepare a fork
+            self.assertTrue(ask(address, "pool"))
             self.assertEqual(ask(address, "handlers"), [[False], "[]\n"])
         self.box.command("restart")
         for _ in range(4):
