@@ -2773,7 +2773,7 @@ class Loop(http.server.HTTPServer):
         self.limit = max(BATCH, min(MAX_CONNECTIONS, raise_file_limit() - SPARE_FILES))
         self.wake, self.waker = socket.socketpair()
         self.selector = selectors.DefaultSelector()     # an epoll must not be shared by a fork
-        self.selector.register(self.wake, selectors.EVENT_READ, self.make_calls)
+        self.selector.register(self.wake, selectors.EVENT_READ, self.hear_calls)
         self.accept_again()
 
     def close(self) -> None:
@@ -2799,8 +2799,7 @@ class Loop(http.server.HTTPServer):
             self.rest()
             events = self.selector.select(PAUSE_SECONDS if self.paused_until else patience)
             self.look_at_clock()
-        while self.calls:       # first: drain() may have to say who is let in no longer
-            self.call(self.calls.popleft())
+        self.make_calls()       # first: drain() may have to say who is let in no longer
         for key, mask in events:
             self.call(key.data, mask)
         # As many as wait now; each gets one request answered, and may queue again. Who has been
@@ -2873,10 +2872,14 @@ class Loop(http.server.HTTPServer):
         with contextlib.suppress(OSError, AttributeError):      # awake anyway, or not running
             self.waker.send(b"x", socket.MSG_DONTWAIT)
 
-    def make_calls(self, events: int) -> None:
-        """Make the calls that other threads asked for."""
-        # First the byte, then the calls: one added after the last popleft() sends a new byte.
+    def hear_calls(self, events: int) -> None:
+        """Take the bytes that woke us, and make the calls that came with them."""
+        # In this order: a call that is added after the last popleft() sends a new byte.
         self.wake.recv(4096, socket.MSG_DONTWAIT)
+        self.make_calls()
+
+    def make_calls(self) -> None:
+        """Make the calls that other threads asked for."""
         while self.calls:
             self.call(self.calls.popleft())
 

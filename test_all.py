@@ -5264,7 +5264,6 @@ def bind(options):
     return Server(options)
 
 '''
-SCRIPT = "import sys, time\nprint('script', __name__, sys.argv[1:], flush=True)\ntime.sleep(6000)\n"
 
 
 def strays(box: Box) -> List[int]:
