@@ -243,6 +243,12 @@ def log(text: str) -> None:
     emit(2, "%s daemonize[%d]: %s\n" % (time.strftime("%Y-%m-%d %H:%M:%S"), os.getpid(), text))
 
 
+def log_fatal(error: BaseException) -> None:
+    """Log what ends this process, with its traceback."""
+    fatal = as_fatal(error, "go on")
+    log("%s%s" % (fatal.trace, fatal))
+
+
 def describe(status: int) -> str:
     """Return what wait(2) says of a dead process, in words.
 
@@ -1270,7 +1276,7 @@ def live(life: Callable[[Channel], Any], channel: Channel) -> None:
             log(error.code)
     except Exception as error:
         channel.fail(error)
-        log("%s%s" % (as_fatal(error, "go on").trace, as_fatal(error, "go on")))
+        log_fatal(error)
     finally:
         # Whatever it was, what lies below us on the stack is our parent's to do.
         if not isinstance(sys.exc_info()[1], Returned):
@@ -1489,7 +1495,7 @@ def be_starter(plan: Plan, report: Channel, turn: Lock, inherited: Inherited) ->
         if not is_daemon:
             take_back(server)
         elif not isinstance(error, SystemExit):
-            log("%s%s" % (as_fatal(error, "go on").trace, as_fatal(error, "go on")))
+            log_fatal(error)
     os._exit(status)
 
 
@@ -1685,6 +1691,14 @@ def take_place(start: Start, **facts: Any) -> None:
             start.leash.write(b"!")
         start.leash.close()
     replace_predecessor(start)
+
+
+def say_done(start: Start) -> None:
+    """Tell the command, if there is one, that all is done."""
+    if start.report is not None:
+        with contextlib.suppress(OSError):          # it is gone: now it may
+            start.report.send("done")
+        start.report.end.close()
 
 
 def replace_predecessor(start: Start) -> None:
@@ -1890,10 +1904,7 @@ class Daemon:
             self.host.is_owner = True
             self.handle_signals()
             self.host.settle()
-            if self.start.report is not None:
-                with contextlib.suppress(OSError):      # the command is gone: now it may
-                    self.start.report.send("done")
-                self.start.report.end.close()
+            say_done(self.start)
             while not self.host.is_over:
                 self.step()
         finally:
@@ -2828,10 +2839,7 @@ def library_plan(action: str, pidfile: str, logfile: str, more: Dict[str, Any]) 
 def live_in_script(start: Start) -> NoReturn:
     """Be the daemon of a script: take the place, and go back to where it called startstop()."""
     take_place(start)
-    assert start.report is not None
-    with contextlib.suppress(OSError):              # the command is gone: now it may
-        start.report.send("done")
-    start.report.end.close()
+    say_done(start)
     reset_handlers()
     # By atexit: after the last thread, and after all that the script itself registers from now on.
     atexit.register(finish, start.opened, os.getpid())
@@ -3369,12 +3377,11 @@ def succeed(plan: Plan, turn: Turn, pid: int) -> bool:
     try:
         launch(plan, turn, inherited)
     except Exception as error:
-        fatal = as_fatal(error)
-        if not isinstance(error, Late):
-            is_old = lock_holder(turn.fd, INSTANCE) == pid
-            text = "the old one keeps serving with pid %d" % pid if is_old else "nothing runs now"
-            fatal = Fatal("%s\ndaemonize: fatal: %s" % (fatal, text), fatal.status, fatal.trace)
-        raise fatal
+        if isinstance(error, Late):
+            raise
+        is_old = lock_holder(turn.fd, INSTANCE) == pid
+        raise with_outcome(error, "the old one keeps serving with pid %d" % pid if is_old else
+                           "nothing runs now")
     forget(inherited)
     if end_daemon(target, plan.options.timeout, is_told=True):
         warn("pid %d did not drain within %g s: killed" % (pid, plan.options.timeout))
@@ -3457,8 +3464,13 @@ def stop_and_start(plan: Plan, turn: Turn, pid: int) -> None:
         warn("nothing runs now")
         raise
     except Exception as error:
-        fatal = as_fatal(error)
-        raise Fatal("%s\ndaemonize: fatal: nothing runs now" % fatal, fatal.status, fatal.trace)
+        raise with_outcome(error, "nothing runs now")
+
+
+def with_outcome(error: Exception, outcome: str) -> Fatal:
+    """Return why a restart failed, and below it what that means for who is served."""
+    fatal = as_fatal(error)
+    return Fatal("%s\ndaemonize: fatal: %s" % (fatal, outcome), fatal.status, fatal.trace)
 
 
 # -- 18. Other systems -------------------------------------------------------
