@@ -79,6 +79,7 @@ import ipaddress
 import math
 import mimetypes
 import mmap
+import operator
 import os
 import queue
 import re
@@ -352,48 +353,40 @@ def parse_digest(params: Mapping[str, str]) -> DigestCredentials:
         CANONICAL.get(algorithm.lower() or "md5", ""), qop, nc, unescape(cnonce))
 
 
-# What a client sends with each request differs in four places: uri, cnonce, nc and response,
-# in this spelling with most of them. What lies between is its FRAME, and that is parsed once.
-# Nothing in the four ends a quotation, a parameter or a line; and the strict parser has said
-# of the frame that it finds just there what it is filled with.
+# What a client sends with each request differs in four HOLES: uri, cnonce, nc and response,
+# in this spelling with most of them. What lies between is the FRAME. Nothing that fits in a
+# hole ends a quotation, a parameter or a line.
 split_frame = re.compile(r'( uri="| cnonce="| nc=| response=")([!#-+\--\[\]-~]+)').split
-is_filling = re.compile(
-    r"[^ ]+ .{1,256} (?!0{8})[0-9a-fA-F]{8} [0-9a-f]{32}(?:[0-9a-f]{32})?").fullmatch
 HOLES = (' uri="', ' cnonce="', ' nc=', ' response="')
 
 
-@functools.lru_cache(maxsize=1024)
-def read_frame(frame: Tuple[str, ...], holes: Tuple[str, ...]) -> Optional[DigestCredentials]:
-    """Return the credentials in a frame, if its holes are what they seem to be, else None."""
-    probes = dict(zip(HOLES, ("/", "c" * 256, "12345678", "0" * 64)))
-    filled = [text for piece, hole in zip(frame, holes) for text in (piece, hole, probes[hole])]
-    try:
-        scheme, _, params = parse_authorization("".join(filled) + frame[-1])
-        found = parse_digest(params)
-    except Malformed:       # the whole value is parsed then, and says what is wrong with it
-        return None
-    is_so = [found.uri, found.cnonce, found.nc, found.response] == list(probes.values())
-    return found if scheme == "digest" and is_so else None
+def frame_of(parts: List[str]) -> Tuple[str, ...]:
+    """Return the frame of what split_frame has split: its pieces, and which holes lie between."""
+    return tuple(parts[::3] + parts[1::3])
 
 
-def read_digest(value: str) -> Optional[DigestCredentials]:
-    """Return Digest credentials by their frame; None where they have to be parsed.
+def is_frame(parts: List[str], credentials: DigestCredentials) -> bool:
+    r"""Return whether these holes are where the strict parser finds uri, cnonce, nc and response.
 
-    >>> read_digest('Digest username="jim", realm="r", nonce="n", uri="/", nc=00000001, '
-    ...             'cnonce="c", qop=auth, response="' + "0" * 32 + '"').uri
-    '/'
+    A quotation may have in it what looks like a hole. So they are filled anew, and parsed.
+
+    >>> value = ('Digest username="%s", realm="r", nonce="n", uri="/", qop=auth, cnonce="c", '
+    ...          'nc=00000001, response="' + "0" * 32 + '"')
+    >>> for value in (value % "jim", (value % "a nc=00000001 b").replace("th, cn", "th,cn")):
+    ...     is_frame(split_frame(value), parse_digest(parse_authorization(value)[2]))
+    True
+    False
     """
-    parts = split_frame(value)
-    if len(parts) != 13 or len(value) > 2 * MAX_TEXT:
-        return None
-    values = dict(zip(parts[1::3], parts[2::3]))
-    uri, cnonce, nc, response = [values.get(hole, "") for hole in HOLES]
-    known = is_filling(f"{uri} {cnonce} {nc} {response}") and read_frame(
-        tuple(parts[::3]), tuple(parts[1::3]))
-    if not known:
-        return None
-    names, realm, nonce, _, _, algorithm, qop, _, _ = known
-    return DigestCredentials(names, realm, nonce, uri, response, algorithm, qop, nc, cnonce)
+    probes = dict(zip(HOLES, ("/", "c", "12345678", "0" * 64)))
+    filled = [text for piece, hole in zip(parts[::3], parts[1::3])
+              for text in (piece, hole, probes[hole])]
+    uri, cnonce, nc, response = probes.values()
+    expected = credentials._replace(uri=uri, cnonce=cnonce, nc=nc, response=response)
+    try:
+        found = parse_digest(parse_authorization("".join(filled) + parts[-1])[2])
+    except Malformed:       # what holds no text was filled, or the whole is too long now
+        return False
+    return sorted(parts[1::3]) == sorted(HOLES) and found == expected
 
 
 # -- 2. The digest ------------------------------------------------------------
@@ -640,7 +633,7 @@ class Passwords:
         # False < True: if any hash is slow, the decoy is.
         self._decoy = max(self.entries.values(), key=lambda entry: entry.is_slow,
                           default=Entry("", 0, {"SHA-256": ""}, ""))
-        self.granted: Dict[bytes, Any] = {}     # authenticators' Verdicts on Basic's tokens
+        self.granted: Dict[Any, Any] = {}       # what authenticators have found right: recall()
 
     @classmethod
     def read(cls, path: str, realm: str = REALM) -> "Passwords":
@@ -764,12 +757,12 @@ def make_nonce(key: bytes, now: float, salt: bytes) -> str:
     return base64.urlsafe_b64encode(body + sign(key, body)).decode("ascii")
 
 
-@functools.lru_cache(maxsize=4096)
 def nonce_body(nonce: str, key: bytes) -> bytes:
-    """Return the first 15 bytes of a nonce that we signed, else b"".
+    r"""Return the first 15 bytes of a nonce that we signed, else b"".
 
-    Remembered, for a client uses one nonce many times; who has no password fills nothing
-    here, since a nonce is looked at only after a right response.
+    >>> nonce = make_nonce(b"key", 1.0, b"random" + b"boot")
+    >>> nonce_body(nonce, b"key"), nonce_body(nonce, b"another key")
+    (b'\x00\x00\x00\x00drandomboot', b'')
     """
     # What has not the form of a nonce takes the same way: no signature equals b"".
     signed = base64.urlsafe_b64decode(nonce) if is_nonce(nonce) else b""
@@ -779,19 +772,6 @@ def nonce_body(nonce: str, key: bytes) -> bytes:
 def nonce_time(body: bytes) -> float:
     """Return when a nonce was made, in seconds since the epoch."""
     return int.from_bytes(body[:5], "big") / 100
-
-
-def check_nonce(nonce: str, key: bytes, now: float,
-                lifetime: float = NONCE_LIFETIME) -> Optional[bytes]:
-    r"""Return the first 15 bytes of a nonce of ours that is still good, else None.
-
-    >>> check_nonce(make_nonce(b"key", 1.0, b"random" + b"boot"), b"key", now=300.9)
-    b'\x00\x00\x00\x00drandomboot'
-    >>> check_nonce(make_nonce(b"key", 1.0, b"random" + b"boot"), b"key", now=301.0)
-    """
-    body = nonce_body(nonce, key)
-    issued = nonce_time(body)
-    return body if body and issued - CLOCK_SKEW <= now < issued + lifetime else None
 
 
 def advance_window(highest: int, seen: int, nonce_count: int) -> Optional[Tuple[int, int]]:
@@ -903,8 +883,8 @@ class SharedTable:
         if self.fd >= 0:
             os.close(self.fd)
 
-    def _exclusively(self, offset: int) -> Exclusively:
-        return Exclusively(self._mutex, self.fd, offset)
+    def _exclusively(self, offset: int) -> Any:
+        return self._mutex if self.alone else Exclusively(self._mutex, self.fd, offset)
 
     # -- the clock
 
@@ -944,8 +924,6 @@ class SharedTable:
             return "stale"
         # The last two of the six random bytes: they are random, so no hash has to spread them.
         offset = SLOTS + SLOT.size * ((body[9] << 8 | body[10]) % NONCE_SLOTS)
-        if self.alone:      # and with one thread, that of the loop
-            return self._use_up(offset, body, nonce_count)
         with self._exclusively(offset):
             return self._use_up(offset, body, nonce_count)
 
@@ -1049,12 +1027,12 @@ class SharedTable:
 # yields (qop=auth-int). Who drives it decides how to wait: the loop lends the function to a
 # thread (9), a server with a thread per connection just calls it: at_once().
 #
-# Basic brings the same token with every request. That it was right is remembered, by a
-# keyed hash of the token: no password stays in memory. A wrong one is never remembered, so
+# Who was found right comes again, with the same token (Basic), or the same credentials but for
+# the four holes (Digest). So what was found is granted to the next request as well: a token, by
+# a hash, for no password stays in memory; for a frame, whose HA1 and which nonce it is about,
+# and then only uri, proof and count are looked at. It is a short cut for who is right, and no
+# second judge: recall() says yes, or nothing. What is wrong is never remembered, so
 # nobody without a password makes the server remember anything.
-
-# No secret is in it, and the same few pages are asked for again and again.
-recall_ha2 = functools.lru_cache(maxsize=8192)(digest_ha2)
 
 Fields = Sequence[Tuple[str, str]]
 Asking = Generator[Any, Any, "Verdict"]
@@ -1069,6 +1047,24 @@ class Verdict(NamedTuple):
     reason: str = ""                                # for the error log
     fields: Fields = ()                             # header fields of the answer
     scheme: str = ""                                # "Basic", "Digest" or ""
+
+
+class Grant(NamedTuple):
+    """What a right Digest response was about; of the next one in its frame it is known."""
+
+    username: str
+    ha1: str
+    nonce: str
+    algorithm: str
+    body: bytes             # of the nonce, if it is ours; else b""
+    made: float             # when, in seconds since the epoch; else 0
+
+
+@functools.lru_cache(maxsize=4096)
+def recall_ha2(method: str, uri: str, algorithm: str) -> Tuple[str, str]:
+    """Return HA2 of a request, and of its answer; pages are asked for again and again."""
+    # An answer has no method: A2 = ":" request-uri (RFC 7616 section 3.5).
+    return digest_ha2(method, uri, algorithm), digest_ha2("", uri, algorithm)
 
 
 def is_same_target(uri: str, target: str) -> bool:
@@ -1160,6 +1156,9 @@ def check_offer(realm: str, schemes: Sequence[str], algorithms: Sequence[str],
                       f"long, wget crashes on challenges of more than {MAX_CHALLENGE}")
 
 
+NO_GRANT = (Grant("", "", "", "", b"", 0.0), None)
+
+
 class Authenticator:
     """Say who sends a request; the conductor of everything above.
 
@@ -1185,7 +1184,7 @@ class Authenticator:
         self._key = hmac.new(nonce_secret or self.table.key, passwords.realm.encode("ascii"),
                              "sha256").digest()
         self._nobody = os.urandom(16).hex()         # the HA1 of strangers, which nobody has
-        self._memo_key = os.urandom(16)
+        self._memo_key = os.urandom(32)
 
     def clock(self) -> float:
         """Return the time that nonces and lock-outs go by."""
@@ -1197,16 +1196,18 @@ class Authenticator:
         if not attempt.authorization:
             self.table.add("challenges")
             return self._refuse(attempt, "no credentials")
-        locked = self._locked(attempt)
-        if locked:
-            return locked
+        found = self.recall(attempt) or self._locked(attempt)
+        if found:
+            return found
         try:
-            scheme, token, credentials = self._parse(attempt)
+            if len(attempt.authorization) > 1:
+                raise Malformed("two Authorization fields")
+            scheme, token, params = parse_authorization(attempt.authorization[0])
+            credentials = parse_digest(params) if scheme == "digest" else None
             if scheme not in attempt.schemes:
                 return self._refuse(attempt, f"{scheme.capitalize()} is not offered here")
             if credentials is None:
-                return self.recall(attempt.authorization[0]) or (
-                    yield from self._judge_basic(attempt, *decode_basic(token)))
+                return (yield from self._judge_basic(attempt, *decode_basic(token)))
             # What is not offered is refused below; nobody without a password has a body read.
             is_signed = credentials.qop == "auth-int" and "auth-int" in self.qop
             body = (yield from attempt.read_body()) if is_signed else None
@@ -1217,33 +1218,40 @@ class Authenticator:
             self.table.add("malformed")
             return Verdict(400, reason=f"malformed: {error}")
 
+    def recall(self, attempt: Attempt) -> Optional[Verdict]:
+        """Return the verdict on credentials like some that were found right; else None.
+
+        What was granted is kept in the dictionary: a reload makes a new one, which knows nobody.
+        The lock-out is asked first, or a right guess would show in spite of it.
+        """
+        said = attempt.authorization[0] if len(attempt.authorization) == 1 else ""
+        scheme = "basic" if said[:1] in ("B", "b") else "digest"
+        if scheme not in attempt.schemes or self.lock_left_of(attempt.client, attempt.time):
+            return None
+        if scheme == "basic":
+            return self.passwords.granted.get(self._memo_of(said))
+        parts = split_frame(said)
+        grant, pick = self.passwords.granted.get(frame_of(parts), NO_GRANT)
+        # Nothing in so short a text is too long, and no uri is too large to be remembered.
+        if pick is None or len(said) > MAX_TEXT:
+            return None
+        uri, cnonce, nc, response = pick(parts)
+        if uri != attempt.target or not is_nc(nc):
+            return None
+        ha2, ha2_of_answer = recall_ha2(attempt.method, uri, grant.algorithm)
+        expected = digest_response(grant.ha1, grant.nonce, nc, cnonce, "auth", ha2, grant.algorithm)
+        if not hmac.compare_digest(expected, response):
+            return None
+        return self._spend_nonce(attempt, grant, nc, cnonce, ha2_of_answer)
+
     def _locked(self, attempt: Attempt) -> Optional[Verdict]:
         """Return the verdict on who has guessed too often, or None."""
         wait = self.lock_left_of(attempt.client, attempt.time)
         return Verdict(429, reason="locked out", fields=(
             ("Retry-After", str(wait)),)) if wait else None
 
-    def _parse(self, attempt: Attempt) -> Tuple[str, str, Optional[DigestCredentials]]:
-        """Return scheme, token and Digest credentials of an attempt."""
-        if len(attempt.authorization) > 1:
-            raise Malformed("two Authorization fields")
-        known = read_digest(attempt.authorization[0])
-        if known:
-            return "digest", "", known
-        scheme, token, params = parse_authorization(attempt.authorization[0])
-        return scheme, token, parse_digest(params) if scheme == "digest" else None
-
-    def recall(self, authorization: str) -> Optional[Verdict]:
-        """Return the verdict on Basic credentials that this dictionary has found right.
-
-        It is kept in the dictionary: a reload makes a new one, which remembers nobody.
-        """
-        if authorization[:1] not in "Bb":
-            return None
-        return self.passwords.granted.get(self._memo_of(authorization))
-
     def _memo_of(self, authorization: str) -> bytes:
-        return sign(self._memo_key, authorization.encode("latin-1"))
+        return hashlib.sha256(self._memo_key + authorization.encode("latin-1")).digest()
 
     def _judge_basic(self, attempt: Attempt, username: str, password: str) -> Asking:
         """Look at Basic credentials."""
@@ -1271,11 +1279,15 @@ class Authenticator:
         """
         memo = self._memo_of(attempt.authorization[0])
         if memo in passwords.granted or passwords.verify(username, password):
-            if len(passwords.granted) >= REMEMBERED:
-                passwords.granted.clear()
-            passwords.granted[memo] = Verdict(200, username, username, "", (), "Basic")
+            self._remember(passwords, memo, Verdict(200, username, username, "", (), "Basic"))
             return True
         return False
+
+    def _remember(self, passwords: Passwords, credentials: Any, found: Any) -> None:
+        """Keep what was found right, in the dictionary in which it was found."""
+        if len(passwords.granted) >= REMEMBERED:
+            passwords.granted.clear()       # then all are judged once more, that is all
+        passwords.granted[credentials] = found
 
     def _judge_digest(self, attempt: Attempt, credentials: DigestCredentials,
                       body: Optional[bytes]) -> Verdict:
@@ -1298,44 +1310,43 @@ class Authenticator:
         ha1 = (entry.ha1.get(hash_name(algorithm)) if entry else None) or self._nobody
         if algorithm.endswith("-sess"):
             ha1 = digest_ha1_session(ha1, credentials.nonce, credentials.cnonce, algorithm)
-        hash_uri = recall_ha2 if body is None and len(uri) < SHORT else digest_ha2
         response = digest_response(
             ha1, credentials.nonce, credentials.nc, credentials.cnonce, credentials.qop,
-            hash_uri(attempt.method, uri, algorithm, body), algorithm)
+            digest_ha2(attempt.method, uri, algorithm, body), algorithm)
         if not hmac.compare_digest(response, credentials.response) or entry is None:
             known = "bad response" if entry else "unknown user"
             return self._fail(attempt, entry.username if entry else credentials.usernames[0], known)
-        return self._spend_nonce(attempt, credentials, entry.username, ha1)
+        nonce = nonce_body(credentials.nonce, self._key)
+        grant = Grant(entry.username, ha1, credentials.nonce, algorithm, nonce, nonce_time(nonce))
+        parts = split_frame(attempt.authorization[0])
+        holes = parts[1::3]
+        # With auth-int a body belongs to it, and with -sess its cnonce to HA1.
+        if body is None and algorithm in FOUND and is_frame(parts, credentials):
+            pick = operator.itemgetter(*[3 * holes.index(hole) + 2 for hole in HOLES])
+            self._remember(self.passwords, frame_of(parts), (grant, pick))
+        return self._spend_nonce(attempt, grant, credentials.nc, credentials.cnonce,
+                                 digest_ha2("", uri, algorithm))
 
-    def _spend_nonce(self, attempt: Attempt, credentials: DigestCredentials, username: str,
-                     ha1: str) -> Verdict:
-        """Grant a right response once, while its nonce lives; else ask for a new one."""
-        body = check_nonce(credentials.nonce, self._key, attempt.time, self.nonce_lifetime)
-        fault = self.table.accept(body, int(credentials.nc, 16)) if body else "stale"
-        if body is None or fault:
+    def _spend_nonce(self, attempt: Attempt, grant: Grant, nc: str, cnonce: str,
+                     ha2: str) -> Verdict:
+        """Let a right response pass once, while its nonce lives; else ask for a new one."""
+        age = attempt.time - grant.made
+        is_alive = -CLOCK_SKEW <= age < self.nonce_lifetime
+        fault = self.table.accept(grant.body, int(nc, 16)) if is_alive else "stale"
+        if fault:
             self.table.add("replays" if fault == "replay" else "stale")
             return self._refuse(attempt, fault, stale=True)
-        info = self._prove(credentials, ha1)
-        if attempt.time >= nonce_time(body) + self.nonce_lifetime * NEXT_NONCE:
-            info += f', nextnonce="{self._make_nonce(attempt.time)}"'
-        return Verdict(200, username, username, "", (("Authentication-Info", info),), "Digest")
-
-    def _prove(self, credentials: DigestCredentials, ha1: str) -> str:
-        """Return Authentication-Info: we know HA1 too.
-
-        Its qop is auth in each case: our own proof under auth-int would need the body of an
-        answer that is not made yet ("SHOULD be the same as the one sent by the client").
-
-        See: RFC 7616 section 3.5.
-        """
-        nc, cnonce, algorithm = credentials.nc, credentials.cnonce, credentials.algorithm
-        # An answer has no method: A2 = ":" request-uri
-        hash_uri = recall_ha2 if len(credentials.uri) < SHORT else digest_ha2
-        proof = digest_response(ha1, credentials.nonce, nc, cnonce, "auth",
-                                hash_uri("", credentials.uri, algorithm, None), algorithm)
+        # We know HA1 too: RFC 7616 section 3.5. Its qop is auth in each case, for our own proof
+        # under auth-int would need the body of an answer that is not made yet ("SHOULD be the
+        # same as the one sent by the client").
+        proof = digest_response(grant.ha1, grant.nonce, nc, cnonce, "auth", ha2, grant.algorithm)
         if '"' in cnonce or "\\" in cnonce:
             cnonce = re.sub(r'(["\\])', r"\\\1", cnonce)
-        return f'rspauth="{proof}", qop=auth, nc={nc}, cnonce="{cnonce}"'
+        info = f'rspauth="{proof}", qop=auth, nc={nc}, cnonce="{cnonce}"'
+        if age >= self.nonce_lifetime * NEXT_NONCE:
+            info += f', nextnonce="{self._make_nonce(attempt.time)}"'
+        return Verdict(200, grant.username, grant.username, "",
+                       (("Authentication-Info", info),), "Digest")
 
     def _make_nonce(self, now: float) -> str:
         return make_nonce(self._key, now, os.urandom(6) + self.table.issuers[:4])
@@ -1466,9 +1477,9 @@ class TrustedProxies:
 # connection closes, for nobody knows where the next request would begin.
 #
 # Who goes from page to page sends the same fields with each request, but for the
-# request line and the credentials. So what a block of fields means is remembered,
-# by a keyed hash of its bytes without the credentials, from the second time it
-# comes; the rest is read each time.
+# request line and the credentials. So what a block of fields means is remembered, by
+# its bytes without the credentials, from the second time it comes; the rest is read
+# each time.
 
 # RFC 9112 section 3: request-line = method SP request-target SP HTTP-version
 # A target is visible ASCII without "#". RFC 3986 allows less, but curl sends \ | ^ bare.
@@ -1567,7 +1578,6 @@ class HeadReader:
     """Read heads as parse_head does; what a block of fields meant is remembered."""
 
     def __init__(self) -> None:
-        self._key = os.urandom(16)
         self._known: Dict[bytes, Optional[FieldBlock]] = {}     # None: it has come once
 
     def read(self, octets: bytes) -> Request:
@@ -1582,7 +1592,7 @@ class HeadReader:
         found = find_authorization(octets, end)
         start, stop = found.span(1) if found else (end, end)
         # With the digit before it: the version is part of what the fields mean.
-        key = sign(self._key, octets[end - 1:start] + octets[stop:])
+        key = octets[end - 1:start] + octets[stop:]
         fields = self._known.get(key)
         if fields is None:
             return self._learn(key, parse_head(octets), found is not None)
@@ -2291,7 +2301,7 @@ class Connection(Channel):
         if self.story is not None:
             if self.stage != "thread" and not self.writes:
                 self.go_on()
-        elif self.buffer and not self.writes and not self.closing:
+        elif self.buffer and not (self.writes or self.closing or self.output or self.part):
             end = self.buffer.find(b"\r\n\r\n") + 4
             if self.buffer[:2] == b"\r\n":      # an empty line before a request is no request
                 self.buffer = self.buffer[2:]
@@ -2303,7 +2313,7 @@ class Connection(Channel):
             else:
                 self.check_partial_head()
         if (self.output or self.part or self.closing) and not self.writes:
-            self.flush()
+            self.server.unsent.append(self)
 
     def check_partial_head(self) -> None:
         """Refuse a head that can only become worse; wait for the rest of others, not for long."""
@@ -2355,21 +2365,33 @@ class Connection(Channel):
             answer = put_off(server, request, str(error))
         if answer is not None and request is not None:
             self.finish(request, answer, body)
-        yield from self.skip(body)
+        if body is not NO_BODY:
+            yield from self.skip(body)
 
     def recall(self, request: Request) -> Optional[Verdict]:
         """Find whose request it is; return the verdict where nothing has to be checked.
 
-        That is where everybody may come in, or where these very Basic credentials were found
-        right before: no generator has to be made for them. The lock-out is asked first, or a
-        right guess would show in spite of it.
+        That is where everybody may come in, or where credentials like these were found right
+        before: no generator has to be made for them.
         """
         server, authenticator = self.server, self.server.authenticator
         request.now, request.host, request.client = server.wall, self.host, self.client
         request.time, request.schemes = server.now, self.listener.schemes
-        peer, said = host_of(self.address), request.fields.forwarded[-MAX_TEXT:]
+        if request.fields.forwarded or server.forward_auth:
+            refused = self.look_behind(request)
+            if refused:
+                return refused
+        if not request.asked and (authenticator is None or server.public and is_public(
+                server.public, request.path)):
+            return PUBLIC
+        return authenticator.recall(request) if authenticator else None
+
+    def look_behind(self, request: Request) -> Optional[Verdict]:
+        """Find whose request a proxy passes on, or asks about; return the verdict if it may not."""
+        server, peer = self.server, host_of(self.address)
+        said = request.fields.forwarded[-MAX_TEXT:]
         request.asked = is_forward_auth(server.forward_auth, request.path)
-        is_trusted = bool(said or request.asked) and server.proxies.trusts(parse_address(peer))
+        is_trusted = server.proxies.trusts(parse_address(peer))
         if is_trusted:                      # it may speak for others
             request.host, request.client = server.proxies.find_client(peer, said)
         if request.asked:
@@ -2380,13 +2402,7 @@ class Connection(Channel):
             request.method, request.target = asked
             request.same_target = is_same_spelling
             request.line = escape(f"{asked[0]} {asked[1]} HTTP/1.{request.minor}")
-        elif authenticator is None or is_public(server.public, request.path):
-            return PUBLIC
-        if authenticator is None or len(request.authorization) != 1 or (
-                "basic" not in request.schemes
-                or authenticator.lock_left_of(request.client, server.now)):
-            return None
-        return authenticator.recall(request.authorization[0])
+        return None
 
     def judge(self, request: Request) -> Asking:
         """Have the authenticator judge a request."""
@@ -2761,6 +2777,7 @@ class Loop(http.server.HTTPServer):
         self.connections: Set[Connection] = set()
         # connections with more requests in their buffers; who came first, comes first
         self.later: Dict[Any, None] = {}
+        self.unsent: List[Any] = []             # ... whose answer is ready
         self.calls: Deque[Callable[[], None]] = collections.deque()     # from other threads
         self.answered = self.counted = 0        # requests; those in the statistics already
         self.paused_until = self.offset = 0.0
@@ -2777,7 +2794,8 @@ class Loop(http.server.HTTPServer):
         self.accept_again()
 
     def close(self) -> None:
-        """Write the log, end all connections."""
+        """Send and log what is ready, end all connections."""
+        self.send_answers()
         self.save()
         for connection in list(self.connections):
             connection.close()
@@ -2802,17 +2820,31 @@ class Loop(http.server.HTTPServer):
         self.make_calls()       # first: drain() may have to say who is let in no longer
         for key, mask in events:
             self.call(key.data, mask)
+            if len(self.unsent) >= BATCH:
+                self.send_answers()
+        self.send_answers()
         # As many as wait now; each gets one request answered, and may queue again. Who has been
         # left when the time is up is first in the next turn, and sockets are looked at before.
         end = time.monotonic() + SLICE if self.later else 0.0
         for connection in list(self.later):
             del self.later[connection]
             self.call(connection.advance)
+            self.send_answers()
             if time.monotonic() > end:
                 break
         if is_busy and self.clock - self.rested > 1:
             self.rest()
         self.service_actions()
+
+    def send_answers(self) -> None:
+        """Send what has been made ready, a batch at a time.
+
+        To send wakes the client, which costs more than all that we do for its request; where
+        many wait, the first answer wakes it, and the others find it awake.
+        """
+        for connection in self.unsent:
+            self.call(connection.flush)
+        self.unsent.clear()
 
     def rest(self) -> None:
         """Do what can wait until there is nothing else to do, or for a second.
@@ -2824,6 +2856,7 @@ class Loop(http.server.HTTPServer):
         for connection in [item for item in self.connections
                            if item.deadline < self.clock and item not in self.later]:
             self.call(connection.expire)
+        self.send_answers()
         self.save()
 
     def save(self) -> None:
