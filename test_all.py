@@ -2783,6 +2783,31 @@ class HttpSyntax(HttpTest):
                 self.assertEqual((answer.status, answer.field("Allow")), (status, "GET, HEAD, OPTIONS"))
                 self.assertEqual(wire.ask("/", method, "").status, 401)
 
+    def test_who_asks_ahead_is_read_in_a_turn_of_its_own(self) -> None:
+        """Of 20 that pipeline without end a turn answers one; who comes then is answered in the next."""
+        sock = socket.socket()
+        sock.bind(("127.0.0.1", 0))
+        sock.listen(64)
+        listener = authserver.Listener(sock, (), logs=False)
+        with contextlib.ExitStack() as stack:
+            for name, value in (("SLICE", 0.0), ("READ_SIZE", 256)):
+                stack.enter_context(mock.patch.object(authserver, name, value))
+            server = stack.enter_context(authserver.AuthServer(sock.getsockname(), authserver.example, listeners=[listener]))
+            server.begin()
+            stack.callback(server.close)
+            for _ in range(20):
+                stack.enter_context(socket.create_connection(sock.getsockname())).sendall(head("/", auth="") * 200)
+            for _ in range(100):        # each has been read more than once by now
+                server.turn(0)
+            honest = stack.enter_context(socket.create_connection(sock.getsockname()))
+            honest.sendall(head("/", auth=""))
+            before = server.answered
+            for _ in range(2):          # it is accepted, and answered
+                server.turn(0)
+            honest.setblocking(False)
+            self.assertEqual(honest.recv(12), b"HTTP/1.1 200")
+            self.assertLess(server.answered - before, 5)
+
     def test_pipelined_requests_are_answered_in_order(self) -> None:
         """Requests that are sent together are answered one after the other, however many."""
         self.assertEqual(statuses(self.say(head() * 500)), [200] * 500)
@@ -4988,6 +5013,19 @@ class HttpRoot(HttpTest):
             self.assertEqual(wire.ask("/open/free", "GET", "").body, self.content("open/free"))
             refused = [wire.ask(path, "GET", "") for path in ("/a%20b.txt", "/nothing")]
         self.assertEqual(*[(one.status, one.body, len(one.fields)) for one in refused])
+
+    @needs_crypt
+    def test_files_that_are_asked_for_ahead_leave_one_after_the_other(self) -> None:
+        """While the first waits for a slow hash, the next waits as well: no file is sent in another's place."""
+        line = "jim:%s\n" % crypted("secret", "$6$rounds=1000$saltsalt$")
+        passwords = Passwords(None, "files", authserver.parse_passwords(line, "files")[0])
+        server = authserver.AuthServer(("127.0.0.1", 0), authserver.Files(self.box.path("tree")),
+                                       authenticator=Authenticator(passwords, schemes=("basic",)))
+        with serving(server) as address:
+            said = talk(address, head("/sub/%C3%BC.bin") + head("/a%20b.txt", "GET", JIM, CLOSE), True)
+        pieces = [self.content(name) for name in ("sub/ü.bin", "a b.txt")]
+        self.assertEqual([said.count(piece) for piece in pieces], [1, 1])
+        self.assertLess(said.index(pieces[0]), said.index(pieces[1]))
 
     @needs("curl")
     def test_curl_resumes(self) -> None:
