@@ -3193,6 +3193,15 @@ class AuthServer(Loop):
 # addresses, the command line.
 
 
+@contextlib.contextmanager
+def trying_to(deed: str) -> Iterator[None]:
+    """Put a system call that fails into words, for a person: unable to VERB OBJECT: REASON."""
+    try:
+        yield
+    except OSError as error:
+        raise Refusal(f"unable to {deed}: {error.strerror or error}")
+
+
 # -- 11. Files ----------------------------------------------------------------
 #
 # One mechanism keeps a request inside the tree. A path is decoded once, cut into names,
@@ -3536,11 +3545,9 @@ class Files:
     def open(self) -> None:
         """Open the folder (again): as who serves it, and in the jail."""
         self.close()
-        try:
+        with trying_to(f"serve {self.name}"):
             # The dot: in a folder that may be read but not searched, no file can be opened.
             self.fd = os.open(os.path.join(self.path, "."), os.O_RDONLY | os.O_DIRECTORY)
-        except OSError as error:
-            raise Refusal(f"unable to serve {self.name}: {error.strerror}")
 
     def close(self) -> None:
         """Close the folder; the next request opens it again."""
@@ -4909,19 +4916,18 @@ def change_password(path: str, username: str, realm: str, password: Optional[str
         username, realm, normal_password(username, password))
     # Through links, or the rename would replace a link by a file.
     target = os.path.realpath(path)
-    try:
-        with locked(target) as exists:
-            # Read only now, under the lock: or a change that has just been made would be undone.
-            # Not strictly: if others may read it, what takes its place is 0600.
-            old = read_secrets("passwords", target, is_strict=False) if exists else ""
-            known = any(is_line_of(line, username, realm) for line in old.split("\n"))
-            if password is None and not known:
-                raise Refusal(f"unable to delete user {username!r}: not in {path}")
-            write_file(target, edit_passwords(old, username, realm, new_lines), replace=exists)
-    except FileExistsError:         # made by another one meanwhile: now there is one to edit
-        return change_password(path, username, realm, password)
-    except OSError as error:
-        raise Refusal(f"unable to write passwords {path}: {error.strerror}")
+    with trying_to(f"write passwords {path}"):
+        try:
+            with locked(target) as exists:
+                # Read only now, under the lock: or a change just made would be undone. Not
+                # strictly: if others may read it, what takes its place is 0600.
+                old = read_secrets("passwords", target, is_strict=False) if exists else ""
+                known = any(is_line_of(line, username, realm) for line in old.split("\n"))
+                if password is None and not known:
+                    raise Refusal(f"unable to delete user {username!r}: not in {path}")
+                write_file(target, edit_passwords(old, username, realm, new_lines), replace=exists)
+        except FileExistsError:     # made by another one meanwhile: now there is one to edit
+            return change_password(path, username, realm, password)
     return "deleted" if password is None else "changed" if known else "added"
 
 
@@ -4954,22 +4960,18 @@ def first_password(path: str, gid: Optional[int] = None, realm: str = REALM) -> 
     # 256 is 8 * 32, so % prefers no letter; 16 letters of 5 bits are 80 bits.
     password = "".join(LETTERS[octet % 32] for octet in os.urandom(16))
     lines = password_lines(FIRST_USER, realm, password)
-    try:
+    with trying_to(f"make passwords {path}"):
         write_file(path, edit_passwords("", FIRST_USER, realm, lines), gid)
-    except OSError as error:
-        raise Refusal(f"unable to make passwords {path}: {error.strerror}")
     return FIRST_USER, password
 
 
 def read_nonce_secret(path: str) -> bytes:
     """Return the secret in a file; make the file when there is none."""
     path = os.path.abspath(path)
-    try:
-        if not os.path.exists(path):
-            with contextlib.suppress(FileExistsError):      # who was faster made our secret too
-                write_file(path, os.urandom(32).hex() + "\n")
-    except OSError as error:
-        raise Refusal(f"unable to make nonce secret {path}: {error.strerror}")
+    if not os.path.exists(path):
+        # FileExistsError: who was faster made our secret, too.
+        with trying_to(f"make nonce secret {path}"), contextlib.suppress(FileExistsError):
+            write_file(path, os.urandom(32).hex() + "\n")
     secret = read_secrets("nonce secret", path).strip()
     if len(secret) < 16:
         # Without it, it is made anew.
@@ -5024,13 +5026,11 @@ def parse_bind(text: str) -> Place:
                       f"ports are 0 to 65535")
     family = 0 if has_ipv6() else socket.AF_INET
     host = match.group(1) or match.group(2) or ("0.0.0.0" if family else "::")
-    try:
+    with trying_to(f"bind {text}"):
         # As bytes: for text Python would load its IDNA tables first, which takes 5 ms.
         # The first answer only: a name with several addresses needs several --bind.
         found = socket.getaddrinfo(host.encode(), int(match.group(3)), family,
                                    socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise Refusal(f"unable to bind {text}: {error.strerror}")
     # Whole: the address of a link is one only with its scope, the number of an interface.
     return Place(found[0], found[4])
 
