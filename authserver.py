@@ -3714,27 +3714,23 @@ def tls_context(certificate: str, key: Optional[str]) -> Any:
     One for all workers, made before they are forked: so each can go on with a session that
     another has begun, for they have the same keys of its tickets.
     """
-    key, what = key or certificate, f"certificate {certificate}"
+    text, key = read_secrets("certificate", certificate, is_strict=False), key or certificate
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
-        with open(certificate, encoding="ascii", errors="replace") as text:
-            expiry = expiry_of(text.read())
-        what = f"key {key}"
-        with open(key, "rb") as stream:
-            mode = os.fstat(stream.fileno()).st_mode
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(certificate, key, password=lambda: "")     # ask no terminal
-    except ssl.SSLError as error:
-        raise Refusal(f"unable to use {what}: " + (
-            f"it is not that of {certificate}" if "MISMATCH" in str(error) else
-            f"there is none in it, or it is encrypted\n"
-            f"try: openssl pkey -in {shlex.quote(key)} -out NEW"))
-    except OSError as error:
-        raise Refusal(f"unable to use {what}: {error.strerror}")
+        expiry = expiry_of(text)
     except (ValueError, IndexError):
-        raise Refusal(f"unable to use {what}: there is none in it (PEM)")
-    if mode & stat.S_IROTH:
-        raise Refusal(f"unable to use {what}: everybody may read it\n"
-                      f"try: chmod 600 {shlex.quote(key)}")
+        raise Refusal(f"unable to use certificate {certificate}: there is none in it (PEM)")
+    with trying_to(f"use key {key}"):
+        try:
+            context.load_cert_chain(certificate, key, password=lambda: "")     # ask no terminal
+        except ssl.SSLError as error:
+            raise Refusal(f"unable to use key {key}: " + (
+                f"it is not that of {certificate}" if "MISMATCH" in str(error) else
+                f"there is none in it, or it is encrypted\n"
+                f"try: openssl pkey -in {shlex.quote(key)} -out NEW"))
+    # OpenSSL takes a key whoever may read it; we do not. After that: a certificate without a key
+    # in its file, which everybody may read, lacks a key, and no permissions.
+    read_secrets("key", key)
     # OpenSSL 3 refuses it by itself: a client could have the arithmetic done for ever.
     context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
     if hasattr(context, "minimum_version"):     # since Python 3.7

@@ -4520,6 +4520,9 @@ class HttpsCommand(BoxTest):
                 self.assertEqual(select.select([person], [], [], 0)[0], [])
         run(["sh", "-c", re.findall("(?m)^try: (.*)$", result.err)[0]], 0)
         self.box.serve(*self.common[:2], "--tls-cert", cert, "--tls-key", worldly)
+        if ROOT:        # as containers are given their secrets: root's, 0444, which nobody can change
+            with mock.patch.object(os, "geteuid", return_value=NOBODY):
+                authserver.tls_context(cert, self.part("c.key", "[A-Z ]*KEY", 0o444))
 
     def test_an_expired_certificate_is_a_warning(self) -> None:
         """It is served, with a warning; one that lasts for decades without."""
