@@ -3891,8 +3891,7 @@ class Follower:
         self.request, self.body = request, body
         self.closes = draining or not (request.minor and request.fields.keep_alive)
         self.head = b""                         # of the answer, until it is whole
-        self.left: Optional[int] = None         # bytes of the answer still to come; None: all
-        self.chunks: Optional[Body] = None      # of an answer that comes in chunks
+        self.rest: Optional[Body] = None        # what it announced; None: all that comes
         self.status, self.size, self.fault = 0, 0, ""
         self.upgraded = self.raw = False        # raw: it is not to be understood
 
@@ -3930,43 +3929,35 @@ class Follower:
         if self.upgraded:
             return head
         if request.method == "HEAD" or status in NO_CONTENT:
-            self.left = 0
+            self.rest = Body(0, False)
         elif is_chunked(head):
-            self.chunks = Body(-1, True)
-            self.chunks.room = sys.maxsize      # a download, or a stream that never ends
-        else:
-            self.left = int(length.group(1)) if length else None
-        ends = self.left is not None or self.chunks is not None
+            self.rest = Body(0, True)
+            self.rest.room = sys.maxsize        # a download, or a stream that never ends
+        elif length:
+            self.rest = Body(int(length.group(1)), False)
         says_so = bool(says_close(head))
-        self.closes = self.closes or says_so or not (is_new and ends)
+        self.closes = self.closes or says_so or not (is_new and self.rest)
         fields = field_lines(request.verdict.fields) + CLOSE * (self.closes and not says_so)
         line = head.find(b"\r\n") + 2
         return head[:line] + fields.encode("latin-1", "replace") + head[line:]
 
     def cut(self, octets: bytes) -> bytes:
         """Return bytes of the answer's body, without those that nobody has announced."""
-        if self.left is not None:
-            if len(octets) > self.left:
-                self.fault = "the handler sent more than it announced"
-            octets = octets[:self.left]
-            self.left -= len(octets)
-        elif self.chunks is not None and octets:
+        if self.rest:
             try:
-                self.chunks.feed(octets)
+                self.rest.feed(octets)
             except BadRequest as error:
-                self.fault, self.chunks = f"the handler sent a malformed {error}", None
-                self.left = 0
+                self.fault, self.rest = f"the handler sent a malformed {error}", Body(0, False)
                 return b""
-            rest = self.chunks.take_rest() if self.chunks.done else b""
-            if rest:
-                self.fault, octets = "the handler sent more than it announced", octets[:-len(rest)]
+            more = self.rest.take_rest() if self.rest.done else b""
+            if more:
+                self.fault, octets = "the handler sent more than it announced", octets[:-len(more)]
         self.size += len(octets)
         return octets
 
     def is_complete(self) -> bool:
         """Return whether the answer has ended, where it said that it would."""
-        has_ended = self.left == 0 or self.chunks is not None and self.chunks.done
-        return bool(self.status) and has_ended
+        return self.rest is not None and self.rest.done
 
 
 class HandlerSocket:
@@ -4086,9 +4077,11 @@ class HandlerSocket:
         """Send all of it: who writes here waits for the client anyway."""
         if self.is_shut:
             raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
-        octets = bytes(data)
-        self.put(self.answer.take(octets))
-        return len(octets)
+        view = memoryview(data).cast("B")
+        # In pieces: each has a deadline of its own, and to follow an answer copies what passes.
+        for start in range(0, len(view), IN_MEMORY):
+            self.put(self.answer.take(bytes(view[start:start + IN_MEMORY])))
+        return len(view)
 
     def sendall(self, data: Any, flags: int = 0) -> None:
         """Send data."""
@@ -4104,11 +4097,9 @@ class HandlerSocket:
 
     def put(self, octets: bytes) -> None:
         """Send bytes at the client's pace, if that is not too slow."""
-        view = memoryview(octets)
         try:
-            for start in range(0, len(view), IN_MEMORY):
-                self.set_timeout(PACE_SECONDS)      # of a whole sendall, since Python 3.5
-                self.connection.socket.sendall(view[start:start + IN_MEMORY])
+            self.set_timeout(PACE_SECONDS)      # of a whole sendall, since Python 3.5
+            self.connection.socket.sendall(octets)
         except OSError:
             self.gone = True            # or as good as gone: it does not read
             raise
@@ -4129,7 +4120,7 @@ class HandlerSocket:
         if answer.head:                 # what looked like the beginning of an answer
             with contextlib.suppress(OSError):
                 self.put(answer.give_up())
-        if not self.gone and (answer.left or answer.chunks is not None and not answer.chunks.done):
+        if not self.gone and answer.rest and not answer.rest.done:
             answer.fault = answer.fault or "the handler sent less than it announced"
 
     def is_silent(self) -> bool:
