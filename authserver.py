@@ -5383,16 +5383,19 @@ def inherited_table(fd: Optional[int]) -> Optional[SharedTable]:
 
 
 def warn(text: str) -> None:
-    """Tell who started us what could be better; a name in it must not colour the terminal."""
-    say("authserver: warning: " + "\n".join(
-        "".join(char if char.isprintable() else escape(char) for char in line)
-        for line in text.split("\n")), sys.stderr)
+    """Tell who started us what could be better."""
+    say(f"authserver: warning: {text}", sys.stderr)
 
 
 def say(text: str, stream: TextIO) -> None:
-    """Print a line; what the encoding of a bare environment lacks is shown escaped."""
+    """Print lines; a name in them must not colour the terminal, nor be too much for its encoding.
+
+    In a bare environment that is ASCII.
+    """
+    shown = "".join(char if char.isprintable() or char == "\n" else
+                    char.encode("unicode_escape").decode("ascii") for char in text)
     encoding = stream.encoding or "ascii"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    print(shown.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
 
 
 EPILOG = """examples:

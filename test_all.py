@@ -4753,7 +4753,7 @@ class HttpCommand(BoxTest):
                 (2, ["--stream-threads", "-1"], "stream-threads"), (2, ["--public", "x"], "public"),
                 (2, ["--forward-auth", "x"], "answer at x"),
                 (2, ["--nonce-lifetime", "nan"], "nonce-lifetime"), (2, ["--allow-partial"], "partial"),
-                (2, ["--bind", "x" * 64 + ":0"], "unable to bind"),
+                (2, ["--bind", "x" * 64 + ":0"], "unable to bind"), (2, ["--root", "\x1b[31m"], "\\x1b[31m"),
                 (1, ["--bind", "unix:" + precious], "unable to bind unix:"),
                 (1, ["--bind", self.serve()], "unable to bind 127.0.0.1:")):
             with self.subTest(options):
