@@ -200,7 +200,7 @@ is_token68 = re.compile(r"[A-Za-z0-9\-._~+/]+=*").fullmatch
 # RFC 2617 section 3.2.2: nc-value = 8LHEX; RFC 7616 section 3.4: it counts from 1
 is_nc = re.compile(r"(?!0{8})[0-9a-fA-F]{8}").fullmatch
 # 32 digits of MD5, or 64 of SHA-256 and SHA-512-256; whether the length is right shows later.
-is_response = re.compile(r"[0-9a-fA-F]{32}(?:[0-9a-fA-F]{32})?").fullmatch
+is_hash = re.compile(r"[0-9a-fA-F]{32}(?:[0-9a-fA-F]{32})?").fullmatch
 # RFC 8187 section 3.2.1: ext-value = charset "'" [ language ] "'" value-chars
 match_extended = re.compile(r"(?i)UTF-8'[^']*'([^']*)").fullmatch
 has_control = re.compile(r"[\x00-\x1f\x7f]").search
@@ -338,7 +338,7 @@ def parse_digest(params: Mapping[str, str]) -> DigestCredentials:
         "realm", "nonce", "uri", "response", "algorithm", "qop", "nc", "cnonce")]
     if not nonce:
         raise NoNonce("nonce")
-    if not realm or not uri or not is_response(response):
+    if not realm or not uri or not is_hash(response):
         raise Malformed("realm, uri or response")
     # No qop is the form of RFC 2069: well-formed, so no 400; the authenticator refuses it with 401.
     if qop and not is_nc(nc):
@@ -520,7 +520,6 @@ is_crypted = re.compile(rf"\{{SHA\}}{B64}{{27}}=|\{{SSHA\}}(?:{B64}{{4}}){{7,}}(
                         rf"{B64}{{3}}=)?|\$(?!apr1\$)[0-9a-z]+\$[!-9;-~]+").fullmatch
 # With rounds or cost and without the salt: what decides how long a hash is, and takes.
 match_kind = re.compile(r"\{[^}]*\}|\$[156]\$(?:rounds=\d+\$)?|\$[^$]*\$[^$]*\$").match
-is_ha1 = re.compile("[0-9a-fA-F]{32}(?:[0-9a-fA-F]{32})?").fullmatch
 BCRYPT_BYTES = 72           # of a password; libcrypt does not read the rest
 SHA1 = find_hash("sha1")
 
@@ -4727,7 +4726,7 @@ def make_entry(line: int, username: str, realm: str, place: str, value: str) -> 
         return entry_of_password(username, line, realm, value)
     if not place:
         return check_crypted(Entry(username, line, {}, value))
-    if not is_ha1(value):
+    if not is_hash(value):
         raise Refusal("field 3: neither 32 nor 64 hex digits")
     # The length tells which hash: 64 digits count as SHA-256, though SHA-512-256 has as many.
     name = "MD5" if len(value) == 32 else "SHA-256"
@@ -4764,7 +4763,7 @@ def parse_passwords(text: str, realm: str) -> Tuple[Dict[str, Entry], List[Tuple
         is_ours = is_line_of(content, name, realm)
         try:
             # What is no HA1 may be a password whose owner has forgotten the `plain`.
-            if is_ours or not is_ha1(value):
+            if is_ours or not is_hash(value):
                 add_entry(entries, make_entry(line, normal_username(name), realm, place, value),
                           realm)
             else:
