@@ -3645,14 +3645,11 @@ class Files:
             needed = 0o555 if stat.S_ISDIR(mode) else 0o444
             if mode & needed != needed and not os.access(name, needed & 7, dir_fd=fd):
                 continue
-            if stat.S_ISDIR(mode):
-                row = f'<tr><td><a href="{href}/">{label}/</a><td><td>{date}\n'
-                folders.append((key, name, row))
-            elif stat.S_ISREG(mode) and not self.is_secret(found):
-                row = (f'<tr><td><a href="{href}">{label}</a>'
-                       f'<td>{human_size(found.st_size)}<td>{date}\n')
-                files.append((key, name, row))
-        return [row for _, _, row in sorted(folders) + sorted(files)]
+            slash, size = ("", human_size(found.st_size)) if is_file else ("/", "")
+            date = human_date(int(found.st_mtime) // 60)
+            line = f'<tr><td><a href="{href}{slash}">{label}{slash}</a><td>{size}<td>{date}\n'
+            lines.append((is_file, key, name, line))
+        return [line for *_, line in sorted(lines)]
 
     def walk(self, names: List[bytes]) -> Tuple[int, os.stat_result]:
         """Open what names lead to; an empty last one makes sure of a folder.
@@ -4990,11 +4987,9 @@ class Place(NamedTuple):
 
 def has_ipv6() -> bool:
     """Return whether the kernel has IPv6: socket.has_ipv6 says only that Python has."""
-    try:
-        socket.socket(socket.AF_INET6).close()
-    except OSError:
-        return False
-    return True
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6):
+        return True
+    return False
 
 
 def parse_bind(text: str) -> Place:
