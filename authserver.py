@@ -3631,7 +3631,7 @@ class Files:
 
     def rows(self, names: Sequence[str], fd: int, above: List[bytes]) -> List[str]:
         """Return the lines of a listing: what of a folder's names can be had; folders first."""
-        folders, files = [], []
+        lines = []
         for key, name, href, label in spell(names):
             try:
                 found = os.stat(name, dir_fd=fd, follow_symlinks=False)
@@ -3640,9 +3640,11 @@ class Files:
                     os.close(link)
             except OSError:         # removed meanwhile; a link that leads nowhere, or outside
                 continue
-            mode, date = found.st_mode, human_date(int(found.st_mtime) // 60)
+            mode, is_file = found.st_mode, stat.S_ISREG(found.st_mode)
+            if self.is_secret(found) if is_file else not stat.S_ISDIR(mode):
+                continue
             # What everybody may read (and a folder, search) needs no system call more.
-            needed = 0o555 if stat.S_ISDIR(mode) else 0o444
+            needed = 0o444 if is_file else 0o555
             if mode & needed != needed and not os.access(name, needed & 7, dir_fd=fd):
                 continue
             slash, size = ("", human_size(found.st_size)) if is_file else ("/", "")
