@@ -4304,8 +4304,9 @@ class Gate:
         """
         authenticator = self.authenticator
         attempt.read_body = functools.partial(call_for, read)
-        # Whom a proxy speaks for, before anything is judged: a lock-out would hit that one.
-        host, attempt.client = self.proxies.find_client(peer, forwarded)
+        # Whom a proxy speaks for, before anything is judged: a lock-out would hit that one. Cut, for
+        # it is remembered, and whoever asks has written it; a proxy's own word stands at the end.
+        host, attempt.client = self.proxies.find_client(peer, forwarded[-MAX_TEXT:])
         attempt.time, attempt.schemes = authenticator.clock(), authenticator.schemes
         if not (is_safe or authenticator.is_explicit):
             attempt.schemes = SCHEMES[:1]

@@ -3907,6 +3907,18 @@ class Callers(GuardTest):
                 found = self.ask(application, JIM, REMOTE_ADDR=peer, HTTP_X_FORWARDED_FOR=mine)[0]
                 self.assertEqual(found, status)
 
+    def test_a_stranger_fills_no_memory(self) -> None:
+        """Of X-Forwarded-For no more than its end is looked at, or remembered, on each host."""
+        seen: List[int] = []
+
+        def find(proxies: Any, peer: str, forwarded: str = "") -> Tuple[str, None]:
+            seen.append(len(forwarded))
+            return peer, None
+        with mock.patch.object(authserver.TrustedProxies, "_find_client", find):
+            for _, address in self.hosts():
+                request(address, "/", "GET", JIM, "X-Forwarded-For: %s, 192.0.2.7" % ("x" * 9000), EMPTY)
+        self.assertEqual([0 < size < 2000 for size in seen], [True] * 3)
+
     def test_basic_is_not_offered_to_a_network(self) -> None:
         """Digest alone, unless TLS or a loopback lies between, or schemes says so; Basic is not accepted either."""
         application = protect_wsgi(echo, users(), max_failures=(0, 1.0))
