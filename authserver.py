@@ -4528,6 +4528,11 @@ def protect_wsgi(application: Any, passwords: Passwords,
     """Return a WSGI application that answers only who has a password; as protect() does.
 
     The name is in REMOTE_USER, the scheme in AUTH_TYPE; refusals go to the logger authserver.
+
+    Behind a proxy, name it: trusted_proxies=["127.0.0.1"]. To wsgiref, and to most servers,
+    REMOTE_ADDR is the proxy: without it that one stands in the log, and a lock-out hits nobody,
+    or, where its address is a public one, everybody. With TLS at the proxy, on another machine,
+    Basic is offered only if schemes says so: the request comes as plain HTTP from a network.
     """
     if not callable(application):
         raise TypeError(f"unable to protect {application!r:.60}: expected a WSGI application")
