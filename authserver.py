@@ -4828,8 +4828,8 @@ LETTERS = "abcdefghijkmnpqrstuvwxyz23456789"    # 32, and none looks like anothe
 
 def password_lines(username: str, realm: str, password: str) -> List[str]:
     """Return the htdigest lines of a user; MD5 first, for Apache reads the first that fits."""
-    return [f"{username}:{realm}:{digest_ha1(username, realm, password, name)}"
-            for name in ("MD5", "SHA-256") if name in HASHES]
+    known = entry_of_password(username, 0, realm, password).ha1
+    return [f"{username}:{realm}:{known[name]}" for name in ("MD5", "SHA-256") if name in known]
 
 
 def edit_passwords(text: str, username: str, realm: str, new_lines: Sequence[str]) -> str:
@@ -4899,8 +4899,7 @@ def change_password(path: str, username: str, realm: str, password: Optional[str
     """Set the password of a user in a file, or delete the user (None); return what was done."""
     username = normal_username(username)
     check_realm(realm)
-    new_lines = [] if password is None else password_lines(
-        username, realm, normal_password(username, password))
+    new_lines = [] if password is None else password_lines(username, realm, password)
     # Through links, or the rename would replace a link by a file.
     target = os.path.realpath(path)
     with trying_to(f"write passwords {path}"):
