@@ -5336,15 +5336,12 @@ def bind(options: argparse.Namespace) -> AuthServer:
     options = argparse.Namespace(**dict(UNHOSTED, **vars(options)))
     check_options(options)
     path, first = find_passwords(options)
-    abandon: Callable[[], None] = functools.partial(os.unlink, path) if first else lambda: None
-    try:
+    with contextlib.ExitStack() as undo:        # also after Ctrl-C: nobody has seen the password
+        if first:
+            undo.callback(os.unlink, path)
         server = make_server(options, path)
-        # Inside: should this fail, nobody has seen the password either.
         server.greeting = greet(*first, path, options, server) if first else ""
-    except BaseException:       # nor has anybody after Ctrl-C
-        abandon()
-        raise
-    server.abandon = abandon
+        server.abandon = undo.pop_all().close   # from here on who hosts us decides
     return server
 
 
