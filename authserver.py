@@ -5027,12 +5027,12 @@ def open_socket(text: str, place: Place) -> socket.socket:
     family, where = place
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
+        # Or connections of the last run, for a minute in TIME_WAIT, would hold the port. To a unix
+        # socket it says nothing: there the name is left over.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_UNIX:
             remove_stale_socket(where)
-        else:
-            # Or connections of the last run, for a minute in TIME_WAIT, would hold the port.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
+        elif family == socket.AF_INET6:
             # Said in either case: the default is the machine's (net.ipv6.bindv6only).
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, where[0] != "::")
         sock.bind(where)
