@@ -203,7 +203,8 @@ is_nc = re.compile(r"(?!0{8})[0-9a-fA-F]{8}").fullmatch
 is_hash = re.compile(r"[0-9a-fA-F]{32}(?:[0-9a-fA-F]{32})?").fullmatch
 # RFC 8187 section 3.2.1: ext-value = charset "'" [ language ] "'" value-chars
 match_extended = re.compile(r"(?i)UTF-8'[^']*'([^']*)").fullmatch
-has_control = re.compile(r"[\x00-\x1f\x7f]").search
+# Surrogates stand for bytes that were no text.
+has_control = re.compile("[\x00-\x1f\x7f\ud800-\udfff]").search
 
 
 class DigestCredentials(NamedTuple):
@@ -568,10 +569,8 @@ def normal_username(username: str) -> str:
 def normal_password(username: str, password: str) -> str:
     """Return the normal form of a password that this user can send under both schemes."""
     password = unicodedata.normalize("NFC", password)
-    # Surrogates stand for bytes that were no text.
-    spoilt = has_control(password) or re.search("[\ud800-\udfff]", password)
     size = len(f"{username}:{password}".encode("utf-8", "surrogatepass"))
-    if not password or spoilt or size > MAX_TEXT:
+    if not password or has_control(password) or size > MAX_TEXT:
         raise Refusal(f"unable to use this password: empty, control characters in it, no UTF-8, or "
                       f"too long: Basic carries {MAX_TEXT} bytes of name, colon and password")
     return password
