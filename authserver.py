@@ -3572,8 +3572,7 @@ class Files:
         """Answer a request with a file, a listing, a redirection or a refusal."""
         if self.fd < 0:
             self.open()
-        if self.inside:
-            self.note_secrets(self.inside)
+        self.note_secrets(self.inside)
         path = decode_path(request.path)
         try:
             if not path or b"/." in path and not self.hidden:
@@ -3603,6 +3602,8 @@ class Files:
         try:
             if stat.S_ISDIR(found.st_mode):
                 raise IsADirectoryError(errno.EISDIR, "a folder")
+            # Once more: `passwd` may have put a new file there between our look and the open(2).
+            self.note_secrets(self.inside)
             if not stat.S_ISREG(found.st_mode) or self.is_secret(found):
                 raise FileNotFoundError(errno.ENOENT, "not for clients")
             return answer_file(fd, names[-1], found, request)

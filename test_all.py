@@ -2291,6 +2291,9 @@ class FilesPathTests(FilesTest):
         for path in (inside, outside, later):
             os.rename(self.write("tree/new", b"OUTSIDE", OLD + 1), path)
         self.check_statuses(names, files)
+        # ... and between our look at its place and the moment when it is opened.
+        with self.meanwhile("stat", None, lambda: os.rename(self.write("tree/new", b"OUTSIDE", OLD + 3), inside)):
+            self.check_statuses({"/users": 404}, files)
         found = os.stat(self.write("tree/plain", b"plain", OLD + 2))
         # As if the file system had given it the inode of the password file that was replaced.
         files.known[found.st_dev, found.st_ino] = outside, OLD * 10 ** 9
