@@ -3498,6 +3498,17 @@ def human_date(minute: int) -> str:
 
 
 # -- 13. The tree -------------------------------------------------------------
+#
+# The folder is opened twice. First with all rights, before any port: only to complain while
+# a person reads it, and to see which files are the secrets. Then anew, by who serves it: a
+# descriptor from outside a jail would lead out of it (fchdir), and that root may open the folder
+# does not say that the daemon's user may.
+#
+# A secret has as many names as somebody gave it: hard links, symlinks, a second mount. So what is
+# compared is device and inode, of the file that has been opened. But `passwd` puts a new file in
+# the old one's place, and the system gives a freed inode to the next file that is made: to take
+# that for the secret would make somebody's page vanish. Hence the time beside the inode, and
+# a look at the secret's own path where the two disagree.
 
 
 def is_below(path: str, folder: str) -> bool:
@@ -3528,9 +3539,9 @@ class Files:
         # Those are found by their place: each may be replaced, or made, while we serve.
         self.inside = [os.path.relpath(os.path.realpath(path), real) for path in self.exposed]
         self.known: Dict[Tuple[int, int], Tuple[str, int]] = {}
-        self.open()             # to complain while a person reads it
+        self.open()
         self.note_secrets([os.path.realpath(path) for path in secrets])
-        self.close()
+        self.close()            # it is not what will be served: see above
         if chroot is not None:
             if not is_below(root, chroot):
                 raise Refusal(f"unable to serve {root}: it is not below --chroot {chroot}")
@@ -3569,7 +3580,10 @@ class Files:
             return True
 
     def __call__(self, request: Request) -> Answer:
-        """Answer a request with a file, a listing, a redirection or a refusal."""
+        """Answer a request with a file, a listing, a redirection or a refusal.
+
+        What is hidden is 404, not 403: that would say that there is something.
+        """
         if self.fd < 0:
             self.open()
         self.note_secrets(self.inside)
@@ -3586,7 +3600,11 @@ class Files:
             return refuse(STATUS_OF[error.errno], request)
 
     def find(self, names: List[bytes], request: Request) -> Answer:
-        """Answer with a file, or with a folder's index.html or listing."""
+        """Answer with a file, or with a folder's index.html or listing.
+
+        An index.html that may not be read is 403, and not a listing: who put it there did not
+        mean the names to be read.
+        """
         if names[-1]:
             return self.send(names, request)
         try:
@@ -3597,7 +3615,7 @@ class Files:
         return self.list(names, request)
 
     def send(self, names: List[bytes], request: Request) -> Answer:
-        """Answer with a file."""
+        """Answer with a file; its descriptor says what it is, the name may be another's by now."""
         fd, found = self.walk(names)
         try:
             if stat.S_ISDIR(found.st_mode):
@@ -3611,7 +3629,10 @@ class Files:
             os.close(fd)
 
     def list(self, names: List[bytes], request: Request) -> Answer:
-        """Answer with the listing of a folder."""
+        """Answer with the listing of a folder.
+
+        By the descriptor again: listed is what was opened, and not what has its name by now.
+        """
         fd, _ = self.walk(names)
         try:
             found = [name for name in os.listdir(fd) if self.hidden or name[0] != "."]
@@ -3626,7 +3647,11 @@ class Files:
         return Answer(200, (HTML, NOSNIFF, *private_fields(request)), page)
 
     def rows(self, names: Sequence[str], fd: int, above: List[bytes]) -> List[str]:
-        """Return the lines of a listing: what of a folder's names can be had; folders first."""
+        """Return the lines of a listing: what of a folder's names can be had; folders first.
+
+        No link of a listing leads to a 403 or 404. To find out by opening each file would take
+        three system calls for a name; lstat(2) alone answers for nearly all.
+        """
         lines = []
         for key, name, href, label in spell(names):
             try:
@@ -3652,6 +3677,10 @@ class Files:
     def walk(self, names: List[bytes]) -> Tuple[int, os.stat_result]:
         """Open what names lead to; an empty last one makes sure of a folder.
 
+        Two stacks: the folders opened on the way, so that ".." needs no name, and the names left,
+        on which those of a link are put. Of the last name it is not known what it is, so it is
+        opened to be read, at once; there is no moment between a look at it and its use.
+
         See: openat(2); O_NOFOLLOW in open(2); path_resolution(7).
         """
         opened, left, links = [self.fd], names[::-1], 0
@@ -3662,17 +3691,17 @@ class Files:
                     if len(opened) == 1:
                         raise FileNotFoundError(errno.ENOENT, "outside")
                     os.close(opened.pop())
-                    left = left or [b""]
+                    left = left or [b""]        # a link's last word: that folder itself
                     continue
                 try:
                     flags = FOLDER if left else LAST
                     opened.append(os.open(name or b".", flags, dir_fd=opened[-1]))
                 except OSError as error:
-                    links += 1
+                    links += 1                  # a loop of links ends here
                     if error.errno not in IS_LINK or links > MAX_LINKS:
                         raise
                     left = left + self.read_link(name, opened) or [b""]
-            found = os.fstat(opened[-1])
+            found = os.fstat(opened[-1])        # first: should it fail, `finally` closes this, too
             return opened.pop(), found
         finally:
             for fd in opened[1:]:
@@ -3681,6 +3710,8 @@ class Files:
     def read_link(self, name: bytes, opened: List[int]) -> List[bytes]:
         """Return the names in a symlink's text, last first; an absolute one goes by the root."""
         text = os.readlink(name, dir_fd=opened[-1])
+        # Up to the root by the folders that we came through. "./", for behind the prefix there
+        # may be one more slash, and the text would be absolute again.
         for prefix in self.prefixes:
             if (text + b"/").startswith(prefix):
                 text = b"../" * (len(opened) - 1) + b"./" + text[len(prefix):]
@@ -3690,6 +3721,13 @@ class Files:
 
 
 # -- 14. HTTPS ----------------------------------------------------------------
+#
+# The way that documentations show, to wrap the listening socket, shakes hands in accept(): one
+# client that connects and says nothing stops the server for everybody. Here accept(2) is the
+# plain one, and the handshake a stage of the connection, with a deadline like all others.
+#
+# Whatever is found on a port is sent to it: half of a handshake, noise, HTTP in clear. None of it
+# is an error of ours, so each is one line in the log, with the reason that OpenSSL gives.
 
 def expiry_of(certificate: str) -> float:
     """Return when the first certificate of a PEM text ends, in seconds since the epoch."""
@@ -4300,8 +4338,8 @@ class Gate:
         """
         authenticator = self.authenticator
         attempt.read_body = functools.partial(call_for, read)
-        # Whom a proxy speaks for, before anything is judged: a lock-out would hit that one. Cut, for
-        # it is remembered, and whoever asks has written it; a proxy's own word stands at the end.
+        # Whom a proxy speaks for, before anything is judged: a lock-out would hit that one. Cut,
+        # for it is remembered, and who asks may have written it; a proxy's word is at the end.
         host, attempt.client = self.proxies.find_client(peer, forwarded[-MAX_TEXT:])
         attempt.time, attempt.schemes = authenticator.clock(), authenticator.schemes
         if not (is_safe or authenticator.is_explicit):
