@@ -3900,6 +3900,13 @@ class TLSConnection(Connection):
 # first version did. Each handler that names a base class (SimpleHTTPRequestHandler.end_headers(
 # self)) went past us, into code that expected a socket; one that wrote to the socket was answered
 # twice. At the socket there is no way past: whatever a handler does, it does by bytes.
+#
+#     host_handler()            the loop's half (9): lends us to a thread, and waits
+#       HandlerSocket()         in the thread: finish_request(), which is socketserver's hook
+#         recv()                the head, the body, its end
+#         send()                take() of the Follower, then put(): the client
+#       is_silent()             ... in the loop again: has anybody been answered?
+#       ends_connection()       ... and does everybody know where the answer ended?
 
 # RFC 9112 section 4: status-line = HTTP-version SP status-code SP [ reason-phrase ]
 match_status_line = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])[ \r]").match
@@ -3928,7 +3935,11 @@ class Follower:
         self.upgraded = self.raw = False        # raw: it is not to be understood
 
     def take(self, octets: bytes) -> bytes:
-        """Return what of these bytes goes to the client; of a head that is not whole, nothing."""
+        """Return what of these bytes goes to the client; of a head that is not whole, nothing.
+
+        What we add to a head has to be in it when it goes. And what is no head at all goes as it
+        is: a handler may speak whatever it likes with its client, but then it is the last one.
+        """
         if self.status or self.raw:
             return self.cut(octets)
         self.head, passed = self.head + octets, b""
@@ -3955,7 +3966,11 @@ class Follower:
         return head
 
     def complete(self, head: bytes, is_new: bool) -> bytes:
-        """Return the head with what verdict and connection have to say; find the answer's end."""
+        """Return the head with what verdict and connection have to say; find the answer's end.
+
+        In the order of RFC 9112 section 6.3: first what has no body, whatever its fields say (a
+        HEAD has the length of the GET); then chunks, which outdo a length; else all that comes.
+        """
         length, status, request = find_length(head), self.status, self.request
         self.upgraded = status == 101 or request.method == "CONNECT" and status < 300
         if self.upgraded:
@@ -4099,7 +4114,11 @@ class HandlerSocket:
         return octets[:len(octets) - len(rest)]
 
     def set_timeout(self, seconds: Optional[float]) -> None:
-        """Have the real socket wait for so long, or less if the handler wants it so."""
+        """Have the real socket wait for so long, or less if the handler wants it so.
+
+        Never 0, which means not to wait, nor less: patience may be used up, and to say so is
+        the real socket's part, by its own exception.
+        """
         limits = [limit for limit in (seconds, self.timeout) if limit is not None]
         self.connection.socket.settimeout(max(0.01, min(limits)) if limits else None)
 
@@ -4139,7 +4158,11 @@ class HandlerSocket:
     # -- its whole life, in a thread
 
     def __call__(self) -> None:
-        """Run the handler, however long it takes."""
+        """Run the handler, however long it takes.
+
+        Nothing that it does is an error of ours. What it raises because its client has left, or
+        has sent nonsense, is not its own error, either, and no line in the log.
+        """
         server, connection, answer = self.connection.server, self.connection, self.answer
         try:
             output, connection.output = connection.output, b""
