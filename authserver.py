@@ -3780,7 +3780,7 @@ class TLSConnection(Connection):
     Three things are different. Before the first byte there is a handshake, of which each half
     may have to wait for the other side. To read may need a write, and the other way round
     (SSLWantReadError, SSLWantWriteError). And bytes can lie decrypted in the TLS layer, where
-    no selector sees them: whoever reads must read until nothing is left.
+    no selector sees them: whoever reads must read whole records.
 
     See: ssl, "Notes on non-blocking sockets".
     """
@@ -3838,11 +3838,12 @@ class TLSConnection(Connection):
         self.close()
 
     def receive(self) -> Optional[bytes]:
-        """Return what has come, also what lies decrypted already: that wakes no selector."""
+        """Return what has come: the whole of a record, for what stayed would wake no selector.
+
+        See: RFC 8446 section 5.1: a record holds at most 2**14 bytes; SSL_pending(3).
+        """
         try:
-            octets: bytes = self.socket.recv(READ_SIZE)
-            while self.socket.pending():
-                octets += self.socket.recv(READ_SIZE)
+            octets: bytes = self.socket.recv(max(READ_SIZE, 1 << 14))
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return None
         except (OSError, ValueError):
