@@ -3441,6 +3441,21 @@ class HttpHooks(BoxTest):
                         server.RequestHandlerClass = Idiom
                     self.assertEqual(self.ask(server, ""), [401])
 
+    def test_a_handler_with_a_loop_of_its_own_gets_one_request(self) -> None:
+        """It has read a line of the body, and asks for the next request: the rest of the body is none."""
+        def answer(handler: Any) -> None:
+            handler.rfile.readline()
+            handler.send_response(200)
+            handler.send_header("Content-Length", "0")
+            handler.end_headers()
+        kind = Idiom.made(answer)
+        kind.handle = lambda handler: [handler.handle_one_request() for _ in range(2)]
+        with serving(self.ours(kind)) as at:
+            data = head("/", "GET", JIM, "Content-Length: %d" % (len(SMUGGLED) + 3)) + b"a\r\n" + SMUGGLED
+            with mock.patch.object(kind, "parse_request", autospec=True, side_effect=kind.parse_request) as parsed:
+                self.assertEqual(statuses(talk(at, data + head("/", "GET", "", CLOSE))), [200, 401])
+        self.assertEqual(parsed.call_count, 1)
+
     def test_a_taken_port_is_an_OSError(self) -> None:
         """As on the stock server: EADDRINUSE."""
         with taken_port() as port, self.assertRaises(OSError) as caught:
