@@ -4916,8 +4916,9 @@ def write_file(path: str, text: str, gid: Optional[int] = None, replace: bool = 
     A file that is replaced keeps its owner and group if we may give them, and 0640 if it
     had that: it may have been made for the group of a daemon.
     """
-    # Beside it, for neither a link nor a rename leads to another file system.
-    fd, new = tempfile.mkstemp(".new", os.path.basename(path) + ".", os.path.dirname(path))
+    # Beside it, for neither a link nor a rename leads to another file system. With a dot before
+    # it: the folder may be one that is served, and what lies there for a moment is a secret, too.
+    fd, new = tempfile.mkstemp(".new", f".{os.path.basename(path)}.", os.path.dirname(path))
     try:
         with open(fd, "w", encoding="utf-8", errors="surrogateescape") as stream:
             if replace:

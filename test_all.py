@@ -2300,6 +2300,15 @@ class FilesPathTests(FilesTest):
         self.assertEqual(self.get("/plain", files).body, b"plain")
         self.assertEqual(self.links("/", files), ["plain"])
 
+    def test_a_secret_that_is_being_written(self) -> None:
+        """What `passwd` writes beside the file, before it takes its place, is neither listed nor served."""
+        path, seen = self.write("tree/users", b"#"), []     # type: str, List[Any]
+        files = self.serve(secrets=(path,))
+        with mock.patch.object(os, "fsync", lambda _: seen.extend((self.links("/", files), os.listdir(self.root)))):
+            authserver.change_password(path, "jim", "files", "x")
+        self.assertEqual((seen[0], len(seen[1])), ([], 2))
+        self.check_statuses({"/" + name: 404 for name in seen[1]}, files)
+
     def test_permissions(self) -> None:
         """What may not be read is 403 and not listed; on the way to a file, search is enough."""
         for name in ("shut.txt", "search/a.txt", "shut/a.txt"):
