@@ -4634,13 +4634,11 @@ def asked_about(request: Request, prefix: str) -> Optional[Tuple[str, str]]:
     Two fields that say the same thing may be from two proxies, or one from the client: then
     they must agree, or nobody knows what would be let through.
     """
-    found = []
-    for names in (METHOD_FIELDS, TARGET_FIELDS):
-        said = [value for name in names for value in request.values.get(name, ())]
-        if len(set(said)) > 1:
-            return None
-        found.append(said[0] if said else "")
-    method, target = found
+    said = [{value for name in names for value in request.values.get(name, ())} or {""}
+            for names in (METHOD_FIELDS, TARGET_FIELDS)]
+    if max(map(len, said)) > 1:
+        return None
+    (method,), (target,) = said
     rest = request.target[len(prefix):]         # Envoy's way: what stands behind the prefix
     if rest.startswith("/") and request.path == request.target and not method and not target:
         return request.method, rest
