@@ -4194,11 +4194,14 @@ class HandlerSocket:
 class Once(http.server.BaseHTTPRequestHandler):
     """What goes before every handler: one verdict is for one request.
 
+    For handlers: remote_user and auth_type, the user and the scheme.
+
     http.server would go on to read where the first request ends. There is its body, if the
     handler did not want it: written by who knows whom, and let in by the first one's password.
     """
 
     remote_user: Optional[str] = None
+    auth_type = ""
     needs_server = True         # which asks for the password; protect() needs none
 
     def handle_one_request(self) -> None:
@@ -4214,7 +4217,8 @@ class Once(http.server.BaseHTTPRequestHandler):
             if sock.is_parsed:
                 self.close_connection = True
                 return False
-            sock.is_parsed, self.remote_user = True, sock.verdict.username
+            sock.is_parsed, verdict = True, sock.verdict
+            self.remote_user, self.auth_type = verdict.username, verdict.scheme
         elif self.needs_server:
             raise PermissionError("nobody has been asked for a password: AuthServer was gone round")
         return super().parse_request()
@@ -4380,28 +4384,24 @@ class Gate:
 class Guard(Once):
     """What protect() puts before a handler; on AuthServer, which has asked already, idle.
 
-    For handlers: remote_user and auth_type, the user and the scheme.
-
     It comes first in the class that protect() makes, so that no handler's own parse_request()
     or end_headers() goes before it; where a handler has one, super() leads there.
     """
 
     gate: Gate
     needs_server = False
-    auth_type = ""
     info: Fields = ()           # for the handler's answer
     expects = unread = False    # a client that waits for 100 Continue; a body nobody has read
 
     def parse_request(self) -> bool:
         """Ask for the password when http.server has read a head and before it acts on it."""
         self.info, self.expects = (), False         # not those of the last request
-        verdict = getattr(self.request, "verdict", UNASKED)
-        if verdict.status == 200:                   # by AuthServer, which adds its fields itself
+        if isinstance(self.request, HandlerSocket):     # AuthServer adds its fields itself
             passes = super().parse_request()
         else:
             verdict = self.ask()
             passes, self.info = verdict.status == 200, verdict.fields
-        self.remote_user, self.auth_type = verdict.username, verdict.scheme
+            self.remote_user, self.auth_type = verdict.username, verdict.scheme
         # Now, and not when http.server meets the field: to whom the password has been asked of.
         return passes and (not self.expects or super().handle_expect_100())
 

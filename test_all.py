@@ -3465,6 +3465,13 @@ class HttpHooks(BoxTest):
                 self.assertEqual(statuses(talk(at, data + head("/", "GET", "", CLOSE))), [200, 401])
         self.assertEqual(parsed.call_count, 1)
 
+    def test_a_handler_knows_who_asks(self) -> None:
+        """remote_user and auth_type: behind protect(), and where the server has the authenticator."""
+        kind = Idiom.made(lambda handler: handler.answer(("%s %s" % (handler.remote_user, handler.auth_type)).encode()))
+        for server in (AuthServer(("127.0.0.1", 0), protect(kind, USERS)), self.ours(kind)):
+            with serving(server) as at:
+                self.assertEqual(request(at, "/").body, b"jim Basic")
+
     def test_a_taken_port_is_an_OSError(self) -> None:
         """As on the stock server: EADDRINUSE."""
         with taken_port() as port, self.assertRaises(OSError) as caught:
