@@ -4150,8 +4150,9 @@ class HandlerSocket:
     def put(self, octets: bytes) -> None:
         """Send bytes at the client's pace, if that is not too slow."""
         try:
-            self.set_timeout(PACE_SECONDS)      # of a whole sendall, since Python 3.5
-            self.connection.socket.sendall(octets)
+            if octets:          # or a socket that is not ours any more would be asked, for nothing
+                self.set_timeout(PACE_SECONDS)      # of a whole sendall, since Python 3.5
+                self.connection.socket.sendall(octets)
         except OSError:
             self.gone = True            # or as good as gone: it does not read
             raise
