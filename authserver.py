@@ -3807,10 +3807,8 @@ class TLSConnection(Connection):
         """
         try:
             self.socket.do_handshake()
-        except ssl.SSLWantReadError:
-            self.watch(False)
-        except ssl.SSLWantWriteError:
-            self.watch(True)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as wish:
+            self.watch(isinstance(wish, ssl.SSLWantWriteError))
         except (OSError, ValueError) as error:
             said = str(getattr(error, "reason", None) or error)
             self.give_up(re.sub(r" \(_ssl\.c:\d+\)", "", said))
