@@ -3661,7 +3661,7 @@ class Files:
             except OSError:         # removed meanwhile; a link that leads nowhere, or outside
                 continue
             mode, is_file = found.st_mode, stat.S_ISREG(found.st_mode)
-            if self.is_secret(found) if is_file else not stat.S_ISDIR(mode):
+            if not (is_file or stat.S_ISDIR(mode)) or self.is_secret(found):
                 continue
             # What everybody may read (and a folder, search) needs no system call more.
             needed = 0o444 if is_file else 0o555
@@ -3759,8 +3759,8 @@ def tls_context(certificate: str, key: Optional[str]) -> Any:
                 f"it is not that of {certificate}" if "MISMATCH" in str(error) else
                 f"there is none in it, or it is encrypted\n"
                 f"try: openssl pkey -in {shlex.quote(key)} -out NEW"))
-    # OpenSSL takes a key whoever may read it; we do not. After that: a certificate without a key
-    # in its file, which everybody may read, lacks a key, and no permissions.
+    # OpenSSL takes a key whoever may read it; we do not. Last: of a certificate without a key in
+    # its file everybody may read all, and what its owner has to hear is that the key is missing.
     read_secrets("key", key)
     # OpenSSL 3 refuses it by itself: a client could have the arithmetic done for ever.
     context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
