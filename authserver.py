@@ -201,10 +201,11 @@ is_token68 = re.compile(r"[A-Za-z0-9\-._~+/]+=*").fullmatch
 # RFC 2617 section 3.2.2: nc-value = 8LHEX; RFC 7616 section 3.4: it counts from 1
 is_nc = re.compile(r"(?!0{8})[0-9a-fA-F]{8}").fullmatch
 # 32 digits of MD5, or 64 of SHA-256 and SHA-512-256; whether the length is right shows later.
-is_response = re.compile(r"[0-9a-fA-F]{32}(?:[0-9a-fA-F]{32})?").fullmatch
+is_hash = re.compile(r"[0-9a-fA-F]{32}(?:[0-9a-fA-F]{32})?").fullmatch
 # RFC 8187 section 3.2.1: ext-value = charset "'" [ language ] "'" value-chars
 match_extended = re.compile(r"(?i)UTF-8'[^']*'([^']*)").fullmatch
-has_control = re.compile(r"[\x00-\x1f\x7f]").search
+# Surrogates stand for bytes that were no text.
+has_control = re.compile("[\x00-\x1f\x7f\ud800-\udfff]").search
 
 
 class DigestCredentials(NamedTuple):
@@ -339,7 +340,7 @@ def parse_digest(params: Mapping[str, str]) -> DigestCredentials:
         "realm", "nonce", "uri", "response", "algorithm", "qop", "nc", "cnonce")]
     if not nonce:
         raise NoNonce("nonce")
-    if not realm or not uri or not is_response(response):
+    if not realm or not uri or not is_hash(response):
         raise Malformed("realm, uri or response")
     # No qop is the form of RFC 2069: well-formed, so no 400; the authenticator refuses it with 401.
     if qop and not is_nc(nc):
@@ -513,7 +514,6 @@ is_crypted = re.compile(rf"\{{SHA\}}{B64}{{27}}=|\{{SSHA\}}(?:{B64}{{4}}){{7,}}(
                         rf"{B64}{{3}}=)?|\$(?!apr1\$)[0-9a-z]+\$[!-9;-~]+").fullmatch
 # With rounds or cost and without the salt: what decides how long a hash is, and takes.
 match_kind = re.compile(r"\{[^}]*\}|\$[156]\$(?:rounds=\d+\$)?|\$[^$]*\$[^$]*\$").match
-is_ha1 = re.compile("[0-9a-fA-F]{32}(?:[0-9a-fA-F]{32})?").fullmatch
 BCRYPT_BYTES = 72           # of a password; libcrypt does not read the rest
 SHA1 = find_hash("sha1")
 
@@ -562,10 +562,8 @@ def normal_username(username: str) -> str:
 def normal_password(username: str, password: str) -> str:
     """Return the normal form of a password that this user can send under both schemes."""
     password = unicodedata.normalize("NFC", password)
-    # Surrogates stand for bytes that were no text.
-    spoilt = has_control(password) or re.search("[\ud800-\udfff]", password)
     size = len(f"{username}:{password}".encode("utf-8", "surrogatepass"))
-    if not password or spoilt or size > MAX_TEXT:
+    if not password or has_control(password) or size > MAX_TEXT:
         raise Refusal(f"unable to use this password: empty, control characters in it, no UTF-8, or "
                       f"too long: Basic carries {MAX_TEXT} bytes of name, colon and password")
     return password
@@ -3240,6 +3238,15 @@ class AuthServer(Loop):
 # addresses, the command line.
 
 
+@contextlib.contextmanager
+def trying_to(deed: str) -> Iterator[None]:
+    """Put a system call that fails into words, for a person: unable to VERB OBJECT: REASON."""
+    try:
+        yield
+    except OSError as error:
+        raise Refusal(f"unable to {deed}: {error.strerror or error}")
+
+
 # -- 11. Files ----------------------------------------------------------------
 #
 # One mechanism keeps a request inside the tree. A path is decoded once, cut into names,
@@ -3324,9 +3331,6 @@ def describe(name: bytes, inode: int, size: int, mtime_ns: int, modified: int, i
     return tag, fields + (() if is_public else PRIVATE), proofs
 
 
-# What makes an answer depend on what the client has; most requests bring none of them.
-CONDITIONS = frozenset(("if-match", "if-unmodified-since", "if-none-match", "if-modified-since",
-                        "range"))
 # RFC 9110 section 8.8.3: entity-tag = [ "W/" ] DQUOTE *etagc DQUOTE
 find_tags = re.compile(r'(W/)?("[\x21\x23-\x7e\x80-\xff]*")').findall
 # RFC 9110 section 14.1.2: int-range = first-pos "-" [ last-pos ]; suffix-range = "-" suffix-length
@@ -3343,19 +3347,19 @@ def has_tag(values: Sequence[str], tag: str, weakly: bool) -> bool:
         other == opaque and (weakly or not weak and not mark) for mark, other in find_tags(text))
 
 
-def read_date(values: Sequence[str]) -> float:
+def read_date(text: str) -> float:
     """Return the seconds of an HTTP-date; NaN, which compares with nothing, if it is none.
 
-    >>> read_date(["Sun, 06 Nov 1994 08:49:37 GMT"]), read_date(["Sun Nov  6 08:49:37 1994"])
+    >>> read_date("Sun, 06 Nov 1994 08:49:37 GMT"), read_date("Sun Nov  6 08:49:37 1994")
     (784111777.0, 784111777.0)
-    >>> read_date(["yesterday"])
+    >>> read_date("yesterday")
     nan
 
     See: RFC 9110 section 5.6.7; 13.1.3: a recipient "MUST ignore" what is no date.
     """
     try:
         # Its zone is GMT, also where none is written.
-        return float(calendar.timegm(email.utils.parsedate(values[0]) or ()))
+        return float(calendar.timegm(email.utils.parsedate(text) or ()))
     # By version of Python, that is what it makes of rubbish.
     except (IndexError, OverflowError, TypeError, ValueError):
         return math.nan
@@ -3366,14 +3370,15 @@ def check_conditions(values: Values, tag: str, modified: int) -> int:
 
     See: RFC 9110 section 13.2.2, whose order this is.
     """
+    fails = is_known = False
     if "if-match" in values:
         fails = not has_tag(values["if-match"], tag, False)
-    else:
-        fails = modified > read_date(values.get("if-unmodified-since", ()))
+    elif "if-unmodified-since" in values:
+        fails = modified > read_date(values["if-unmodified-since"][0])
     if "if-none-match" in values:
         is_known = has_tag(values["if-none-match"], tag, True)
-    else:
-        is_known = modified <= read_date(values.get("if-modified-since", ()))
+    elif "if-modified-since" in values:
+        is_known = modified <= read_date(values["if-modified-since"][0])
     return 412 if fails else 304 if is_known else 200
 
 
@@ -3458,20 +3463,17 @@ def answer_file(fd: int, name: bytes, found: os.stat_result, request: Request) -
     See: RFC 9110 section 14.2 (a HEAD has no range), 15.3.7 (206), 15.4.5 (304), 15.5.17 (416).
     """
     size, now, values = found.st_size, request.now, request.values
-    modified = int(found.st_mtime)
-    if not 0 <= modified <= now:        # section 8.8.2.1: it "MUST NOT" be later than the Date
-        modified = max(0, min(modified, int(now)))
+    # Section 8.8.2.1: it "MUST NOT" be later than the Date; and some dates have no words.
+    modified = max(0, min(int(found.st_mtime), int(now)))
     tag, fields, proofs = describe(name, found.st_ino, size, found.st_mtime_ns, modified,
                                    now - found.st_mtime < YOUNG, request.username is None)
-    if CONDITIONS.isdisjoint(values):
-        return Answer(200, fields, read_part(fd, 0, size))
     status, part = check_conditions(values, tag, modified), None
     if status == 304:
         return Answer(304, fields[3:])      # from ETag on, what keeps a copy up to date
     if status == 412:
         return refuse(412, request)
-    if request.method == "GET" and values.get("if-range") in proofs:
-        part = parse_range(",".join(values.get("range", ())), size)
+    if "range" in values and request.method == "GET" and values.get("if-range") in proofs:
+        part = parse_range(",".join(values["range"]), size)
     if part is None:
         return Answer(200, fields, read_part(fd, 0, size))
     offset, length = part
@@ -3542,6 +3544,17 @@ def human_date(minute: int) -> str:
 
 
 # -- 13. The tree -------------------------------------------------------------
+#
+# The folder is opened twice. First with all rights, before any port: only to complain while
+# a person reads it, and to see which files are the secrets. Then anew, by who serves it: a
+# descriptor from outside a jail would lead out of it (fchdir), and that root may open the folder
+# does not say that the daemon's user may.
+#
+# A secret has as many names as somebody gave it: hard links, symlinks, a second mount. So what is
+# compared is device and inode, of the file that has been opened. But `passwd` puts a new file in
+# the old one's place, and the system gives a freed inode to the next file that is made: to take
+# that for the secret would make somebody's page vanish. Hence the time beside the inode, and
+# a look at the secret's own path where the two disagree.
 
 
 def is_below(path: str, folder: str) -> bool:
@@ -3572,9 +3585,9 @@ class Files:
         # Those are found by their place: each may be replaced, or made, while we serve.
         self.inside = [os.path.relpath(os.path.realpath(path), real) for path in self.exposed]
         self.known: Dict[Tuple[int, int], Tuple[str, int]] = {}
-        self.open()             # to complain while a person reads it
+        self.open()
         self.note_secrets([os.path.realpath(path) for path in secrets])
-        self.close()
+        self.close()            # it is not what will be served: see above
         if chroot is not None:
             if not is_below(root, chroot):
                 raise Refusal(f"unable to serve {root}: it is not below --chroot {chroot}")
@@ -3583,11 +3596,9 @@ class Files:
     def open(self) -> None:
         """Open the folder (again): as who serves it, and in the jail."""
         self.close()
-        try:
+        with trying_to(f"serve {self.name}"):
             # The dot: in a folder that may be read but not searched, no file can be opened.
             self.fd = os.open(os.path.join(self.path, "."), os.O_RDONLY | os.O_DIRECTORY)
-        except OSError as error:
-            raise Refusal(f"unable to serve {self.name}: {error.strerror}")
 
     def close(self) -> None:
         """Close the folder; the next request opens it again."""
@@ -3615,11 +3626,13 @@ class Files:
             return True
 
     def __call__(self, request: Request) -> Answer:
-        """Answer a request with a file, a listing, a redirection or a refusal."""
+        """Answer a request with a file, a listing, a redirection or a refusal.
+
+        What is hidden is 404, not 403: that would say that there is something.
+        """
         if self.fd < 0:
             self.open()
-        if self.inside:
-            self.note_secrets(self.inside)
+        self.note_secrets(self.inside)
         path = decode_path(request.path)
         try:
             if not path or b"/." in path and not self.hidden:
@@ -3633,7 +3646,11 @@ class Files:
             return refuse(STATUS_OF[error.errno], request)
 
     def find(self, names: List[bytes], request: Request) -> Answer:
-        """Answer with a file, or with a folder's index.html or listing."""
+        """Answer with a file, or with a folder's index.html or listing.
+
+        An index.html that may not be read is 403, and not a listing: who put it there did not
+        mean the names to be read.
+        """
         if names[-1]:
             return self.send(names, request)
         try:
@@ -3644,11 +3661,13 @@ class Files:
         return self.list(names, request)
 
     def send(self, names: List[bytes], request: Request) -> Answer:
-        """Answer with a file."""
+        """Answer with a file; its descriptor says what it is, the name may be another's by now."""
         fd, found = self.walk(names)
         try:
             if stat.S_ISDIR(found.st_mode):
                 raise IsADirectoryError(errno.EISDIR, "a folder")
+            # Once more: `passwd` may have put a new file there between our look and the open(2).
+            self.note_secrets(self.inside)
             if not stat.S_ISREG(found.st_mode) or self.is_secret(found):
                 raise FileNotFoundError(errno.ENOENT, "not for clients")
             return answer_file(fd, names[-1], found, request)
@@ -3656,7 +3675,10 @@ class Files:
             os.close(fd)
 
     def list(self, names: List[bytes], request: Request) -> Answer:
-        """Answer with the listing of a folder."""
+        """Answer with the listing of a folder.
+
+        By the descriptor again: listed is what was opened, and not what has its name by now.
+        """
         fd, _ = self.walk(names)
         try:
             found = [name for name in os.listdir(fd) if self.hidden or name[0] != "."]
@@ -3671,8 +3693,12 @@ class Files:
         return Answer(200, (HTML, NOSNIFF, *private_fields(request)), page)
 
     def rows(self, names: Sequence[str], fd: int, above: List[bytes]) -> List[str]:
-        """Return the lines of a listing: what of a folder's names can be had; folders first."""
-        folders, files = [], []
+        """Return the lines of a listing: what of a folder's names can be had; folders first.
+
+        No link of a listing leads to a 403 or 404. To find out by opening each file would take
+        three system calls for a name; lstat(2) alone answers for nearly all.
+        """
+        lines = []
         for key, name, href, label in spell(names):
             try:
                 found = os.stat(name, dir_fd=fd, follow_symlinks=False)
@@ -3681,22 +3707,25 @@ class Files:
                     os.close(link)
             except OSError:         # removed meanwhile; a link that leads nowhere, or outside
                 continue
-            mode, date = found.st_mode, human_date(int(found.st_mtime) // 60)
+            mode, is_file = found.st_mode, stat.S_ISREG(found.st_mode)
+            if not (is_file or stat.S_ISDIR(mode)) or self.is_secret(found):
+                continue
             # What everybody may read (and a folder, search) needs no system call more.
-            needed = 0o555 if stat.S_ISDIR(mode) else 0o444
+            needed = 0o444 if is_file else 0o555
             if mode & needed != needed and not os.access(name, needed & 7, dir_fd=fd):
                 continue
-            if stat.S_ISDIR(mode):
-                row = f'<tr><td><a href="{href}/">{label}/</a><td><td>{date}\n'
-                folders.append((key, name, row))
-            elif stat.S_ISREG(mode) and not self.is_secret(found):
-                row = (f'<tr><td><a href="{href}">{label}</a>'
-                       f'<td>{human_size(found.st_size)}<td>{date}\n')
-                files.append((key, name, row))
-        return [row for _, _, row in sorted(folders) + sorted(files)]
+            slash, size = ("", human_size(found.st_size)) if is_file else ("/", "")
+            date = human_date(int(found.st_mtime) // 60)
+            line = f'<tr><td><a href="{href}{slash}">{label}{slash}</a><td>{size}<td>{date}\n'
+            lines.append((is_file, key, name, line))
+        return [line for *_, line in sorted(lines)]
 
     def walk(self, names: List[bytes]) -> Tuple[int, os.stat_result]:
         """Open what names lead to; an empty last one makes sure of a folder.
+
+        Two stacks: the folders opened on the way, so that ".." needs no name, and the names left,
+        on which those of a link are put. Of the last name it is not known what it is, so it is
+        opened to be read, at once; there is no moment between a look at it and its use.
 
         See: openat(2); O_NOFOLLOW in open(2); path_resolution(7).
         """
@@ -3708,17 +3737,17 @@ class Files:
                     if len(opened) == 1:
                         raise FileNotFoundError(errno.ENOENT, "outside")
                     os.close(opened.pop())
-                    left = left or [b""]
+                    left = left or [b""]        # a link's last word: that folder itself
                     continue
                 try:
                     flags = FOLDER if left else LAST
                     opened.append(os.open(name or b".", flags, dir_fd=opened[-1]))
                 except OSError as error:
-                    links += 1
+                    links += 1                  # a loop of links ends here
                     if error.errno not in IS_LINK or links > MAX_LINKS:
                         raise
                     left = left + self.read_link(name, opened) or [b""]
-            found = os.fstat(opened[-1])
+            found = os.fstat(opened[-1])        # first: should it fail, `finally` closes this, too
             return opened.pop(), found
         finally:
             for fd in opened[1:]:
@@ -3727,6 +3756,8 @@ class Files:
     def read_link(self, name: bytes, opened: List[int]) -> List[bytes]:
         """Return the names in a symlink's text, last first; an absolute one goes by the root."""
         text = os.readlink(name, dir_fd=opened[-1])
+        # Up to the root by the folders that we came through. "./", for behind the prefix there
+        # may be one more slash, and the text would be absolute again.
         for prefix in self.prefixes:
             if (text + b"/").startswith(prefix):
                 text = b"../" * (len(opened) - 1) + b"./" + text[len(prefix):]
@@ -3736,6 +3767,13 @@ class Files:
 
 
 # -- 14. HTTPS ----------------------------------------------------------------
+#
+# The way that documentations show, to wrap the listening socket, shakes hands in accept(): one
+# client that connects and says nothing stops the server for everybody. Here accept(2) is the
+# plain one, and the handshake a stage of the connection, with a deadline like all others.
+#
+# Whatever is found on a port is sent to it: half of a handshake, noise, HTTP in clear. None of it
+# is an error of ours, so each is one line in the log, with the reason that OpenSSL gives.
 
 def expiry_of(certificate: str) -> float:
     """Return when the first certificate of a PEM text ends, in seconds since the epoch."""
@@ -3754,27 +3792,23 @@ def tls_context(certificate: str, key: Optional[str]) -> Any:
     One for all workers, made before they are forked: so each can go on with a session that
     another has begun, for they have the same keys of its tickets.
     """
-    key, what = key or certificate, f"certificate {certificate}"
+    text, key = read_secrets("certificate", certificate, is_strict=False), key or certificate
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
-        with open(certificate, encoding="ascii", errors="replace") as text:
-            expiry = expiry_of(text.read())
-        what = f"key {key}"
-        with open(key, "rb") as stream:
-            mode = os.fstat(stream.fileno()).st_mode
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(certificate, key, password=lambda: "")     # ask no terminal
-    except ssl.SSLError as error:
-        raise Refusal(f"unable to use {what}: " + (
-            f"it is not that of {certificate}" if "MISMATCH" in str(error) else
-            f"there is none in it, or it is encrypted\n"
-            f"try: openssl pkey -in {shlex.quote(key)} -out NEW"))
-    except OSError as error:
-        raise Refusal(f"unable to use {what}: {error.strerror}")
+        expiry = expiry_of(text)
     except (ValueError, IndexError):
-        raise Refusal(f"unable to use {what}: there is none in it (PEM)")
-    if mode & stat.S_IROTH:
-        raise Refusal(f"unable to use {what}: everybody may read it\n"
-                      f"try: chmod 600 {shlex.quote(key)}")
+        raise Refusal(f"unable to use certificate {certificate}: there is none in it (PEM)")
+    with trying_to(f"use key {key}"):
+        try:
+            context.load_cert_chain(certificate, key, password=lambda: "")     # ask no terminal
+        except ssl.SSLError as error:
+            raise Refusal(f"unable to use key {key}: " + (
+                f"it is not that of {certificate}" if "MISMATCH" in str(error) else
+                f"there is none in it, or it is encrypted\n"
+                f"try: openssl pkey -in {shlex.quote(key)} -out NEW"))
+    # OpenSSL takes a key whoever may read it; we do not. Last: of a certificate without a key in
+    # its file everybody may read all, and what its owner has to hear is that the key is missing.
+    read_secrets("key", key)
     # OpenSSL 3 refuses it by itself: a client could have the arithmetic done for ever.
     context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
     if hasattr(context, "minimum_version"):     # since Python 3.7
@@ -3792,7 +3826,7 @@ class TLSConnection(Connection):
     Three things are different. Before the first byte there is a handshake, of which each half
     may have to wait for the other side. To read may need a write, and the other way round
     (SSLWantReadError, SSLWantWriteError). And bytes can lie decrypted in the TLS layer, where
-    no selector sees them: whoever reads must read until nothing is left.
+    no selector sees them: whoever reads must read whole records.
 
     See: ssl, "Notes on non-blocking sockets".
     """
@@ -3820,10 +3854,8 @@ class TLSConnection(Connection):
         """
         try:
             self.socket.do_handshake()
-        except ssl.SSLWantReadError:
-            self.watch(False)
-        except ssl.SSLWantWriteError:
-            self.watch(True)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as wish:
+            self.watch(isinstance(wish, ssl.SSLWantWriteError))
         except (OSError, ValueError) as error:
             said = str(getattr(error, "reason", None) or error)
             self.give_up(re.sub(r" \(_ssl\.c:\d+\)", "", said))
@@ -3850,11 +3882,12 @@ class TLSConnection(Connection):
         self.close()
 
     def receive(self) -> Optional[bytes]:
-        """Return what has come, also what lies decrypted already: that wakes no selector."""
+        """Return what has come: the whole of a record, for what stayed would wake no selector.
+
+        See: RFC 8446 section 5.1: a record holds at most 2**14 bytes; SSL_pending(3).
+        """
         try:
-            octets: bytes = self.socket.recv(READ_SIZE)
-            while self.socket.pending():
-                octets += self.socket.recv(READ_SIZE)
+            octets: bytes = self.socket.recv(max(READ_SIZE, 1 << 14))
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return None
         except (OSError, ValueError):
@@ -3912,6 +3945,13 @@ class TLSConnection(Connection):
 # first version did. Each handler that names a base class (SimpleHTTPRequestHandler.end_headers(
 # self)) went past us, into code that expected a socket; one that wrote to the socket was answered
 # twice. At the socket there is no way past: whatever a handler does, it does by bytes.
+#
+#     host_handler()            the loop's half (9): lends us to a thread, and waits
+#       HandlerSocket()         in the thread: finish_request(), which is socketserver's hook
+#         recv()                the head, the body, its end
+#         send()                take() of the Follower, then put(): the client
+#       is_silent()             ... in the loop again: has anybody been answered?
+#       ends_connection()       ... and does everybody know where the answer ended?
 
 # RFC 9112 section 4: status-line = HTTP-version SP status-code SP [ reason-phrase ]
 match_status_line = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])[ \r]").match
@@ -3935,13 +3975,16 @@ class Follower:
         self.request, self.body = request, body
         self.closes = draining or not (request.minor and request.fields.keep_alive)
         self.head = b""                         # of the answer, until it is whole
-        self.left: Optional[int] = None         # bytes of the answer still to come; None: all
-        self.chunks: Optional[Body] = None      # of an answer that comes in chunks
+        self.rest: Optional[Body] = None        # what it announced; None: all that comes
         self.status, self.size, self.fault = 0, 0, ""
         self.upgraded = self.raw = False        # raw: it is not to be understood
 
     def take(self, octets: bytes) -> bytes:
-        """Return what of these bytes goes to the client; of a head that is not whole, nothing."""
+        """Return what of these bytes goes to the client; of a head that is not whole, nothing.
+
+        What we add to a head has to be in it when it goes. And what is no head at all goes as it
+        is: a handler may speak whatever it likes with its client, but then it is the last one.
+        """
         if self.status or self.raw:
             return self.cut(octets)
         self.head, passed = self.head + octets, b""
@@ -3968,49 +4011,45 @@ class Follower:
         return head
 
     def complete(self, head: bytes, is_new: bool) -> bytes:
-        """Return the head with what verdict and connection have to say; find the answer's end."""
+        """Return the head with what verdict and connection have to say; find the answer's end.
+
+        In the order of RFC 9112 section 6.3: first what has no body, whatever its fields say (a
+        HEAD has the length of the GET); then chunks, which outdo a length; else all that comes.
+        """
         length, status, request = find_length(head), self.status, self.request
         self.upgraded = status == 101 or request.method == "CONNECT" and status < 300
         if self.upgraded:
             return head
         if request.method == "HEAD" or status in NO_CONTENT:
-            self.left = 0
+            self.rest = Body(0, False)
         elif is_chunked(head):
-            self.chunks = Body(-1, True)
-            self.chunks.room = sys.maxsize      # a download, or a stream that never ends
-        else:
-            self.left = int(length.group(1)) if length else None
-        ends = self.left is not None or self.chunks is not None
+            self.rest = Body(0, True)
+            self.rest.room = sys.maxsize        # a download, or a stream that never ends
+        elif length:
+            self.rest = Body(int(length.group(1)), False)
         says_so = bool(says_close(head))
-        self.closes = self.closes or says_so or not (is_new and ends)
+        self.closes = self.closes or says_so or not (is_new and self.rest)
         fields = field_lines(request.verdict.fields) + CLOSE * (self.closes and not says_so)
         line = head.find(b"\r\n") + 2
         return head[:line] + fields.encode("latin-1", "replace") + head[line:]
 
     def cut(self, octets: bytes) -> bytes:
         """Return bytes of the answer's body, without those that nobody has announced."""
-        if self.left is not None:
-            if len(octets) > self.left:
-                self.fault = "the handler sent more than it announced"
-            octets = octets[:self.left]
-            self.left -= len(octets)
-        elif self.chunks is not None and octets:
+        if self.rest:
             try:
-                self.chunks.feed(octets)
+                self.rest.feed(octets)
             except BadRequest as error:
-                self.fault, self.chunks = f"the handler sent a malformed {error}", None
-                self.left = 0
+                self.fault, self.rest = f"the handler sent a malformed {error}", Body(0, False)
                 return b""
-            rest = self.chunks.take_rest() if self.chunks.done else b""
-            if rest:
-                self.fault, octets = "the handler sent more than it announced", octets[:-len(rest)]
+            more = self.rest.take_rest() if self.rest.done else b""
+            if more:
+                self.fault, octets = "the handler sent more than it announced", octets[:-len(more)]
         self.size += len(octets)
         return octets
 
     def is_complete(self) -> bool:
         """Return whether the answer has ended, where it said that it would."""
-        has_ended = self.left == 0 or self.chunks is not None and self.chunks.done
-        return bool(self.status) and has_ended
+        return self.rest is not None and self.rest.done
 
 
 class HandlerSocket:
@@ -4120,7 +4159,11 @@ class HandlerSocket:
         return octets[:len(octets) - len(rest)]
 
     def set_timeout(self, seconds: Optional[float]) -> None:
-        """Have the real socket wait for so long, or less if the handler wants it so."""
+        """Have the real socket wait for so long, or less if the handler wants it so.
+
+        Never 0, which means not to wait, nor less: patience may be used up, and to say so is
+        the real socket's part, by its own exception.
+        """
         limits = [limit for limit in (seconds, self.timeout) if limit is not None]
         self.connection.socket.settimeout(max(0.01, min(limits)) if limits else None)
 
@@ -4130,9 +4173,11 @@ class HandlerSocket:
         """Send all of it: who writes here waits for the client anyway."""
         if self.is_shut:
             raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
-        octets = bytes(data)
-        self.put(self.answer.take(octets))
-        return len(octets)
+        view = memoryview(data).cast("B")
+        # In pieces: each has a deadline of its own, and to follow an answer copies what passes.
+        for start in range(0, len(view), IN_MEMORY):
+            self.put(self.answer.take(bytes(view[start:start + IN_MEMORY])))
+        return len(view)
 
     def sendall(self, data: Any, flags: int = 0) -> None:
         """Send data."""
@@ -4148,11 +4193,10 @@ class HandlerSocket:
 
     def put(self, octets: bytes) -> None:
         """Send bytes at the client's pace, if that is not too slow."""
-        view = memoryview(octets)
         try:
-            for start in range(0, len(view), IN_MEMORY):
+            if octets:          # or a socket that is not ours any more would be asked, for nothing
                 self.set_timeout(PACE_SECONDS)      # of a whole sendall, since Python 3.5
-                self.connection.socket.sendall(view[start:start + IN_MEMORY])
+                self.connection.socket.sendall(octets)
         except OSError:
             self.gone = True            # or as good as gone: it does not read
             raise
@@ -4160,7 +4204,11 @@ class HandlerSocket:
     # -- its whole life, in a thread
 
     def __call__(self) -> None:
-        """Run the handler, however long it takes."""
+        """Run the handler, however long it takes.
+
+        Nothing that it does is an error of ours. What it raises because its client has left, or
+        has sent nonsense, is not its own error, either, and no line in the log.
+        """
         server, connection, answer = self.connection.server, self.connection, self.answer
         try:
             output, connection.output = connection.output, b""
@@ -4173,7 +4221,7 @@ class HandlerSocket:
         if answer.head:                 # what looked like the beginning of an answer
             with contextlib.suppress(OSError):
                 self.put(answer.give_up())
-        if not self.gone and (answer.left or answer.chunks is not None and not answer.chunks.done):
+        if not self.gone and answer.rest and not answer.rest.done:
             answer.fault = answer.fault or "the handler sent less than it announced"
 
     def is_silent(self) -> bool:
@@ -4191,11 +4239,14 @@ class HandlerSocket:
 class Once(http.server.BaseHTTPRequestHandler):
     """What goes before every handler: one verdict is for one request.
 
+    For handlers: remote_user and auth_type, the user and the scheme.
+
     http.server would go on to read where the first request ends. There is its body, if the
     handler did not want it: written by who knows whom, and let in by the first one's password.
     """
 
     remote_user: Optional[str] = None
+    auth_type = ""
     needs_server = True         # which asks for the password; protect() needs none
 
     def handle_one_request(self) -> None:
@@ -4211,7 +4262,8 @@ class Once(http.server.BaseHTTPRequestHandler):
             if sock.is_parsed:
                 self.close_connection = True
                 return False
-            sock.is_parsed, self.remote_user = True, sock.verdict.username
+            sock.is_parsed, verdict = True, sock.verdict
+            self.remote_user, self.auth_type = verdict.username, verdict.scheme
         elif self.needs_server:
             raise PermissionError("nobody has been asked for a password: AuthServer was gone round")
         return super().parse_request()
@@ -4359,8 +4411,9 @@ class Gate:
         """
         authenticator = self.authenticator
         attempt.read_body = functools.partial(call_for, read)
-        # Whom a proxy speaks for, before anything is judged: a lock-out would hit that one.
-        host, attempt.client = self.proxies.find_client(peer, forwarded)
+        # Whom a proxy speaks for, before anything is judged: a lock-out would hit that one. Cut,
+        # for it is remembered, and who asks may have written it; a proxy's word is at the end.
+        host, attempt.client = self.proxies.find_client(peer, forwarded[-MAX_TEXT:])
         attempt.time, attempt.schemes = authenticator.clock(), authenticator.schemes
         if not (is_safe or authenticator.is_explicit):
             attempt.schemes = SCHEMES[:1]
@@ -4376,28 +4429,24 @@ class Gate:
 class Guard(Once):
     """What protect() puts before a handler; on AuthServer, which has asked already, idle.
 
-    For handlers: remote_user and auth_type, the user and the scheme.
-
     It comes first in the class that protect() makes, so that no handler's own parse_request()
     or end_headers() goes before it; where a handler has one, super() leads there.
     """
 
     gate: Gate
     needs_server = False
-    auth_type = ""
     info: Fields = ()           # for the handler's answer
     expects = unread = False    # a client that waits for 100 Continue; a body nobody has read
 
     def parse_request(self) -> bool:
         """Ask for the password when http.server has read a head and before it acts on it."""
         self.info, self.expects = (), False         # not those of the last request
-        verdict = getattr(self.request, "verdict", UNASKED)
-        if verdict.status == 200:                   # by AuthServer, which adds its fields itself
+        if isinstance(self.request, HandlerSocket):     # AuthServer adds its fields itself
             passes = super().parse_request()
         else:
             verdict = self.ask()
             passes, self.info = verdict.status == 200, verdict.fields
-        self.remote_user, self.auth_type = verdict.username, verdict.scheme
+            self.remote_user, self.auth_type = verdict.username, verdict.scheme
         # Now, and not when http.server meets the field: to whom the password has been asked of.
         return passes and (not self.expects or super().handle_expect_100())
 
@@ -4582,6 +4631,11 @@ def protect_wsgi(application: Any, passwords: Passwords,
     """Return a WSGI application that answers only who has a password; as protect() does.
 
     The name is in REMOTE_USER, the scheme in AUTH_TYPE; refusals go to the logger authserver.
+
+    Behind a proxy, name it: trusted_proxies=["127.0.0.1"]. To wsgiref, and to most servers,
+    REMOTE_ADDR is the proxy: without it that one stands in the log, and a lock-out hits nobody,
+    or, where its address is a public one, everybody. With TLS at the proxy, on another machine,
+    Basic is offered only if schemes says so: the request comes as plain HTTP from a network.
     """
     if not callable(application):
         raise TypeError(f"unable to protect {application!r:.60}: expected a WSGI application")
@@ -4625,13 +4679,11 @@ def asked_about(request: Request, prefix: str) -> Optional[Tuple[str, str]]:
     Two fields that say the same thing may be from two proxies, or one from the client: then
     they must agree, or nobody knows what would be let through.
     """
-    found = []
-    for names in (METHOD_FIELDS, TARGET_FIELDS):
-        said = [value for name in names for value in request.values.get(name, ())]
-        if len(set(said)) > 1:
-            return None
-        found.append(said[0] if said else "")
-    method, target = found
+    said = [{value for name in names for value in request.values.get(name, ())} or {""}
+            for names in (METHOD_FIELDS, TARGET_FIELDS)]
+    if max(map(len, said)) > 1:
+        return None
+    (method,), (target,) = said
     rest = request.target[len(prefix):]         # Envoy's way: what stands behind the prefix
     if rest.startswith("/") and request.path == request.target and not method and not target:
         return request.method, rest
@@ -4780,7 +4832,7 @@ def make_entry(line: int, username: str, realm: str, place: str, value: str) -> 
         return entry_of_password(username, line, realm, value)
     if not place:
         return check_crypted(Entry(username, line, {}, value))
-    if not is_ha1(value):
+    if not is_hash(value):
         raise Refusal("field 3: neither 32 nor 64 hex digits")
     # The length tells which hash: 64 digits count as SHA-256, though SHA-512-256 has as many.
     name = "MD5" if len(value) == 32 else "SHA-256"
@@ -4817,7 +4869,7 @@ def parse_passwords(text: str, realm: str) -> Tuple[Dict[str, Entry], List[Tuple
         is_ours = is_line_of(content, name, realm)
         try:
             # What is no HA1 may be a password whose owner has forgotten the `plain`.
-            if is_ours or not is_ha1(value):
+            if is_ours or not is_hash(value):
                 add_entry(entries, make_entry(line, normal_username(name), realm, place, value),
                           realm)
             else:
@@ -4881,8 +4933,8 @@ LETTERS = "abcdefghijkmnpqrstuvwxyz23456789"    # 32, and none looks like anothe
 
 def password_lines(username: str, realm: str, password: str) -> List[str]:
     """Return the htdigest lines of a user; MD5 first, for Apache reads the first that fits."""
-    return [f"{username}:{realm}:{digest_ha1(username, realm, password, name)}"
-            for name in ("MD5", "SHA-256") if name in HASHES]
+    known = entry_of_password(username, 0, realm, password).ha1
+    return [f"{username}:{realm}:{known[name]}" for name in ("MD5", "SHA-256") if name in known]
 
 
 def edit_passwords(text: str, username: str, realm: str, new_lines: Sequence[str]) -> str:
@@ -4907,8 +4959,9 @@ def write_file(path: str, text: str, gid: Optional[int] = None, replace: bool = 
     A file that is replaced keeps its owner and group if we may give them, and 0640 if it
     had that: it may have been made for the group of a daemon.
     """
-    # Beside it, for neither a link nor a rename leads to another file system.
-    fd, new = tempfile.mkstemp(".new", os.path.basename(path) + ".", os.path.dirname(path))
+    # Beside it, for neither a link nor a rename leads to another file system. With a dot before
+    # it: the folder may be one that is served, and what lies there for a moment is a secret, too.
+    fd, new = tempfile.mkstemp(".new", f".{os.path.basename(path)}.", os.path.dirname(path))
     try:
         with open(fd, "w", encoding="utf-8", errors="surrogateescape") as stream:
             if replace:
@@ -4952,23 +5005,21 @@ def change_password(path: str, username: str, realm: str, password: Optional[str
     """Set the password of a user in a file, or delete the user (None); return what was done."""
     username = normal_username(username)
     check_realm(realm)
-    new_lines = [] if password is None else password_lines(
-        username, realm, normal_password(username, password))
+    new_lines = [] if password is None else password_lines(username, realm, password)
     # Through links, or the rename would replace a link by a file.
     target = os.path.realpath(path)
-    try:
-        with locked(target) as exists:
-            # Read only now, under the lock: or a change that has just been made would be undone.
-            # Not strictly: if others may read it, what takes its place is 0600.
-            old = read_secrets("passwords", target, is_strict=False) if exists else ""
-            known = any(is_line_of(line, username, realm) for line in old.split("\n"))
-            if password is None and not known:
-                raise Refusal(f"unable to delete user {username!r}: not in {path}")
-            write_file(target, edit_passwords(old, username, realm, new_lines), replace=exists)
-    except FileExistsError:         # made by another one meanwhile: now there is one to edit
-        return change_password(path, username, realm, password)
-    except OSError as error:
-        raise Refusal(f"unable to write passwords {path}: {error.strerror}")
+    with trying_to(f"write passwords {path}"):
+        try:
+            with locked(target) as exists:
+                # Read only now, under the lock: or a change just made would be undone. Not
+                # strictly: if others may read it, what takes its place is 0600.
+                old = read_secrets("passwords", target, is_strict=False) if exists else ""
+                known = any(is_line_of(line, username, realm) for line in old.split("\n"))
+                if password is None and not known:
+                    raise Refusal(f"unable to delete user {username!r}: not in {path}")
+                write_file(target, edit_passwords(old, username, realm, new_lines), replace=exists)
+        except FileExistsError:     # made by another one meanwhile: now there is one to edit
+            return change_password(path, username, realm, password)
     return "deleted" if password is None else "changed" if known else "added"
 
 
@@ -5001,22 +5052,18 @@ def first_password(path: str, gid: Optional[int] = None, realm: str = REALM) -> 
     # 256 is 8 * 32, so % prefers no letter; 16 letters of 5 bits are 80 bits.
     password = "".join(LETTERS[octet % 32] for octet in os.urandom(16))
     lines = password_lines(FIRST_USER, realm, password)
-    try:
+    with trying_to(f"make passwords {path}"):
         write_file(path, edit_passwords("", FIRST_USER, realm, lines), gid)
-    except OSError as error:
-        raise Refusal(f"unable to make passwords {path}: {error.strerror}")
     return FIRST_USER, password
 
 
 def read_nonce_secret(path: str) -> bytes:
     """Return the secret in a file; make the file when there is none."""
     path = os.path.abspath(path)
-    try:
-        if not os.path.exists(path):
-            with contextlib.suppress(FileExistsError):      # who was faster made our secret too
-                write_file(path, os.urandom(32).hex() + "\n")
-    except OSError as error:
-        raise Refusal(f"unable to make nonce secret {path}: {error.strerror}")
+    if not os.path.exists(path):
+        # FileExistsError: who was faster made our secret, too.
+        with trying_to(f"make nonce secret {path}"), contextlib.suppress(FileExistsError):
+            write_file(path, os.urandom(32).hex() + "\n")
     secret = read_secrets("nonce secret", path).strip()
     if len(secret) < 16:
         # Without it, it is made anew.
@@ -5049,11 +5096,9 @@ class Place(NamedTuple):
 
 def has_ipv6() -> bool:
     """Return whether the kernel has IPv6: socket.has_ipv6 says only that Python has."""
-    try:
-        socket.socket(socket.AF_INET6).close()
-    except OSError:
-        return False
-    return True
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6):
+        return True
+    return False
 
 
 def parse_bind(text: str) -> Place:
@@ -5071,13 +5116,11 @@ def parse_bind(text: str) -> Place:
                       f"ports are 0 to 65535")
     family = 0 if has_ipv6() else socket.AF_INET
     host = match.group(1) or match.group(2) or ("0.0.0.0" if family else "::")
-    try:
+    with trying_to(f"bind {text}"):
         # As bytes: for text Python would load its IDNA tables first, which takes 5 ms.
         # The first answer only: a name with several addresses needs several --bind.
         found = socket.getaddrinfo(host.encode(), int(match.group(3)), family,
                                    socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise Refusal(f"unable to bind {text}: {error.strerror}")
     # Whole: the address of a link is one only with its scope, the number of an interface.
     return Place(found[0], found[4])
 
@@ -5090,12 +5133,12 @@ def open_socket(text: str, place: Place) -> socket.socket:
     family, where = place
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
+        # Or connections of the last run, for a minute in TIME_WAIT, would hold the port. To a unix
+        # socket it says nothing: there the name is left over.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_UNIX:
             remove_stale_socket(where)
-        else:
-            # Or connections of the last run, for a minute in TIME_WAIT, would hold the port.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
+        elif family == socket.AF_INET6:
             # Said in either case: the default is the machine's (net.ipv6.bindv6only).
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, where[0] != "::")
         sock.bind(where)
@@ -5399,15 +5442,12 @@ def bind(options: argparse.Namespace) -> AuthServer:
     options = argparse.Namespace(**dict(UNHOSTED, **vars(options)))
     check_options(options)
     path, first = find_passwords(options)
-    abandon: Callable[[], None] = functools.partial(os.unlink, path) if first else lambda: None
-    try:
+    with contextlib.ExitStack() as undo:        # also after Ctrl-C: nobody has seen the password
+        if first:
+            undo.callback(os.unlink, path)
         server = make_server(options, path)
-        # Inside: should this fail, nobody has seen the password either.
         server.greeting = greet(*first, path, options, server) if first else ""
-    except BaseException:       # nor has anybody after Ctrl-C
-        abandon()
-        raise
-    server.abandon = abandon
+        server.abandon = undo.pop_all().close   # from here on who hosts us decides
     return server
 
 
@@ -5443,16 +5483,19 @@ def inherited_table(fd: Optional[int]) -> Optional[SharedTable]:
 
 
 def warn(text: str) -> None:
-    """Tell who started us what could be better; a name in it must not colour the terminal."""
-    say("authserver: warning: " + "\n".join(
-        "".join(char if char.isprintable() else escape(char) for char in line)
-        for line in text.split("\n")), sys.stderr)
+    """Tell who started us what could be better."""
+    say(f"authserver: warning: {text}", sys.stderr)
 
 
 def say(text: str, stream: TextIO) -> None:
-    """Print a line; what the encoding of a bare environment lacks is shown escaped."""
+    """Print lines; a name in them must not colour the terminal, nor be too much for its encoding.
+
+    In a bare environment that is ASCII.
+    """
+    shown = "".join(char if char.isprintable() or char == "\n" else
+                    char.encode("unicode_escape").decode("ascii") for char in text)
     encoding = stream.encoding or "ascii"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    print(shown.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
 
 
 EPILOG = """examples:

@@ -2366,11 +2366,23 @@ class FilesPathTests(FilesTest):
         for path in (inside, outside, later):
             os.rename(self.write("tree/new", b"OUTSIDE", OLD + 1), path)
         self.check_statuses(names, files)
+        # ... and between our look at its place and the moment when it is opened.
+        with self.meanwhile("stat", None, lambda: os.rename(self.write("tree/new", b"OUTSIDE", OLD + 3), inside)):
+            self.check_statuses({"/users": 404}, files)
         found = os.stat(self.write("tree/plain", b"plain", OLD + 2))
         # As if the file system had given it the inode of the password file that was replaced.
         files.known[found.st_dev, found.st_ino] = outside, OLD * 10 ** 9
         self.assertEqual(self.get("/plain", files).body, b"plain")
         self.assertEqual(self.links("/", files), ["plain"])
+
+    def test_a_secret_that_is_being_written(self) -> None:
+        """What `passwd` writes beside the file, before it takes its place, is neither listed nor served."""
+        path, seen = self.write("tree/users", b"#"), []     # type: str, List[Any]
+        files = self.serve(secrets=(path,))
+        with mock.patch.object(os, "fsync", lambda _: seen.extend((self.links("/", files), os.listdir(self.root)))):
+            authserver.change_password(path, "jim", "files", "x")
+        self.assertEqual((seen[0], len(seen[1])), ([], 2))
+        self.check_statuses({"/" + name: 404 for name in seen[1]}, files)
 
     def test_permissions(self) -> None:
         """What may not be read is 403 and not listed; on the way to a file, search is enough."""
@@ -3538,6 +3550,28 @@ class HttpHooks(BoxTest):
                         server.RequestHandlerClass = Idiom
                     self.assertEqual(self.ask(server, ""), [401])
 
+    def test_a_handler_with_a_loop_of_its_own_gets_one_request(self) -> None:
+        """It has read a line of the body, and asks for the next request: the rest of the body is none."""
+        def answer(handler: Any) -> None:
+            handler.rfile.readline()
+            handler.send_response(200)
+            handler.send_header("Content-Length", "0")
+            handler.end_headers()
+        kind = Idiom.made(answer)
+        kind.handle = lambda handler: [handler.handle_one_request() for _ in range(2)]
+        with serving(self.ours(kind)) as at:
+            data = head("/", "GET", JIM, "Content-Length: %d" % (len(SMUGGLED) + 3)) + b"a\r\n" + SMUGGLED
+            with mock.patch.object(kind, "parse_request", autospec=True, side_effect=kind.parse_request) as parsed:
+                self.assertEqual(statuses(talk(at, data + head("/", "GET", "", CLOSE))), [200, 401])
+        self.assertEqual(parsed.call_count, 1)
+
+    def test_a_handler_knows_who_asks(self) -> None:
+        """remote_user and auth_type: behind protect(), and where the server has the authenticator."""
+        kind = Idiom.made(lambda handler: handler.answer(("%s %s" % (handler.remote_user, handler.auth_type)).encode()))
+        for server in (AuthServer(("127.0.0.1", 0), protect(kind, USERS)), self.ours(kind)):
+            with serving(server) as at:
+                self.assertEqual(request(at, "/").body, b"jim Basic")
+
     def test_a_taken_port_is_an_OSError(self) -> None:
         """As on the stock server: EADDRINUSE."""
         with taken_port() as port, self.assertRaises(OSError) as caught:
@@ -4006,6 +4040,18 @@ class Callers(GuardTest):
                     self.ask(application, wrong, REMOTE_ADDR=peer, HTTP_X_FORWARDED_FOR=his)
                 found = self.ask(application, JIM, REMOTE_ADDR=peer, HTTP_X_FORWARDED_FOR=mine)[0]
                 self.assertEqual(found, status)
+
+    def test_a_stranger_fills_no_memory(self) -> None:
+        """Of X-Forwarded-For no more than its end is looked at, or remembered, on each host."""
+        seen: List[int] = []
+
+        def find(proxies: Any, peer: str, forwarded: str = "") -> Tuple[str, None]:
+            seen.append(len(forwarded))
+            return peer, None
+        with mock.patch.object(authserver.TrustedProxies, "_find_client", find):
+            for _, address in self.hosts():
+                request(address, "/", "GET", JIM, "X-Forwarded-For: %s, 192.0.2.7" % ("x" * 9000), EMPTY)
+        self.assertEqual([0 < size < 2000 for size in seen], [True] * 3)
 
     def test_basic_is_not_offered_to_a_network(self) -> None:
         """Digest alone, unless TLS or a loopback lies between, or schemes says so; Basic is not accepted either."""
@@ -4620,6 +4666,9 @@ class HttpsCommand(BoxTest):
                 self.assertEqual(select.select([person], [], [], 0)[0], [])
         run(["sh", "-c", re.findall("(?m)^try: (.*)$", result.err)[0]], 0)
         self.box.serve(*self.common[:2], "--tls-cert", cert, "--tls-key", worldly)
+        if ROOT:        # as containers are given their secrets: root's, 0444, which nobody can change
+            with mock.patch.object(os, "geteuid", return_value=NOBODY):
+                authserver.tls_context(cert, self.part("c.key", "[A-Z ]*KEY", 0o444))
 
     def test_an_expired_certificate_is_a_warning(self) -> None:
         """It is served, with a warning; one that lasts for decades without."""
@@ -4850,7 +4899,7 @@ class HttpCommand(BoxTest):
                 (2, ["--stream-threads", "-1"], "stream-threads"), (2, ["--public", "x"], "public"),
                 (2, ["--forward-auth", "x"], "answer at x"),
                 (2, ["--nonce-lifetime", "nan"], "nonce-lifetime"), (2, ["--allow-partial"], "partial"),
-                (2, ["--bind", "x" * 64 + ":0"], "unable to bind"),
+                (2, ["--bind", "x" * 64 + ":0"], "unable to bind"), (2, ["--root", "\x1b[31m"], "\\x1b[31m"),
                 (1, ["--bind", "unix:" + precious], "unable to bind unix:"),
                 (1, ["--bind", self.serve()], "unable to bind 127.0.0.1:")):
             with self.subTest(options):
