@@ -1188,6 +1188,10 @@ class Authenticator:
         """Return the time that nonces and lock-outs go by."""
         return self.table.now()
 
+    def offered(self, is_safe: bool) -> Sequence[str]:
+        """Return the schemes to offer: no Basic where somebody could listen, unless asked for."""
+        return self.schemes if is_safe or self.is_explicit else SCHEMES[:1]
+
     def judge(self, attempt: Attempt) -> Asking:
         """Return the Verdict on an attempt; yields what has to be waited for."""
         # Before the lock-out: who brings no password guesses nothing.
@@ -1808,6 +1812,8 @@ class Answer(NamedTuple):
 
 
 Page = Callable[[Request], Answer]
+# RFC 9110 section 5.5: in a value CR, LF and NUL are "dangerous", other controls but HTAB invalid.
+ends_line = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]").search
 
 STYLE = (
     ":root{color-scheme:light dark;font:100%/1.5 system-ui,sans-serif}"
@@ -1892,6 +1898,8 @@ def page_answer(server: "AuthServer", request: Request) -> Answer:
         answer = server.page(request)
         if not isinstance(answer, Answer) or answer.status not in STATUS_LINES:
             raise TypeError(f"expected an Answer with a status of HTTP, not {answer!r:.40}")
+        if ends_line("".join([name + value for name, value in answer.fields])):
+            raise ValueError("control characters in its fields")    # which would become others
     except Exception:
         server.log.error(f"error: {request.line}: {traceback.format_exc()}")
         answer = Answer(500, (HTML,), error_page(500))
@@ -2000,6 +2008,8 @@ WAITS = {                   # seconds that a connection may spend
     "linger": 10.0,         # sending, though it has been refused
 }
 CLOSE = "Connection: close\r\n"
+# What a socket says that has to wait; under TLS it may, to read, have to wait for a write.
+NOT_NOW = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 NO_CONTENT = (204, 304)     # statuses without a body: RFC 9110 section 6.4.1
 NO_LINGER = struct.pack("ii", 1, 0)     # close(2) resets, and forgets what was not sent
 Story = Generator[Any, Any, None]
@@ -2029,6 +2039,10 @@ class Body:
 
     def feed(self, octets: bytes) -> bytes:
         """Take octets as they came, return what they mean."""
+        if 0 < len(octets) <= self.left and not self.rest:      # nothing but body: no copy
+            self.left -= len(octets)
+            self.done = not self.left and not self.next_line
+            return octets
         self.rest += octets         # a size may have come in two halves
         pieces: List[bytes] = []
         while not self.done and self.rest:
@@ -2097,7 +2111,7 @@ class Channel:
     """A client's connection as far as it is bytes: in, out, and one deadline for either.
 
     For whoever talks: receive, wait; output and part, which flush() sends; hang_up, close.
-    TLSConnection (14) overrides receive, send, send_part and shut.
+    TLSConnection (14) overrides send, send_part and shut.
 
     Bytes go out in two forms: output, which lies in memory, and then part, which lies in a
     file and never comes here, unless it has to be encrypted. While either waits for the client,
@@ -2130,9 +2144,9 @@ class Channel:
         """Return what has come; b"" when nothing will come any more, None when nothing has yet."""
         try:
             octets: bytes = self.socket.recv(READ_SIZE)
-        except (BlockingIOError, InterruptedError):
+        except NOT_NOW:
             return None
-        except OSError:
+        except (OSError, ValueError):       # ValueError: TLS has ended
             return b""
         return octets
 
@@ -2145,7 +2159,7 @@ class Channel:
         """Return how many of these bytes the kernel took."""
         try:
             return int(self.socket.send(octets))
-        except (BlockingIOError, InterruptedError):
+        except NOT_NOW:
             return 0
 
     def send_part(self, part: FilePart) -> int:
@@ -3120,10 +3134,8 @@ class AuthServer(Loop):
         getattr(self.page, "open", lambda: None)()
         if not self.listeners or self.socket not in self.sockets:
             context = getattr(self.socket, "context", None)
-            schemes = self.authenticator.schemes if self.authenticator else ()
-            if self.authenticator and not (self.authenticator.is_explicit or context
-                                           or is_private(self.socket)):
-                schemes = SCHEMES[:1]
+            is_safe = context is not None or is_private(self.socket)
+            schemes = self.authenticator.offered(is_safe) if self.authenticator else ()
             self.listeners = [Listener(self.socket, schemes, context)]
         self.open()
 
@@ -3826,7 +3838,7 @@ class TLSConnection(Connection):
     Three things are different. Before the first byte there is a handshake, of which each half
     may have to wait for the other side. To read may need a write, and the other way round
     (SSLWantReadError, SSLWantWriteError). And bytes can lie decrypted in the TLS layer, where
-    no selector sees them: whoever reads must read whole records.
+    no selector sees them: so READ_SIZE is that of a record (RFC 8446 section 5.1).
 
     See: ssl, "Notes on non-blocking sockets".
     """
@@ -3881,25 +3893,9 @@ class TLSConnection(Connection):
                 socket.socket.recv(self.socket, READ_SIZE)
         self.close()
 
-    def receive(self) -> Optional[bytes]:
-        """Return what has come: the whole of a record, for what stayed would wake no selector.
-
-        See: RFC 8446 section 5.1: a record holds at most 2**14 bytes; SSL_pending(3).
-        """
-        try:
-            octets: bytes = self.socket.recv(max(READ_SIZE, 1 << 14))
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            return None
-        except (OSError, ValueError):
-            return b""
-        return octets
-
     def send(self, octets: bytes) -> int:
-        """Return how many bytes went."""
-        try:
-            return int(self.socket.send(octets[:IN_MEMORY]))
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            return 0
+        """Return how many bytes went; encrypted is no more than may go now."""
+        return super().send(octets[:IN_MEMORY])
 
     def send_part(self, part: FilePart) -> int:
         """Return how many bytes of a file went: through our memory, to be encrypted.
@@ -4414,9 +4410,7 @@ class Gate:
         # Whom a proxy speaks for, before anything is judged: a lock-out would hit that one. Cut,
         # for it is remembered, and who asks may have written it; a proxy's word is at the end.
         host, attempt.client = self.proxies.find_client(peer, forwarded[-MAX_TEXT:])
-        attempt.time, attempt.schemes = authenticator.clock(), authenticator.schemes
-        if not (is_safe or authenticator.is_explicit):
-            attempt.schemes = SCHEMES[:1]
+        attempt.time, attempt.schemes = authenticator.clock(), authenticator.offered(is_safe)
         try:
             verdict = at_once(authenticator.judge(attempt))
         except BadRequest as error:         # from read_body

@@ -3617,6 +3617,21 @@ class HttpHooks(BoxTest):
                 wire.hear()
                 self.assertTrue(server.stopped.wait(SOON))
 
+    def test_no_field_of_a_page_splits_its_answer(self) -> None:
+        """A line feed, or another control character, in a name or a value: 500, and the log has it."""
+        fields: List[Tuple[str, str]] = []
+        server = self.ours(lambda _: authserver.Answer(200, tuple(fields), b"page"))
+        with mock.patch.object(authserver.Log, "error") as said, serving(server) as at:
+            for name, value, status in (("X", "a\r\nSet-Cookie: b=c", 500), ("X", "a\r\n\r\n<p>", 500), ("X", "a\nb", 500),
+                                        ("X", "a\rb", 500), ("X", "a\0b", 500), ("X", "a\x7fb", 500), ("X\r\nY", "a", 500),
+                                        ("X: a\nY", "b", 500), ("X", "a\tb \xe4", 200), ("X", "", 200)):
+                with self.subTest(name, value=value):
+                    fields[:], before = [("A", "b"), (name, value)], said.call_count
+                    answer = talk(at, head("/", "GET", JIM, CLOSE), True)
+                    self.assertEqual((statuses(answer), b"Set-Cookie" in answer), ([status], False))
+                    lines = [call[0][0] for call in said.call_args_list[before:] if call[0][0].startswith("error")]
+                    self.assertEqual(["GET / HTTP/1.1" in text for text in lines], [True] * (status == 500))
+
     def test_whom_a_reload_has_deleted_gets_no_last_answer(self) -> None:
         """A worker that drains has the new passwords: on a kept connection, too, 401."""
         server = self.ours(lambda _: authserver.Answer(200, ()))
