@@ -2512,8 +2512,8 @@ class Connection(Channel):
             self.closing = True
         length = "" if answer.status in NO_CONTENT else f"Content-Length: {size}\r\n"
         ends = CLOSE if self.closing else "" if request.minor else "Connection: keep-alive\r\n"
-        head = (f"{STATUS_LINES[answer.status]}{self.server.stamp}{field_lines(answer.fields)}"
-                f"{field_lines(request.verdict.fields)}{length}{ends}\r\n")
+        lines = field_lines((*answer.fields, *request.verdict.fields))
+        head = f"{STATUS_LINES[answer.status]}{self.server.stamp}{lines}{length}{ends}\r\n"
         self.output += head.encode("latin-1", "replace")
         if not isinstance(content, FilePart):
             size = size if length and not request.is_head else 0
