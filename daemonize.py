@@ -86,7 +86,6 @@ import errno
 import faulthandler
 import fcntl
 import functools
-import io
 import re
 import select
 import signal
@@ -1130,7 +1129,7 @@ def readable(ends: Iterable[socket.socket], deadline: float) -> List[socket.sock
 class Channel:
     """JSON lines, and descriptors, over a socket between two of our processes.
 
-    Methods for who speaks: send, fail.  For who listens: receive, and fds, which holds what came
+    Methods for who speaks: send, tell, fail.  For who listens: receive, and fds, which holds what came
     along, in order; whoever takes one closes it.  A line each, since a person can read it, too.
     """
 
@@ -1148,6 +1147,13 @@ class Channel:
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
             data = data[self.end.sendmsg([data], rights):]
         self.end.sendall(data)
+
+    def tell(self, event: str, fds: Sequence[int] = (), **facts: Any) -> bool:
+        """Say something to who may be gone; tell whether somebody is left to hear it."""
+        with contextlib.suppress(OSError):
+            self.send(event, fds, **facts)
+            return True
+        return False
 
     def receive(self, seconds: float) -> Message:
         """Return the next message; its event is ENDED at the end or for nonsense, or LATE."""
@@ -1184,13 +1190,12 @@ class Channel:
                 self.fds += fds
         return data
 
-    def fail(self, error: BaseException) -> None:
-        """Say why there will be no daemon, unless nobody listens any more."""
+    def fail(self, error: BaseException) -> bool:
+        """Say why there will be no daemon; tell whether somebody is left to hear it."""
         fatal = as_fatal(error)
         # The end of a trace says most.  An eighth: JSON may need six bytes for a character.
         trace = fatal.trace[-(MAX_MESSAGE // 8):]
-        with contextlib.suppress(OSError):
-            self.send("fatal", text=str(fatal), status=fatal.status, trace=trace)
+        return self.tell("fatal", text=str(fatal), status=fatal.status, trace=trace)
 
 
 class Child:
@@ -1205,11 +1210,6 @@ class Child:
         self.born = time.monotonic()
         self.deadline = float("inf")        # when to kill it, once it was told to drain
         self.result: Optional[int] = None  # of wait(2): then it is dead
-
-    def tell(self, event: str, fds: Sequence[int] = ()) -> None:
-        """Say something to it, if it still lives."""
-        with contextlib.suppress(OSError):  # it died: reap() will see
-            self.channel.send(event, fds)
 
     def hear(self, event: str, seconds: float) -> str:
         """Return the event once it says so, or ENDED, or LATE; what came before was for nobody."""
@@ -1292,13 +1292,10 @@ def failure(child: Child, message: Message) -> Fatal:
         return Fatal(str(message.get("text")), status, str(message.get("trace", "")))
     if child.pid == 0:
         return Fatal("unable to start: the command that asked for it is gone")
-    result = message.get("status") if message["event"] == "died" else None
     if message["event"] == ENDED:
         with contextlib.suppress(OSError):
             os.kill(child.pid, signal.SIGKILL)      # it may have closed its end, and go on
-        result = child.wait()
-    if isinstance(result, int):
-        return Fatal("unable to start: it %s before it was ready" % describe(result))
+        return Fatal("unable to start: it %s before it was ready" % describe(child.wait() or 0))
     return Fatal("unable to start: it said %s" % message["event"])
 
 
@@ -1332,7 +1329,8 @@ def expect(waiting: Sequence[Child], word: str, seconds: float,
 # setsid() once more in its main(), for a group of its own, and gives back what the second fork
 # won.  setpgid(2) gives the group without the session.
 #
-# Who says what at a start.  All three hold the same socket pair; the leash is a pipe.
+# Who says what at a start.  Each fork() makes a socket pair.  The daemon talks to the command over
+# that of the first, since the starter will be gone; that of the second is its leash.
 #
 #   COMMAND                         STARTER                         DAEMON
 #   takes the turn (byte 0)
@@ -1342,15 +1340,16 @@ def expect(waiting: Sequence[Child], word: str, seconds: float,
 #   notes it all in the lock file
 #   --- "go" ----------------------------------------------------> instance lock, pidfile, listen
 #   ===== here is the point of no return: before it we undo everything, after it nothing ======
-#                                   <--- a byte on the leash -----
+#                                   <------------- "placed" ------
 #                                   exits: nothing is left to undo
 #                                                                   tells the old daemon to leave
 #   <-------------------------------------------------- "done" ---  (restart: see section 17)
 #   greets; gives the turn back
 #
-# Whoever dies before the point is noticed: the command by the starter (EOF, "fatal", "died"), the
-# starter by the daemon (EOF instead of "go"), the daemon by the starter (the leash, wait status).
-# A command that is killed, hung up or blocked after it has no power any more: good.
+# Whoever dies before the point is noticed: the starter by the command (EOF), the command by the
+# daemon (EOF instead of "go"), the daemon by the starter (EOF on the leash).  What the daemon fails
+# of goes over the leash, too: the starter takes all back first, and then says "fatal".  A
+# command that is killed, hung up or blocked after it has no power any more: good.
 
 # The caller left these open: what Python opens is close-on-exec (PEP 446), and so is not in the
 # list.  What a script opens later, before it calls startstop(), is its own to keep.
@@ -1462,15 +1461,15 @@ class Start(NamedTuple):
     inherited: Inherited
     server: Any = None                      # what bind() returned
     session: Optional[int] = None           # that the starter made; None: run has none
-    leash: Optional[io.FileIO] = None       # to the starter; no number, for it is closed early
+    leash: Optional[Channel] = None         # to the starter
     report: Optional[Channel] = None        # to the command
     notifier: Optional[socket.socket] = None        # to systemd
 
 
 def be_starter(plan: Plan, report: Channel, turn: Lock, inherited: Inherited) -> None:
-    """Live as the starter, then as the daemon.  Returns in neither (a library's: by Returned)."""
+    """Live as the starter: do what needs root or the terminal, then see the daemon to its place."""
     # From here on the terminal is still there, and root's rights: what fails is told in full.
-    is_daemon, server, status = False, None, 1
+    server = None
     raise_at_end()                                  # bind() may hang: so its `finally` runs
     for signum in (signal.SIGINT, signal.SIGHUP):   # Ctrl-C is for the command, who will tell us
         signal.signal(signum, do_nothing)
@@ -1485,18 +1484,18 @@ def be_starter(plan: Plan, report: Channel, turn: Lock, inherited: Inherited) ->
         server = HOSTS[plan.kind][0](plan, inherited)
         # After bind(), since that fails most often, and then there is less to take back.
         opened = open_files(plan, lock, inherited.control)
-        leash = detach(plan, opened, report, server, inherited)
-        is_daemon = True
-        status = begin(Start(plan, opened, inherited, server, os.getsid(0), leash, report))
-    except Returned:
+        start = Start(plan, opened, inherited, server, os.getpid(), report=report)
+        watch_birth(detach(start), start, report)
+    except Returned:                    # a library's daemon, on its way to the script
         raise
     except BaseException as error:
+        # In this order: who hears "fatal" ends us, and it shall find nothing half undone.
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, do_nothing)
+        take_back(server)
         report.fail(error)
-        if not is_daemon:
-            take_back(server)
-        elif not isinstance(error, SystemExit):
-            log_fatal(error)
-    os._exit(status)
+    # Not sys.exit(): atexit and unwritten buffers are the command's, of which we are a copy.
+    os._exit(1)
 
 
 def hold_undoing(plan: Plan) -> int:
@@ -1529,52 +1528,47 @@ def call(server: Any, name: str, otherwise: Any = None) -> Any:
     return getattr(server, name, lambda: otherwise)()
 
 
-def detach(plan: Plan, opened: Opened, report: Channel, server: Any,
-           inherited: Inherited) -> io.FileIO:
-    """Step 4.  Fork, setsid, fork; only the daemon returns, with its stdio moved, and its leash.
+def detach(start: Start) -> Child:
+    """Step 4.  Fork (that was fork()'s first call), setsid, fork; return the daemon.
 
     Runs as: root.  See: setsid(2), daemon(7); twistd: daemonize.
     """
     with trying_to("start a process"):
-        # Before the fork, or there would be a moment without it.
-        leash, end = os.pipe()
         # Allowed, since a child of fork(2) does not lead its group.
         os.setsid()
         reset_signals()
-        daemon = os.fork()
-    if daemon:
-        os.close(end)
-        watch_birth(daemon, leash, report, plan, server, inherited.talk is None)
-    os.close(leash)
-    reset_handlers()
+    return fork(lambda leash: be_daemon(start._replace(leash=leash)))
+
+
+def be_daemon(start: Start) -> NoReturn:
+    """Live as the daemon: move the stdio, then steps 5 to 8."""
     with trying_to("leave the terminal"):
-        if plan.kind != "library":      # which may want to call setsid(2) itself
+        if start.plan.kind != "library":        # which may want to call setsid(2) itself
             os.setpgid(0, 0)
         close_inherited()
-        redirect(opened)
+        redirect(start.opened)
     # By number, not sys.stderr: it writes into whatever fd 2 means at the time of the crash.
     faulthandler.enable(2)
-    return io.FileIO(end, "wb")
+    sys.exit(begin(start))
 
 
-def watch_birth(daemon: int, leash: int, report: Channel, plan: Plan, server: Any,
-                is_alone: bool) -> NoReturn:
+def watch_birth(daemon: Child, start: Start, report: Channel) -> NoReturn:
     """Live on as the daemon's parent until it has its place; if it dies before, take all back."""
     session = os.getpid()
+
+    def end_family(*_: object) -> None:
+        signal_each(family(session), signal.SIGKILL, True)
     # The command gave up.  SIGKILL at once: nothing of it has begun.
-    signal.signal(signal.SIGTERM, lambda signum, frame: signal_each(
-        family(session), signal.SIGKILL, True))
-    # A byte: it has its place, and we nothing to do.  The end: it died before.
-    if not os.read(leash, 1):
-        status = os.waitpid(daemon, 0)[1]
-        end_all(lambda: family(session),
-                lambda: signal_each(family(session), signal.SIGKILL, True), 0)
-        take_back(server)
-        try:
-            report.send("died", status=status)
-        except OSError:                 # so is the command: then we tidy, while we hold byte 2
-            tidy(plan, [], is_alone)
-    # Not sys.exit(): atexit and unwritten buffers are the command's, of which we are a copy.
+    signal.signal(signal.SIGTERM, end_family)
+    message = daemon.channel.receive(float("inf"))
+    if message["event"] != "placed":
+        error = failure(daemon, message)
+        daemon.wait()
+        end_all(lambda: family(session), end_family, 0)
+        take_back(start.server)
+        # Last, since who hears it ends us.  No command any more: then we tidy, holding byte 2.
+        if not report.fail(error):
+            tidy(start.plan, [], start.inherited.talk is None)
     os._exit(0)
 
 
@@ -1674,8 +1668,7 @@ def take_place(start: Start, **facts: Any) -> None:
     """Become the daemon of this pidfile, at the command's word.  The picture is in section 7."""
     opened, report = start.opened, start.report
     if report is not None:
-        with contextlib.suppress(OSError):          # nobody listens: then there is no "go", either
-            report.send("ready", pid=os.getpid(), **facts)
+        report.tell("ready", pid=os.getpid(), **facts)
         if report.receive(START_TIMEOUT)["event"] != "go":
             raise Fatal("unable to start: the command that asked for it is gone")
     # The lock, then the name: who reads the pidfile in between finds the old pid, which is dead or
@@ -1687,17 +1680,15 @@ def take_place(start: Start, **facts: Any) -> None:
         with trying_to("listen on the control socket"):
             opened.control.listen(MAX_TALKS)
     if start.leash is not None:
-        with contextlib.suppress(OSError):          # somebody killed the starter: good as well
-            start.leash.write(b"!")
-        start.leash.close()
+        start.leash.tell("placed")      # somebody killed the starter: good as well
+        start.leash.end.close()
     replace_predecessor(start)
 
 
 def say_done(start: Start) -> None:
     """Tell the command, if there is one, that all is done."""
     if start.report is not None:
-        with contextlib.suppress(OSError):          # it is gone: now it may
-            start.report.send("done")
+        start.report.tell("done")           # it may be gone: now that is as good
         start.report.end.close()
 
 
@@ -1705,8 +1696,7 @@ def replace_predecessor(start: Start) -> None:
     """Tell the old daemon to leave, and wait until it accepts nobody any more."""
     if start.inherited.talk is None:
         return
-    with contextlib.suppress(OSError):              # it is dead: even better
-        start.inherited.talk.send("leave")
+    start.inherited.talk.tell("leave")      # it may be dead: even better
     # It gives its lock up when its workers drain.  If it does not, we are the daemon all the same.
     wait_until(lambda: lock_holder(start.opened.lock, INSTANCE) is None, ANSWER)
     start.inherited.talk.end.close()
@@ -1746,7 +1736,7 @@ class Host:
         self.restarts, self.pause, self.next_start = 0, 0.0, 0.0
         self.last_error = ""
         self.verbs: Dict[str, Callable[[Channel], None]] = {}
-        talks = (start.report, start.inherited.talk)
+        talks = (start.report, start.inherited.talk, start.leash)
         self.ends = [talk.end for talk in talks if talk is not None]
 
     def fork(self, life: Callable[[Channel], Any]) -> Child:
@@ -1759,9 +1749,6 @@ class Host:
             # Harmless for the lock: that is the daemon's, and fork(2) gave us none to lose.
             os.close(self.opened.pidfile)
             os.close(self.opened.lock)
-            # By its file, not by its number: used and closed, that is another's by now.
-            if self.start.leash is not None:
-                self.start.leash.close()
             life(channel)
         child = fork(shed_and_live)
         # A child with a copy of a sibling's channel would keep EOF from that sibling.
@@ -1824,7 +1811,7 @@ class Host:
         if new is not None:
             point_log_at(new)
             for child in self.children + self.leaving:
-                child.tell("reopen", [new])
+                child.channel.tell("reopen", [new])
             os.close(new)
         return ""
 
@@ -2247,20 +2234,19 @@ def as_uid(uid: int, action: Callable[[], Any]) -> None:
         with contextlib.suppress(ProcessLookupError):
             action()
         return
-    with trying_to("start a process"):
-        child = os.fork()
-    if child == 0:
-        result = 255
+
+    def act(channel: Channel) -> None:
         try:
             os.setgroups([])
             set_ids(uid, os.getgid())
             action()
-            result = 0
+        except ProcessLookupError:
+            pass
         except OSError as error:
-            result = 0 if isinstance(error, ProcessLookupError) else error.errno or 255
-        finally:
-            os._exit(result)
-    result = os.WEXITSTATUS(os.waitpid(child, 0)[1])
+            sys.exit(error.errno)
+    child = fork(act)
+    result = os.WEXITSTATUS(child.wait() or 0)
+    child.channel.end.close()
     if result:
         raise OSError(result, os.strerror(result))
 
@@ -2427,7 +2413,7 @@ def launch(plan: Plan, turn: Turn, inherited: Inherited) -> None:
     except BaseException as error:
         raise made.undo(error)
     # From here on the new one needs nobody: it takes the place, and tells the old one itself.
-    made.starter.tell("go")
+    made.starter.channel.tell("go")
     # The point of no return.  What interrupts us now leaves the new daemon where it is.
     try:
         expect([made.starter], "done", 2 * ANSWER)
@@ -3100,7 +3086,7 @@ class Service(Host):
         """End what hold() began, in each worker that was forked since."""
         for child in children:
             if self.is_heir:
-                child.tell("release")
+                child.channel.tell("release")
 
     def tend(self) -> None:
         """Start a worker where one is missing, rotate a full log; see when a leave is done."""
@@ -3121,7 +3107,7 @@ class Service(Host):
         """
         for child in self.children:
             child.deadline = time.monotonic() + self.plan.options.timeout
-            child.tell("drain")
+            child.channel.tell("drain")
         self.leaving += self.children
         self.children = []
 

@@ -5822,6 +5822,12 @@ class StartFailure(BoxTest):
                     line = "lambda *x: " + death
                     self.assertRegex(self.fails(APP + (place + "(%s)\n" if "=" in place else place + " = %s\n") % line), words)
 
+    def test_what_bind_made_is_taken_back_in_peace(self) -> None:
+        """An abandon() that needs a moment is not cut short by the command, which has heard why."""
+        os.mkdir(self.box.log)
+        self.fails(APP + "Server.abandon = lambda self: (time.sleep(0.3), os.mkdir('taken back'))\n")
+        self.assertTrue(os.path.isdir(self.box.path("taken back")))
+
     def test_an_application_that_is_never_ready_is_given_up(self) -> None:
         """A probe that never comes back is ended at --start-timeout."""
         said = self.fails(APP + "Server.probe = lambda self: time.sleep(600)\n", "--start-timeout", "0.5")
