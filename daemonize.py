@@ -1355,7 +1355,8 @@ def expect(waiting: Sequence[Child], word: str, seconds: float,
 # list.  What a script opens later, before it calls startstop(), is its own to keep.
 LEFT_OPEN = [int(fd) for fd in (os.listdir("/dev/fd") if os.path.isdir("/dev/fd") else range(256))
              if int(fd) > 2]
-HANDLED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD}
+ENDINGS = {signal.SIGTERM, signal.SIGINT}
+HANDLED = ENDINGS | {signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD}
 
 
 def open_stdio() -> None:
@@ -1395,6 +1396,13 @@ def reset_signals(spared: Iterable[int] = ()) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
 
+def handle(signums: Iterable[int], handler: Any, spares_ignored: bool = False) -> None:
+    """Handle signals; but what the caller ignores may have to stay so (nohup meant all of us)."""
+    for signum in signums:
+        if not (spares_ignored and signal.getsignal(signum) is signal.SIG_IGN):
+            signal.signal(signum, handler)
+
+
 def do_nothing(signum: int, frame: Optional[FrameType]) -> None:
     """Take no notice of a signal.  Not SIG_IGN: children would inherit that, over exec too."""
 
@@ -1407,19 +1415,15 @@ def raise_at_end() -> None:
         if os.getpid() != owner:        # a child of Python 3.6, which knows no register_at_fork
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, do_nothing)
+        handle(ENDINGS, do_nothing)
         raise SystemExit(0)
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, on_end)
+    handle(ENDINGS, on_end)
 
 
 def reset_handlers() -> None:
     """Give a child default handlers: its parent's would signal the parent's family."""
     signal.set_wakeup_fd(-1)
-    for signum in HANDLED:
-        if signal.getsignal(signum) is not signal.SIG_IGN:      # nohup meant all of us
-            signal.signal(signum, signal.SIG_DFL)
+    handle(HANDLED, signal.SIG_DFL, spares_ignored=True)
 
 
 def guard_forks() -> None:
@@ -1471,8 +1475,7 @@ def be_starter(plan: Plan, report: Channel, turn: Lock, inherited: Inherited) ->
     # From here on the terminal is still there, and root's rights: what fails is told in full.
     server = None
     raise_at_end()                                  # bind() may hang: so its `finally` runs
-    for signum in (signal.SIGINT, signal.SIGHUP):   # Ctrl-C is for the command, who will tell us
-        signal.signal(signum, do_nothing)
+    handle({signal.SIGINT, signal.SIGHUP}, do_nothing)  # for the command, which will tell us
     # The fd only: record locks are not inherited, and the command's is not touched by this.
     # Before we open the file again, for closing any fd of it would drop our own lock.
     turn.close()
@@ -1490,8 +1493,7 @@ def be_starter(plan: Plan, report: Channel, turn: Lock, inherited: Inherited) ->
         raise
     except BaseException as error:
         # In this order: who hears "fatal" ends us, and it shall find nothing half undone.
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, do_nothing)
+        handle(ENDINGS, do_nothing)
         take_back(server)
         report.fail(error)
     # Not sys.exit(): atexit and unwritten buffers are the command's, of which we are a copy.
@@ -1904,10 +1906,8 @@ class Daemon:
             if os.getpid() == self.pid:             # else a child of Python 3.6, before its exec
                 self.signals.add(signum)
         signal.set_wakeup_fd(self.waker.fileno())
-        for signum in HANDLED:
-            # What run's caller ignores stays so: nohup means SIGHUP, `&` in a script SIGINT.
-            if self.start.session is not None or signal.getsignal(signum) is not signal.SIG_IGN:
-                signal.signal(signum, on_signal)
+        # What run's caller ignores stays so: nohup means SIGHUP, `&` in a script SIGINT.
+        handle(HANDLED, on_signal, spares_ignored=self.start.session is None)
 
     def step(self) -> None:
         """Wait a moment for what comes, and do it."""
@@ -1931,11 +1931,10 @@ class Daemon:
         """Do what the signals ask for that came since the last look."""
         # At once, for a handler may add to it at any time; what comes now is for the next look.
         signals, self.signals = self.signals, set()
-        endings = {signal.SIGTERM, signal.SIGINT}
         # Where there is a terminal HUP says that it is gone; else custom made it "reload".
-        if self.start.session is None and foreground_group() is not None:
-            endings.add(signal.SIGHUP)
-        if signals & endings:
+        is_hung_up = signal.SIGHUP in signals and self.start.session is None and (
+            foreground_group() is not None)
+        if signals & ENDINGS or is_hung_up:
             if self.host.on_end():
                 self.tell_family(signal.SIGINT if signal.SIGINT in signals else signal.SIGTERM)
         elif signal.SIGHUP in signals:
@@ -1972,8 +1971,7 @@ class Daemon:
     def end(self) -> None:
         """End what we have started, then empty the pidfile."""
         # A second SIGTERM, or Ctrl-C, shall not cut this short.
-        for signum in HANDLED - {signal.SIGCHLD}:
-            signal.signal(signum, do_nothing)
+        handle(HANDLED - {signal.SIGCHLD}, do_nothing)
         signal.set_wakeup_fd(-1)
         notify(self.start, "STOPPING=1")
         self.tell_family(signal.SIGTERM)
@@ -2306,8 +2304,7 @@ class Program(Host):
         """Become the program.  See: execve(2)."""
         die_with_parent()
         # execve(2) resets handlers, but what is ignored stays so; `yes | head` relies on SIGPIPE.
-        for signum in (signal.SIGPIPE, signal.SIGXFSZ):
-            signal.signal(signum, signal.SIG_DFL)
+        handle({signal.SIGPIPE, signal.SIGXFSZ}, signal.SIG_DFL)
         os.environ.setdefault("PYTHONUNBUFFERED", "1")      # what it prints is in the log at once
         # In the jail, and as the user: what counts is what that user may execute there.
         path = find_program(self.plan.command[0])
@@ -2461,8 +2458,7 @@ class Made:
 
     def undo(self, error: BaseException) -> BaseException:
         """Take all back; return why the start failed, with what the log says of it."""
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(signum, do_nothing)       # an impatient second Ctrl-C
+        handle(ENDINGS | {signal.SIGHUP}, do_nothing)   # an impatient second Ctrl-C
         # The processes before the files: they still write.
         if self.starter is not None:
             self.end_starter(self.starter)
@@ -3053,9 +3049,7 @@ class Service(Host):
         """
         import threading
         raise_at_end()
-        for signum in (signal.SIGHUP, signal.SIGUSR1):      # they are the daemon's
-            if signal.getsignal(signum) is not signal.SIG_IGN:
-                signal.signal(signum, do_nothing)
+        handle({signal.SIGHUP, signal.SIGUSR1}, do_nothing, spares_ignored=True)    # the daemon's
         # A thread, since the main one belongs to serve_forever(), and may never look up.
         threading.Thread(target=obey, args=(self.server, channel), daemon=True).start()
         channel.send("able")
@@ -3831,9 +3825,8 @@ def main(argv: List[str]) -> int:
         open_stdio()
         # Ignored signals survive exec: without SIGCHLD no child of ours could be waited for.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for signum in (signal.SIGTERM, signal.SIGHUP):              # a start tidies up
-            if signal.getsignal(signum) is not signal.SIG_IGN or signum == signal.SIGTERM:
-                signal.signal(signum, signal.default_int_handler)
+        handle({signal.SIGTERM}, signal.default_int_handler)        # a start tidies up
+        handle({signal.SIGHUP}, signal.default_int_handler, spares_ignored=True)
         os.umask(0o077)         # what we make is private until a line gives it a mode
         os.environ.setdefault("PATH", PATH)
         if "--version" in words:
