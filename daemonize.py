@@ -1045,18 +1045,13 @@ class Turn(Lock):
 
     def wait(self) -> None:
         """Wait until it is ours, and say for whom: who has it may need a whole start and stop."""
-        plan = self.plan
         # After a moment, not at once: most waits are shorter than what there is to read.
-        told_at = time.monotonic() + TICK
-        deadline = time.monotonic() + plan.options.start_timeout + plan.options.timeout
-        while not self.take():
-            holder = lock_holder(self.fd, TURN) or lock_holder(self.fd, UNDOING)
-            if time.monotonic() > deadline:
-                raise Fatal("unable to lock %s: pid %s is still busy with it" % (self.path, holder))
-            if time.monotonic() > told_at:
-                told_at = deadline + TICK       # once
-                warn("waiting for pid %s, which is busy with %s" % (holder, self.path))
-            time.sleep(POLL)
+        if wait_until(self.take, TICK):
+            return
+        holder = lock_holder(self.fd, TURN) or lock_holder(self.fd, UNDOING)
+        warn("waiting for pid %s, which is busy with %s" % (holder, self.path))
+        if not wait_until(self.take, self.plan.options.start_timeout + self.plan.options.timeout):
+            raise Fatal("unable to lock %s: pid %s is still busy with it" % (self.path, holder))
 
     def take(self) -> bool:
         """Try to take the turn."""
@@ -3308,12 +3303,12 @@ def restart(plan: Plan) -> int:
             raise Fatal("unable to restart %s: it runs in the foreground of what started it\n"
                         "try: systemctl restart %s" % (plan.name, plan.name))
         plan = repeat(plan, record) if plan.is_bare else plan
-        kinds = {plan.kind, record.kind if record else plan.kind}
-        # Only an application has sockets to hand over, and only another one can take them.
         if pid is None:
             launch(plan, turn, Inherited())
-        elif kinds != {"app"} or not succeed(plan, turn, pid):
-            stop_and_start(plan, turn, pid)
+            return 0
+        # Only an application has sockets to hand over, and only another one can take them.
+        kinds = {plan.kind, record.kind if record else plan.kind}
+        replace(plan, turn, pid, kinds == {"app"})
     return 0
 
 
@@ -3342,30 +3337,49 @@ def repeat(plan: Plan, record: Optional[Record]) -> Plan:
     return again._replace(files=again.files._replace(pidfile=plan.files.pidfile))
 
 
-def succeed(plan: Plan, turn: Turn, pid: int) -> bool:
-    """Start the new daemon on the old one's sockets, see the old one out; False if it is mute.
+def replace(plan: Plan, turn: Turn, pid: int, has_sockets: bool) -> None:
+    """Start the new daemon on the old one's sockets, then see the old one out; or in reverse.
 
-    Mute is one that does not answer: hung, stopped, or without its socket.  Then a gap is better
-    than no restart.  What fails on our side is another thing: then nothing is stopped.
+    In reverse where there is nothing to hand over; and where the old one is mute: hung, stopped,
+    or without its socket.  Then a gap is better than no restart.  What fails on our side is
+    another thing: then nothing is stopped.
     """
-    target = Target(turn, pid)                  # now: when it leaves, it will hold no lock
+    target, inherited = Target(turn, pid), Inherited()  # now: when it leaves, it holds no lock
     try:
-        inherited = take_over(plan, pid)
+        if has_sockets:
+            inherited = take_over(plan, pid)
     except OSError as error:
         warn("pid %d hands nothing over (%s): it is stopped first" % (pid, because(error)))
-        return False
+    if inherited.talk is None:
+        # The commonest mistake can be seen before anything is lost.  (In a jail only from inside.)
+        if plan.kind == "program" and plan.chroot is None:
+            find_program(plan.command[0])
+        see_out(plan, target, "end")
     try:
         launch(plan, turn, inherited)
+    except Late:
+        raise
+    except KeyboardInterrupt:
+        if lock_holder(turn.fd, INSTANCE) is None:
+            warn("nothing runs now")
+        raise
     except Exception as error:
-        if isinstance(error, Late):
-            raise
-        is_old = lock_holder(turn.fd, INSTANCE) == pid
-        raise with_outcome(error, "the old one keeps serving with pid %d" % pid if is_old else
-                           "nothing runs now")
-    forget(inherited)
-    if end_daemon(target, plan.options.timeout, is_told=True):
-        warn("pid %d did not drain within %g s: killed" % (pid, plan.options.timeout))
-    return True
+        fatal, is_old = as_fatal(error), lock_holder(turn.fd, INSTANCE) == pid
+        raise Fatal("%s\ndaemonize: fatal: %s" % (
+            fatal, "the old one keeps serving with pid %d" % pid if is_old else "nothing runs now"),
+            fatal.status, fatal.trace)
+    if inherited.talk is not None:
+        # The heir has them now.  Not by close(2): that may linger; exit(2) does not.
+        for end in [inherited.talk.end, inherited.control] + list(inherited.sockets):
+            if end is not None:
+                end.detach()
+        see_out(plan, target, "drain")
+
+
+def see_out(plan: Plan, target: Target, how: str) -> None:
+    """End the old daemon; one that drains was told to by the new one."""
+    if end_daemon(target, plan.options.timeout, is_told=how == "drain"):
+        warn("pid %d did not %s within %g s: killed" % (target.pid, how, plan.options.timeout))
 
 
 def take_over(plan: Plan, pid: int) -> Inherited:
@@ -3377,6 +3391,7 @@ def take_over(plan: Plan, pid: int) -> Inherited:
     talk.send("sockets")
     message = talk.receive(ANSWER)
     if message["event"] != "sockets":
+        talk.end.detach()                       # not closed: see section 10
         raise TimeoutError(errno.ETIMEDOUT, "it does not answer")
     sockets, control, legacy, litter = [], None, None, []   # type: Any, Any, Any, Any
     # By what the kernel says of each, whatever the daemon calls it.
@@ -3392,16 +3407,6 @@ def take_over(plan: Plan, pid: int) -> Inherited:
             litter.append(fd)
     talk.fds = []
     return Inherited(sockets, control, legacy, talk, pid, litter)
-
-
-def forget(inherited: Inherited) -> None:
-    """Let go of what the heir has now.  Not by close(2): that may linger; exit(2) does not."""
-    for end in inherited.sockets:
-        end.detach()
-    if inherited.control is not None:
-        inherited.control.detach()
-    if inherited.talk is not None:
-        inherited.talk.end.detach()
 
 
 def is_control(passed: socket.socket, files: Files) -> bool:
@@ -3431,26 +3436,6 @@ def is_legacy(fd: int) -> bool:
         return False
 
 
-def stop_and_start(plan: Plan, turn: Turn, pid: int) -> None:
-    """Restart what has nothing to hand over; look first whether there is something to start."""
-    # The commonest mistake can be seen before anything is lost.  (In a jail only from inside.)
-    if plan.kind == "program" and plan.chroot is None:
-        find_program(plan.command[0])
-    if end_daemon(Target(turn, pid), plan.options.timeout):
-        warn("pid %d did not end within %g s: killed" % (pid, plan.options.timeout))
-    try:
-        launch(plan, turn, Inherited())
-    except KeyboardInterrupt:
-        warn("nothing runs now")
-        raise
-    except Exception as error:
-        raise with_outcome(error, "nothing runs now")
-
-
-def with_outcome(error: Exception, outcome: str) -> Fatal:
-    """Return why a restart failed, and below it what that means for who is served."""
-    fatal = as_fatal(error)
-    return Fatal("%s\ndaemonize: fatal: %s" % (fatal, outcome), fatal.status, fatal.trace)
 
 
 # -- 18. Other systems -------------------------------------------------------
