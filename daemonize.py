@@ -1798,29 +1798,30 @@ class Host:
         self.last_error = "%s %s" % (time.strftime("%Y-%m-%d %H:%M:%S"), text.partition("\n")[0])
         log(text)
 
-    def reopen(self, fd: Optional[int]) -> str:
-        """Log to fd, or else to what the log's name means now; return why not, "" if done."""
+    def reopen(self, fds: List[int]) -> str:
+        """Log to the first of fds, or else to what the log's name means now; return why not."""
         try:
-            new = os.dup(fd) if fd is not None else self.open_log_again()
-        except (Fatal, OSError) as error:
+            fds = fds or self.open_log_again()
+        except Fatal as error:
             self.complain("%s: the old log is kept" % error)
             return str(error)
-        if new is not None:
+        if fds:
+            new = fds.pop(0)
             point_log_at(new)
             for child in self.children + self.leaving:
                 child.channel.tell("reopen", [new])
             os.close(new)
         return ""
 
-    def open_log_again(self) -> Optional[int]:
-        """Open the log's name with the daemon's own rights; None if the output is not ours."""
+    def open_log_again(self) -> List[int]:
+        """Open the log's name with the daemon's own rights; [] if the output is not ours."""
         if self.plan.files.logfile is None:
-            return None
+            return []
         path = inside(self.plan.files.logfile, self.plan.chroot)
         if path is None:
             raise Fatal("unable to open %s: it is outside the chroot\ntry: daemonize.py reload, "
                         "as root" % self.plan.files.logfile)
-        return open_regular(path, os.O_WRONLY | os.O_APPEND, 0o640, is_log=True)
+        return [open_regular(path, os.O_WRONLY | os.O_APPEND, 0o640, is_log=True)]
 
     # What hosts override.
 
@@ -1843,8 +1844,11 @@ class Host:
         self.is_over = True
         return True
 
-    def reload(self, log_fd: Optional[int]) -> str:
-        """Have all files read again; return why not, "" if done."""
+    def reload(self, new_log: List[int]) -> str:
+        """Have all files read again; return why not, "" if done.
+
+        new_log: an fd of it, if a command has opened one; who uses it takes it out.
+        """
         raise NotImplementedError
 
     def facts(self) -> Message:
@@ -1933,9 +1937,9 @@ class Daemon:
             if self.host.on_end():
                 self.tell_family(signal.SIGINT if signal.SIGINT in signals else signal.SIGTERM)
         elif signal.SIGHUP in signals:
-            self.reload(None)
+            self.reload([])
         elif signal.SIGUSR1 in signals:
-            self.host.reopen(None)
+            self.host.reopen([])
 
     def look_around(self) -> None:
         """Notice what gives no sign of its own."""
@@ -1990,15 +1994,12 @@ class Daemon:
 
     def answer_reload(self, talk: Channel) -> None:
         """Reload, with the log that the command may have opened for us."""
-        fd = talk.fds.pop(0) if talk.fds else None
-        talk.send("reloaded", reason=self.reload(fd))
-        if fd is not None:
-            os.close(fd)
+        talk.send("reloaded", reason=self.reload(talk.fds))
 
-    def reload(self, log_fd: Optional[int]) -> str:
+    def reload(self, new_log: List[int]) -> str:
         """Have all files read again; return why not, "" if done."""
         notify(self.start, "RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
-        reason = self.host.reload(log_fd)
+        reason = self.host.reload(new_log)
         if reason:
             self.host.complain("reload refused: " + reason)
         else:
@@ -2322,9 +2323,9 @@ class Program(Host):
             self.run()
             self.restarts += 1
 
-    def reload(self, log_fd: Optional[int]) -> str:
+    def reload(self, new_log: List[int]) -> str:
         """Pass SIGHUP on, if the program has a handler: else it would die of it."""
-        reason = self.reopen(log_fd)
+        reason = self.reopen(new_log)
         for child in self.children:
             if not handles(child.pid, signal.SIGHUP):
                 reason = "it does not handle SIGHUP, and would end"
@@ -3108,7 +3109,7 @@ class Service(Host):
         self.retire()
         return False
 
-    def reload(self, log_fd: Optional[int]) -> str:
+    def reload(self, new_log: List[int]) -> str:
         """Have the application read its files again, reopen the log; return why not, "" if done.
 
         Once, in this process; fresh workers inherit what was read, and the old ones drain.
@@ -3116,8 +3117,7 @@ class Service(Host):
         if self.is_leaving:
             return "it is leaving: another one takes its place"
         try:
-            # First of all, since it may be refused; and as a new one, which is ours to close.
-            log_fd = self.open_log_again() if log_fd is None else os.dup(log_fd)
+            new_log = new_log or self.open_log_again()      # first of all, since it may be refused
         except Fatal as error:
             return str(error)
         try:
@@ -3127,22 +3127,19 @@ class Service(Host):
             self.retire()
             self.children = fresh
             self.release(fresh)
-            return self.reopen(log_fd)
+            return self.reopen(new_log)
         except BaseException as error:  # SystemExit, too: it refuses this reload, and no more
             # The log nevertheless: it may have been renamed, and what is written to the old one
             # is lost when logrotate compresses it.
-            self.reopen(log_fd)
+            self.reopen(new_log)
             trace = as_fatal(error, "reload").trace
             if trace:
                 log("reload: " + trace)
             return refusal_of(error, self.plan.chroot is not None)
-        finally:
-            if log_fd is not None:
-                os.close(log_fd)
 
-    def reopen(self, fd: Optional[int]) -> str:
+    def reopen(self, fds: List[int]) -> str:
         """Log elsewhere, here and in the workers; return when all have done it, or why not."""
-        reason = super().reopen(fd)
+        reason = super().reopen(fds)
         if reason or self.plan.files.logfile is None:
             return reason
         self.obstacle = self.opened.obstacle
@@ -3182,7 +3179,7 @@ class Service(Host):
                     os.rename(name, older)
             if not keep:
                 os.unlink(path)
-            self.obstacle = self.reopen(None)       # to rename on would push the elders out
+            self.obstacle = self.reopen([])       # to rename on would push the elders out
         except OSError as error:
             self.obstacle = because(error)
             self.complain("unable to rotate %s: %s" % (path, self.obstacle))
