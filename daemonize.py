@@ -476,8 +476,10 @@ def ids_of(pid: int) -> Optional[Tuple[int, int]]:
     Not the owner of /proc/PID: who changed its uid is not dumpable, and its folder is root's.
     See: prctl(2), PR_SET_DUMPABLE.
     """
-    ids = [status_of(pid, field)[:1] for field in ("Uid", "Gid")] if has_proc() else ids_by_ps(pid)
-    return (int(ids[0][0]), int(ids[1][0])) if all(ids) else None
+    ids = [number for field in ("Uid", "Gid") for number in status_of(pid, field)[:1]]
+    if not has_proc():
+        ids = ask_ps().get(pid, [])[3:]
+    return (int(ids[0]), int(ids[1])) if ids else None
 
 
 def handles(pid: int, signum: int) -> bool:
@@ -569,13 +571,10 @@ def exists(path: str) -> bool:
 
     Not os.path.lexists(), which takes "you may not enter this folder" for "no such file".
     """
-    try:
+    with trying_to("look at %s" % path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
         os.lstat(path)
         return True
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError as error:
-        raise Fatal("unable to look at %s: %s" % (path, because(error)))
+    return False
 
 
 def open_regular(path: str, flags: int, mode: int, is_log: bool = False) -> int:
@@ -616,24 +615,21 @@ def is_trusted(folder: str) -> bool:
     Each folder on the way, through links too, must be theirs, and closed to others or sticky (as
     /tmp is).
     """
-    # names is a stack, the next one last: what a link says is put on top of what remains.
-    path, names = "/", folder.split("/")[::-1]
+    path = "/"                                  # of folders only, what links lead to
     with trying_to("look at %s" % folder):
         os.stat(folder)                         # a loop of links ends here
-        while True:
+        for name in folder.split("/"):
+            path = os.path.join(path, name)
             facts = os.lstat(path)
             is_link = stat.S_ISLNK(facts.st_mode)
             is_open = facts.st_mode & 0o022 and not facts.st_mode & stat.S_ISVTX and not is_link
             if is_open or facts.st_uid not in (0, os.geteuid()):
                 return False
             if is_link:
-                target = os.readlink(path)
-                names += target.split("/")[::-1]
-                path = "/" if target.startswith("/") else os.path.dirname(path)
-            if not names:
-                return True
-            # normpath() is wrong on a path with links ("link/.." is elsewhere): here are none.
-            path = os.path.normpath(os.path.join(path, names.pop()))
+                if not is_trusted(os.path.join(os.path.dirname(path), os.readlink(path))):
+                    return False
+                path = os.path.realpath(path)
+    return True
 
 
 def check_folder(folder: str) -> None:
@@ -736,9 +732,7 @@ def bind_control(path: str) -> socket.socket:
 
 class Opened(NamedTuple):
     """What step 3 opened as root, for whoever the daemon is later."""
-    stdin: Optional[int]        # None: the stream stays where it is (run)
-    stdout: Optional[int]
-    stderr: Optional[int]
+    stdio: List[Optional[int]]  # None: that stream stays where it is (run)
     pidfile: int
     pidfile_is: Tuple[int, int]     # st_dev and st_ino: a script may close fds, and reuse numbers
     lock: int                   # read-only
@@ -765,7 +759,7 @@ def open_files(plan: Plan, lock: int, control: Optional[socket.socket]) -> Opene
     if obstacle:
         warn("unable to rotate %s: %s" % (files.logfile, obstacle))
     stderr = open_log(plan.stderr, plan.identity) if plan.stderr else output
-    return Opened(stdin, output, stderr, pidfile, (facts.st_dev, facts.st_ino), lock, control,
+    return Opened([stdin, output, stderr], pidfile, (facts.st_dev, facts.st_ino), lock, control,
                   obstacle)
 
 
@@ -1036,7 +1030,9 @@ class Turn(Lock):
 
         A lock file that was there is never removed: its inode is what all others wait on.
         """
-        if self.is_new and error[0]:
+        # Whom we have waited for may have started a daemon, and noted it: then it is that one's.
+        # (A library's daemon, which comes through here as well, has closed it.)
+        if self.is_new and error[0] and self.fd >= 0 and not self.read():
             os.unlink(self.path)
             for folder in self.made:
                 with contextlib.suppress(OSError):      # somebody else has a file in it
@@ -1059,14 +1055,12 @@ class Turn(Lock):
             self.close()
             make_own_folder(self.plan)
             self.fd = open_regular(self.path, os.O_RDWR, 0o600)
-        try:
-            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, TURN)
-        except (BlockingIOError, PermissionError):      # EAGAIN, EACCES: POSIX allows either
-            if not self.is_idle(TURN):
-                return False
-        except OSError as error:
-            raise Fatal("unable to lock %s: %s\ntry: --pidfile on a local file system" % (
-                self.path, because(error)))
+        with trying_to("lock %s" % self.path, "--pidfile on a local file system"):
+            try:
+                fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, TURN)
+            except (BlockingIOError, PermissionError):      # EAGAIN, EACCES: POSIX allows either
+                if not self.is_idle(TURN):
+                    return False
         # This may be the lock of a file that a failed start has just removed: of no use.
         return not self.is_removed() and self.is_idle(UNDOING)
 
@@ -1124,8 +1118,8 @@ def readable(ends: Iterable[socket.socket], deadline: float) -> List[socket.sock
 class Channel:
     """JSON lines, and descriptors, over a socket between two of our processes.
 
-    Methods for who speaks: send, tell, fail.  For who listens: receive, and fds, which holds what came
-    along, in order; whoever takes one closes it.  A line each, since a person can read it, too.
+    Methods for who speaks: send, tell, fail.  For who listens: receive, and fds, which holds what
+    came along, in order; whoever takes one closes it.  A line each: a person can read it, too.
     """
 
     def __init__(self, end: socket.socket) -> None:
@@ -1573,13 +1567,13 @@ def redirect(opened: Opened) -> None:
     """Point fds 0 to 2 at what step 3 opened: children, C code and crashes log there, too."""
     # In this order: stdout and stderr may be one file, and dup2(2) wants it open.
     moved = set()                       # stdout and stderr may be one fd
-    for number, fd in enumerate((opened.stdin, opened.stdout, opened.stderr)):
+    for number, fd in enumerate(opened.stdio):
         if fd is not None:
             os.dup2(fd, number)
             moved.add(fd)
     for fd in moved:
         os.close(fd)                    # or a log that was rotated away would keep its space
-    if opened.stdout is not None:
+    if opened.stdio[1] is not None:
         for number, name in ((1, "stdout"), (2, "stderr")):
             # A line at a time: what is printed is in the log at once.  And in UTF-8, which never
             # fails: under env -i the caller's streams know ASCII only.
@@ -2011,16 +2005,9 @@ class Daemon:
 
 def foreground_group() -> Optional[int]:
     """Return whom Ctrl-C at our terminal is for; None without one.  See: tty(4), tcgetpgrp(3)."""
-    try:
-        tty = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
-    except OSError:
-        return None
-    try:
-        return os.tcgetpgrp(tty)
-    except OSError:
-        return None
-    finally:
-        os.close(tty)
+    with contextlib.suppress(OSError), open("/dev/tty", "rb", 0) as tty:
+        return os.tcgetpgrp(tty.fileno())
+    return None
 
 
 def notify(start: Start, text: str) -> None:
@@ -2184,12 +2171,11 @@ class Target:
         with contextlib.suppress(OSError, TypeError):       # it is dead; there is no pidfd_open
             self.pidfd = pidfd_open(pid)
         # The uid is the kernel's word: the process itself cannot choose it.
-        process, ids = look_at(pid), ids_of(pid)
+        process, self.identity = look_at(pid), identity_of(pid)
         # Asked after the handle was opened: so all mean one process, or we have nobody.
         is_it = process is not None and lock.holder() == pid
         self.session = process.sid if process and is_it and record and record.detached else None
         self.birth = process.birth if process and is_it else None
-        self.uid = ids[0] if ids else os.geteuid()
 
     def leader(self) -> List[Process]:
         """Return the daemon itself, while it is left."""
@@ -2210,35 +2196,35 @@ class Target:
         if self.birth is None:
             return
         if self.pidfd >= 0:
-            as_uid(self.uid, lambda: pidfd_send_signal(self.pidfd, signum))
+            as_user(self.identity, lambda: pidfd_send_signal(self.pidfd, signum))
         elif self.leader():             # looked at again, just before
-            as_uid(self.uid, lambda: os.kill(self.pid, signum))
+            as_user(self.identity, lambda: os.kill(self.pid, signum))
 
     def send_all(self, signum: int) -> None:
         """Signal who is left, too."""
         self.send(signum)
         rest = [p for p in self.members() if p.pid != self.pid]
         if rest:
-            as_uid(self.uid, lambda: signal_each(rest, signum, False))
+            as_user(self.identity, lambda: signal_each(rest, signum, False))
 
 
-def as_uid(uid: int, action: Callable[[], Any]) -> None:
+def as_user(identity: Optional[Identity], action: Callable[[], Any]) -> None:
     """Send a signal with that user's rights only.  That nobody is left to get it is as good."""
-    if os.geteuid() != 0 or uid == 0:
+    if identity is None:
         with contextlib.suppress(ProcessLookupError):
             action()
         return
 
-    def act(channel: Channel) -> None:
+    def act(user: Identity) -> None:
         try:
-            os.setgroups([])
-            set_ids(uid, os.getgid())
+            os.setgroups(user.groups)
+            set_ids(user.uid, user.gid)
             action()
         except ProcessLookupError:
             pass
         except OSError as error:
             sys.exit(error.errno)
-    child = fork(act)
+    child = fork(lambda channel: act(identity))
     result = os.WEXITSTATUS(child.wait() or 0)
     child.channel.end.close()
     if result:
@@ -2432,8 +2418,7 @@ class Made:
         self.starter: Optional[Child] = None
         self.before: Optional[bytes] = None         # the record of the last start
         self.new = [path for path in (files.pidfile, files.control, files.logfile)
-                    if path and not exists(path)] + [files.lock] * turn.is_new + turn.made
-        turn.is_new = False             # from here on that is our affair
+                    if path and not exists(path)]       # lock and folder are the turn's affair
         self.logged = os.path.getsize(self.logfile) if self.logfile and exists(self.logfile) else 0
 
     def make_log_folder(self) -> None:
@@ -3446,14 +3431,14 @@ def has_proc() -> bool:
     return os.path.exists(PROC + "/self/stat")
 
 
-def ask_ps(*keys: str) -> Dict[int, List[str]]:
-    """Return facts of all processes by pid, {} where there is no ps(1)."""
+PS = "ps -A -o pid= -o ppid= -o pgid= -o stat= -o ruid= -o rgid="
+
+
+def ask_ps() -> Dict[int, List[str]]:
+    """Return what ps(1) says of all processes by pid, {} where there is none."""
     import subprocess
-    command = ["ps", "-A", "-o", "pid="]
-    for key in keys:
-        command += ["-o", key + "="]
     try:
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as ps:
+        with subprocess.Popen(PS.split(), stdout=subprocess.PIPE) as ps:
             lines = ps.communicate()[0].decode().splitlines()
     except (ImportError, OSError):      # a jail has neither the module nor ps
         return {}
@@ -3468,18 +3453,13 @@ def by_ps() -> Dict[int, Process]:
     No birth there, so no record can prove who is who: the lock alone does.
     """
     found = {}
-    for pid, (ppid, pgid, state) in ask_ps("ppid", "pgid", "stat").items():
+    for pid, (ppid, pgid, state, _, _) in ask_ps().items():
         if state[0] not in "ZX":
             sid = -1
             with contextlib.suppress(OSError):      # it ended; OpenBSD tells of our session only
                 sid = os.getsid(pid)
             found[pid] = Process(pid, int(ppid), int(pgid), sid, "")
     return found
-
-
-def ids_by_ps(pid: int) -> List[List[str]]:
-    """Return real uid and gid where there is no /proc."""
-    return [[number] for number in ask_ps("ruid", "rgid").get(pid, [])] or [[]]
 
 
 def prctl(option: int, value: int) -> None:
@@ -3705,6 +3685,15 @@ def log_path(action: str, logfile: str, folder: str) -> Optional[str]:
     raise Fatal("unable to log to %s: a daemon leaves it\ntry: daemonize.py run" % logfile, 2)
 
 
+def cut(argv: List[str]) -> Tuple[List[str], Optional[List[str]]]:
+    """Return what stands before the first --, and after it (None: there is none).
+
+    What follows is a program's, and never looked at: not for @FILE, not for -h.
+    """
+    at = argv.index("--") if "--" in argv else len(argv)
+    return argv[:at], argv[at + 1:] if "--" in argv else None
+
+
 def parse(argv: List[str], folder: Optional[str] = None) -> Plan:
     """Step 1.  Return what is to be done; the application's own options wait until it is loaded.
 
@@ -3712,12 +3701,11 @@ def parse(argv: List[str], folder: Optional[str] = None) -> Plan:
     them.  Words that we do not know are the application's there, and here foreign.
     """
     folder = caller_folder() if folder is None else folder
-    # What follows the dashes is a program's, and never looked at: not for @FILE, not for -h.
-    cut = argv.index("--") if "--" in argv else len(argv)
-    action, arguments = (argv + [""])[0], argv[cut + 1:] if "--" in argv else None
+    argv, arguments = cut(argv)
+    action = (argv + [""])[0]
     if action not in COMMANDS:
         refuse("expected one of %s, not %r" % (", ".join(COMMANDS), action))
-    parser, (words, spoken) = build_parser(), expand(argv[1:cut], folder)
+    parser, (words, spoken) = build_parser(), expand(argv[1:], folder)
     typed, foreign = parser.parse_known_args(spoken)
     options = argparse.Namespace(**dict(DEFAULTS, **vars(typed)))
     is_program = arguments is not None and options.app is None
@@ -3728,7 +3716,7 @@ def parse(argv: List[str], folder: Optional[str] = None) -> Plan:
         if options.app is not None:
             check_application(absolute(options.app, folder))
     elif action not in STARTING:            # those of an @FILE may be for other actions
-        foreign = parser.parse_known_args([word for word in argv[1:cut] if word[:1] != "@"])[1]
+        foreign = parser.parse_known_args([word for word in argv[1:] if word[:1] != "@"])[1]
     if foreign:
         is_name = len(foreign) == 1 and foreign[0][0] != "-" and not is_program
         refuse("unrecognized arguments: %s" % " ".join(foreign),
@@ -3781,13 +3769,11 @@ def renamed(plan: Plan) -> Plan:
     return plan._replace(name=name)
 
 
-def show_help(argv: List[str]) -> None:
+def show_help(action: str, typed: List[str], is_program: bool) -> None:
     """Print the options of the daemon, and of the application that would be started."""
-    action = argv[0] if argv and argv[0] in COMMANDS else "start"
-    cut = argv.index("--") if "--" in argv else len(argv)
-    app = vars(build_parser().parse_known_args(argv[:cut])[0]).get("app")
+    app = vars(build_parser().parse_known_args(typed)[0]).get("app")
     path = absolute(app, caller_folder()) if app else APPLICATION
-    is_loaded = action in STARTING and (app or cut == len(argv))
+    is_loaded = (action in STARTING or action not in COMMANDS) and (app or not is_program)
     emit(1, build_parser(load(path) if is_loaded else None).format_help())
 
 
@@ -3802,7 +3788,7 @@ def main(argv: List[str]) -> int:
 
     0 done, 1 failed, 2 usage, 130 interrupted; `status` has the numbers of LSB.
     """
-    action, words = argv[0] if argv else "start", argv[:argv.index("--")] if "--" in argv else argv
+    action, (words, arguments) = argv[0] if argv else "start", cut(argv)
     try:
         open_stdio()
         # Ignored signals survive exec: without SIGCHLD no child of ours could be waited for.
@@ -3814,7 +3800,7 @@ def main(argv: List[str]) -> int:
         if "--version" in words:
             emit(1, "daemonize.py %s\n" % __version__)
         elif {"-h", "--help"} & set(words):
-            show_help(argv)
+            show_help(action, words, arguments is not None)
         else:
             return COMMANDS[action](parse(argv)) if action in COMMANDS else parse(argv) and 2
         return 0

@@ -6868,6 +6868,17 @@ class Lock(BoxTest):
         self.assertIn(str(first.pid), result.out + result.err)
         self.assertEqual((first.wait(PATIENCE), self.box.processes()), (1, []))
 
+    def test_who_waited_for_a_first_start_leaves_its_lock(self) -> None:
+        """A start that found no lock file, waited for another, and is refused: that one's stays."""
+        self.box.start(app=APP)
+        code = ("import sys; sys.path.insert(0, %r); import daemonize; real = daemonize.exists\n"
+                "daemonize.exists = lambda path: not path.endswith('.lock') and real(path)\n"
+                "sys.exit(daemonize.main(sys.argv[1:]))" % HERE)
+        said = run([sys.executable, "-c", code, "start", "--pidfile", self.box.pidfile, "--logfile", self.box.log,
+                    "--", "sleep", "600"], 1, env=self.box.env).err
+        self.assertIn("the name is held", said)
+        self.box.command("status")
+
     def test_a_turn_that_never_comes_is_given_up(self) -> None:
         """Another command that is busy longer than --start-timeout and --timeout: exit 1, and its pid."""
         self.box.start(app=APP)
