@@ -734,7 +734,7 @@ class Opened(NamedTuple):
     """What step 3 opened as root, for whoever the daemon is later."""
     stdio: List[Optional[int]]  # None: that stream stays where it is (run)
     pidfile: int
-    pidfile_is: Tuple[int, int]     # st_dev and st_ino: a script may close fds, and reuse numbers
+    pidfile_is: os.stat_result  # a script may close our fds, and reuse their numbers
     lock: int                   # read-only
     control: Optional[socket.socket]        # a library's daemon has none
     obstacle: str               # why the log will not be rotated; "" if it will
@@ -752,15 +752,13 @@ def open_files(plan: Plan, lock: int, control: Optional[socket.socket]) -> Opene
     output = open_log(files.logfile, plan.identity) if files.logfile else None
     pidfile = open_pidfile(files.pidfile)
     with trying_to("open %s" % plan.stdin):
-        facts = os.fstat(pidfile)
         stdin = None if plan.action == "run" else os.open(plan.stdin, os.O_RDONLY | os.O_CLOEXEC)
     # Said now, while somebody reads it, and not in a log that has grown for a year.
     obstacle = rotation_obstacle(plan) if plan.kind == "app" and plan.options.log_bytes else ""
     if obstacle:
         warn("unable to rotate %s: %s" % (files.logfile, obstacle))
     stderr = open_log(plan.stderr, plan.identity) if plan.stderr else output
-    return Opened([stdin, output, stderr], pidfile, (facts.st_dev, facts.st_ino), lock, control,
-                  obstacle)
+    return Opened([stdin, output, stderr], pidfile, os.fstat(pidfile), lock, control, obstacle)
 
 
 def open_pidfile(path: str) -> int:
@@ -1528,19 +1526,7 @@ def detach(start: Start) -> Child:
         # Allowed, since a child of fork(2) does not lead its group.
         os.setsid()
         reset_signals()
-    return fork(lambda leash: be_daemon(start._replace(leash=leash)))
-
-
-def be_daemon(start: Start) -> NoReturn:
-    """Live as the daemon: move the stdio, then steps 5 to 8."""
-    with trying_to("leave the terminal"):
-        if start.plan.kind != "library":        # which may want to call setsid(2) itself
-            os.setpgid(0, 0)
-        close_inherited()
-        redirect(start.opened)
-    # By number, not sys.stderr: it writes into whatever fd 2 means at the time of the crash.
-    faulthandler.enable(2)
-    sys.exit(begin(start))
+    return fork(lambda leash: sys.exit(begin(start._replace(leash=leash))))
 
 
 def watch_birth(daemon: Child, start: Start, report: Channel) -> NoReturn:
@@ -1644,7 +1630,14 @@ def switch_user(identity: Optional[Identity]) -> None:
 # -- 9. Being the daemon -----------------------------------------------------
 
 def begin(start: Start) -> int:
-    """Steps 5 to 8: jail, user, and a life; return its exit status."""
+    """Be the daemon: leave the terminal, then steps 5 to 8; return the exit status."""
+    with trying_to("leave the terminal"):
+        if start.session is not None and start.plan.kind != "library":  # it may call setsid(2)
+            os.setpgid(0, 0)
+        close_inherited()
+        redirect(start.opened)
+    # By number, not sys.stderr: it writes into whatever fd 2 means at the time of the crash.
+    faulthandler.enable(2)
     if start.plan.chroot or start.plan.identity:
         # What is imported late must be here by now: a jail has no library, a user may not read it.
         import json, subprocess, threading, traceback       # noqa: F401
@@ -1701,8 +1694,7 @@ def finish(opened: Opened, owner: int) -> None:
     if os.getpid() != owner:            # a child that a script forked, at its own exit
         return
     with contextlib.suppress(OSError):  # a script closed our fd
-        facts = os.fstat(opened.pidfile)
-        is_ours = (facts.st_dev, facts.st_ino) == opened.pidfile_is
+        is_ours = os.path.samestat(os.fstat(opened.pidfile), opened.pidfile_is)
         if is_ours and os.pread(opened.pidfile, 32, 0).strip() == b"%d" % owner:
             os.ftruncate(opened.pidfile, 0)
 
@@ -1756,13 +1748,11 @@ class Host:
         for child in self.leaving:
             if time.monotonic() > child.deadline and child.result is None:
                 os.kill(child.pid, signal.SIGKILL)      # not waited for: the pid is still its own
-        while True:
-            try:
+        pid = -1
+        while pid:
+            pid = 0
+            with contextlib.suppress(ChildProcessError):        # there is none left
                 pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:                   # there is none left
-                return
-            if pid == 0:
-                return
             for child in self.children + self.leaving:
                 if child.pid == pid:
                     self.bury(child, status)
@@ -2729,8 +2719,6 @@ def run(plan: Plan) -> int:
     # That closed the turn's fd, and so dropped all our locks: for this moment, which is shorter
     # than any start, another command may begin.  It will be told that we run, or we that it does.
     reset_signals(spared=(signal.SIGHUP, signal.SIGINT))
-    close_inherited()
-    redirect(opened)
     keep_orphans()
     return begin(Start(plan, opened, inherited, server, notifier=notifier))
 
