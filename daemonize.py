@@ -600,7 +600,7 @@ def open_regular(path: str, flags: int, mode: int, is_log: bool = False) -> int:
     elif facts.st_nlink > 1:
         problem = "it has another name (a hard link)"
     elif not is_log and facts.st_uid not in (0, os.geteuid()):
-        problem = "it belongs to uid %d" % facts.st_uid
+        problem = "it belongs to uid %d\ntry: --pidfile" % facts.st_uid
     elif mode == 0o600 and facts.st_mode & 0o077:       # a pidfile, renamed to be the lock file?
         problem = "others can read it (or modes do not work there)"
     if problem:
@@ -690,7 +690,8 @@ def open_log(path: str, identity: Optional[Identity]) -> int:
     with careful(path, identity) as is_safe:
         fd = open_regular(path, os.O_WRONLY | os.O_APPEND, 0o640, is_log=True)
     if not is_safe and os.fstat(fd).st_uid not in (0, owner, os.geteuid()):
-        raise Fatal("unable to open %s: it belongs to uid %d" % (path, os.fstat(fd).st_uid))
+        raise Fatal("unable to open %s: it belongs to uid %d\ntry: --logfile" % (
+            path, os.fstat(fd).st_uid))
     if is_new and is_safe and identity is not None:
         with trying_to("give %s to uid %d" % (path, owner), NEEDS_CAPABILITIES):
             os.fchown(fd, identity.uid, identity.gid)
@@ -756,7 +757,8 @@ def open_files(plan: Plan, lock: int, control: Optional[socket.socket]) -> Opene
     # Said now, while somebody reads it, and not in a log that has grown for a year.
     obstacle = rotation_obstacle(plan) if plan.kind == "app" and plan.options.log_bytes else ""
     if obstacle:
-        warn("unable to rotate %s: %s" % (files.logfile, obstacle))
+        warn("unable to rotate %s: %s\ntry: --log-bytes 0, and logrotate" % (
+            files.logfile, obstacle))
     stderr = open_log(plan.stderr, plan.identity) if plan.stderr else output
     return Opened([stdin, output, stderr], pidfile, os.fstat(pidfile), lock, control, obstacle)
 
@@ -2326,8 +2328,21 @@ def find_program(name: str) -> str:
     raise Fatal("unable to execute %s: %s" % (name, found))
 
 
-def bind_nothing(plan: Plan, inherited: Inherited) -> None:
-    """Step 3, where the program will do that itself."""
+def check_program(plan: Plan, inherited: Inherited) -> None:
+    """Step 3 of a program: see the commonest mistakes while nothing is lost, and somebody reads.
+
+    In a jail they can be seen only from inside.
+    """
+    if plan.chroot is not None:
+        return
+    find_program(plan.command[0])
+    script = script_of(plan.command)
+    # A script's path stays as it was typed (the program may mean something else by that word).
+    if script and os.path.exists(plan.hosted) and not os.path.exists(
+            os.path.join(plan.rundir, script)):
+        cured = plan._replace(words=plan.words + ["--rundir", plan.cwd])
+        raise Fatal("unable to start %s: it is in %s, the daemon in %s (--rundir)\ntry: %s" % (
+            script, plan.cwd, plan.rundir, command_line(plan.action, cured)))
 
 
 # -- 13. The commands --------------------------------------------------------
@@ -3321,9 +3336,8 @@ def replace(plan: Plan, turn: Turn, pid: int, has_sockets: bool) -> None:
     except OSError as error:
         warn("pid %d hands nothing over (%s): it is stopped first" % (pid, because(error)))
     if inherited.talk is None:
-        # The commonest mistake can be seen before anything is lost.  (In a jail only from inside.)
-        if plan.kind == "program" and plan.chroot is None:
-            find_program(plan.command[0])
+        if plan.kind == "program":
+            check_program(plan, inherited)
         see_out(plan, target, "end")
     try:
         launch(plan, turn, inherited)
@@ -3481,8 +3495,8 @@ def keep_orphans() -> None:
 # What can be hosted: what root does for it in step 3, and how it lives from step 7 on.
 HOSTS: Dict[str, Tuple[Callable[[Plan, Inherited], Any], Callable[[Start], int]]] = {
     "app": (bind_application, lambda start: Daemon(start, Service(start)).live()),
-    "program": (bind_nothing, lambda start: Daemon(start, Program(start)).live()),
-    "library": (bind_nothing, live_in_script)}
+    "program": (check_program, lambda start: Daemon(start, Program(start)).live()),
+    "library": (lambda plan, inherited: None, live_in_script)}
 COMMANDS = {"start": start, "stop": stop, "restart": restart, "reload": reload,
             "status": status, "run": run}
 STARTING = ("start", "restart", "run")

@@ -6963,7 +6963,7 @@ class Privilege(SharedBoxTest):
 
     def test_that_rotation_is_impossible_is_said(self) -> None:
         """A log in a folder where the user may not rename: said at start and in status."""
-        self.assertRegex(self.result.err, r"(?m)^daemonize: warning: .*(d\.log|rotat)")
+        self.assertRegex(self.result.err, r"(?m)^daemonize: warning: .*(d\.log|rotat).*\ntry: --log-bytes 0")
         self.assertIn("rotat", self.box.command("status").out + json.dumps(self.box.status()))
 
     def test_status_names_the_user(self) -> None:
@@ -7520,7 +7520,7 @@ def bind(options):
         """Files that belong to the daemon's user in the place of root's: `it belongs to uid`."""
         for name, mode in (("d.pid", 0o644), ("d.pid.lock", 0o600)):
             path = self.box.write("theirs/" + name, "", mode, NOBODY)
-            self.assertIn("%s: it belongs to uid %d" % (name, NOBODY), self.box.start("--uid", str(NOBODY), app=APP, want=1).err)
+            self.assertIn("%s: it belongs to uid %d\ntry: --pidfile\n" % (name, NOBODY), self.box.start("--uid", str(NOBODY), app=APP, want=1).err)
             os.unlink(path)
 
     def test_root_signals_as_the_user(self) -> None:
@@ -7583,7 +7583,7 @@ def bind(options):
         """In the user's folder a log that is neither root's nor the user's, though all can write it."""
         self.box.write(os.path.join("theirs", "d.log"), "", 0o666, OTHER)
         said = self.box.start("--uid", str(NOBODY), app=APP, want=1).err
-        self.assertIn("d.log: it belongs to uid %d" % OTHER, said)
+        self.assertIn("d.log: it belongs to uid %d\ntry: --logfile\n" % OTHER, said)
 
     def taken_over(self) -> None:
         """Start APP for NOBODY, in such a way that its daemon can do what an attacker in it would."""
@@ -7991,6 +7991,15 @@ class Programs(BoxTest):
                        "--pidfile", "@x", "--", "-h", "two words")
         until(lambda: "<two words>" in read(self.box.log), "its arguments")
         self.assertIn("<--pidfile>\n<@x>\n<-->\n<-h>\n<two words>\n", read(self.box.log))
+
+    def test_a_script_that_is_not_in_rundir(self) -> None:
+        """-- python3 FILE.py, typed where FILE.py is, though the daemon's folder is /: a command that works is said."""
+        self.box.write("nap.py", "import time\ntime.sleep(600)\n")
+        said = self.box.start("--", sys.executable, "-u", "nap.py", want=1).err
+        self.assertIn("unable to start nap.py: it is in %s, the daemon in / (--rundir)\ntry: daemonize.py start " % self.box.folder, said)
+        self.assertEqual((self.box.processes(), os.path.exists(self.box.pidfile)), ([], False))
+        cure = shlex.split(said.rpartition("try: daemonize.py ")[2])
+        self.box.daemonize(*cure)
 
     def test_a_program_is_the_daemons_child(self) -> None:
         """The daemon has the pid in the pidfile; the program leads a group of its own; stop ends its children."""
