@@ -1105,8 +1105,11 @@ def peer_of(end: socket.socket) -> Tuple[Optional[int], Optional[int]]:
     return pid, uid
 
 
-def readable(ends: Iterable[socket.socket], deadline: float) -> List[socket.socket]:
-    """Return which can be read, [] at the deadline.  By poll(2): select(2) stops at fd 1023."""
+def readable(ends: Iterable[Any], deadline: float) -> List[Any]:
+    """Return which (sockets, channels) can be read, [] at the deadline.
+
+    By poll(2): select(2) stops at fd 1023.
+    """
     poll, by_fd = select.poll(), {end.fileno(): end for end in ends if end.fileno() >= 0}
     for fd in by_fd:
         poll.register(fd, select.POLLIN)
@@ -1125,7 +1128,10 @@ class Channel:
     def __init__(self, end: socket.socket) -> None:
         self.end, self.buffer = end, b""
         self.fds: List[int] = []  # that came along, whoever takes them
-        self.born = time.monotonic()
+
+    def fileno(self) -> int:
+        """Return what poll(2) asks for; -1 once it is closed."""
+        return self.end.fileno()
 
     def send(self, event: str, fds: Sequence[int] = (), **facts: Any) -> None:
         """Say something.  See: unix(7), SCM_RIGHTS."""
@@ -1149,7 +1155,7 @@ class Channel:
         deadline = time.monotonic() + seconds
         # A stream knows no messages: a line may come in pieces, or two lines at once.
         while b"\n" not in self.buffer:
-            if not readable([self.end], deadline):
+            if not readable([self], deadline):
                 return {"event": LATE}
             data = self.take()
             self.buffer += data
@@ -1187,15 +1193,16 @@ class Channel:
         return self.tell("fatal", text=str(fatal), status=fatal.status, trace=trace)
 
 
-class Child:
-    """A process that we forked, and the channel to it.
+class Child(Channel):
+    """A process that we forked: the channel to it, whose other end it has, and its end.
 
-    Instance variables: channel, its other end is the child's; born and deadline, on the monotonic
-    clock; result, its wait status: while that is None, its pid cannot come to mean another one.
+    Instance variables: born and deadline, on the monotonic clock; result, its wait status: while
+    that is None, its pid cannot come to mean another one.
     """
 
-    def __init__(self, pid: int, channel: Channel) -> None:
-        self.pid, self.channel = pid, channel
+    def __init__(self, pid: int, end: socket.socket) -> None:
+        super().__init__(end)
+        self.pid = pid
         self.born = time.monotonic()
         self.deadline = float("inf")        # when to kill it, once it was told to drain
         self.result: Optional[int] = None  # of wait(2): then it is dead
@@ -1205,7 +1212,7 @@ class Child:
         # The deadline is for all of it: who talks without end would keep us for ever.
         deadline, said = time.monotonic() + seconds, ""
         while True:
-            said = str(self.channel.receive(deadline - time.monotonic())["event"])
+            said = str(self.receive(deadline - time.monotonic())["event"])
             if said in (event, ENDED, LATE):
                 return said
 
@@ -1222,7 +1229,7 @@ class Child:
         if self.result is None:
             os.kill(self.pid, signal.SIGKILL)
             self.wait()
-        self.channel.end.close()
+        self.end.close()
 
 
 class Returned(BaseException):
@@ -1247,7 +1254,7 @@ def fork(life: Callable[[Channel], Any]) -> Child:
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
     theirs.close()                      # while we hold it as well, its death is no EOF
-    return Child(pid, Channel(ours))
+    return Child(pid, ours)
 
 
 def live(life: Callable[[Channel], Any], channel: Channel) -> None:
@@ -1274,12 +1281,12 @@ def live(life: Callable[[Channel], Any], channel: Channel) -> None:
             os._exit(status)
 
 
-def failure(child: Child, message: Message) -> Fatal:
+def failure(child: Channel, message: Message) -> Fatal:
     """Return as an exception what was said instead of what was due."""
     if message["event"] == "fatal":
         status = 2 if message.get("status") == 2 else 1
         return Fatal(str(message.get("text")), status, str(message.get("trace", "")))
-    if child.pid == 0:
+    if not isinstance(child, Child):
         return Fatal("unable to start: the command that asked for it is gone")
     if message["event"] == ENDED:
         with contextlib.suppress(OSError):
@@ -1288,26 +1295,24 @@ def failure(child: Child, message: Message) -> Fatal:
     return Fatal("unable to start: it said %s" % message["event"])
 
 
-def expect(waiting: Sequence[Child], word: str, seconds: float,
-           watched: Sequence[Child] = ()) -> Message:
+def expect(waiting: Sequence[Channel], word: str, seconds: float,
+           watched: Sequence[Channel] = ()) -> Message:
     """Return when all the waiting have said the word (what the last one said); watch the others.
 
     Raises Fatal when one of all ends, or says anything else, and Late when the time is up.
     """
     deadline, missing, message = time.monotonic() + seconds, list(waiting), {}
-    while missing or readable([child.channel.end for child in watched], 0):
-        listened = missing + list(watched)
+    while missing or readable(watched, 0):
         # One poll for all: the first that fails shall be heard before the slowest that does not.
-        ends = readable([child.channel.end for child in listened], deadline)
-        if not ends:
+        heard = readable(missing + list(watched), deadline)
+        if not heard:
             raise Late("unable to start: not ready after %g s" % seconds)
-        for child in listened:
-            if child.channel.end in ends:
-                message = child.channel.receive(deadline - time.monotonic())
-                if message["event"] != word:
-                    raise failure(child, message)
-                if child in missing:
-                    missing.remove(child)
+        for child in heard:
+            message = child.receive(deadline - time.monotonic())
+            if message["event"] != word:
+                raise failure(child, message)
+            if child in missing:
+                missing.remove(child)
     return message
 
 
@@ -1539,7 +1544,7 @@ def watch_birth(daemon: Child, start: Start, report: Channel) -> NoReturn:
         signal_each(family(session), signal.SIGKILL, True)
     # The command gave up.  SIGKILL at once: nothing of it has begun.
     signal.signal(signal.SIGTERM, end_family)
-    message = daemon.channel.receive(float("inf"))
+    message = daemon.receive(float("inf"))
     if message["event"] != "placed":
         error = failure(daemon, message)
         daemon.wait()
@@ -1738,7 +1743,7 @@ class Host:
         child = fork(shed_and_live)
         # A child with a copy of a sibling's channel would keep EOF from that sibling.
         # In place: the loop and the conversations add theirs to the same list.
-        self.ends[:] = [end for end in self.ends if end.fileno() >= 0] + [child.channel.end]
+        self.ends[:] = [end for end in self.ends if end.fileno() >= 0] + [child.end]
         return child
 
     def reap(self) -> None:
@@ -1762,7 +1767,7 @@ class Host:
     def bury(self, child: Child, status: int) -> None:
         """Strike a dead child off the list."""
         child.result = status
-        child.channel.end.close()
+        child.end.close()
         if child in self.leaving:
             self.leaving.remove(child)
         else:
@@ -1795,7 +1800,7 @@ class Host:
             new = fds.pop(0)
             point_log_at(new)
             for child in self.children + self.leaving:
-                child.channel.tell("reopen", [new])
+                child.tell("reopen", [new])
             os.close(new)
         return ""
 
@@ -2040,16 +2045,16 @@ class Talks:
         control.setblocking(False)      # who called may have hung up before we accept
         private.append(control)
 
-    def ends(self) -> List[socket.socket]:
-        """Return all sockets that are waited for."""
-        return [self.control] + [talk.end for talk in self.talks]
+    def ends(self) -> List[Any]:
+        """Return all that is waited for."""
+        return [self.control] + self.talks
 
-    def serve(self, end: socket.socket) -> None:
-        """Do what can be done for a socket that has something to read."""
+    def serve(self, end: Any) -> None:
+        """Do what can be done for one of them that has something to read."""
         if end is self.control:
             self.accept()
-        for talk in [talk for talk in self.talks if talk.end is end]:
-            self.answer(talk)
+        elif end in self.talks:         # else the call that was taken just now drove it out
+            self.answer(end)
 
     def accept(self) -> None:
         """Take a command's call; anybody's but ours and root's is hung up."""
@@ -2218,7 +2223,7 @@ def as_user(identity: Optional[Identity], action: Callable[[], Any]) -> None:
             sys.exit(error.errno)
     child = fork(lambda channel: act(identity))
     result = os.WEXITSTATUS(child.wait() or 0)
-    child.channel.end.close()
+    child.end.close()
     if result:
         raise OSError(result, os.strerror(result))
 
@@ -2268,7 +2273,7 @@ class Program(Host):
         """Start it, and wait until it is executed."""
         child = self.fork(self.execute)
         # exec(2) closes its end: then there is nothing to read but the end.
-        message = child.channel.receive(self.plan.options.start_timeout)
+        message = child.receive(self.plan.options.start_timeout)
         if message["event"] == "fatal":
             child.kill()
             raise failure(child, message)
@@ -2397,7 +2402,7 @@ def launch(plan: Plan, turn: Turn, inherited: Inherited) -> None:
     except BaseException as error:
         raise made.undo(error)
     # From here on the new one needs nobody: it takes the place, and tells the old one itself.
-    made.starter.channel.tell("go")
+    made.starter.tell("go")
     # The point of no return.  What interrupts us now leaves the new daemon where it is.
     try:
         expect([made.starter], "done", 2 * ANSWER)
@@ -2406,7 +2411,7 @@ def launch(plan: Plan, turn: Turn, inherited: Inherited) -> None:
     except Fatal as error:              # it says so itself, or is dead: that can be undone
         raise made.undo(error)
     made.starter.wait()
-    made.starter.channel.end.close()
+    made.starter.end.close()
     greet(plan, facts)
 
 
@@ -2463,7 +2468,7 @@ class Made:
             # It hangs.  Its number, and its session's, is its own while nobody has waited for it.
             signal_each([p for p in processes() if p.sid == starter.pid], signal.SIGKILL, False)
             starter.kill()
-        starter.channel.end.close()
+        starter.end.close()
 
 
 def tidy(plan: Plan, new: List[str], is_alone: bool = True) -> None:
@@ -2986,8 +2991,8 @@ class Service(Host):
         self.is_leaving = False
         self.is_heir = start.inherited.talk is not None
         self.obstacle = self.opened.obstacle        # why the log is not rotated; "" if it is
-        # Who asked for us, until we are ready: if it is gone, so are we.  (No pid: it is no child.)
-        self.callers = [Child(0, start.report)] if start.report is not None else []
+        # Who asked for us, until we are ready: if it is gone, so are we.
+        self.callers = [start.report] if start.report is not None else []
         self.verbs = {"sockets": self.hand_over, "leave": self.leave, "reclaim": self.reclaim}
 
     def bring_up(self) -> None:
@@ -3016,13 +3021,13 @@ class Service(Host):
     def prove(self, fresh: List[Child]) -> None:
         """Have new workers probed; without a probe they must live for a moment, like a program."""
         if not hasattr(self.server, "probe"):
-            if readable([child.channel.end for child in fresh], time.monotonic() + ALIVE):
+            if readable(fresh, time.monotonic() + ALIVE):
                 expect([], "", 0, fresh)        # one has ended
             return
         # After the workers: it asks them, over the sockets that they serve.
         prober = self.fork(self.probe)
         try:
-            expect([prober], "able", self.plan.options.start_timeout, fresh + self.callers)
+            expect([prober], "able", self.plan.options.start_timeout, [*fresh, *self.callers])
         finally:
             prober.kill()
 
@@ -3064,7 +3069,7 @@ class Service(Host):
         """End what hold() began, in each worker that was forked since."""
         for child in children:
             if self.is_heir:
-                child.channel.tell("release")
+                child.tell("release")
 
     def tend(self) -> None:
         """Start a worker where one is missing, rotate a full log; see when a leave is done."""
@@ -3085,7 +3090,7 @@ class Service(Host):
         """
         for child in self.children:
             child.deadline = time.monotonic() + self.plan.options.timeout
-            child.channel.tell("drain")
+            child.tell("drain")
         self.leaving += self.children
         self.children = []
 
