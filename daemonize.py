@@ -1449,7 +1449,6 @@ class Inherited(NamedTuple):
     legacy: Optional[int] = None            # memory that the application shares with its heir
     talk: Optional[Channel] = None          # the conversation with the predecessor
     predecessor: Optional[int] = None       # its pid
-    litter: Sequence[int] = ()              # descriptors that it sent, and nobody asked for
 
 
 class Start(NamedTuple):
@@ -1473,7 +1472,8 @@ def be_starter(plan: Plan, report: Channel, turn: Lock, inherited: Inherited) ->
     # The fd only: record locks are not inherited, and the command's is not touched by this.
     # Before we open the file again, for closing any fd of it would drop our own lock.
     turn.close()
-    for fd in inherited.litter:     # while the command has it as well, no close(2) can linger
+    # What the predecessor sent, and nobody asked for.  The command has it, too: no close lingers.
+    for fd in inherited.talk.fds if inherited.talk is not None else ():
         os.close(fd)
     try:
         # The lock first: whatever bind() makes, the next command waits until it is undone.
@@ -3382,9 +3382,10 @@ def take_over(plan: Plan, pid: int) -> Inherited:
     if message["event"] != "sockets":
         talk.end.detach()                       # not closed: see section 10
         raise TimeoutError(errno.ETIMEDOUT, "it does not answer")
-    sockets, control, legacy, litter = [], None, None, []   # type: Any, Any, Any, Any
+    sockets, control, legacy = [], None, None   # type: Any, Any, Any
     # By what the kernel says of each, whatever the daemon calls it.
-    for fd in talk.fds:
+    fds, talk.fds = talk.fds, []
+    for fd in fds:
         passed = adopt(fd)
         if passed is not None and control is None and is_control(passed, plan.files):
             control = passed
@@ -3393,9 +3394,8 @@ def take_over(plan: Plan, pid: int) -> Inherited:
         elif legacy is None and is_legacy(fd):
             legacy = fd
         else:
-            litter.append(fd)
-    talk.fds = []
-    return Inherited(sockets, control, legacy, talk, pid, litter)
+            talk.fds.append(fd)
+    return Inherited(sockets, control, legacy, talk, pid)
 
 
 def is_control(passed: socket.socket, files: Files) -> bool:
