@@ -85,7 +85,6 @@ import contextlib
 import errno
 import faulthandler
 import fcntl
-import functools
 import re
 import select
 import signal
@@ -128,6 +127,9 @@ MAX_FDS = 64                    # descriptors in one message
 MAX_TALKS = 8                   # conversations that a daemon has at a time
 MAX_LEGACY = 64 << 20           # bytes of memory that a daemon may leave to its heir
 PROC = "/proc"                  # where it is missing (macOS, BSD), ps(1) is asked
+BOOT = ""                       # id of this boot: start times count from it, and could repeat
+with contextlib.suppress(OSError), open(PROC + "/sys/kernel/random/boot_id") as boot_id:
+    BOOT = boot_id.read().strip() + ":"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"   # under env -i there is none
 IS_LINUX = sys.platform.startswith("linux")
 # A pidfd is a handle, not a number: it cannot come to mean another process (pidfd_open(2)).
@@ -440,17 +442,7 @@ def look_at(pid: int) -> Optional[Process]:
         return None
     if not facts or facts[0] in (b"Z", b"X") and facts[17] == b"1":
         return None
-    return Process(pid, int(facts[1]), int(facts[2]), int(facts[3]), boot() + facts[19].decode())
-
-
-@functools.lru_cache(maxsize=None)
-def boot() -> str:
-    """Return the id of this boot: start times count from boot, two of them could show the same."""
-    try:
-        with open(PROC + "/sys/kernel/random/boot_id") as stream:
-            return stream.read().strip() + ":"
-    except OSError:
-        return ""
+    return Process(pid, int(facts[1]), int(facts[2]), int(facts[3]), BOOT + facts[19].decode())
 
 
 def processes() -> List[Process]:
@@ -1851,7 +1843,12 @@ class Daemon:
     """The daemon's own life: it waits for signals, for its children, and for commands.
 
     It is the only thread of its process (threads and fork(2) do not mix), and it runs no code of
-    yours but the short calls of the contract.
+    yours but the short calls of the contract.  Commands are served one after the other: a reload
+    under way keeps a status waiting, no worker.
+
+    Instance variables: verbs, what commands may ask for: methods, ours or the host's, that get
+    the conversation, and answer on it; talks, the conversations, the longest silent first; heir,
+    the one of them that took our sockets.
     """
 
     def __init__(self, start: Start, host: Host) -> None:
@@ -1863,10 +1860,13 @@ class Daemon:
         self.wake, self.waker = socket.socketpair()
         self.wake.setblocking(False)
         self.waker.setblocking(False)
-        host.ends += [self.wake, self.waker]
         assert start.opened.control is not None     # open_files(): only a library's has none
-        verbs = dict(host.verbs, status=self.answer_status, reload=self.answer_reload)
-        self.talks = Talks(start.opened.control, verbs, host.ends)
+        self.control = start.opened.control
+        self.control.setblocking(False)     # who called may have hung up before we accept
+        host.ends += [self.wake, self.waker, self.control]
+        self.verbs = dict(host.verbs, status=self.answer_status, reload=self.answer_reload)
+        self.talks: List[Channel] = []
+        self.heir: Optional[Channel] = None
 
     def live(self) -> int:
         """Step 7.  Start the children, take the place; then do what comes, until it is over.
@@ -1903,11 +1903,14 @@ class Daemon:
         """Wait a moment for what comes, and do it."""
         try:
             # A tick at the latest, for what gives no sign: a pause that is over, a full log.
-            for end in readable([self.wake] + self.talks.ends(), time.monotonic() + TICK):
-                if end is self.wake:
+            sources = [self.wake, self.control, *self.talks]
+            for source in readable(sources, time.monotonic() + TICK):
+                if source is self.wake:
                     self.wake.recv(4096)
-                else:
-                    self.talks.serve(end)
+                elif source is self.control:
+                    self.accept()
+                elif source in self.talks:      # else the call just now drove it out
+                    self.answer(source)
             # The dead first: a signal that asks for a reload shall find the living.
             self.host.reap()
             self.on_signals()
@@ -1976,6 +1979,46 @@ class Daemon:
                 finish(self.start.opened, self.pid)
                 call(self.start.server, "server_close")     # when we leave, that is the heir's now
 
+    def accept(self) -> None:
+        """Take a command's call; anybody's but ours and root's is hung up."""
+        try:
+            end = self.control.accept()[0]
+        except (BlockingIOError, ConnectionError):      # it hung up; or the heir was faster
+            return
+        # Its mode 0600 does that on Linux; older BSDs ignore the mode of a socket (unix(7)).
+        if peer_of(end)[1] not in (None, 0, os.getuid()):
+            end.close()
+            return
+        end.settimeout(ANSWER)
+        self.host.ends.append(end)
+        self.talks.append(Channel(end))
+        silent = [talk for talk in self.talks if talk is not self.heir]
+        if len(silent) > MAX_TALKS:     # who says nothing shall keep nobody out
+            self.hang_up(silent[0])
+
+    def answer(self, talk: Channel) -> None:
+        """Do what a command asks for."""
+        event = talk.receive(0)["event"]
+        if event == LATE:               # half a line, so far
+            return
+        try:
+            if event == "sockets" and event in self.verbs:      # a program has none
+                self.heir = talk
+            self.verbs.get(event, self.hang_up)(talk)
+        except OSError:                 # it hung up in mid-sentence
+            self.hang_up(talk)
+
+    def hang_up(self, talk: Channel) -> None:
+        """End a conversation; the heir's tells the host that there will be none."""
+        for fd in talk.fds:
+            os.close(fd)
+        talk.end.close()
+        if talk in self.talks:
+            self.talks.remove(talk)
+        if talk is self.heir:
+            self.heir = None
+            self.verbs["reclaim"](talk)
+
     def answer_status(self, talk: Channel) -> None:
         """Say how we are."""
         path = self.plan.files.logfile
@@ -2015,7 +2058,8 @@ def notify(start: Start, text: str) -> None:
 
 
 # -- 10. A word with the daemon ----------------------------------------------
-# A command and a running daemon talk over a unix socket beside the pidfile:
+# A command and a running daemon (whose side stands in section 9) talk over a unix socket beside
+# the pidfile:
 #
 #   COMMAND                               DAEMON
 #   "status" ---------------------------> looks at itself
@@ -2028,74 +2072,6 @@ def notify(start: Start, text: str) -> None:
 # been taken over.  One deadline for an exchange, 64 KiB and 64 fds at most, no text printed raw.
 # And what came from it is never closed: that could be a connection with SO_LINGER, for whose end
 # close(2) waits as long as its owner likes.  exit(2) does not wait.
-
-class Talks:
-    """The daemon's end: open conversations, the longest silent first.
-
-    A verb is a method of the daemon's or its host's that gets the conversation, and answers on it.
-    They are served one after the other: a reload under way keeps a status waiting, no worker.
-    """
-
-    def __init__(self, control: socket.socket, verbs: Dict[str, Callable[[Channel], None]],
-                 private: List[socket.socket]) -> None:
-        self.control, self.verbs = control, verbs
-        self.private = private          # sockets that no child may have
-        self.talks: List[Channel] = []
-        self.heir: Optional[Channel] = None  # who took our sockets
-        control.setblocking(False)      # who called may have hung up before we accept
-        private.append(control)
-
-    def ends(self) -> List[Any]:
-        """Return all that is waited for."""
-        return [self.control] + self.talks
-
-    def serve(self, end: Any) -> None:
-        """Do what can be done for one of them that has something to read."""
-        if end is self.control:
-            self.accept()
-        elif end in self.talks:         # else the call that was taken just now drove it out
-            self.answer(end)
-
-    def accept(self) -> None:
-        """Take a command's call; anybody's but ours and root's is hung up."""
-        try:
-            end = self.control.accept()[0]
-        except (BlockingIOError, ConnectionError):      # it hung up; or the heir was faster
-            return
-        # Its mode 0600 does that on Linux; older BSDs ignore the mode of a socket (unix(7)).
-        if peer_of(end)[1] not in (None, 0, os.getuid()):
-            end.close()
-            return
-        end.settimeout(ANSWER)
-        self.private.append(end)
-        self.talks.append(Channel(end))
-        silent = [talk for talk in self.talks if talk is not self.heir]
-        if len(silent) > MAX_TALKS:     # who says nothing shall keep nobody out
-            self.hang_up(silent[0])
-
-    def answer(self, talk: Channel) -> None:
-        """Do what a command asks for."""
-        event = talk.receive(0)["event"]
-        if event == LATE:               # half a line, so far
-            return
-        try:
-            if event == "sockets" and event in self.verbs:      # a program has none
-                self.heir = talk
-            self.verbs.get(event, self.hang_up)(talk)
-        except OSError:                 # it hung up in mid-sentence
-            self.hang_up(talk)
-
-    def hang_up(self, talk: Channel) -> None:
-        """End a conversation; the heir's tells the host that there will be none."""
-        for fd in talk.fds:
-            os.close(fd)
-        talk.end.close()
-        if talk in self.talks:
-            self.talks.remove(talk)
-        if talk is self.heir:
-            self.heir = None
-            self.verbs["reclaim"](talk)
-
 
 def dial(files: Files) -> Channel:
     """Return the command's end of a conversation with whoever listens at the control socket."""
@@ -3417,12 +3393,10 @@ F_GET_SEALS, F_SEAL_SHRINK = 1034, 2        # fcntl(2); the module has them sinc
 def is_legacy(fd: int) -> bool:
     """Tell whether it is memory that an heir can map: nobody can cut it, which would be SIGBUS."""
     facts = os.fstat(fd)
-    if not stat.S_ISREG(facts.st_mode) or facts.st_size > MAX_LEGACY:
-        return False
-    try:
-        return bool(fcntl.fcntl(fd, F_GET_SEALS) & F_SEAL_SHRINK)
-    except OSError:                         # a file, no memfd
-        return False
+    is_small_file = stat.S_ISREG(facts.st_mode) and facts.st_size <= MAX_LEGACY
+    with contextlib.suppress(OSError):      # a file, no memfd
+        return is_small_file and bool(fcntl.fcntl(fd, F_GET_SEALS) & F_SEAL_SHRINK)
+    return False
 
 
 
