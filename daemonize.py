@@ -262,6 +262,8 @@ def describe(status: int) -> str:
 
 
 # -- 2. Who and where --------------------------------------------------------
+# All of this is asked in step 1, and the answers travel in a Plan: later there are a jail, another
+# user and another folder, in each of which the same question has another answer.
 
 class Identity(NamedTuple):
     """The user that the daemon becomes; name is "" where the passwd database has no entry."""
@@ -678,6 +680,8 @@ def open_log(path: str, identity: Optional[Identity]) -> int:
     Runs as: root; in a folder that others may change, with the user's rights.
     See: open(2) O_APPEND; twistd: startLogger.
     """
+    # Asked before it is opened: only what we made is given away.  (In a safe folder nobody else
+    # can have made it in between.)
     is_new, owner = not exists(path), identity.uid if identity else os.geteuid()
     with careful(path, identity) as is_safe:
         fd = open_regular(path, os.O_WRONLY | os.O_APPEND, 0o640, is_log=True)
@@ -735,6 +739,9 @@ class Opened(NamedTuple):
 
 def open_files(plan: Plan, lock: int, control: Optional[socket.socket]) -> Opened:
     """Step 3.  Open what the daemon's user could not open, or could be tricked with, later.
+
+    All of it at once, and by descriptors from then on: a name is looked up by root once, when
+    only root's and the caller's own hands can have been at it.
 
     Runs as: root.  See: open(2); twistd: startLogger, openPIDFile.
     """
@@ -813,6 +820,7 @@ def make_folder(folder: str, mode: int, identity: Optional[Identity]) -> bool:
         fd = os.open(folder, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         with trying_to("give %s to its user" % folder, NEEDS_CAPABILITIES):
+            # The mode first: afterwards it is another's, and that would need CAP_FOWNER, too.
             os.fchmod(fd, mode)
             if identity is not None:
                 os.fchown(fd, identity.uid, identity.gid)
@@ -1085,6 +1093,8 @@ def make_own_folder(plan: Plan) -> bool:
 # A process that forks another one talks to it in lines of JSON, over a socket pair.  Who says
 # what stands over the sections that speak: 7 (a start), 10 (a command and its daemon), 16 (the
 # daemon and a worker).  The other end may lie, or be dead: so there is a limit to everything.
+# A socket pair and not a pipe, since descriptors travel, too; and whoever dies is noticed by the
+# end of it, at once, without a signal and without a look at a pid that could be another's.
 
 ENDED, LATE = "", "\0late"      # what receive() returns for want of a message; nobody can send it
 
@@ -1253,6 +1263,7 @@ def live(life: Callable[[Channel], Any], channel: Channel) -> None:
     """Live a child's life, and end with it."""
     status = 1
     try:
+        # In this order: what came meanwhile is ours, and meets no handler of the parent's.
         reset_handlers()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
         life(channel)
@@ -1627,6 +1638,11 @@ def switch_user(identity: Optional[Identity]) -> None:
 
 
 # -- 9. Being the daemon -----------------------------------------------------
+# Why this order?  The stdio moves before anything else can fail: from then on the log has it.  The
+# jail is entered before the user changes, since chroot(2) is root's; nothing of yours has run as
+# root but the import and bind().  The children come before the place: as long as the old daemon has
+# it, a new one that cannot serve costs nothing.  At the end it is the reverse: first the children
+# go, then the pidfile is emptied, so that an empty pidfile means that nothing is left.
 
 def begin(start: Start) -> int:
     """Be the daemon: leave the terminal, then steps 5 to 8; return the exit status."""
@@ -1639,6 +1655,7 @@ def begin(start: Start) -> int:
     faulthandler.enable(2)
     if start.plan.chroot or start.plan.identity:
         # What is imported late must be here by now: a jail has no library, a user may not read it.
+        # Not without need: a daemon keeps what it has imported.
         import json, subprocess, threading, traceback       # noqa: F401
         if start.plan.kind == "program":
             prctl(PR_GET_DUMPABLE, 0)               # which changes nothing, but imports ctypes
@@ -1648,7 +1665,11 @@ def begin(start: Start) -> int:
 
 
 def take_place(start: Start, **facts: Any) -> None:
-    """Become the daemon of this pidfile, at the command's word.  The picture is in section 7."""
+    """Become the daemon of this pidfile, at the command's word.  The picture is in section 7.
+
+    "go" is waited for, since the command has something to do in between that may fail: it notes
+    the start.  Who took the place at once would have to give it back then, seen by monitors.
+    """
     opened, report = start.opened, start.report
     if report is not None:
         report.tell("ready", pid=os.getpid(), **facts)
@@ -1728,7 +1749,8 @@ class Host:
                 os.setpgid(0, 0)
             for end in self.ends:
                 end.close()
-            # Harmless for the lock: that is the daemon's, and fork(2) gave us none to lose.
+            # Who takes a worker over shall find neither of them.  Harmless for the lock: that is
+            # the daemon's, and fork(2) gave us none to lose.
             os.close(self.opened.pidfile)
             os.close(self.opened.lock)
             life(channel)
@@ -1911,7 +1933,8 @@ class Daemon:
                     self.accept()
                 elif source in self.talks:      # else the call just now drove it out
                     self.answer(source)
-            # The dead first: a signal that asks for a reload shall find the living.
+            # The dead first: a signal that asks for a reload shall find the living.  Who is
+            # missing last: a reload has just brought a full set.
             self.host.reap()
             self.on_signals()
             self.host.tend()
@@ -1977,7 +2000,8 @@ class Daemon:
         finally:
             if self.host.is_owner:
                 finish(self.start.opened, self.pid)
-                call(self.start.server, "server_close")     # when we leave, that is the heir's now
+                # Last, and not when we leave: what it removes (a unix socket's name) is the heir's.
+                call(self.start.server, "server_close")
 
     def accept(self) -> None:
         """Take a command's call; anybody's but ours and root's is hung up."""
@@ -1991,6 +2015,7 @@ class Daemon:
             return
         end.settimeout(ANSWER)
         self.host.ends.append(end)
+        # It is in before the oldest is out: so whoever calls is heard, however many say nothing.
         self.talks.append(Channel(end))
         silent = [talk for talk in self.talks if talk is not self.heir]
         if len(silent) > MAX_TALKS:     # who says nothing shall keep nobody out
@@ -2020,7 +2045,7 @@ class Daemon:
             self.verbs["reclaim"](talk)
 
     def answer_status(self, talk: Channel) -> None:
-        """Say how we are."""
+        """Say how we are; the log's size by its fd, for its name may be outside of our jail."""
         path = self.plan.files.logfile
         talk.send("status", said=dict(
             self.host.facts(), restarts=self.host.restarts, last_error=self.host.last_error,
@@ -2031,7 +2056,10 @@ class Daemon:
         talk.send("reloaded", reason=self.reload(talk.fds))
 
     def reload(self, new_log: List[int]) -> str:
-        """Have all files read again; return why not, "" if done."""
+        """Have all files read again; return why not, "" if done.
+
+        systemd hears of the beginning, too: else `systemctl reload` would not wait for the end.
+        """
         notify(self.start, "RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
         reason = self.host.reload(new_log)
         if reason:
@@ -2223,6 +2251,8 @@ def end_daemon(target: Target, timeout: float, is_told: bool = False) -> bool:
 
 
 # -- 12. Programs ------------------------------------------------------------
+# Nobody can ask a program whether it serves.  So two signs must do: exec(2) closes its end of the
+# channel (what failed before that is said there), and it is alive a moment later.
 
 class Program(Host):
     """Any program, as the daemon's child: it gets SIGHUP at `reload`, and may be started again.
@@ -2257,6 +2287,7 @@ class Program(Host):
 
     def execute(self, channel: Channel) -> None:
         """Become the program.  See: execve(2)."""
+        # First: whatever follows may take its time, and the daemon may be killed meanwhile.
         die_with_parent()
         # execve(2) resets handlers, but what is ignored stays so; `yes | head` relies on SIGPIPE.
         handle({signal.SIGPIPE, signal.SIGXFSZ}, signal.SIG_DFL)
@@ -2284,6 +2315,7 @@ class Program(Host):
 
     def reload(self, new_log: List[int]) -> str:
         """Pass SIGHUP on, if the program has a handler: else it would die of it."""
+        # The log first, and in any case: what is refused below is the signal.
         reason = self.reopen(new_log)
         for child in self.children:
             if not handles(child.pid, signal.SIGHUP):
@@ -2327,6 +2359,10 @@ def check_program(plan: Plan, inherited: Inherited) -> None:
 
 
 # -- 13. The commands --------------------------------------------------------
+# Each takes the turn first, and looks second: what it has seen stays so until it gives the turn
+# back.  Only `status` and `reload` go without: they change nothing that another one relies on, and
+# shall not wait for a start that hangs.  And all but `start` and `run` ask first whether the name
+# is known at all: to stop, or look at, what never ran shall leave no lock file behind.
 
 # -- 13.1 start ---------------------------------------------------------------
 
@@ -2342,7 +2378,11 @@ def start(plan: Plan) -> int:
 
 
 def tell_running(plan: Plan, record: Optional[Record], pid: int) -> None:
-    """Say that it runs already; and what is not as it was asked for."""
+    """Say that it runs already; and what is not as it was asked for.
+
+    Another program under that name is a failure: who is told "already running" believes that
+    what was asked for serves.  Other options are none: cron starts each minute.
+    """
     if record and (record.kind, record.hosted) != (plan.kind, plan.hosted):
         raise Fatal("unable to start %s: the name is held by pid %d, which hosts %s\n"
                     "try: --name" % (plan.hosted, pid, record.hosted))
@@ -2386,6 +2426,8 @@ def launch(plan: Plan, turn: Turn, inherited: Inherited) -> None:
         raise Late("unable to tell whether %s has started\ntry: daemonize.py status" % plan.name)
     except Fatal as error:              # it says so itself, or is dead: that can be undone
         raise made.undo(error)
+    # Before the turn is given back: until it is gone the starter holds byte 2.  And greeted last:
+    # who reads that may type the next command.
     made.starter.wait()
     made.starter.end.close()
     greet(plan, facts)
@@ -2437,7 +2479,7 @@ class Made:
         return error
 
     def end_starter(self, starter: Child) -> None:
-        """Have the starter end the daemon, and take back what bind() made."""
+        """Have the starter end the daemon, and undo what bind() made: only it has the server."""
         if starter.result is None:
             os.kill(starter.pid, signal.SIGTERM)
         if not wait_until(lambda: starter.wait(os.WNOHANG) is not None, 2 * ANSWER):
@@ -2476,7 +2518,7 @@ def greet(plan: Plan, facts: Message) -> None:
 
 
 def log_since(plan: Plan, size: int) -> str:
-    """Return the last lines of what was logged beyond that size.
+    """Return the last lines of what was logged beyond that size: by this start, not by an older.
 
     The program's own last words say more than its exit status, and who starts it sees no log.
     """
@@ -2504,6 +2546,8 @@ def stop(plan: Plan) -> int:
             tell_stopped(plan)
         else:
             stop_daemon(plan, turn, pid)
+        # The names last, when nobody holds the lock any more: as long as something of it lives,
+        # monitors find its pid.  Both may be there after a kill -9, too.
         for path in (plan.files.pidfile, plan.files.control):
             with trying_to("remove %s" % path), contextlib.suppress(
                     FileNotFoundError, IsADirectoryError):
@@ -2528,7 +2572,10 @@ def tell_stopped(plan: Plan) -> None:
 
 
 def stop_daemon(plan: Plan, turn: Turn, pid: int) -> None:
-    """End the daemon, and whoever else holds its lock; say so, once it is so."""
+    """End the daemon, and whoever else holds its lock; say so, once it is so.
+
+    "Stopped" is a promise to the next command line (`stop && rm -r ...`, `stop && start`).
+    """
     # The lock decides, here as well: "stopped" is when nobody holds it any more.
     was_killed = end_daemon(Target(turn, pid), plan.options.timeout)
     for _ in range(100):                            # its children, if it let them have the lock
@@ -2555,7 +2602,10 @@ def holder_of(plan: Plan) -> Tuple[Optional[int], Optional[Record]]:
 
 
 def status(plan: Plan) -> int:
-    """Say whether the daemon runs, and what it says of itself; exit status as LSB has it."""
+    """Say whether the daemon runs, and what it says of itself; exit status as LSB has it.
+
+    Whether it runs is the kernel's word alone: a daemon that hangs, and answers nothing, runs.
+    """
     # Without a turn: who only looks must never wait, nor keep others waiting.
     pid, record = holder_of(plan)
     facts = stopped_facts(plan) if pid is None else running_facts(plan, pid, record)
@@ -2653,6 +2703,8 @@ def reload(plan: Plan) -> int:
         reason = hang_up_on(plan, pid)
     else:
         # We open the log for it: it may have no right to do so (root's folder, another's jail).
+        # As whom it runs the kernel says, where its log is the record: not the daemon, which may be
+        # hostile, and not the options that --uid or --logfile would have today.
         fd = open_log(record.logfile, identity_of(pid)) if record and record.logfile else None
         try:
             message = ask(plan.files, pid, "reload", plan.options.start_timeout,
@@ -2671,7 +2723,8 @@ def reload(plan: Plan) -> int:
 def hang_up_on(plan: Plan, pid: int) -> str:
     """Send SIGHUP to a script that handles it; return why not, "" if done.
 
-    The kernel knows (SigCgt in /proc/PID/status): the default action would end it.
+    The kernel knows (SigCgt in /proc/PID/status): the default action would end it.  Through a
+    Target, as for `stop`: the pid is proved to be the daemon's, and signalled as its user.
     """
     if not handles(pid, signal.SIGHUP):
         return "it does not handle SIGHUP, and would end"
@@ -2797,6 +2850,10 @@ def live_in_script(start: Start) -> NoReturn:
 
 
 # -- 15. Applications --------------------------------------------------------
+# Whether a file is an application is asked before it runs: a script that has no bind() would begin
+# its work at the import, as root, and in the starter.  It is loaded there and not in the command,
+# so that `stop` needs no working code.  The options are read twice: in step 1 what we know, after
+# the import all of it, since only then add_arguments() can be asked.
 
 def has_bind(source: str, path: str) -> bool:
     """Tell an application from a script without running it: is `bind` a name of its top level?
@@ -2853,9 +2910,11 @@ def bind_application(plan: Plan, inherited: Inherited) -> Any:
 
     Runs as: root.  See: twistd: privilegedStartService.
     """
-    # First of all: even the import may read a file by a relative name.
+    # First of all: even the import may read a file by a relative name.  (The daemon's own folder
+    # is entered in step 5; a relative path among the options was not meant from there.)
     enter_folder(plan)
-    umask = os.umask(plan.options.umask)        # for __pycache__; what bind() makes is private
+    # For __pycache__, which others may have to read; what bind() makes is private, as before.
+    umask = os.umask(plan.options.umask)
     try:
         module = load(plan.hosted)
     finally:
@@ -2879,7 +2938,10 @@ def enter_folder(plan: Plan) -> None:
 
 
 def private_files(plan: Plan) -> List[str]:
-    """Return our own files, which an application that serves files should serve to nobody."""
+    """Return our own files, which an application that serves files should serve to nobody.
+
+    Also those that are not there yet: a rotated log appears while it serves.
+    """
     files, log = plan.files, plan.files.logfile
     logs = [log] + ["%s.%d" % (log, n + 1) for n in range(plan.options.log_keep)] if log else []
     return [files.pidfile, files.lock, files.control] + logs
@@ -2906,7 +2968,10 @@ def options_for(module: ModuleType, plan: Plan, inherited: Inherited) -> argpars
 
 
 def adopt(fd: int) -> Optional[socket.socket]:
-    """Return the listening stream socket that was passed to us as fd; None for anything else."""
+    """Return the listening stream socket that was passed to us as fd; None for anything else.
+
+    Asked of the kernel: systemd passes what a .socket file says, a hostile daemon what it likes.
+    """
     # What systemd passes is inheritable: each child of ours would hold the port, too.
     os.set_inheritable(fd, False)
     if not stat.S_ISSOCK(os.fstat(fd).st_mode):
@@ -3470,6 +3535,10 @@ def keep_orphans() -> None:
 
 
 # -- 19. The command line ----------------------------------------------------
+# What is wrong with a command line is said before anything happens: no turn is taken, no folder is
+# made.  So the order is: cut at --, read each @FILE (once: it may be a pipe), parse what we know,
+# and only then look up what it names.  A restart needs two things more: which words were typed at
+# all (a default is no word), and these words themselves, for the lock file.
 
 # What can be hosted: what root does for it in step 3, and how it lives from step 7 on.
 HOSTS: Dict[str, Tuple[Callable[[Plan, Inherited], Any], Callable[[Start], int]]] = {
@@ -3715,6 +3784,7 @@ def settle(plan: Plan) -> Plan:
     All of them are outside paths, as the caller sees them, with --chroot as well.
     """
     options, folder, arguments = plan.options, plan.cwd, plan.arguments
+    # First, since it decides how all that follows is read.
     chroot = absolute(options.chroot, folder) if options.chroot else None
     plan = plan._replace(hosted=absolute(options.app, folder) if options.app else APPLICATION)
     if arguments is not None and options.app is None:
@@ -3751,7 +3821,10 @@ def renamed(plan: Plan) -> Plan:
 
 
 def show_help(action: str, typed: List[str], is_program: bool) -> None:
-    """Print the options of the daemon, and of the application that would be started."""
+    """Print the options of the daemon, and of the application that would be started.
+
+    That one is loaded for it, though help should run no code: nobody else knows its options.
+    """
     app = vars(build_parser().parse_known_args(typed)[0]).get("app")
     path = absolute(app, caller_folder()) if app else APPLICATION
     is_loaded = (action in STARTING or action not in COMMANDS) and (app or not is_program)
@@ -3771,13 +3844,14 @@ def main(argv: List[str]) -> int:
     """
     action, (words, arguments) = argv[0] if argv else "start", cut(argv)
     try:
-        open_stdio()
+        open_stdio()            # before we open anything that could become fd 1
         # Ignored signals survive exec: without SIGCHLD no child of ours could be waited for.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         handle({signal.SIGTERM}, signal.default_int_handler)        # a start tidies up
         handle({signal.SIGHUP}, signal.default_int_handler, spares_ignored=True)
         os.umask(0o077)         # what we make is private until a line gives it a mode
         os.environ.setdefault("PATH", PATH)
+        # Before parse(): who asks for help has the rest of the line not right yet.
         if "--version" in words:
             emit(1, "daemonize.py %s\n" % __version__)
         elif {"-h", "--help"} & set(words):
