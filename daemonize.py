@@ -1268,14 +1268,12 @@ def live(life: Callable[[Channel], Any], channel: Channel) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
         life(channel)
         status = 0
-    except SystemExit as error:
-        status = exit_status(error)
-        if isinstance(error.code, str):             # sys.exit("why")
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and not isinstance(error.code, str):
+            status = exit_status(error)
+        else:                                       # sys.exit("why") is said, too
             channel.fail(error)
-            log(error.code)
-    except Exception as error:
-        channel.fail(error)
-        log_fatal(error)
+            log_fatal(error)
     finally:
         # Whatever it was, what lies below us on the stack is our parent's to do.
         if not isinstance(sys.exc_info()[1], Returned):
