@@ -2339,16 +2339,13 @@ def find_program(name: str) -> str:
     raise Fatal("unable to execute %s: %s" % (name, found))
 
 
-def check_program(plan: Plan, inherited: Inherited) -> None:
-    """Step 3 of a program: see the commonest mistakes while nothing is lost, and somebody reads.
+def check_script(plan: Plan, inherited: Inherited) -> None:
+    """Step 3 of a program: see the commonest mistake of who starts a script.
 
-    In a jail they can be seen only from inside.
+    Its path stays as it was typed, for the program may mean something else by that word.  And the
+    program itself is looked up by who executes it: root may not see what is in a user's home.
     """
-    if plan.chroot is not None:
-        return
-    find_program(plan.command[0])
-    script = script_of(plan.command)
-    # A script's path stays as it was typed (the program may mean something else by that word).
+    script = script_of(plan.command) if plan.chroot is None else None
     if script and os.path.exists(plan.hosted) and not os.path.exists(
             os.path.join(plan.rundir, script)):
         cured = plan._replace(words=plan.words + ["--rundir", plan.cwd])
@@ -3380,8 +3377,10 @@ def replace(plan: Plan, turn: Turn, pid: int, has_sockets: bool) -> None:
     except OSError as error:
         warn("pid %d hands nothing over (%s): it is stopped first" % (pid, because(error)))
     if inherited.talk is None:
-        if plan.kind == "program":
-            check_program(plan, inherited)
+        # What can be seen is seen before anything is lost.  (In a jail only from inside.)
+        if plan.kind == "program" and plan.chroot is None:
+            find_program(plan.command[0])
+            check_script(plan, inherited)
         see_out(plan, target, "end")
     try:
         launch(plan, turn, inherited)
@@ -3541,7 +3540,7 @@ def keep_orphans() -> None:
 # What can be hosted: what root does for it in step 3, and how it lives from step 7 on.
 HOSTS: Dict[str, Tuple[Callable[[Plan, Inherited], Any], Callable[[Start], int]]] = {
     "app": (bind_application, lambda start: Daemon(start, Service(start)).live()),
-    "program": (check_program, lambda start: Daemon(start, Program(start)).live()),
+    "program": (check_script, lambda start: Daemon(start, Program(start)).live()),
     "library": (lambda plan, inherited: None, live_in_script)}
 COMMANDS = {"start": start, "stop": stop, "restart": restart, "reload": reload,
             "status": status, "run": run}
