@@ -303,6 +303,7 @@ def look_up_identity(user: Optional[str], group: Optional[str]) -> Optional[Iden
         raise Fatal("unable to switch to %s: only root may" % (user or group))
     gid = None if group is None else look_up(grp.getgrnam, grp.getgrgid, group)
     gid = getattr(gid, "gr_gid", gid)
+    # --gid alone: root stays root, in that group.
     entry = look_up(pwd.getpwnam, pwd.getpwuid, "root" if user is None else user)
     if isinstance(entry, int):
         if gid is None:
@@ -336,7 +337,11 @@ class Files(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a command is to do: made once, in step 1, from what was typed, and never changed."""
+    """What a command is to do: made once, in step 1, from what was typed, and never changed.
+
+    Command, starter, daemon and workers each have a copy: what one of them changed the others
+    would not see.
+    """
     action: str
     name: str
     kind: str                   # a key of HOSTS: "app", "program", "library"
@@ -587,7 +592,8 @@ def open_regular(path: str, flags: int, mode: int, is_log: bool = False) -> int:
         except FileExistsError:
             fd = os.open(path, flags)
         facts = os.fstat(fd)
-    # Asked of the fd: the path may mean another file by now.
+    # Asked of the fd: the path may mean another file by now.  The kind first: what is said of a
+    # folder shall not be that it has several links.
     problem = ""
     if not stat.S_ISREG(facts.st_mode):
         problem = "" if is_log and path == os.devnull else "not a regular file"
@@ -665,7 +671,11 @@ NEEDS_CAPABILITIES = "with CAP_SETUID, CAP_SETGID and CAP_CHOWN, or start as tha
 
 @contextlib.contextmanager
 def careful(path: str, identity: Optional[Identity]) -> Iterator[bool]:
-    """Have root's rights only where nobody else can change the path's folder; yields whether so."""
+    """Have root's rights only where nobody else can change the path's folder; yields whether so.
+
+    On the way to it a sticky folder will do, where nobody can move what is another's.  Not here:
+    in that folder others could make the name first.
+    """
     folder = os.path.dirname(path)
     with trying_to("look at %s" % folder):
         is_safe = os.path.isdir(folder) and is_trusted(folder)
@@ -795,7 +805,10 @@ def write_pidfile(fd: int, pid: int) -> None:
 
 
 def read_pidfile(path: str) -> str:
-    """Return what the pidfile says, "" if it is empty or absent.  It informs, it proves nothing."""
+    """Return what the pidfile says, "" if it is empty or absent.  It informs, it proves nothing.
+
+    The folder may be another's: a link there is not followed, a FIFO not waited for, but said.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(fd, "rb") as stream:
@@ -1173,7 +1186,10 @@ class Channel:
         return {"event": ENDED}
 
     def take(self) -> bytes:
-        """Return what can be read now, b"" at the end.  See: cmsg(3)."""
+        """Return what can be read now, b"" at the end.  See: cmsg(3).
+
+        Close-on-exec from the first moment: another thread may fork and exec in between.
+        """
         try:
             data, ancillary, _, _ = self.end.recvmsg(MAX_MESSAGE, socket.CMSG_SPACE(4 * MAX_FDS),
                                                      getattr(socket, "MSG_CMSG_CLOEXEC", 0))
@@ -1231,7 +1247,7 @@ class Child(Channel):
         if self.result is None:
             os.kill(self.pid, signal.SIGKILL)
             self.wait()
-        self.end.close()
+        self.end.close()            # the end of a stream can be read for ever: nobody shall poll it
 
 
 class Returned(BaseException):
@@ -1285,6 +1301,7 @@ def live(life: Callable[[Channel], Any], channel: Channel) -> None:
 def failure(child: Channel, message: Message) -> Fatal:
     """Return as an exception what was said instead of what was due."""
     if message["event"] == "fatal":
+        # No other status, for who says it may have been taken over: 3 or 130 mean something else.
         status = 2 if message.get("status") == 2 else 1
         return Fatal(str(message.get("text")), status, str(message.get("trace", "")))
     if not isinstance(child, Child):
@@ -1303,6 +1320,7 @@ def expect(waiting: Sequence[Channel], word: str, seconds: float,
     Raises Fatal when one of all ends, or says anything else, and Late when the time is up.
     """
     deadline, missing, message = time.monotonic() + seconds, list(waiting), {}
+    # Also when nobody is missing any more: who has died since is noticed before we go on.
     while missing or readable(watched, 0):
         # One poll for all: the first that fails shall be heard before the slowest that does not.
         heard = readable(missing + list(watched), deadline)
@@ -1788,7 +1806,10 @@ class Host:
                 self.on_death(child, status)
 
     def on_death(self, child: Child, status: int) -> None:
-        """Note an unexpected death; the pause before the next start grows while they die young."""
+        """Note an unexpected death; the pause before the next start grows while they die young.
+
+        Without it bad code would fill the log, and keep a core busy with nothing but forks.
+        """
         self.complain("%s %d %s" % (self.plan.name, child.pid, describe(status)))
         # SIGKILL comes from outside (a person, the OOM killer) and tells nothing of the code.
         is_killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
@@ -1915,6 +1936,7 @@ class Daemon:
         def on_signal(signum: int, frame: Optional[FrameType]) -> None:
             if os.getpid() == self.pid:             # else a child of Python 3.6, before its exec
                 self.signals.add(signum)
+        # Before the handlers: a signal that is noted, and wakes nobody, would wait for the tick.
         signal.set_wakeup_fd(self.waker.fileno())
         # What run's caller ignores stays so: nohup means SIGHUP, `&` in a script SIGINT.
         handle(HANDLED, on_signal, spares_ignored=self.start.session is None)
@@ -1957,7 +1979,10 @@ class Daemon:
             self.host.reopen([])
 
     def look_around(self) -> None:
-        """Notice what gives no sign of its own."""
+        """Notice what gives no sign of its own; say it once, for it will not change.
+
+        While the daemon lives nothing else depends on that name: so it goes on serving.
+        """
         if not self.is_warned and os.fstat(self.start.opened.lock).st_nlink == 0:
             self.is_warned = True
             self.host.complain("somebody removed %s: commands will not find us"
@@ -1975,6 +2000,7 @@ class Daemon:
 
     def family(self) -> List[Process]:
         """Return all of ours that still lives; in a jail without /proc, our children."""
+        # First: who is waited for has no group to be asked for, and its number may be another's.
         self.host.reap()
         members = {process.pid: process for process in family(self.start.session)}
         for child in self.host.children + self.host.leaving:
@@ -1986,7 +2012,7 @@ class Daemon:
         """End what we have started, then empty the pidfile."""
         # A second SIGTERM, or Ctrl-C, shall not cut this short.
         handle(HANDLED - {signal.SIGCHLD}, do_nothing)
-        signal.set_wakeup_fd(-1)
+        signal.set_wakeup_fd(-1)        # nobody empties it any more, and Python minds a full one
         notify(self.start, "STOPPING=1")
         self.tell_family(signal.SIGTERM)
         try:
@@ -2011,8 +2037,9 @@ class Daemon:
         if peer_of(end)[1] not in (None, 0, os.getuid()):
             end.close()
             return
+        # For what we answer: who asks, and reads nothing, shall not hold us up.
         end.settimeout(ANSWER)
-        self.host.ends.append(end)
+        self.host.ends.append(end)      # a child that had it would keep the command waiting
         # It is in before the oldest is out: so whoever calls is heard, however many say nothing.
         self.talks.append(Channel(end))
         silent = [talk for talk in self.talks if talk is not self.heir]
@@ -2485,7 +2512,11 @@ class Made:
 
 
 def tidy(plan: Plan, new: List[str], is_alone: bool = True) -> None:
-    """Remove what a failed start made, but a log that says something; empty an older pidfile."""
+    """Remove what a failed start made, but a log that says something; empty an older pidfile.
+
+    That one was there before us, and so stays; but it must name nobody, unless (not is_alone) it
+    is the pidfile of a daemon that goes on: of the predecessor of an heir that failed.
+    """
     # By lstat, and with the user's rights for the log: its folder may lead elsewhere by now.
     for path in sorted(new, key=len, reverse=True):     # what is in a folder before the folder
         identity = plan.identity if path == plan.files.logfile else None
@@ -2506,6 +2537,7 @@ def greet(plan: Plan, facts: Message) -> None:
     """Say that it runs, where, and what it has to say once."""
     where = ", listening on %s" % facts["addresses"] if facts.get("addresses") else ""
     pid = str(facts.get("pid"))
+    # replace(), and not "%": a message of somebody's may have another % in it, or none.
     text = plan.startmsg or "%s is running with pid %s%s" % (plan.name, pid, where)
     tell(plan, text.replace("%s", pid))
     if facts.get("greeting"):
@@ -2622,13 +2654,17 @@ def stopped_facts(plan: Plan) -> Message:
     if not content:
         return {"name": plan.name, "state": "not running", "pidfile": path}
     facts = {"name": plan.name, "state": "dead", "pidfile": path, "content": content}
+    # Where the folder is another's it may hold anything: what is no pid is shown, and no more.
     if content.isdecimal() and len(content) < 10 and look_at(int(content)):
         facts["note"] = "pid %s belongs to a stranger now" % content
     return facts
 
 
 def running_facts(plan: Plan, pid: int, record: Optional[Record]) -> Message:
-    """Return what the daemon says, and above it what the kernel says."""
+    """Return what the daemon says, and above it what the kernel says.
+
+    A daemon that does not answer is no failure of ours: that is what was to be found out.
+    """
     facts, ids = {}, ids_of(pid)        # type: Message, Any
     # A script with startstop() has no control socket: the kernel's facts must do.
     if record is None or record.kind != "library":
@@ -2682,7 +2718,7 @@ def report_of(facts: Message) -> str:
 
 
 def words_of(value: Any) -> str:
-    """Return a fact in one line."""
+    """Return a fact in one line: what an application says shall not look like a line of ours."""
     if isinstance(value, list):
         value = " ".join(map(str, value))
     return str(value).replace("\n", "\\n")
@@ -2701,6 +2737,7 @@ def reload(plan: Plan) -> int:
         # As whom it runs the kernel says, where its log is the record: not the daemon, which may be
         # hostile, and not the options that --uid or --logfile would have today.
         fd = open_log(record.logfile, identity_of(pid)) if record and record.logfile else None
+        # As long as a start may take: fresh workers have to prove themselves.
         try:
             message = ask(plan.files, pid, "reload", plan.options.start_timeout,
                           [] if fd is None else [fd])
@@ -2852,6 +2889,8 @@ def live_in_script(start: Start) -> NoReturn:
 
 def has_bind(source: str, path: str) -> bool:
     """Tell an application from a script without running it: is `bind` a name of its top level?
+
+    By Python's own symbol table: the word may also stand in a string, or in another function.
 
     >>> has_bind("try:\\n    from a import bind\\nexcept ImportError: pass", "x.py")
     True
@@ -3384,23 +3423,28 @@ def replace(plan: Plan, turn: Turn, pid: int, has_sockets: bool) -> None:
         see_out(plan, target, "end")
     try:
         launch(plan, turn, inherited)
-    except Late:
+    except Late:                        # then it cannot be told who runs
         raise
-    except KeyboardInterrupt:
-        if lock_holder(turn.fd, INSTANCE) is None:
-            warn("nothing runs now")
-        raise
-    except Exception as error:
-        fatal, is_old = as_fatal(error), lock_holder(turn.fd, INSTANCE) == pid
-        raise Fatal("%s\ndaemonize: fatal: %s" % (
-            fatal, "the old one keeps serving with pid %d" % pid if is_old else "nothing runs now"),
-            fatal.status, fatal.trace)
+    except (Exception, KeyboardInterrupt) as error:
+        raise with_outcome(error, pid, lock_holder(turn.fd, INSTANCE))
     if inherited.talk is not None:
         # The heir has them now.  Not by close(2): that may linger; exit(2) does not.
         for end in [inherited.talk.end, inherited.control] + list(inherited.sockets):
             if end is not None:
                 end.detach()
         see_out(plan, target, "drain")
+
+
+def with_outcome(error: BaseException, pid: int, holder: Optional[int]) -> BaseException:
+    """Return why a restart failed, with what that means for who is served: whom the lock names."""
+    is_old = holder == pid
+    outcome = "the old one keeps serving with pid %d" % pid if is_old else "nothing runs now"
+    if isinstance(error, Exception):
+        fatal = as_fatal(error)
+        return Fatal("%s\ndaemonize: fatal: %s" % (fatal, outcome), fatal.status, fatal.trace)
+    if holder is None:                  # Ctrl-C: who pressed it asks no more, unless all is lost
+        warn(outcome)
+    return error
 
 
 def see_out(plan: Plan, target: Target, how: str) -> None:
