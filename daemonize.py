@@ -1739,7 +1739,7 @@ class Host:
     """What a daemon hosts, and the children that it lives in: the same for a program and workers.
 
     Hosts override: bring_up (start children, see them prove themselves), introduce (facts for
-    the command), settle (we have the place), on_death, tend, on_end, reload, facts.
+    the command), settle (we have the place), on_death, tend, on_end, reload, reclaim, facts.
 
     Instance variables: children, at work; leaving, told to drain; ends, sockets that no child may
     have; is_owner, pidfile and instance lock are ours; is_over, the loop may end.
@@ -1755,6 +1755,7 @@ class Host:
         self.restarts, self.pause, self.next_start = 0, 0.0, 0.0
         self.last_error = ""
         self.verbs: Dict[str, Callable[[Channel], None]] = {}
+        self.heir: Optional[Channel] = None         # the conversation that took our sockets
         talks = (start.report, start.inherited.talk, start.leash)
         self.ends = [talk.end for talk in talks if talk is not None]
 
@@ -1875,6 +1876,9 @@ class Host:
         """
         raise NotImplementedError
 
+    def reclaim(self) -> None:
+        """Be the daemon again in all: the heir hung up, and has not told us to leave."""
+
     def facts(self) -> Message:
         """Return what is to be said of what is hosted."""
         return {}
@@ -1888,8 +1892,7 @@ class Daemon:
     under way keeps a status waiting, no worker.
 
     Instance variables: verbs, what commands may ask for: methods, ours or the host's, that get
-    the conversation, and answer on it; talks, the conversations, the longest silent first; heir,
-    the one of them that took our sockets.
+    the conversation, and answer on it; talks, the conversations, the longest silent first.
     """
 
     def __init__(self, start: Start, host: Host) -> None:
@@ -1907,7 +1910,6 @@ class Daemon:
         host.ends += [self.wake, self.waker, self.control]
         self.verbs = dict(host.verbs, status=self.answer_status, reload=self.answer_reload)
         self.talks: List[Channel] = []
-        self.heir: Optional[Channel] = None
 
     def live(self) -> int:
         """Step 7.  Start the children, take the place; then do what comes, until it is over.
@@ -2042,7 +2044,7 @@ class Daemon:
         self.host.ends.append(end)      # a child that had it would keep the command waiting
         # It is in before the oldest is out: so whoever calls is heard, however many say nothing.
         self.talks.append(Channel(end))
-        silent = [talk for talk in self.talks if talk is not self.heir]
+        silent = [talk for talk in self.talks if talk is not self.host.heir]
         if len(silent) > MAX_TALKS:     # who says nothing shall keep nobody out
             self.hang_up(silent[0])
 
@@ -2052,8 +2054,6 @@ class Daemon:
         if event == LATE:               # half a line, so far
             return
         try:
-            if event == "sockets" and event in self.verbs:      # a program has none
-                self.heir = talk
             self.verbs.get(event, self.hang_up)(talk)
         except OSError:                 # it hung up in mid-sentence
             self.hang_up(talk)
@@ -2065,9 +2065,9 @@ class Daemon:
         talk.end.close()
         if talk in self.talks:
             self.talks.remove(talk)
-        if talk is self.heir:
-            self.heir = None
-            self.verbs["reclaim"](talk)
+        if talk is self.host.heir:
+            self.host.heir = None
+            self.host.reclaim()
 
     def answer_status(self, talk: Channel) -> None:
         """Say how we are; the log's size by its fd, for its name may be outside of our jail."""
@@ -3068,7 +3068,7 @@ class Service(Host):
         self.obstacle = self.opened.obstacle        # why the log is not rotated; "" if it is
         # Who asked for us, until we are ready: if it is gone, so are we.
         self.callers = [start.report] if start.report is not None else []
-        self.verbs = {"sockets": self.hand_over, "leave": self.leave, "reclaim": self.reclaim}
+        self.verbs = {"sockets": self.hand_over, "leave": self.leave}
 
     def bring_up(self) -> None:
         """Start the workers; an heir's accept nobody yet: no client shall meet both in turn."""
@@ -3259,6 +3259,7 @@ class Service(Host):
 
         Control socket, listening sockets, memory, in this order; the other side looks itself.
         """
+        self.heir = talk                # first: if it is gone already, we are the daemon again
         sockets = list(getattr(self.server, "sockets", []))[:MAX_FDS - 2]
         legacy = getattr(self.server, "legacy", None)
         assert self.opened.control is not None
@@ -3276,7 +3277,7 @@ class Service(Host):
         # With this, whom lock_holder() names is the heir.
         fcntl.lockf(self.opened.lock, fcntl.LOCK_UN, 1, INSTANCE)
 
-    def reclaim(self, talk: Channel) -> None:
+    def reclaim(self) -> None:
         """Be the daemon again in all: the heir hung up, and has not told us to leave."""
         if self.is_owner:
             write_pidfile(self.opened.pidfile, os.getpid())
