@@ -1238,16 +1238,21 @@ class Child(Channel):
         """Return its wait status, None if it lives (with WNOHANG)."""
         if self.result is None:
             pid, status = os.waitpid(self.pid, options)
-            # Kept: a second waitpid(2) on that number could wait for a stranger.
-            self.result = status if pid else None
+            if pid:
+                self.bury(status)
         return self.result
+
+    def bury(self, status: int) -> None:
+        """Note that it is dead, and what wait(2) said."""
+        # Kept: a second waitpid(2) on that number could wait for a stranger.
+        self.result = status
+        self.end.close()            # the end of a stream can be read for ever: nobody shall poll it
 
     def kill(self) -> None:
         """End it for good.  Nobody has waited for it: so the pid is still its own."""
         if self.result is None:
             os.kill(self.pid, signal.SIGKILL)
             self.wait()
-        self.end.close()            # the end of a stream can be read for ever: nobody shall poll it
 
 
 class Returned(BaseException):
@@ -1797,8 +1802,7 @@ class Host:
 
     def bury(self, child: Child, status: int) -> None:
         """Strike a dead child off the list."""
-        child.result = status
-        child.end.close()
+        child.bury(status)
         if child in self.leaving:
             self.leaving.remove(child)
         else:
@@ -2252,7 +2256,6 @@ def as_user(identity: Optional[Identity], action: Callable[[], Any]) -> None:
             sys.exit(error.errno)
     child = fork(lambda channel: act(identity))
     result = os.WEXITSTATUS(child.wait() or 0)
-    child.end.close()
     if result:
         raise OSError(result, os.strerror(result))
 
@@ -2451,7 +2454,6 @@ def launch(plan: Plan, turn: Turn, inherited: Inherited) -> None:
     # Before the turn is given back: until it is gone the starter holds byte 2.  And greeted last:
     # who reads that may type the next command.
     made.starter.wait()
-    made.starter.end.close()
     greet(plan, facts)
 
 
@@ -2508,7 +2510,6 @@ class Made:
             # It hangs.  Its number, and its session's, is its own while nobody has waited for it.
             signal_each([p for p in processes() if p.sid == starter.pid], signal.SIGKILL, False)
             starter.kill()
-        starter.end.close()
 
 
 def tidy(plan: Plan, new: List[str], is_alone: bool = True) -> None:
