@@ -356,7 +356,7 @@ class Plan(NamedTuple):
     identity: Optional[Identity]
     chroot: Optional[str]
     rundir: str                 # as it is called inside the chroot
-    options: argparse.Namespace         # what was typed, and DEFAULTS, as they are
+    options: argparse.Namespace         # what was typed, and defaults, as they are
     stdin: str = os.devnull
     stderr: Optional[str] = None        # of a library's daemon, where it has a file of its own
     startmsg: str = ""
@@ -2986,7 +2986,7 @@ def options_for(module: ModuleType, plan: Plan, inherited: Inherited) -> argpars
     """Return what bind() gets: the application's own options, and a written list of ours."""
     # One parser knows all options, so that a typo in either half is refused.
     parsed = vars(build_parser(module).parse_args(plan.spoken))
-    foreign = set(vars(build_parser(ModuleType("nothing")).parse_args([])))
+    foreign = set(vars(build_parser(NOTHING).parse_args([])))
     uid, gid = plan.identity[:2] if plan.identity else (None, None)
     ours = {"action": plan.action, "name": plan.name, "sockets": list(inherited.sockets),
             "legacy": inherited.legacy, "uid": uid, "gid": gid, "chroot": plan.chroot,
@@ -3601,11 +3601,9 @@ EXAMPLES = """@FILE reads options from FILE (shell quoting, # comments).  Exampl
   daemonize.py start --uid nobody --bind :80
   daemonize.py start -- python3 $PWD/FILE.py
   daemonize.py start --name nap -- sleep 1000"""
-DEFAULTS = {"app": None, "name": None, "pidfile": None, "logfile": None, "rundir": None,
-            "chroot": None, "umask": UMASK, "uid": None, "gid": None, "workers": None,
-            "respawn": False, "timeout": TIMEOUT, "start_timeout": START_TIMEOUT,
-            "log_bytes": LOG_BYTES, "log_keep": LOG_KEEP, "quiet": False,
-            "json": False}              # type: Dict[str, Any]
+DEFAULTS = {"umask": UMASK, "timeout": TIMEOUT, "start_timeout": START_TIMEOUT,
+            "log_bytes": LOG_BYTES, "log_keep": LOG_KEEP}       # of all others: None, or False
+NOTHING = ModuleType("nothing")         # an application without options
 
 
 def refuse(message: str, cure: str = "daemonize.py -h") -> NoReturn:
@@ -3643,16 +3641,14 @@ def build_parser(application: Optional[ModuleType] = None) -> argparse.ArgumentP
         "       daemonize.py ACTION [options] -- COMMAND [ARG ...]",
         description=HELP, epilog=EXAMPLES)
     parser.error = refuse       # type: ignore[method-assign]
+    parser.set_defaults(**DEFAULTS if application else {})
     add_options(parser.add_argument_group("daemon options").add_argument)
     getattr(application, "add_arguments", lambda parser: None)(parser)
     return parser
 
 
 def add_options(add: Callable[..., Any]) -> None:
-    """Add the daemon's own options; what stands in brackets is the default.
-
-    The defaults themselves stand in DEFAULTS: here they would hide what was typed.
-    """
+    """Add the daemon's own options; what stands in brackets is the default, see DEFAULTS."""
     seconds: Dict[str, Any] = dict(metavar="SECONDS", type=bounded(float, 0, 1e6))
     add("--app", metavar="FILE.py", help="application to host (%s)" % os.path.basename(APPLICATION))
     add("--name", help="name of the daemon and its files (that of what it hosts)")
@@ -3800,7 +3796,7 @@ def parse(argv: List[str], folder: Optional[str] = None) -> Plan:
         refuse("expected one of %s, not %r" % (", ".join(COMMANDS), action))
     parser, (words, spoken) = build_parser(), expand(argv[1:], folder)
     typed, foreign = parser.parse_known_args(spoken)
-    options = argparse.Namespace(**dict(DEFAULTS, **vars(typed)))
+    options = build_parser(NOTHING).parse_args([], argparse.Namespace(**vars(typed)))
     is_program = arguments is not None and options.app is None
     # Whoever types one more word than these means a new set of options, and the whole set.
     is_bare = action == "restart" and not is_program and not foreign and set(vars(typed)) <= NEUTRAL
