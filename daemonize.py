@@ -342,23 +342,26 @@ class Plan(NamedTuple):
     Command, starter, daemon and workers each have a copy: what one of them changed the others
     would not see.
     """
+    # What was typed, and parsed:
     action: str
-    name: str
-    kind: str                   # a key of HOSTS: "app", "program", "library"
-    hosted: str                 # the file that is hosted, or the program as it was typed
-    command: List[str]          # of a program, with its path made absolute
-    words: List[str]            # what was typed between ACTION and --
+    words: List[str]            # between ACTION and --
     spoken: List[str]           # the same, with each @FILE read
-    arguments: Optional[List[str]]      # what was typed after --; None: there was none
+    arguments: Optional[List[str]]      # after --; None: there was none
     cwd: str                    # the folder in which it was typed
     is_bare: bool               # of restart: with the options of the last start
-    files: Files
-    identity: Optional[Identity]
-    chroot: Optional[str]
-    rundir: str                 # as it is called inside the chroot
-    options: argparse.Namespace         # what was typed, and defaults, as they are
+    options: argparse.Namespace         # with defaults, as they are
+    # What settle() has found out of it:
+    name: str = ""
+    kind: str = "app"           # a key of HOSTS: "app", "program", "library"
+    hosted: str = ""            # the file that is hosted, or the program as it was typed
+    command: Tuple[str, ...] = ()       # of a program, with its path made absolute
+    files: Files = Files("", None, "")
+    identity: Optional[Identity] = None
+    chroot: Optional[str] = None
+    rundir: str = "/"           # as it is called inside the chroot
+    # Of a script with startstop():
     stdin: str = os.devnull
-    stderr: Optional[str] = None        # of a library's daemon, where it has a file of its own
+    stderr: Optional[str] = None        # where it has a file of its own
     startmsg: str = ""
 
 
@@ -3715,7 +3718,7 @@ def expand(typed: List[str], folder: str) -> Tuple[List[str], List[str]]:
 INTERPRETER = r"(python|pypy|perl|ruby|node|php|lua|sh|bash|dash|zsh|ksh|ash)[0-9.]*"
 
 
-def script_of(command: List[str]) -> Optional[str]:
+def script_of(command: Sequence[str]) -> Optional[str]:
     """Return the FILE in `python3 FILE`, `sh FILE` and their like.
 
     >>> script_of(["/usr/bin/python3.8", "-u", "a.py", "b"]), script_of(["sh", "-c", "a"])
@@ -3810,9 +3813,7 @@ def parse(argv: List[str], folder: Optional[str] = None) -> Plan:
         is_name = len(foreign) == 1 and foreign[0][0] != "-" and not is_program
         refuse("unrecognized arguments: %s" % " ".join(foreign),
                "daemonize.py %s --name %s" % (action, foreign[0]) if is_name else "daemonize.py -h")
-    # What was typed, and nothing else; settle() looks it all up.
-    plan = settle(Plan(action, "", "app", "", [], words, spoken, arguments, folder, is_bare,
-                       Files("", None, ""), None, None, "/", options))
+    plan = settle(Plan(action, words, spoken, arguments, folder, is_bare, options))
     is_known = action in ("start", "run") or options.name or options.app or is_program
     return plan if is_known or not options.pidfile else renamed(plan)
 
@@ -3834,7 +3835,7 @@ def settle(plan: Plan) -> Plan:
         # In a jail it is the jail's, as in chroot(8).
         program = absolute(program, "/" if chroot else folder) if "/" in program else program
         hosted = absolute(script, "/" if chroot else folder) if script else program
-        plan = plan._replace(kind="program", hosted=hosted, command=[program] + arguments[1:])
+        plan = plan._replace(kind="program", hosted=hosted, command=(program, *arguments[1:]))
     rundir = "/" if options.rundir is None else inside(absolute(options.rundir, folder), chroot)
     if rundir is None:
         raise Fatal("unable to use --rundir %s: it is not below --chroot" % options.rundir, 2)
