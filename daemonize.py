@@ -971,8 +971,8 @@ class Lock:
             process = look_at(record.pid)
             pid = record.pid if process and process.birth == record.birth else None
         if pid in (None, -1):
-            check_orphan(self.plan)
-        return None if pid == -1 else pid
+            return check_orphan(self.plan, lambda: max(0, lock_holder(self.fd, INSTANCE) or 0))
+        return pid
 
     def record(self) -> Optional[Record]:
         """Return what was noted of the last start, None if none has succeeded yet."""
@@ -1006,17 +1006,23 @@ class Lock:
             os.ftruncate(self.fd, len(data))
 
 
-def check_orphan(plan: Plan) -> None:
+def check_orphan(plan: Plan, look_again: Callable[[], int]) -> Optional[int]:
     """Refuse to call a daemon dead that answers, though somebody removed its lock file.
 
     Where the folder is another user's, anybody of that user could answer there: not believed.
+    And without a turn it may have come to its place since the lock was looked at: so that is done
+    again, and its answer returned; None if nobody answers.
     """
     with contextlib.suppress(OSError):
         pid, uid = listener_of(plan.files)
         is_ours = uid in (0, os.geteuid()) or is_trusted(plan.files.folder)
         if pid and look_at(pid) and is_ours:
-            raise Fatal("unable to tell whether %s runs: pid %d answers at %s, but its lock was "
-                        "removed\ntry: kill %d" % (plan.name, pid, plan.files.control, pid))
+            again = look_again()
+            if not again:
+                raise Fatal("unable to tell whether %s runs: pid %d answers at %s, but its lock "
+                            "was removed\ntry: kill %d" % (plan.name, pid, plan.files.control, pid))
+            return again
+    return None
 
 
 class Turn(Lock):
@@ -2590,8 +2596,7 @@ def is_unknown(plan: Plan) -> bool:
     """Tell whether nothing was ever started by that name: then nothing is made to find that out."""
     if exists(plan.files.lock):
         return False
-    check_orphan(plan)
-    return True
+    return not check_orphan(plan, lambda: exists(plan.files.lock))
 
 
 def tell_stopped(plan: Plan) -> None:

@@ -6868,6 +6868,14 @@ class Lock(BoxTest):
         self.assertIn(str(first.pid), result.out + result.err)
         self.assertEqual((first.wait(PATIENCE), self.box.processes()), (1, []))
 
+    def test_a_start_between_two_looks_is_no_orphan(self) -> None:
+        """A daemon that has come to its place since status looked at its lock: it runs."""
+        self.box.start(app=APP)
+        code = ("import sys; sys.path.insert(0, %r); import daemonize; real, seen = daemonize.lock_holder, []\n"
+                "daemonize.lock_holder = lambda *args: real(*args) if seen else seen.append(1)\n"
+                "daemonize.Lock.record = lambda self: None\nsys.exit(daemonize.main(sys.argv[1:]))" % HERE)
+        run([sys.executable, "-c", code, "status", "--pidfile", self.box.pidfile], 0, env=self.box.env)
+
     def test_who_waited_for_a_first_start_leaves_its_lock(self) -> None:
         """A start that found no lock file, waited for another, and is refused: that one's stays."""
         self.box.start(app=APP)
