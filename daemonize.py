@@ -85,8 +85,6 @@ import contextlib
 import errno
 import faulthandler
 import fcntl
-import functools
-import io
 import re
 import select
 import signal
@@ -129,6 +127,9 @@ MAX_FDS = 64                    # descriptors in one message
 MAX_TALKS = 8                   # conversations that a daemon has at a time
 MAX_LEGACY = 64 << 20           # bytes of memory that a daemon may leave to its heir
 PROC = "/proc"                  # where it is missing (macOS, BSD), ps(1) is asked
+BOOT = ""                       # id of this boot: start times count from it, and could repeat
+with contextlib.suppress(OSError), open(PROC + "/sys/kernel/random/boot_id") as boot_id:
+    BOOT = boot_id.read().strip() + ":"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"   # under env -i there is none
 IS_LINUX = sys.platform.startswith("linux")
 # A pidfd is a handle, not a number: it cannot come to mean another process (pidfd_open(2)).
@@ -261,6 +262,8 @@ def describe(status: int) -> str:
 
 
 # -- 2. Who and where --------------------------------------------------------
+# All of this is asked in step 1, and the answers travel in a Plan: later there are a jail, another
+# user and another folder, in each of which the same question has another answer.
 
 class Identity(NamedTuple):
     """The user that the daemon becomes; name is "" where the passwd database has no entry."""
@@ -300,6 +303,7 @@ def look_up_identity(user: Optional[str], group: Optional[str]) -> Optional[Iden
         raise Fatal("unable to switch to %s: only root may" % (user or group))
     gid = None if group is None else look_up(grp.getgrnam, grp.getgrgid, group)
     gid = getattr(gid, "gr_gid", gid)
+    # --gid alone: root stays root, in that group.
     entry = look_up(pwd.getpwnam, pwd.getpwuid, "root" if user is None else user)
     if isinstance(entry, int):
         if gid is None:
@@ -333,24 +337,31 @@ class Files(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a command is to do: made once, in step 1, from what was typed, and never changed."""
+    """What a command is to do: made once, in step 1, from what was typed, and never changed.
+
+    Command, starter, daemon and workers each have a copy: what one of them changed the others
+    would not see.
+    """
+    # What was typed, and parsed:
     action: str
-    name: str
-    kind: str                   # a key of HOSTS: "app", "program", "library"
-    hosted: str                 # the file that is hosted, or the program as it was typed
-    command: List[str]          # of a program, with its path made absolute
-    words: List[str]            # what was typed between ACTION and --
+    words: List[str]            # between ACTION and --
     spoken: List[str]           # the same, with each @FILE read
-    arguments: Optional[List[str]]      # what was typed after --; None: there was none
+    arguments: Optional[List[str]]      # after --; None: there was none
     cwd: str                    # the folder in which it was typed
     is_bare: bool               # of restart: with the options of the last start
-    files: Files
-    identity: Optional[Identity]
-    chroot: Optional[str]
-    rundir: str                 # as it is called inside the chroot
-    options: argparse.Namespace         # what was typed, and DEFAULTS, as they are
+    options: argparse.Namespace         # with defaults, as they are
+    # What settle() has found out of it:
+    name: str = ""
+    kind: str = "app"           # a key of HOSTS: "app", "program", "library"
+    hosted: str = ""            # the file that is hosted, or the program as it was typed
+    command: Tuple[str, ...] = ()       # of a program, with its path made absolute
+    files: Files = Files("", None, "")
+    identity: Optional[Identity] = None
+    chroot: Optional[str] = None
+    rundir: str = "/"           # as it is called inside the chroot
+    # Of a script with startstop():
     stdin: str = os.devnull
-    stderr: Optional[str] = None        # of a library's daemon, where it has a file of its own
+    stderr: Optional[str] = None        # where it has a file of its own
     startmsg: str = ""
 
 
@@ -441,17 +452,7 @@ def look_at(pid: int) -> Optional[Process]:
         return None
     if not facts or facts[0] in (b"Z", b"X") and facts[17] == b"1":
         return None
-    return Process(pid, int(facts[1]), int(facts[2]), int(facts[3]), boot() + facts[19].decode())
-
-
-@functools.lru_cache(maxsize=None)
-def boot() -> str:
-    """Return the id of this boot: start times count from boot, two of them could show the same."""
-    try:
-        with open(PROC + "/sys/kernel/random/boot_id") as stream:
-            return stream.read().strip() + ":"
-    except OSError:
-        return ""
+    return Process(pid, int(facts[1]), int(facts[2]), int(facts[3]), BOOT + facts[19].decode())
 
 
 def processes() -> List[Process]:
@@ -477,8 +478,10 @@ def ids_of(pid: int) -> Optional[Tuple[int, int]]:
     Not the owner of /proc/PID: who changed its uid is not dumpable, and its folder is root's.
     See: prctl(2), PR_SET_DUMPABLE.
     """
-    ids = [status_of(pid, field)[:1] for field in ("Uid", "Gid")] if has_proc() else ids_by_ps(pid)
-    return (int(ids[0][0]), int(ids[1][0])) if all(ids) else None
+    ids = [number for field in ("Uid", "Gid") for number in status_of(pid, field)[:1]]
+    if not has_proc():
+        ids = ask_ps().get(pid, [])[3:]
+    return (int(ids[0]), int(ids[1])) if ids else None
 
 
 def handles(pid: int, signum: int) -> bool:
@@ -570,13 +573,10 @@ def exists(path: str) -> bool:
 
     Not os.path.lexists(), which takes "you may not enter this folder" for "no such file".
     """
-    try:
+    with trying_to("look at %s" % path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
         os.lstat(path)
         return True
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError as error:
-        raise Fatal("unable to look at %s: %s" % (path, because(error)))
+    return False
 
 
 def open_regular(path: str, flags: int, mode: int, is_log: bool = False) -> int:
@@ -595,14 +595,15 @@ def open_regular(path: str, flags: int, mode: int, is_log: bool = False) -> int:
         except FileExistsError:
             fd = os.open(path, flags)
         facts = os.fstat(fd)
-    # Asked of the fd: the path may mean another file by now.
+    # Asked of the fd: the path may mean another file by now.  The kind first: what is said of a
+    # folder shall not be that it has several links.
     problem = ""
     if not stat.S_ISREG(facts.st_mode):
         problem = "" if is_log and path == os.devnull else "not a regular file"
     elif facts.st_nlink > 1:
         problem = "it has another name (a hard link)"
     elif not is_log and facts.st_uid not in (0, os.geteuid()):
-        problem = "it belongs to uid %d" % facts.st_uid
+        problem = "it belongs to uid %d\ntry: --pidfile" % facts.st_uid
     elif mode == 0o600 and facts.st_mode & 0o077:       # a pidfile, renamed to be the lock file?
         problem = "others can read it (or modes do not work there)"
     if problem:
@@ -617,24 +618,21 @@ def is_trusted(folder: str) -> bool:
     Each folder on the way, through links too, must be theirs, and closed to others or sticky (as
     /tmp is).
     """
-    # names is a stack, the next one last: what a link says is put on top of what remains.
-    path, names = "/", folder.split("/")[::-1]
+    path = "/"                                  # of folders only, what links lead to
     with trying_to("look at %s" % folder):
         os.stat(folder)                         # a loop of links ends here
-        while True:
+        for name in folder.split("/"):
+            path = os.path.join(path, name)
             facts = os.lstat(path)
             is_link = stat.S_ISLNK(facts.st_mode)
             is_open = facts.st_mode & 0o022 and not facts.st_mode & stat.S_ISVTX and not is_link
             if is_open or facts.st_uid not in (0, os.geteuid()):
                 return False
             if is_link:
-                target = os.readlink(path)
-                names += target.split("/")[::-1]
-                path = "/" if target.startswith("/") else os.path.dirname(path)
-            if not names:
-                return True
-            # normpath() is wrong on a path with links ("link/.." is elsewhere): here are none.
-            path = os.path.normpath(os.path.join(path, names.pop()))
+                if not is_trusted(os.path.join(os.path.dirname(path), os.readlink(path))):
+                    return False
+                path = os.path.realpath(path)
+    return True
 
 
 def check_folder(folder: str) -> None:
@@ -676,7 +674,11 @@ NEEDS_CAPABILITIES = "with CAP_SETUID, CAP_SETGID and CAP_CHOWN, or start as tha
 
 @contextlib.contextmanager
 def careful(path: str, identity: Optional[Identity]) -> Iterator[bool]:
-    """Have root's rights only where nobody else can change the path's folder; yields whether so."""
+    """Have root's rights only where nobody else can change the path's folder; yields whether so.
+
+    On the way to it a sticky folder will do, where nobody can move what is another's.  Not here:
+    in that folder others could make the name first.
+    """
     folder = os.path.dirname(path)
     with trying_to("look at %s" % folder):
         is_safe = os.path.isdir(folder) and is_trusted(folder)
@@ -691,11 +693,14 @@ def open_log(path: str, identity: Optional[Identity]) -> int:
     Runs as: root; in a folder that others may change, with the user's rights.
     See: open(2) O_APPEND; twistd: startLogger.
     """
+    # Asked before it is opened: only what we made is given away.  (In a safe folder nobody else
+    # can have made it in between.)
     is_new, owner = not exists(path), identity.uid if identity else os.geteuid()
     with careful(path, identity) as is_safe:
         fd = open_regular(path, os.O_WRONLY | os.O_APPEND, 0o640, is_log=True)
     if not is_safe and os.fstat(fd).st_uid not in (0, owner, os.geteuid()):
-        raise Fatal("unable to open %s: it belongs to uid %d" % (path, os.fstat(fd).st_uid))
+        raise Fatal("unable to open %s: it belongs to uid %d\ntry: --logfile" % (
+            path, os.fstat(fd).st_uid))
     if is_new and is_safe and identity is not None:
         with trying_to("give %s to uid %d" % (path, owner), NEEDS_CAPABILITIES):
             os.fchown(fd, identity.uid, identity.gid)
@@ -737,11 +742,9 @@ def bind_control(path: str) -> socket.socket:
 
 class Opened(NamedTuple):
     """What step 3 opened as root, for whoever the daemon is later."""
-    stdin: Optional[int]        # None: the stream stays where it is (run)
-    stdout: Optional[int]
-    stderr: Optional[int]
+    stdio: List[Optional[int]]  # None: that stream stays where it is (run)
     pidfile: int
-    pidfile_is: Tuple[int, int]     # st_dev and st_ino: a script may close fds, and reuse numbers
+    pidfile_is: os.stat_result  # a script may close our fds, and reuse their numbers
     lock: int                   # read-only
     control: Optional[socket.socket]        # a library's daemon has none
     obstacle: str               # why the log will not be rotated; "" if it will
@@ -749,6 +752,9 @@ class Opened(NamedTuple):
 
 def open_files(plan: Plan, lock: int, control: Optional[socket.socket]) -> Opened:
     """Step 3.  Open what the daemon's user could not open, or could be tricked with, later.
+
+    All of it at once, and by descriptors from then on: a name is looked up by root once, when
+    only root's and the caller's own hands can have been at it.
 
     Runs as: root.  See: open(2); twistd: startLogger, openPIDFile.
     """
@@ -759,15 +765,14 @@ def open_files(plan: Plan, lock: int, control: Optional[socket.socket]) -> Opene
     output = open_log(files.logfile, plan.identity) if files.logfile else None
     pidfile = open_pidfile(files.pidfile)
     with trying_to("open %s" % plan.stdin):
-        facts = os.fstat(pidfile)
         stdin = None if plan.action == "run" else os.open(plan.stdin, os.O_RDONLY | os.O_CLOEXEC)
     # Said now, while somebody reads it, and not in a log that has grown for a year.
     obstacle = rotation_obstacle(plan) if plan.kind == "app" and plan.options.log_bytes else ""
     if obstacle:
-        warn("unable to rotate %s: %s" % (files.logfile, obstacle))
+        warn("unable to rotate %s: %s\ntry: --log-bytes 0, and logrotate" % (
+            files.logfile, obstacle))
     stderr = open_log(plan.stderr, plan.identity) if plan.stderr else output
-    return Opened(stdin, output, stderr, pidfile, (facts.st_dev, facts.st_ino), lock, control,
-                  obstacle)
+    return Opened([stdin, output, stderr], pidfile, os.fstat(pidfile), lock, control, obstacle)
 
 
 def open_pidfile(path: str) -> int:
@@ -803,7 +808,10 @@ def write_pidfile(fd: int, pid: int) -> None:
 
 
 def read_pidfile(path: str) -> str:
-    """Return what the pidfile says, "" if it is empty or absent.  It informs, it proves nothing."""
+    """Return what the pidfile says, "" if it is empty or absent.  It informs, it proves nothing.
+
+    The folder may be another's: a link there is not followed, a FIFO not waited for, but said.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(fd, "rb") as stream:
@@ -828,6 +836,7 @@ def make_folder(folder: str, mode: int, identity: Optional[Identity]) -> bool:
         fd = os.open(folder, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         with trying_to("give %s to its user" % folder, NEEDS_CAPABILITIES):
+            # The mode first: afterwards it is another's, and that would need CAP_FOWNER, too.
             os.fchmod(fd, mode)
             if identity is not None:
                 os.fchown(fd, identity.uid, identity.gid)
@@ -962,8 +971,8 @@ class Lock:
             process = look_at(record.pid)
             pid = record.pid if process and process.birth == record.birth else None
         if pid in (None, -1):
-            check_orphan(self.plan)
-        return None if pid == -1 else pid
+            return check_orphan(self.plan, lambda: max(0, lock_holder(self.fd, INSTANCE) or 0))
+        return pid
 
     def record(self) -> Optional[Record]:
         """Return what was noted of the last start, None if none has succeeded yet."""
@@ -997,17 +1006,23 @@ class Lock:
             os.ftruncate(self.fd, len(data))
 
 
-def check_orphan(plan: Plan) -> None:
+def check_orphan(plan: Plan, look_again: Callable[[], int]) -> Optional[int]:
     """Refuse to call a daemon dead that answers, though somebody removed its lock file.
 
     Where the folder is another user's, anybody of that user could answer there: not believed.
+    And without a turn it may have come to its place since the lock was looked at: so that is done
+    again, and its answer returned; None if nobody answers.
     """
     with contextlib.suppress(OSError):
         pid, uid = listener_of(plan.files)
         is_ours = uid in (0, os.geteuid()) or is_trusted(plan.files.folder)
         if pid and look_at(pid) and is_ours:
-            raise Fatal("unable to tell whether %s runs: pid %d answers at %s, but its lock was "
-                        "removed\ntry: kill %d" % (plan.name, pid, plan.files.control, pid))
+            again = look_again()
+            if not again:
+                raise Fatal("unable to tell whether %s runs: pid %d answers at %s, but its lock "
+                            "was removed\ntry: kill %d" % (plan.name, pid, plan.files.control, pid))
+            return again
+    return None
 
 
 class Turn(Lock):
@@ -1037,7 +1052,9 @@ class Turn(Lock):
 
         A lock file that was there is never removed: its inode is what all others wait on.
         """
-        if self.is_new and error[0]:
+        # Whom we have waited for may have started a daemon, and noted it: then it is that one's.
+        # (A library's daemon, which comes through here as well, has closed it.)
+        if self.is_new and error[0] and self.fd >= 0 and not self.read():
             os.unlink(self.path)
             for folder in self.made:
                 with contextlib.suppress(OSError):      # somebody else has a file in it
@@ -1046,18 +1063,13 @@ class Turn(Lock):
 
     def wait(self) -> None:
         """Wait until it is ours, and say for whom: who has it may need a whole start and stop."""
-        plan = self.plan
         # After a moment, not at once: most waits are shorter than what there is to read.
-        told_at = time.monotonic() + TICK
-        deadline = time.monotonic() + plan.options.start_timeout + plan.options.timeout
-        while not self.take():
-            holder = lock_holder(self.fd, TURN) or lock_holder(self.fd, UNDOING)
-            if time.monotonic() > deadline:
-                raise Fatal("unable to lock %s: pid %s is still busy with it" % (self.path, holder))
-            if time.monotonic() > told_at:
-                told_at = deadline + TICK       # once
-                warn("waiting for pid %s, which is busy with %s" % (holder, self.path))
-            time.sleep(POLL)
+        if wait_until(self.take, TICK):
+            return
+        holder = lock_holder(self.fd, TURN) or lock_holder(self.fd, UNDOING)
+        warn("waiting for pid %s, which is busy with %s" % (holder, self.path))
+        if not wait_until(self.take, self.plan.options.start_timeout + self.plan.options.timeout):
+            raise Fatal("unable to lock %s: pid %s is still busy with it" % (self.path, holder))
 
     def take(self) -> bool:
         """Try to take the turn."""
@@ -1065,14 +1077,12 @@ class Turn(Lock):
             self.close()
             make_own_folder(self.plan)
             self.fd = open_regular(self.path, os.O_RDWR, 0o600)
-        try:
-            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, TURN)
-        except (BlockingIOError, PermissionError):      # EAGAIN, EACCES: POSIX allows either
-            if not self.is_idle(TURN):
-                return False
-        except OSError as error:
-            raise Fatal("unable to lock %s: %s\ntry: --pidfile on a local file system" % (
-                self.path, because(error)))
+        with trying_to("lock %s" % self.path, "--pidfile on a local file system"):
+            try:
+                fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, TURN)
+            except (BlockingIOError, PermissionError):      # EAGAIN, EACCES: POSIX allows either
+                if not self.is_idle(TURN):
+                    return False
         # This may be the lock of a file that a failed start has just removed: of no use.
         return not self.is_removed() and self.is_idle(UNDOING)
 
@@ -1105,6 +1115,8 @@ def make_own_folder(plan: Plan) -> bool:
 # A process that forks another one talks to it in lines of JSON, over a socket pair.  Who says
 # what stands over the sections that speak: 7 (a start), 10 (a command and its daemon), 16 (the
 # daemon and a worker).  The other end may lie, or be dead: so there is a limit to everything.
+# A socket pair and not a pipe, since descriptors travel, too; and whoever dies is noticed by the
+# end of it, at once, without a signal and without a look at a pid that could be another's.
 
 ENDED, LATE = "", "\0late"      # what receive() returns for want of a message; nobody can send it
 
@@ -1117,8 +1129,11 @@ def peer_of(end: socket.socket) -> Tuple[Optional[int], Optional[int]]:
     return pid, uid
 
 
-def readable(ends: Iterable[socket.socket], deadline: float) -> List[socket.socket]:
-    """Return which can be read, [] at the deadline.  By poll(2): select(2) stops at fd 1023."""
+def readable(ends: Iterable[Any], deadline: float) -> List[Any]:
+    """Return which (sockets, channels) can be read, [] at the deadline.
+
+    By poll(2): select(2) stops at fd 1023.
+    """
     poll, by_fd = select.poll(), {end.fileno(): end for end in ends if end.fileno() >= 0}
     for fd in by_fd:
         poll.register(fd, select.POLLIN)
@@ -1130,14 +1145,17 @@ def readable(ends: Iterable[socket.socket], deadline: float) -> List[socket.sock
 class Channel:
     """JSON lines, and descriptors, over a socket between two of our processes.
 
-    Methods for who speaks: send, fail.  For who listens: receive, and fds, which holds what came
-    along, in order; whoever takes one closes it.  A line each, since a person can read it, too.
+    Methods for who speaks: send, tell, fail.  For who listens: receive, and fds, which holds what
+    came along, in order; whoever takes one closes it.  A line each: a person can read it, too.
     """
 
     def __init__(self, end: socket.socket) -> None:
         self.end, self.buffer = end, b""
         self.fds: List[int] = []  # that came along, whoever takes them
-        self.born = time.monotonic()
+
+    def fileno(self) -> int:
+        """Return what poll(2) asks for; -1 once it is closed."""
+        return self.end.fileno()
 
     def send(self, event: str, fds: Sequence[int] = (), **facts: Any) -> None:
         """Say something.  See: unix(7), SCM_RIGHTS."""
@@ -1149,12 +1167,19 @@ class Channel:
             data = data[self.end.sendmsg([data], rights):]
         self.end.sendall(data)
 
+    def tell(self, event: str, fds: Sequence[int] = (), **facts: Any) -> bool:
+        """Say something to who may be gone; tell whether somebody is left to hear it."""
+        with contextlib.suppress(OSError):
+            self.send(event, fds, **facts)
+            return True
+        return False
+
     def receive(self, seconds: float) -> Message:
         """Return the next message; its event is ENDED at the end or for nonsense, or LATE."""
         deadline = time.monotonic() + seconds
         # A stream knows no messages: a line may come in pieces, or two lines at once.
         while b"\n" not in self.buffer:
-            if not readable([self.end], deadline):
+            if not readable([self], deadline):
                 return {"event": LATE}
             data = self.take()
             self.buffer += data
@@ -1170,7 +1195,10 @@ class Channel:
         return {"event": ENDED}
 
     def take(self) -> bytes:
-        """Return what can be read now, b"" at the end.  See: cmsg(3)."""
+        """Return what can be read now, b"" at the end.  See: cmsg(3).
+
+        Close-on-exec from the first moment: another thread may fork and exec in between.
+        """
         try:
             data, ancillary, _, _ = self.end.recvmsg(MAX_MESSAGE, socket.CMSG_SPACE(4 * MAX_FDS),
                                                      getattr(socket, "MSG_CMSG_CLOEXEC", 0))
@@ -1184,39 +1212,34 @@ class Channel:
                 self.fds += fds
         return data
 
-    def fail(self, error: BaseException) -> None:
-        """Say why there will be no daemon, unless nobody listens any more."""
+    def fail(self, error: BaseException) -> bool:
+        """Say why there will be no daemon; tell whether somebody is left to hear it."""
         fatal = as_fatal(error)
         # The end of a trace says most.  An eighth: JSON may need six bytes for a character.
         trace = fatal.trace[-(MAX_MESSAGE // 8):]
-        with contextlib.suppress(OSError):
-            self.send("fatal", text=str(fatal), status=fatal.status, trace=trace)
+        return self.tell("fatal", text=str(fatal), status=fatal.status, trace=trace)
 
 
-class Child:
-    """A process that we forked, and the channel to it.
+class Child(Channel):
+    """A process that we forked: the channel to it, whose other end it has, and its end.
 
-    Instance variables: channel, its other end is the child's; born and deadline, on the monotonic
-    clock; result, its wait status: while that is None, its pid cannot come to mean another one.
+    Instance variables: born and deadline, on the monotonic clock; result, its wait status: while
+    that is None, its pid cannot come to mean another one.
     """
 
-    def __init__(self, pid: int, channel: Channel) -> None:
-        self.pid, self.channel = pid, channel
+    def __init__(self, pid: int, end: socket.socket) -> None:
+        super().__init__(end)
+        self.pid = pid
         self.born = time.monotonic()
         self.deadline = float("inf")        # when to kill it, once it was told to drain
         self.result: Optional[int] = None  # of wait(2): then it is dead
-
-    def tell(self, event: str, fds: Sequence[int] = ()) -> None:
-        """Say something to it, if it still lives."""
-        with contextlib.suppress(OSError):  # it died: reap() will see
-            self.channel.send(event, fds)
 
     def hear(self, event: str, seconds: float) -> str:
         """Return the event once it says so, or ENDED, or LATE; what came before was for nobody."""
         # The deadline is for all of it: who talks without end would keep us for ever.
         deadline, said = time.monotonic() + seconds, ""
         while True:
-            said = str(self.channel.receive(deadline - time.monotonic())["event"])
+            said = str(self.receive(deadline - time.monotonic())["event"])
             if said in (event, ENDED, LATE):
                 return said
 
@@ -1224,16 +1247,21 @@ class Child:
         """Return its wait status, None if it lives (with WNOHANG)."""
         if self.result is None:
             pid, status = os.waitpid(self.pid, options)
-            # Kept: a second waitpid(2) on that number could wait for a stranger.
-            self.result = status if pid else None
+            if pid:
+                self.bury(status)
         return self.result
+
+    def bury(self, status: int) -> None:
+        """Note that it is dead, and what wait(2) said."""
+        # Kept: a second waitpid(2) on that number could wait for a stranger.
+        self.result = status
+        self.end.close()            # the end of a stream can be read for ever: nobody shall poll it
 
     def kill(self) -> None:
         """End it for good.  Nobody has waited for it: so the pid is still its own."""
         if self.result is None:
             os.kill(self.pid, signal.SIGKILL)
             self.wait()
-        self.channel.end.close()
 
 
 class Returned(BaseException):
@@ -1258,25 +1286,24 @@ def fork(life: Callable[[Channel], Any]) -> Child:
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
     theirs.close()                      # while we hold it as well, its death is no EOF
-    return Child(pid, Channel(ours))
+    return Child(pid, ours)
 
 
 def live(life: Callable[[Channel], Any], channel: Channel) -> None:
     """Live a child's life, and end with it."""
     status = 1
     try:
+        # In this order: what came meanwhile is ours, and meets no handler of the parent's.
         reset_handlers()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
         life(channel)
         status = 0
-    except SystemExit as error:
-        status = exit_status(error)
-        if isinstance(error.code, str):             # sys.exit("why")
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and not isinstance(error.code, str):
+            status = exit_status(error)
+        else:                                       # sys.exit("why") is said, too
             channel.fail(error)
-            log(error.code)
-    except Exception as error:
-        channel.fail(error)
-        log_fatal(error)
+            log_fatal(error)
     finally:
         # Whatever it was, what lies below us on the stack is our parent's to do.
         if not isinstance(sys.exc_info()[1], Returned):
@@ -1285,43 +1312,40 @@ def live(life: Callable[[Channel], Any], channel: Channel) -> None:
             os._exit(status)
 
 
-def failure(child: Child, message: Message) -> Fatal:
+def failure(child: Channel, message: Message) -> Fatal:
     """Return as an exception what was said instead of what was due."""
     if message["event"] == "fatal":
+        # No other status, for who says it may have been taken over: 3 or 130 mean something else.
         status = 2 if message.get("status") == 2 else 1
         return Fatal(str(message.get("text")), status, str(message.get("trace", "")))
-    if child.pid == 0:
+    if not isinstance(child, Child):
         return Fatal("unable to start: the command that asked for it is gone")
-    result = message.get("status") if message["event"] == "died" else None
     if message["event"] == ENDED:
         with contextlib.suppress(OSError):
             os.kill(child.pid, signal.SIGKILL)      # it may have closed its end, and go on
-        result = child.wait()
-    if isinstance(result, int):
-        return Fatal("unable to start: it %s before it was ready" % describe(result))
+        return Fatal("unable to start: it %s before it was ready" % describe(child.wait() or 0))
     return Fatal("unable to start: it said %s" % message["event"])
 
 
-def expect(waiting: Sequence[Child], word: str, seconds: float,
-           watched: Sequence[Child] = ()) -> Message:
+def expect(waiting: Sequence[Channel], word: str, seconds: float,
+           watched: Sequence[Channel] = ()) -> Message:
     """Return when all the waiting have said the word (what the last one said); watch the others.
 
     Raises Fatal when one of all ends, or says anything else, and Late when the time is up.
     """
     deadline, missing, message = time.monotonic() + seconds, list(waiting), {}
-    while missing or readable([child.channel.end for child in watched], 0):
-        listened = missing + list(watched)
+    # Also when nobody is missing any more: who has died since is noticed before we go on.
+    while missing or readable(watched, 0):
         # One poll for all: the first that fails shall be heard before the slowest that does not.
-        ends = readable([child.channel.end for child in listened], deadline)
-        if not ends:
+        heard = readable(missing + list(watched), deadline)
+        if not heard:
             raise Late("unable to start: not ready after %g s" % seconds)
-        for child in listened:
-            if child.channel.end in ends:
-                message = child.channel.receive(deadline - time.monotonic())
-                if message["event"] != word:
-                    raise failure(child, message)
-                if child in missing:
-                    missing.remove(child)
+        for child in heard:
+            message = child.receive(deadline - time.monotonic())
+            if message["event"] != word:
+                raise failure(child, message)
+            if child in missing:
+                missing.remove(child)
     return message
 
 
@@ -1332,7 +1356,8 @@ def expect(waiting: Sequence[Child], word: str, seconds: float,
 # setsid() once more in its main(), for a group of its own, and gives back what the second fork
 # won.  setpgid(2) gives the group without the session.
 #
-# Who says what at a start.  All three hold the same socket pair; the leash is a pipe.
+# Who says what at a start.  Each fork() makes a socket pair.  The daemon talks to the command over
+# that of the first, since the starter will be gone; that of the second is its leash.
 #
 #   COMMAND                         STARTER                         DAEMON
 #   takes the turn (byte 0)
@@ -1342,21 +1367,23 @@ def expect(waiting: Sequence[Child], word: str, seconds: float,
 #   notes it all in the lock file
 #   --- "go" ----------------------------------------------------> instance lock, pidfile, listen
 #   ===== here is the point of no return: before it we undo everything, after it nothing ======
-#                                   <--- a byte on the leash -----
+#                                   <------------- "placed" ------
 #                                   exits: nothing is left to undo
 #                                                                   tells the old daemon to leave
 #   <-------------------------------------------------- "done" ---  (restart: see section 17)
 #   greets; gives the turn back
 #
-# Whoever dies before the point is noticed: the command by the starter (EOF, "fatal", "died"), the
-# starter by the daemon (EOF instead of "go"), the daemon by the starter (the leash, wait status).
-# A command that is killed, hung up or blocked after it has no power any more: good.
+# Whoever dies before the point is noticed: the starter by the command (EOF), the command by the
+# daemon (EOF instead of "go"), the daemon by the starter (EOF on the leash).  What the daemon fails
+# of goes over the leash, too: the starter takes all back first, and then says "fatal".  A
+# command that is killed, hung up or blocked after it has no power any more: good.
 
 # The caller left these open: what Python opens is close-on-exec (PEP 446), and so is not in the
 # list.  What a script opens later, before it calls startstop(), is its own to keep.
 LEFT_OPEN = [int(fd) for fd in (os.listdir("/dev/fd") if os.path.isdir("/dev/fd") else range(256))
              if int(fd) > 2]
-HANDLED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD}
+ENDINGS = {signal.SIGTERM, signal.SIGINT}
+HANDLED = ENDINGS | {signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD}
 
 
 def open_stdio() -> None:
@@ -1396,6 +1423,13 @@ def reset_signals(spared: Iterable[int] = ()) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
 
+def handle(signums: Iterable[int], handler: Any, spares_ignored: bool = False) -> None:
+    """Handle signals; but what the caller ignores may have to stay so (nohup meant all of us)."""
+    for signum in signums:
+        if not (spares_ignored and signal.getsignal(signum) is signal.SIG_IGN):
+            signal.signal(signum, handler)
+
+
 def do_nothing(signum: int, frame: Optional[FrameType]) -> None:
     """Take no notice of a signal.  Not SIG_IGN: children would inherit that, over exec too."""
 
@@ -1408,19 +1442,15 @@ def raise_at_end() -> None:
         if os.getpid() != owner:        # a child of Python 3.6, which knows no register_at_fork
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, do_nothing)
+        handle(ENDINGS, do_nothing)
         raise SystemExit(0)
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, on_end)
+    handle(ENDINGS, on_end)
 
 
 def reset_handlers() -> None:
     """Give a child default handlers: its parent's would signal the parent's family."""
     signal.set_wakeup_fd(-1)
-    for signum in HANDLED:
-        if signal.getsignal(signum) is not signal.SIG_IGN:      # nohup meant all of us
-            signal.signal(signum, signal.SIG_DFL)
+    handle(HANDLED, signal.SIG_DFL, spares_ignored=True)
 
 
 def guard_forks() -> None:
@@ -1452,7 +1482,6 @@ class Inherited(NamedTuple):
     legacy: Optional[int] = None            # memory that the application shares with its heir
     talk: Optional[Channel] = None          # the conversation with the predecessor
     predecessor: Optional[int] = None       # its pid
-    litter: Sequence[int] = ()              # descriptors that it sent, and nobody asked for
 
 
 class Start(NamedTuple):
@@ -1462,22 +1491,22 @@ class Start(NamedTuple):
     inherited: Inherited
     server: Any = None                      # what bind() returned
     session: Optional[int] = None           # that the starter made; None: run has none
-    leash: Optional[io.FileIO] = None       # to the starter; no number, for it is closed early
+    leash: Optional[Channel] = None         # to the starter
     report: Optional[Channel] = None        # to the command
     notifier: Optional[socket.socket] = None        # to systemd
 
 
 def be_starter(plan: Plan, report: Channel, turn: Lock, inherited: Inherited) -> None:
-    """Live as the starter, then as the daemon.  Returns in neither (a library's: by Returned)."""
+    """Live as the starter: do what needs root or the terminal, then see the daemon to its place."""
     # From here on the terminal is still there, and root's rights: what fails is told in full.
-    is_daemon, server, status = False, None, 1
+    server = None
     raise_at_end()                                  # bind() may hang: so its `finally` runs
-    for signum in (signal.SIGINT, signal.SIGHUP):   # Ctrl-C is for the command, who will tell us
-        signal.signal(signum, do_nothing)
+    handle({signal.SIGINT, signal.SIGHUP}, do_nothing)  # for the command, which will tell us
     # The fd only: record locks are not inherited, and the command's is not touched by this.
     # Before we open the file again, for closing any fd of it would drop our own lock.
     turn.close()
-    for fd in inherited.litter:     # while the command has it as well, no close(2) can linger
+    # What the predecessor sent, and nobody asked for.  The command has it, too: no close lingers.
+    for fd in inherited.talk.fds if inherited.talk is not None else ():
         os.close(fd)
     try:
         # The lock first: whatever bind() makes, the next command waits until it is undone.
@@ -1485,18 +1514,17 @@ def be_starter(plan: Plan, report: Channel, turn: Lock, inherited: Inherited) ->
         server = HOSTS[plan.kind][0](plan, inherited)
         # After bind(), since that fails most often, and then there is less to take back.
         opened = open_files(plan, lock, inherited.control)
-        leash = detach(plan, opened, report, server, inherited)
-        is_daemon = True
-        status = begin(Start(plan, opened, inherited, server, os.getsid(0), leash, report))
-    except Returned:
+        start = Start(plan, opened, inherited, server, os.getpid(), report=report)
+        watch_birth(detach(start), start, report)
+    except Returned:                    # a library's daemon, on its way to the script
         raise
     except BaseException as error:
+        # In this order: who hears "fatal" ends us, and it shall find nothing half undone.
+        handle(ENDINGS, do_nothing)
+        take_back(server)
         report.fail(error)
-        if not is_daemon:
-            take_back(server)
-        elif not isinstance(error, SystemExit):
-            log_fatal(error)
-    os._exit(status)
+    # Not sys.exit(): atexit and unwritten buffers are the command's, of which we are a copy.
+    os._exit(1)
 
 
 def hold_undoing(plan: Plan) -> int:
@@ -1529,52 +1557,35 @@ def call(server: Any, name: str, otherwise: Any = None) -> Any:
     return getattr(server, name, lambda: otherwise)()
 
 
-def detach(plan: Plan, opened: Opened, report: Channel, server: Any,
-           inherited: Inherited) -> io.FileIO:
-    """Step 4.  Fork, setsid, fork; only the daemon returns, with its stdio moved, and its leash.
+def detach(start: Start) -> Child:
+    """Step 4.  Fork (that was fork()'s first call), setsid, fork; return the daemon.
 
     Runs as: root.  See: setsid(2), daemon(7); twistd: daemonize.
     """
     with trying_to("start a process"):
-        # Before the fork, or there would be a moment without it.
-        leash, end = os.pipe()
         # Allowed, since a child of fork(2) does not lead its group.
         os.setsid()
         reset_signals()
-        daemon = os.fork()
-    if daemon:
-        os.close(end)
-        watch_birth(daemon, leash, report, plan, server, inherited.talk is None)
-    os.close(leash)
-    reset_handlers()
-    with trying_to("leave the terminal"):
-        if plan.kind != "library":      # which may want to call setsid(2) itself
-            os.setpgid(0, 0)
-        close_inherited()
-        redirect(opened)
-    # By number, not sys.stderr: it writes into whatever fd 2 means at the time of the crash.
-    faulthandler.enable(2)
-    return io.FileIO(end, "wb")
+    return fork(lambda leash: sys.exit(begin(start._replace(leash=leash))))
 
 
-def watch_birth(daemon: int, leash: int, report: Channel, plan: Plan, server: Any,
-                is_alone: bool) -> NoReturn:
+def watch_birth(daemon: Child, start: Start, report: Channel) -> NoReturn:
     """Live on as the daemon's parent until it has its place; if it dies before, take all back."""
     session = os.getpid()
+
+    def end_family(*_: object) -> None:
+        signal_each(family(session), signal.SIGKILL, True)
     # The command gave up.  SIGKILL at once: nothing of it has begun.
-    signal.signal(signal.SIGTERM, lambda signum, frame: signal_each(
-        family(session), signal.SIGKILL, True))
-    # A byte: it has its place, and we nothing to do.  The end: it died before.
-    if not os.read(leash, 1):
-        status = os.waitpid(daemon, 0)[1]
-        end_all(lambda: family(session),
-                lambda: signal_each(family(session), signal.SIGKILL, True), 0)
-        take_back(server)
-        try:
-            report.send("died", status=status)
-        except OSError:                 # so is the command: then we tidy, while we hold byte 2
-            tidy(plan, [], is_alone)
-    # Not sys.exit(): atexit and unwritten buffers are the command's, of which we are a copy.
+    signal.signal(signal.SIGTERM, end_family)
+    message = daemon.receive(float("inf"))
+    if message["event"] != "placed":
+        error = failure(daemon, message)
+        daemon.wait()
+        end_all(lambda: family(session), end_family, 0)
+        take_back(start.server)
+        # Last, since who hears it ends us.  No command any more: then we tidy, holding byte 2.
+        if not report.fail(error):
+            tidy(start.plan, [], start.inherited.talk is None)
     os._exit(0)
 
 
@@ -1582,13 +1593,13 @@ def redirect(opened: Opened) -> None:
     """Point fds 0 to 2 at what step 3 opened: children, C code and crashes log there, too."""
     # In this order: stdout and stderr may be one file, and dup2(2) wants it open.
     moved = set()                       # stdout and stderr may be one fd
-    for number, fd in enumerate((opened.stdin, opened.stdout, opened.stderr)):
+    for number, fd in enumerate(opened.stdio):
         if fd is not None:
             os.dup2(fd, number)
             moved.add(fd)
     for fd in moved:
         os.close(fd)                    # or a log that was rotated away would keep its space
-    if opened.stdout is not None:
+    if opened.stdio[1] is not None:
         for number, name in ((1, "stdout"), (2, "stderr")):
             # A line at a time: what is printed is in the log at once.  And in UTF-8, which never
             # fails: under env -i the caller's streams know ASCII only.
@@ -1657,11 +1668,24 @@ def switch_user(identity: Optional[Identity]) -> None:
 
 
 # -- 9. Being the daemon -----------------------------------------------------
+# Why this order?  The stdio moves before anything else can fail: from then on the log has it.  The
+# jail is entered before the user changes, since chroot(2) is root's; nothing of yours has run as
+# root but the import and bind().  The children come before the place: as long as the old daemon has
+# it, a new one that cannot serve costs nothing.  At the end it is the reverse: first the children
+# go, then the pidfile is emptied, so that an empty pidfile means that nothing is left.
 
 def begin(start: Start) -> int:
-    """Steps 5 to 8: jail, user, and a life; return its exit status."""
+    """Be the daemon: leave the terminal, then steps 5 to 8; return the exit status."""
+    with trying_to("leave the terminal"):
+        if start.session is not None and start.plan.kind != "library":  # it may call setsid(2)
+            os.setpgid(0, 0)
+        close_inherited()
+        redirect(start.opened)
+    # By number, not sys.stderr: it writes into whatever fd 2 means at the time of the crash.
+    faulthandler.enable(2)
     if start.plan.chroot or start.plan.identity:
         # What is imported late must be here by now: a jail has no library, a user may not read it.
+        # Not without need: a daemon keeps what it has imported.
         import json, subprocess, threading, traceback       # noqa: F401
         if start.plan.kind == "program":
             prctl(PR_GET_DUMPABLE, 0)               # which changes nothing, but imports ctypes
@@ -1671,11 +1695,14 @@ def begin(start: Start) -> int:
 
 
 def take_place(start: Start, **facts: Any) -> None:
-    """Become the daemon of this pidfile, at the command's word.  The picture is in section 7."""
+    """Become the daemon of this pidfile, at the command's word.  The picture is in section 7.
+
+    "go" is waited for, since the command has something to do in between that may fail: it notes
+    the start.  Who took the place at once would have to give it back then, seen by monitors.
+    """
     opened, report = start.opened, start.report
     if report is not None:
-        with contextlib.suppress(OSError):          # nobody listens: then there is no "go", either
-            report.send("ready", pid=os.getpid(), **facts)
+        report.tell("ready", pid=os.getpid(), **facts)
         if report.receive(START_TIMEOUT)["event"] != "go":
             raise Fatal("unable to start: the command that asked for it is gone")
     # The lock, then the name: who reads the pidfile in between finds the old pid, which is dead or
@@ -1687,17 +1714,15 @@ def take_place(start: Start, **facts: Any) -> None:
         with trying_to("listen on the control socket"):
             opened.control.listen(MAX_TALKS)
     if start.leash is not None:
-        with contextlib.suppress(OSError):          # somebody killed the starter: good as well
-            start.leash.write(b"!")
-        start.leash.close()
+        start.leash.tell("placed")      # somebody killed the starter: good as well
+        start.leash.end.close()
     replace_predecessor(start)
 
 
 def say_done(start: Start) -> None:
     """Tell the command, if there is one, that all is done."""
     if start.report is not None:
-        with contextlib.suppress(OSError):          # it is gone: now it may
-            start.report.send("done")
+        start.report.tell("done")           # it may be gone: now that is as good
         start.report.end.close()
 
 
@@ -1705,8 +1730,7 @@ def replace_predecessor(start: Start) -> None:
     """Tell the old daemon to leave, and wait until it accepts nobody any more."""
     if start.inherited.talk is None:
         return
-    with contextlib.suppress(OSError):              # it is dead: even better
-        start.inherited.talk.send("leave")
+    start.inherited.talk.tell("leave")      # it may be dead: even better
     # It gives its lock up when its workers drain.  If it does not, we are the daemon all the same.
     wait_until(lambda: lock_holder(start.opened.lock, INSTANCE) is None, ANSWER)
     start.inherited.talk.end.close()
@@ -1720,8 +1744,7 @@ def finish(opened: Opened, owner: int) -> None:
     if os.getpid() != owner:            # a child that a script forked, at its own exit
         return
     with contextlib.suppress(OSError):  # a script closed our fd
-        facts = os.fstat(opened.pidfile)
-        is_ours = (facts.st_dev, facts.st_ino) == opened.pidfile_is
+        is_ours = os.path.samestat(os.fstat(opened.pidfile), opened.pidfile_is)
         if is_ours and os.pread(opened.pidfile, 32, 0).strip() == b"%d" % owner:
             os.ftruncate(opened.pidfile, 0)
 
@@ -1730,7 +1753,7 @@ class Host:
     """What a daemon hosts, and the children that it lives in: the same for a program and workers.
 
     Hosts override: bring_up (start children, see them prove themselves), introduce (facts for
-    the command), settle (we have the place), on_death, tend, on_end, reload, facts.
+    the command), settle (we have the place), on_death, tend, on_end, reload, reclaim, facts.
 
     Instance variables: children, at work; leaving, told to drain; ends, sockets that no child may
     have; is_owner, pidfile and instance lock are ours; is_over, the loop may end.
@@ -1746,7 +1769,8 @@ class Host:
         self.restarts, self.pause, self.next_start = 0, 0.0, 0.0
         self.last_error = ""
         self.verbs: Dict[str, Callable[[Channel], None]] = {}
-        talks = (start.report, start.inherited.talk)
+        self.heir: Optional[Channel] = None         # the conversation that took our sockets
+        talks = (start.report, start.inherited.talk, start.leash)
         self.ends = [talk.end for talk in talks if talk is not None]
 
     def fork(self, life: Callable[[Channel], Any]) -> Child:
@@ -1756,17 +1780,15 @@ class Host:
                 os.setpgid(0, 0)
             for end in self.ends:
                 end.close()
-            # Harmless for the lock: that is the daemon's, and fork(2) gave us none to lose.
+            # Who takes a worker over shall find neither of them.  Harmless for the lock: that is
+            # the daemon's, and fork(2) gave us none to lose.
             os.close(self.opened.pidfile)
             os.close(self.opened.lock)
-            # By its file, not by its number: used and closed, that is another's by now.
-            if self.start.leash is not None:
-                self.start.leash.close()
             life(channel)
         child = fork(shed_and_live)
         # A child with a copy of a sibling's channel would keep EOF from that sibling.
         # In place: the loop and the conversations add theirs to the same list.
-        self.ends[:] = [end for end in self.ends if end.fileno() >= 0] + [child.channel.end]
+        self.ends[:] = [end for end in self.ends if end.fileno() >= 0] + [child.end]
         return child
 
     def reap(self) -> None:
@@ -1778,21 +1800,18 @@ class Host:
         for child in self.leaving:
             if time.monotonic() > child.deadline and child.result is None:
                 os.kill(child.pid, signal.SIGKILL)      # not waited for: the pid is still its own
-        while True:
-            try:
+        pid = -1
+        while pid:
+            pid = 0
+            with contextlib.suppress(ChildProcessError):        # there is none left
                 pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:                   # there is none left
-                return
-            if pid == 0:
-                return
             for child in self.children + self.leaving:
                 if child.pid == pid:
                     self.bury(child, status)
 
     def bury(self, child: Child, status: int) -> None:
         """Strike a dead child off the list."""
-        child.result = status
-        child.channel.end.close()
+        child.bury(status)
         if child in self.leaving:
             self.leaving.remove(child)
         else:
@@ -1801,7 +1820,10 @@ class Host:
                 self.on_death(child, status)
 
     def on_death(self, child: Child, status: int) -> None:
-        """Note an unexpected death; the pause before the next start grows while they die young."""
+        """Note an unexpected death; the pause before the next start grows while they die young.
+
+        Without it bad code would fill the log, and keep a core busy with nothing but forks.
+        """
         self.complain("%s %d %s" % (self.plan.name, child.pid, describe(status)))
         # SIGKILL comes from outside (a person, the OOM killer) and tells nothing of the code.
         is_killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
@@ -1814,29 +1836,30 @@ class Host:
         self.last_error = "%s %s" % (time.strftime("%Y-%m-%d %H:%M:%S"), text.partition("\n")[0])
         log(text)
 
-    def reopen(self, fd: Optional[int]) -> str:
-        """Log to fd, or else to what the log's name means now; return why not, "" if done."""
+    def reopen(self, fds: List[int]) -> str:
+        """Log to the first of fds, or else to what the log's name means now; return why not."""
         try:
-            new = os.dup(fd) if fd is not None else self.open_log_again()
-        except (Fatal, OSError) as error:
+            fds = fds or self.open_log_again()
+        except Fatal as error:
             self.complain("%s: the old log is kept" % error)
             return str(error)
-        if new is not None:
+        if fds:
+            new = fds.pop(0)
             point_log_at(new)
             for child in self.children + self.leaving:
                 child.tell("reopen", [new])
             os.close(new)
         return ""
 
-    def open_log_again(self) -> Optional[int]:
-        """Open the log's name with the daemon's own rights; None if the output is not ours."""
+    def open_log_again(self) -> List[int]:
+        """Open the log's name with the daemon's own rights; [] if the output is not ours."""
         if self.plan.files.logfile is None:
-            return None
+            return []
         path = inside(self.plan.files.logfile, self.plan.chroot)
         if path is None:
             raise Fatal("unable to open %s: it is outside the chroot\ntry: daemonize.py reload, "
                         "as root" % self.plan.files.logfile)
-        return open_regular(path, os.O_WRONLY | os.O_APPEND, 0o640, is_log=True)
+        return [open_regular(path, os.O_WRONLY | os.O_APPEND, 0o640, is_log=True)]
 
     # What hosts override.
 
@@ -1859,9 +1882,15 @@ class Host:
         self.is_over = True
         return True
 
-    def reload(self, log_fd: Optional[int]) -> str:
-        """Have all files read again; return why not, "" if done."""
+    def reload(self, new_log: List[int]) -> str:
+        """Have all files read again; return why not, "" if done.
+
+        new_log: an fd of it, if a command has opened one; who uses it takes it out.
+        """
         raise NotImplementedError
+
+    def reclaim(self) -> None:
+        """Be the daemon again in all: the heir hung up, and has not told us to leave."""
 
     def facts(self) -> Message:
         """Return what is to be said of what is hosted."""
@@ -1872,7 +1901,11 @@ class Daemon:
     """The daemon's own life: it waits for signals, for its children, and for commands.
 
     It is the only thread of its process (threads and fork(2) do not mix), and it runs no code of
-    yours but the short calls of the contract.
+    yours but the short calls of the contract.  Commands are served one after the other: a reload
+    under way keeps a status waiting, no worker.
+
+    Instance variables: verbs, what commands may ask for: methods, ours or the host's, that get
+    the conversation, and answer on it; talks, the conversations, the longest silent first.
     """
 
     def __init__(self, start: Start, host: Host) -> None:
@@ -1884,10 +1917,12 @@ class Daemon:
         self.wake, self.waker = socket.socketpair()
         self.wake.setblocking(False)
         self.waker.setblocking(False)
-        host.ends += [self.wake, self.waker]
         assert start.opened.control is not None     # open_files(): only a library's has none
-        verbs = dict(host.verbs, status=self.answer_status, reload=self.answer_reload)
-        self.talks = Talks(start.opened.control, verbs, host.ends)
+        self.control = start.opened.control
+        self.control.setblocking(False)     # who called may have hung up before we accept
+        host.ends += [self.wake, self.waker, self.control]
+        self.verbs = dict(host.verbs, status=self.answer_status, reload=self.answer_reload)
+        self.talks: List[Channel] = []
 
     def live(self) -> int:
         """Step 7.  Start the children, take the place; then do what comes, until it is over.
@@ -1916,22 +1951,25 @@ class Daemon:
         def on_signal(signum: int, frame: Optional[FrameType]) -> None:
             if os.getpid() == self.pid:             # else a child of Python 3.6, before its exec
                 self.signals.add(signum)
+        # Before the handlers: a signal that is noted, and wakes nobody, would wait for the tick.
         signal.set_wakeup_fd(self.waker.fileno())
-        for signum in HANDLED:
-            # What run's caller ignores stays so: nohup means SIGHUP, `&` in a script SIGINT.
-            if self.start.session is not None or signal.getsignal(signum) is not signal.SIG_IGN:
-                signal.signal(signum, on_signal)
+        # What run's caller ignores stays so: nohup means SIGHUP, `&` in a script SIGINT.
+        handle(HANDLED, on_signal, spares_ignored=self.start.session is None)
 
     def step(self) -> None:
         """Wait a moment for what comes, and do it."""
         try:
             # A tick at the latest, for what gives no sign: a pause that is over, a full log.
-            for end in readable([self.wake] + self.talks.ends(), time.monotonic() + TICK):
-                if end is self.wake:
+            sources = [self.wake, self.control, *self.talks]
+            for source in readable(sources, time.monotonic() + TICK):
+                if source is self.wake:
                     self.wake.recv(4096)
-                else:
-                    self.talks.serve(end)
-            # The dead first: a signal that asks for a reload shall find the living.
+                elif source is self.control:
+                    self.accept()
+                elif source in self.talks:      # else the call just now drove it out
+                    self.answer(source)
+            # The dead first: a signal that asks for a reload shall find the living.  Who is
+            # missing last: a reload has just brought a full set.
             self.host.reap()
             self.on_signals()
             self.host.tend()
@@ -1944,20 +1982,22 @@ class Daemon:
         """Do what the signals ask for that came since the last look."""
         # At once, for a handler may add to it at any time; what comes now is for the next look.
         signals, self.signals = self.signals, set()
-        endings = {signal.SIGTERM, signal.SIGINT}
         # Where there is a terminal HUP says that it is gone; else custom made it "reload".
-        if self.start.session is None and foreground_group() is not None:
-            endings.add(signal.SIGHUP)
-        if signals & endings:
+        is_hung_up = signal.SIGHUP in signals and self.start.session is None and (
+            foreground_group() is not None)
+        if signals & ENDINGS or is_hung_up:
             if self.host.on_end():
                 self.tell_family(signal.SIGINT if signal.SIGINT in signals else signal.SIGTERM)
         elif signal.SIGHUP in signals:
-            self.reload(None)
+            self.reload([])
         elif signal.SIGUSR1 in signals:
-            self.host.reopen(None)
+            self.host.reopen([])
 
     def look_around(self) -> None:
-        """Notice what gives no sign of its own."""
+        """Notice what gives no sign of its own; say it once, for it will not change.
+
+        While the daemon lives nothing else depends on that name: so it goes on serving.
+        """
         if not self.is_warned and os.fstat(self.start.opened.lock).st_nlink == 0:
             self.is_warned = True
             self.host.complain("somebody removed %s: commands will not find us"
@@ -1975,6 +2015,7 @@ class Daemon:
 
     def family(self) -> List[Process]:
         """Return all of ours that still lives; in a jail without /proc, our children."""
+        # First: who is waited for has no group to be asked for, and its number may be another's.
         self.host.reap()
         members = {process.pid: process for process in family(self.start.session)}
         for child in self.host.children + self.host.leaving:
@@ -1985,9 +2026,8 @@ class Daemon:
     def end(self) -> None:
         """End what we have started, then empty the pidfile."""
         # A second SIGTERM, or Ctrl-C, shall not cut this short.
-        for signum in HANDLED - {signal.SIGCHLD}:
-            signal.signal(signum, do_nothing)
-        signal.set_wakeup_fd(-1)
+        handle(HANDLED - {signal.SIGCHLD}, do_nothing)
+        signal.set_wakeup_fd(-1)        # nobody empties it any more, and Python minds a full one
         notify(self.start, "STOPPING=1")
         self.tell_family(signal.SIGTERM)
         try:
@@ -1999,10 +2039,51 @@ class Daemon:
         finally:
             if self.host.is_owner:
                 finish(self.start.opened, self.pid)
-                call(self.start.server, "server_close")     # when we leave, that is the heir's now
+                # Last, and not when we leave: what it removes (a unix socket's name) is the heir's.
+                call(self.start.server, "server_close")
+
+    def accept(self) -> None:
+        """Take a command's call; anybody's but ours and root's is hung up."""
+        try:
+            end = self.control.accept()[0]
+        except (BlockingIOError, ConnectionError):      # it hung up; or the heir was faster
+            return
+        # Its mode 0600 does that on Linux; older BSDs ignore the mode of a socket (unix(7)).
+        if peer_of(end)[1] not in (None, 0, os.getuid()):
+            end.close()
+            return
+        # For what we answer: who asks, and reads nothing, shall not hold us up.
+        end.settimeout(ANSWER)
+        self.host.ends.append(end)      # a child that had it would keep the command waiting
+        # It is in before the oldest is out: so whoever calls is heard, however many say nothing.
+        self.talks.append(Channel(end))
+        silent = [talk for talk in self.talks if talk is not self.host.heir]
+        if len(silent) > MAX_TALKS:     # who says nothing shall keep nobody out
+            self.hang_up(silent[0])
+
+    def answer(self, talk: Channel) -> None:
+        """Do what a command asks for."""
+        event = talk.receive(0)["event"]
+        if event == LATE:               # half a line, so far
+            return
+        try:
+            self.verbs.get(event, self.hang_up)(talk)
+        except OSError:                 # it hung up in mid-sentence
+            self.hang_up(talk)
+
+    def hang_up(self, talk: Channel) -> None:
+        """End a conversation; the heir's tells the host that there will be none."""
+        for fd in talk.fds:
+            os.close(fd)
+        talk.end.close()
+        if talk in self.talks:
+            self.talks.remove(talk)
+        if talk is self.host.heir:
+            self.host.heir = None
+            self.host.reclaim()
 
     def answer_status(self, talk: Channel) -> None:
-        """Say how we are."""
+        """Say how we are; the log's size by its fd, for its name may be outside of our jail."""
         path = self.plan.files.logfile
         talk.send("status", said=dict(
             self.host.facts(), restarts=self.host.restarts, last_error=self.host.last_error,
@@ -2010,15 +2091,15 @@ class Daemon:
 
     def answer_reload(self, talk: Channel) -> None:
         """Reload, with the log that the command may have opened for us."""
-        fd = talk.fds.pop(0) if talk.fds else None
-        talk.send("reloaded", reason=self.reload(fd))
-        if fd is not None:
-            os.close(fd)
+        talk.send("reloaded", reason=self.reload(talk.fds))
 
-    def reload(self, log_fd: Optional[int]) -> str:
-        """Have all files read again; return why not, "" if done."""
+    def reload(self, new_log: List[int]) -> str:
+        """Have all files read again; return why not, "" if done.
+
+        systemd hears of the beginning, too: else `systemctl reload` would not wait for the end.
+        """
         notify(self.start, "RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
-        reason = self.host.reload(log_fd)
+        reason = self.host.reload(new_log)
         if reason:
             self.host.complain("reload refused: " + reason)
         else:
@@ -2030,16 +2111,9 @@ class Daemon:
 
 def foreground_group() -> Optional[int]:
     """Return whom Ctrl-C at our terminal is for; None without one.  See: tty(4), tcgetpgrp(3)."""
-    try:
-        tty = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
-    except OSError:
-        return None
-    try:
-        return os.tcgetpgrp(tty)
-    except OSError:
-        return None
-    finally:
-        os.close(tty)
+    with contextlib.suppress(OSError), open("/dev/tty", "rb", 0) as tty:
+        return os.tcgetpgrp(tty.fileno())
+    return None
 
 
 def notify(start: Start, text: str) -> None:
@@ -2050,7 +2124,8 @@ def notify(start: Start, text: str) -> None:
 
 
 # -- 10. A word with the daemon ----------------------------------------------
-# A command and a running daemon talk over a unix socket beside the pidfile:
+# A command and a running daemon (whose side stands in section 9) talk over a unix socket beside
+# the pidfile:
 #
 #   COMMAND                               DAEMON
 #   "status" ---------------------------> looks at itself
@@ -2063,74 +2138,6 @@ def notify(start: Start, text: str) -> None:
 # been taken over.  One deadline for an exchange, 64 KiB and 64 fds at most, no text printed raw.
 # And what came from it is never closed: that could be a connection with SO_LINGER, for whose end
 # close(2) waits as long as its owner likes.  exit(2) does not wait.
-
-class Talks:
-    """The daemon's end: open conversations, the longest silent first.
-
-    A verb is a method of the daemon's or its host's that gets the conversation, and answers on it.
-    They are served one after the other: a reload under way keeps a status waiting, no worker.
-    """
-
-    def __init__(self, control: socket.socket, verbs: Dict[str, Callable[[Channel], None]],
-                 private: List[socket.socket]) -> None:
-        self.control, self.verbs = control, verbs
-        self.private = private          # sockets that no child may have
-        self.talks: List[Channel] = []
-        self.heir: Optional[Channel] = None  # who took our sockets
-        control.setblocking(False)      # who called may have hung up before we accept
-        private.append(control)
-
-    def ends(self) -> List[socket.socket]:
-        """Return all sockets that are waited for."""
-        return [self.control] + [talk.end for talk in self.talks]
-
-    def serve(self, end: socket.socket) -> None:
-        """Do what can be done for a socket that has something to read."""
-        if end is self.control:
-            self.accept()
-        for talk in [talk for talk in self.talks if talk.end is end]:
-            self.answer(talk)
-
-    def accept(self) -> None:
-        """Take a command's call; anybody's but ours and root's is hung up."""
-        try:
-            end = self.control.accept()[0]
-        except (BlockingIOError, ConnectionError):      # it hung up; or the heir was faster
-            return
-        # Its mode 0600 does that on Linux; older BSDs ignore the mode of a socket (unix(7)).
-        if peer_of(end)[1] not in (None, 0, os.getuid()):
-            end.close()
-            return
-        end.settimeout(ANSWER)
-        self.private.append(end)
-        self.talks.append(Channel(end))
-        silent = [talk for talk in self.talks if talk is not self.heir]
-        if len(silent) > MAX_TALKS:     # who says nothing shall keep nobody out
-            self.hang_up(silent[0])
-
-    def answer(self, talk: Channel) -> None:
-        """Do what a command asks for."""
-        event = talk.receive(0)["event"]
-        if event == LATE:               # half a line, so far
-            return
-        try:
-            if event == "sockets" and event in self.verbs:      # a program has none
-                self.heir = talk
-            self.verbs.get(event, self.hang_up)(talk)
-        except OSError:                 # it hung up in mid-sentence
-            self.hang_up(talk)
-
-    def hang_up(self, talk: Channel) -> None:
-        """End a conversation; the heir's tells the host that there will be none."""
-        for fd in talk.fds:
-            os.close(fd)
-        talk.end.close()
-        if talk in self.talks:
-            self.talks.remove(talk)
-        if talk is self.heir:
-            self.heir = None
-            self.verbs["reclaim"](talk)
-
 
 def dial(files: Files) -> Channel:
     """Return the command's end of a conversation with whoever listens at the control socket."""
@@ -2203,12 +2210,11 @@ class Target:
         with contextlib.suppress(OSError, TypeError):       # it is dead; there is no pidfd_open
             self.pidfd = pidfd_open(pid)
         # The uid is the kernel's word: the process itself cannot choose it.
-        process, ids = look_at(pid), ids_of(pid)
+        process, self.identity = look_at(pid), identity_of(pid)
         # Asked after the handle was opened: so all mean one process, or we have nobody.
         is_it = process is not None and lock.holder() == pid
         self.session = process.sid if process and is_it and record and record.detached else None
         self.birth = process.birth if process and is_it else None
-        self.uid = ids[0] if ids else os.geteuid()
 
     def leader(self) -> List[Process]:
         """Return the daemon itself, while it is left."""
@@ -2229,38 +2235,36 @@ class Target:
         if self.birth is None:
             return
         if self.pidfd >= 0:
-            as_uid(self.uid, lambda: pidfd_send_signal(self.pidfd, signum))
+            as_user(self.identity, lambda: pidfd_send_signal(self.pidfd, signum))
         elif self.leader():             # looked at again, just before
-            as_uid(self.uid, lambda: os.kill(self.pid, signum))
+            as_user(self.identity, lambda: os.kill(self.pid, signum))
 
     def send_all(self, signum: int) -> None:
         """Signal who is left, too."""
         self.send(signum)
         rest = [p for p in self.members() if p.pid != self.pid]
         if rest:
-            as_uid(self.uid, lambda: signal_each(rest, signum, False))
+            as_user(self.identity, lambda: signal_each(rest, signum, False))
 
 
-def as_uid(uid: int, action: Callable[[], Any]) -> None:
+def as_user(identity: Optional[Identity], action: Callable[[], Any]) -> None:
     """Send a signal with that user's rights only.  That nobody is left to get it is as good."""
-    if os.geteuid() != 0 or uid == 0:
+    if identity is None:
         with contextlib.suppress(ProcessLookupError):
             action()
         return
-    with trying_to("start a process"):
-        child = os.fork()
-    if child == 0:
-        result = 255
+
+    def act(user: Identity) -> None:
         try:
-            os.setgroups([])
-            set_ids(uid, os.getgid())
+            os.setgroups(user.groups)
+            set_ids(user.uid, user.gid)
             action()
-            result = 0
+        except ProcessLookupError:
+            pass
         except OSError as error:
-            result = 0 if isinstance(error, ProcessLookupError) else error.errno or 255
-        finally:
-            os._exit(result)
-    result = os.WEXITSTATUS(os.waitpid(child, 0)[1])
+            sys.exit(error.errno)
+    child = fork(lambda channel: act(identity))
+    result = os.WEXITSTATUS(child.wait() or 0)
     if result:
         raise OSError(result, os.strerror(result))
 
@@ -2284,6 +2288,8 @@ def end_daemon(target: Target, timeout: float, is_told: bool = False) -> bool:
 
 
 # -- 12. Programs ------------------------------------------------------------
+# Nobody can ask a program whether it serves.  So two signs must do: exec(2) closes its end of the
+# channel (what failed before that is said there), and it is alive a moment later.
 
 class Program(Host):
     """Any program, as the daemon's child: it gets SIGHUP at `reload`, and may be started again.
@@ -2310,7 +2316,7 @@ class Program(Host):
         """Start it, and wait until it is executed."""
         child = self.fork(self.execute)
         # exec(2) closes its end: then there is nothing to read but the end.
-        message = child.channel.receive(self.plan.options.start_timeout)
+        message = child.receive(self.plan.options.start_timeout)
         if message["event"] == "fatal":
             child.kill()
             raise failure(child, message)
@@ -2318,10 +2324,10 @@ class Program(Host):
 
     def execute(self, channel: Channel) -> None:
         """Become the program.  See: execve(2)."""
+        # First: whatever follows may take its time, and the daemon may be killed meanwhile.
         die_with_parent()
         # execve(2) resets handlers, but what is ignored stays so; `yes | head` relies on SIGPIPE.
-        for signum in (signal.SIGPIPE, signal.SIGXFSZ):
-            signal.signal(signum, signal.SIG_DFL)
+        handle({signal.SIGPIPE, signal.SIGXFSZ}, signal.SIG_DFL)
         os.environ.setdefault("PYTHONUNBUFFERED", "1")      # what it prints is in the log at once
         # In the jail, and as the user: what counts is what that user may execute there.
         path = find_program(self.plan.command[0])
@@ -2344,9 +2350,10 @@ class Program(Host):
             self.run()
             self.restarts += 1
 
-    def reload(self, log_fd: Optional[int]) -> str:
+    def reload(self, new_log: List[int]) -> str:
         """Pass SIGHUP on, if the program has a handler: else it would die of it."""
-        reason = self.reopen(log_fd)
+        # The log first, and in any case: what is refused below is the signal.
+        reason = self.reopen(new_log)
         for child in self.children:
             if not handles(child.pid, signal.SIGHUP):
                 reason = "it does not handle SIGHUP, and would end"
@@ -2371,11 +2378,25 @@ def find_program(name: str) -> str:
     raise Fatal("unable to execute %s: %s" % (name, found))
 
 
-def bind_nothing(plan: Plan, inherited: Inherited) -> None:
-    """Step 3, where the program will do that itself."""
+def check_script(plan: Plan, inherited: Inherited) -> None:
+    """Step 3 of a program: see the commonest mistake of who starts a script.
+
+    Its path stays as it was typed, for the program may mean something else by that word.  And the
+    program itself is looked up by who executes it: root may not see what is in a user's home.
+    """
+    script = script_of(plan.command) if plan.chroot is None else None
+    if script and os.path.exists(plan.hosted) and not os.path.exists(
+            os.path.join(plan.rundir, script)):
+        cured = plan._replace(words=plan.words + ["--rundir", plan.cwd])
+        raise Fatal("unable to start %s: it is in %s, the daemon in %s (--rundir)\ntry: %s" % (
+            script, plan.cwd, plan.rundir, command_line(plan.action, cured)))
 
 
 # -- 13. The commands --------------------------------------------------------
+# Each takes the turn first, and looks second: what it has seen stays so until it gives the turn
+# back.  Only `status` and `reload` go without: they change nothing that another one relies on, and
+# shall not wait for a start that hangs.  And all but `start` and `run` ask first whether the name
+# is known at all: to stop, or look at, what never ran shall leave no lock file behind.
 
 # -- 13.1 start ---------------------------------------------------------------
 
@@ -2391,7 +2412,11 @@ def start(plan: Plan) -> int:
 
 
 def tell_running(plan: Plan, record: Optional[Record], pid: int) -> None:
-    """Say that it runs already; and what is not as it was asked for."""
+    """Say that it runs already; and what is not as it was asked for.
+
+    Another program under that name is a failure: who is told "already running" believes that
+    what was asked for serves.  Other options are none: cron starts each minute.
+    """
     if record and (record.kind, record.hosted) != (plan.kind, plan.hosted):
         raise Fatal("unable to start %s: the name is held by pid %d, which hosts %s\n"
                     "try: --name" % (plan.hosted, pid, record.hosted))
@@ -2435,8 +2460,9 @@ def launch(plan: Plan, turn: Turn, inherited: Inherited) -> None:
         raise Late("unable to tell whether %s has started\ntry: daemonize.py status" % plan.name)
     except Fatal as error:              # it says so itself, or is dead: that can be undone
         raise made.undo(error)
+    # Before the turn is given back: until it is gone the starter holds byte 2.  And greeted last:
+    # who reads that may type the next command.
     made.starter.wait()
-    made.starter.channel.end.close()
     greet(plan, facts)
 
 
@@ -2453,8 +2479,7 @@ class Made:
         self.starter: Optional[Child] = None
         self.before: Optional[bytes] = None         # the record of the last start
         self.new = [path for path in (files.pidfile, files.control, files.logfile)
-                    if path and not exists(path)] + [files.lock] * turn.is_new + turn.made
-        turn.is_new = False             # from here on that is our affair
+                    if path and not exists(path)]       # lock and folder are the turn's affair
         self.logged = os.path.getsize(self.logfile) if self.logfile and exists(self.logfile) else 0
 
     def make_log_folder(self) -> None:
@@ -2475,8 +2500,7 @@ class Made:
 
     def undo(self, error: BaseException) -> BaseException:
         """Take all back; return why the start failed, with what the log says of it."""
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(signum, do_nothing)       # an impatient second Ctrl-C
+        handle(ENDINGS | {signal.SIGHUP}, do_nothing)   # an impatient second Ctrl-C
         # The processes before the files: they still write.
         if self.starter is not None:
             self.end_starter(self.starter)
@@ -2488,18 +2512,21 @@ class Made:
         return error
 
     def end_starter(self, starter: Child) -> None:
-        """Have the starter end the daemon, and take back what bind() made."""
+        """Have the starter end the daemon, and undo what bind() made: only it has the server."""
         if starter.result is None:
             os.kill(starter.pid, signal.SIGTERM)
         if not wait_until(lambda: starter.wait(os.WNOHANG) is not None, 2 * ANSWER):
             # It hangs.  Its number, and its session's, is its own while nobody has waited for it.
             signal_each([p for p in processes() if p.sid == starter.pid], signal.SIGKILL, False)
             starter.kill()
-        starter.channel.end.close()
 
 
 def tidy(plan: Plan, new: List[str], is_alone: bool = True) -> None:
-    """Remove what a failed start made, but a log that says something; empty an older pidfile."""
+    """Remove what a failed start made, but a log that says something; empty an older pidfile.
+
+    That one was there before us, and so stays; but it must name nobody, unless (not is_alone) it
+    is the pidfile of a daemon that goes on: of the predecessor of an heir that failed.
+    """
     # By lstat, and with the user's rights for the log: its folder may lead elsewhere by now.
     for path in sorted(new, key=len, reverse=True):     # what is in a folder before the folder
         identity = plan.identity if path == plan.files.logfile else None
@@ -2520,6 +2547,7 @@ def greet(plan: Plan, facts: Message) -> None:
     """Say that it runs, where, and what it has to say once."""
     where = ", listening on %s" % facts["addresses"] if facts.get("addresses") else ""
     pid = str(facts.get("pid"))
+    # replace(), and not "%": a message of somebody's may have another % in it, or none.
     text = plan.startmsg or "%s is running with pid %s%s" % (plan.name, pid, where)
     tell(plan, text.replace("%s", pid))
     if facts.get("greeting"):
@@ -2527,7 +2555,7 @@ def greet(plan: Plan, facts: Message) -> None:
 
 
 def log_since(plan: Plan, size: int) -> str:
-    """Return the last lines of what was logged beyond that size.
+    """Return the last lines of what was logged beyond that size: by this start, not by an older.
 
     The program's own last words say more than its exit status, and who starts it sees no log.
     """
@@ -2555,6 +2583,8 @@ def stop(plan: Plan) -> int:
             tell_stopped(plan)
         else:
             stop_daemon(plan, turn, pid)
+        # The names last, when nobody holds the lock any more: as long as something of it lives,
+        # monitors find its pid.  Both may be there after a kill -9, too.
         for path in (plan.files.pidfile, plan.files.control):
             with trying_to("remove %s" % path), contextlib.suppress(
                     FileNotFoundError, IsADirectoryError):
@@ -2566,8 +2596,7 @@ def is_unknown(plan: Plan) -> bool:
     """Tell whether nothing was ever started by that name: then nothing is made to find that out."""
     if exists(plan.files.lock):
         return False
-    check_orphan(plan)
-    return True
+    return not check_orphan(plan, lambda: exists(plan.files.lock))
 
 
 def tell_stopped(plan: Plan) -> None:
@@ -2579,7 +2608,10 @@ def tell_stopped(plan: Plan) -> None:
 
 
 def stop_daemon(plan: Plan, turn: Turn, pid: int) -> None:
-    """End the daemon, and whoever else holds its lock; say so, once it is so."""
+    """End the daemon, and whoever else holds its lock; say so, once it is so.
+
+    "Stopped" is a promise to the next command line (`stop && rm -r ...`, `stop && start`).
+    """
     # The lock decides, here as well: "stopped" is when nobody holds it any more.
     was_killed = end_daemon(Target(turn, pid), plan.options.timeout)
     for _ in range(100):                            # its children, if it let them have the lock
@@ -2606,7 +2638,10 @@ def holder_of(plan: Plan) -> Tuple[Optional[int], Optional[Record]]:
 
 
 def status(plan: Plan) -> int:
-    """Say whether the daemon runs, and what it says of itself; exit status as LSB has it."""
+    """Say whether the daemon runs, and what it says of itself; exit status as LSB has it.
+
+    Whether it runs is the kernel's word alone: a daemon that hangs, and answers nothing, runs.
+    """
     # Without a turn: who only looks must never wait, nor keep others waiting.
     pid, record = holder_of(plan)
     facts = stopped_facts(plan) if pid is None else running_facts(plan, pid, record)
@@ -2628,13 +2663,17 @@ def stopped_facts(plan: Plan) -> Message:
     if not content:
         return {"name": plan.name, "state": "not running", "pidfile": path}
     facts = {"name": plan.name, "state": "dead", "pidfile": path, "content": content}
+    # Where the folder is another's it may hold anything: what is no pid is shown, and no more.
     if content.isdecimal() and len(content) < 10 and look_at(int(content)):
         facts["note"] = "pid %s belongs to a stranger now" % content
     return facts
 
 
 def running_facts(plan: Plan, pid: int, record: Optional[Record]) -> Message:
-    """Return what the daemon says, and above it what the kernel says."""
+    """Return what the daemon says, and above it what the kernel says.
+
+    A daemon that does not answer is no failure of ours: that is what was to be found out.
+    """
     facts, ids = {}, ids_of(pid)        # type: Message, Any
     # A script with startstop() has no control socket: the kernel's facts must do.
     if record is None or record.kind != "library":
@@ -2688,7 +2727,7 @@ def report_of(facts: Message) -> str:
 
 
 def words_of(value: Any) -> str:
-    """Return a fact in one line."""
+    """Return a fact in one line: what an application says shall not look like a line of ours."""
     if isinstance(value, list):
         value = " ".join(map(str, value))
     return str(value).replace("\n", "\\n")
@@ -2704,7 +2743,10 @@ def reload(plan: Plan) -> int:
         reason = hang_up_on(plan, pid)
     else:
         # We open the log for it: it may have no right to do so (root's folder, another's jail).
+        # As whom it runs the kernel says, where its log is the record: not the daemon, which may be
+        # hostile, and not the options that --uid or --logfile would have today.
         fd = open_log(record.logfile, identity_of(pid)) if record and record.logfile else None
+        # As long as a start may take: fresh workers have to prove themselves.
         try:
             message = ask(plan.files, pid, "reload", plan.options.start_timeout,
                           [] if fd is None else [fd])
@@ -2722,7 +2764,8 @@ def reload(plan: Plan) -> int:
 def hang_up_on(plan: Plan, pid: int) -> str:
     """Send SIGHUP to a script that handles it; return why not, "" if done.
 
-    The kernel knows (SigCgt in /proc/PID/status): the default action would end it.
+    The kernel knows (SigCgt in /proc/PID/status): the default action would end it.  Through a
+    Target, as for `stop`: the pid is proved to be the daemon's, and signalled as its user.
     """
     if not handles(pid, signal.SIGHUP):
         return "it does not handle SIGHUP, and would end"
@@ -2766,8 +2809,6 @@ def run(plan: Plan) -> int:
     # That closed the turn's fd, and so dropped all our locks: for this moment, which is shorter
     # than any start, another command may begin.  It will be told that we run, or we that it does.
     reset_signals(spared=(signal.SIGHUP, signal.SIGINT))
-    close_inherited()
-    redirect(opened)
     keep_orphans()
     return begin(Start(plan, opened, inherited, server, notifier=notifier))
 
@@ -2850,9 +2891,15 @@ def live_in_script(start: Start) -> NoReturn:
 
 
 # -- 15. Applications --------------------------------------------------------
+# Whether a file is an application is asked before it runs: a script that has no bind() would begin
+# its work at the import, as root, and in the starter.  It is loaded there and not in the command,
+# so that `stop` needs no working code.  The options are read twice: in step 1 what we know, after
+# the import all of it, since only then add_arguments() can be asked.
 
 def has_bind(source: str, path: str) -> bool:
     """Tell an application from a script without running it: is `bind` a name of its top level?
+
+    By Python's own symbol table: the word may also stand in a string, or in another function.
 
     >>> has_bind("try:\\n    from a import bind\\nexcept ImportError: pass", "x.py")
     True
@@ -2906,9 +2953,11 @@ def bind_application(plan: Plan, inherited: Inherited) -> Any:
 
     Runs as: root.  See: twistd: privilegedStartService.
     """
-    # First of all: even the import may read a file by a relative name.
+    # First of all: even the import may read a file by a relative name.  (The daemon's own folder
+    # is entered in step 5; a relative path among the options was not meant from there.)
     enter_folder(plan)
-    umask = os.umask(plan.options.umask)        # for __pycache__; what bind() makes is private
+    # For __pycache__, which others may have to read; what bind() makes is private, as before.
+    umask = os.umask(plan.options.umask)
     try:
         module = load(plan.hosted)
     finally:
@@ -2932,7 +2981,10 @@ def enter_folder(plan: Plan) -> None:
 
 
 def private_files(plan: Plan) -> List[str]:
-    """Return our own files, which an application that serves files should serve to nobody."""
+    """Return our own files, which an application that serves files should serve to nobody.
+
+    Also those that are not there yet: a rotated log appears while it serves.
+    """
     files, log = plan.files, plan.files.logfile
     logs = [log] + ["%s.%d" % (log, n + 1) for n in range(plan.options.log_keep)] if log else []
     return [files.pidfile, files.lock, files.control] + logs
@@ -2942,7 +2994,7 @@ def options_for(module: ModuleType, plan: Plan, inherited: Inherited) -> argpars
     """Return what bind() gets: the application's own options, and a written list of ours."""
     # One parser knows all options, so that a typo in either half is refused.
     parsed = vars(build_parser(module).parse_args(plan.spoken))
-    foreign = set(vars(build_parser(ModuleType("nothing")).parse_args([])))
+    foreign = set(vars(build_parser(NOTHING).parse_args([])))
     uid, gid = plan.identity[:2] if plan.identity else (None, None)
     ours = {"action": plan.action, "name": plan.name, "sockets": list(inherited.sockets),
             "legacy": inherited.legacy, "uid": uid, "gid": gid, "chroot": plan.chroot,
@@ -2959,7 +3011,10 @@ def options_for(module: ModuleType, plan: Plan, inherited: Inherited) -> argpars
 
 
 def adopt(fd: int) -> Optional[socket.socket]:
-    """Return the listening stream socket that was passed to us as fd; None for anything else."""
+    """Return the listening stream socket that was passed to us as fd; None for anything else.
+
+    Asked of the kernel: systemd passes what a .socket file says, a hostile daemon what it likes.
+    """
     # What systemd passes is inheritable: each child of ours would hold the port, too.
     os.set_inheritable(fd, False)
     if not stat.S_ISSOCK(os.fstat(fd).st_mode):
@@ -3020,9 +3075,9 @@ class Service(Host):
         self.is_leaving = False
         self.is_heir = start.inherited.talk is not None
         self.obstacle = self.opened.obstacle        # why the log is not rotated; "" if it is
-        # Who asked for us, until we are ready: if it is gone, so are we.  (No pid: it is no child.)
-        self.callers = [Child(0, start.report)] if start.report is not None else []
-        self.verbs = {"sockets": self.hand_over, "leave": self.leave, "reclaim": self.reclaim}
+        # Who asked for us, until we are ready: if it is gone, so are we.
+        self.callers = [start.report] if start.report is not None else []
+        self.verbs = {"sockets": self.hand_over, "leave": self.leave}
 
     def bring_up(self) -> None:
         """Start the workers; an heir's accept nobody yet: no client shall meet both in turn."""
@@ -3050,13 +3105,13 @@ class Service(Host):
     def prove(self, fresh: List[Child]) -> None:
         """Have new workers probed; without a probe they must live for a moment, like a program."""
         if not hasattr(self.server, "probe"):
-            if readable([child.channel.end for child in fresh], time.monotonic() + ALIVE):
+            if readable(fresh, time.monotonic() + ALIVE):
                 expect([], "", 0, fresh)        # one has ended
             return
         # After the workers: it asks them, over the sockets that they serve.
         prober = self.fork(self.probe)
         try:
-            expect([prober], "able", self.plan.options.start_timeout, fresh + self.callers)
+            expect([prober], "able", self.plan.options.start_timeout, [*fresh, *self.callers])
         finally:
             prober.kill()
 
@@ -3067,9 +3122,7 @@ class Service(Host):
         """
         import threading
         raise_at_end()
-        for signum in (signal.SIGHUP, signal.SIGUSR1):      # they are the daemon's
-            if signal.getsignal(signum) is not signal.SIG_IGN:
-                signal.signal(signum, do_nothing)
+        handle({signal.SIGHUP, signal.SIGUSR1}, do_nothing, spares_ignored=True)    # the daemon's
         # A thread, since the main one belongs to serve_forever(), and may never look up.
         threading.Thread(target=obey, args=(self.server, channel), daemon=True).start()
         channel.send("able")
@@ -3133,7 +3186,7 @@ class Service(Host):
         self.retire()
         return False
 
-    def reload(self, log_fd: Optional[int]) -> str:
+    def reload(self, new_log: List[int]) -> str:
         """Have the application read its files again, reopen the log; return why not, "" if done.
 
         Once, in this process; fresh workers inherit what was read, and the old ones drain.
@@ -3141,8 +3194,7 @@ class Service(Host):
         if self.is_leaving:
             return "it is leaving: another one takes its place"
         try:
-            # First of all, since it may be refused; and as a new one, which is ours to close.
-            log_fd = self.open_log_again() if log_fd is None else os.dup(log_fd)
+            new_log = new_log or self.open_log_again()      # first of all, since it may be refused
         except Fatal as error:
             return str(error)
         try:
@@ -3152,22 +3204,19 @@ class Service(Host):
             self.retire()
             self.children = fresh
             self.release(fresh)
-            return self.reopen(log_fd)
+            return self.reopen(new_log)
         except BaseException as error:  # SystemExit, too: it refuses this reload, and no more
             # The log nevertheless: it may have been renamed, and what is written to the old one
             # is lost when logrotate compresses it.
-            self.reopen(log_fd)
+            self.reopen(new_log)
             trace = as_fatal(error, "reload").trace
             if trace:
                 log("reload: " + trace)
             return refusal_of(error, self.plan.chroot is not None)
-        finally:
-            if log_fd is not None:
-                os.close(log_fd)
 
-    def reopen(self, fd: Optional[int]) -> str:
+    def reopen(self, fds: List[int]) -> str:
         """Log elsewhere, here and in the workers; return when all have done it, or why not."""
-        reason = super().reopen(fd)
+        reason = super().reopen(fds)
         if reason or self.plan.files.logfile is None:
             return reason
         self.obstacle = self.opened.obstacle
@@ -3207,7 +3256,7 @@ class Service(Host):
                     os.rename(name, older)
             if not keep:
                 os.unlink(path)
-            self.obstacle = self.reopen(None)       # to rename on would push the elders out
+            self.obstacle = self.reopen([])       # to rename on would push the elders out
         except OSError as error:
             self.obstacle = because(error)
             self.complain("unable to rotate %s: %s" % (path, self.obstacle))
@@ -3219,6 +3268,7 @@ class Service(Host):
 
         Control socket, listening sockets, memory, in this order; the other side looks itself.
         """
+        self.heir = talk                # first: if it is gone already, we are the daemon again
         sockets = list(getattr(self.server, "sockets", []))[:MAX_FDS - 2]
         legacy = getattr(self.server, "legacy", None)
         assert self.opened.control is not None
@@ -3236,7 +3286,7 @@ class Service(Host):
         # With this, whom lock_holder() names is the heir.
         fcntl.lockf(self.opened.lock, fcntl.LOCK_UN, 1, INSTANCE)
 
-    def reclaim(self, talk: Channel) -> None:
+    def reclaim(self) -> None:
         """Be the daemon again in all: the heir hung up, and has not told us to leave."""
         if self.is_owner:
             write_pidfile(self.opened.pidfile, os.getpid())
@@ -3328,12 +3378,12 @@ def restart(plan: Plan) -> int:
             raise Fatal("unable to restart %s: it runs in the foreground of what started it\n"
                         "try: systemctl restart %s" % (plan.name, plan.name))
         plan = repeat(plan, record) if plan.is_bare else plan
-        kinds = {plan.kind, record.kind if record else plan.kind}
-        # Only an application has sockets to hand over, and only another one can take them.
         if pid is None:
             launch(plan, turn, Inherited())
-        elif kinds != {"app"} or not succeed(plan, turn, pid):
-            stop_and_start(plan, turn, pid)
+            return 0
+        # Only an application has sockets to hand over, and only another one can take them.
+        kinds = {plan.kind, record.kind if record else plan.kind}
+        replace(plan, turn, pid, kinds == {"app"})
     return 0
 
 
@@ -3362,30 +3412,55 @@ def repeat(plan: Plan, record: Optional[Record]) -> Plan:
     return again._replace(files=again.files._replace(pidfile=plan.files.pidfile))
 
 
-def succeed(plan: Plan, turn: Turn, pid: int) -> bool:
-    """Start the new daemon on the old one's sockets, see the old one out; False if it is mute.
+def replace(plan: Plan, turn: Turn, pid: int, has_sockets: bool) -> None:
+    """Start the new daemon on the old one's sockets, then see the old one out; or in reverse.
 
-    Mute is one that does not answer: hung, stopped, or without its socket.  Then a gap is better
-    than no restart.  What fails on our side is another thing: then nothing is stopped.
+    In reverse where there is nothing to hand over; and where the old one is mute: hung, stopped,
+    or without its socket.  Then a gap is better than no restart.  What fails on our side is
+    another thing: then nothing is stopped.
     """
-    target = Target(turn, pid)                  # now: when it leaves, it will hold no lock
+    target, inherited = Target(turn, pid), Inherited()  # now: when it leaves, it holds no lock
     try:
-        inherited = take_over(plan, pid)
+        if has_sockets:
+            inherited = take_over(plan, pid)
     except OSError as error:
         warn("pid %d hands nothing over (%s): it is stopped first" % (pid, because(error)))
-        return False
+    if inherited.talk is None:
+        # What can be seen is seen before anything is lost.  (In a jail only from inside.)
+        if plan.kind == "program" and plan.chroot is None:
+            find_program(plan.command[0])
+            check_script(plan, inherited)
+        see_out(plan, target, "end")
     try:
         launch(plan, turn, inherited)
-    except Exception as error:
-        if isinstance(error, Late):
-            raise
-        is_old = lock_holder(turn.fd, INSTANCE) == pid
-        raise with_outcome(error, "the old one keeps serving with pid %d" % pid if is_old else
-                           "nothing runs now")
-    forget(inherited)
-    if end_daemon(target, plan.options.timeout, is_told=True):
-        warn("pid %d did not drain within %g s: killed" % (pid, plan.options.timeout))
-    return True
+    except Late:                        # then it cannot be told who runs
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        raise with_outcome(error, pid, lock_holder(turn.fd, INSTANCE))
+    if inherited.talk is not None:
+        # The heir has them now.  Not by close(2): that may linger; exit(2) does not.
+        for end in [inherited.talk.end, inherited.control] + list(inherited.sockets):
+            if end is not None:
+                end.detach()
+        see_out(plan, target, "drain")
+
+
+def with_outcome(error: BaseException, pid: int, holder: Optional[int]) -> BaseException:
+    """Return why a restart failed, with what that means for who is served: whom the lock names."""
+    is_old = holder == pid
+    outcome = "the old one keeps serving with pid %d" % pid if is_old else "nothing runs now"
+    if isinstance(error, Exception):
+        fatal = as_fatal(error)
+        return Fatal("%s\ndaemonize: fatal: %s" % (fatal, outcome), fatal.status, fatal.trace)
+    if holder is None:                  # Ctrl-C: who pressed it asks no more, unless all is lost
+        warn(outcome)
+    return error
+
+
+def see_out(plan: Plan, target: Target, how: str) -> None:
+    """End the old daemon; one that drains was told to by the new one."""
+    if end_daemon(target, plan.options.timeout, is_told=how == "drain"):
+        warn("pid %d did not %s within %g s: killed" % (target.pid, how, plan.options.timeout))
 
 
 def take_over(plan: Plan, pid: int) -> Inherited:
@@ -3397,10 +3472,12 @@ def take_over(plan: Plan, pid: int) -> Inherited:
     talk.send("sockets")
     message = talk.receive(ANSWER)
     if message["event"] != "sockets":
+        talk.end.detach()                       # not closed: see section 10
         raise TimeoutError(errno.ETIMEDOUT, "it does not answer")
-    sockets, control, legacy, litter = [], None, None, []   # type: Any, Any, Any, Any
+    sockets, control, legacy = [], None, None   # type: Any, Any, Any
     # By what the kernel says of each, whatever the daemon calls it.
-    for fd in talk.fds:
+    fds, talk.fds = talk.fds, []
+    for fd in fds:
         passed = adopt(fd)
         if passed is not None and control is None and is_control(passed, plan.files):
             control = passed
@@ -3409,19 +3486,8 @@ def take_over(plan: Plan, pid: int) -> Inherited:
         elif legacy is None and is_legacy(fd):
             legacy = fd
         else:
-            litter.append(fd)
-    talk.fds = []
-    return Inherited(sockets, control, legacy, talk, pid, litter)
-
-
-def forget(inherited: Inherited) -> None:
-    """Let go of what the heir has now.  Not by close(2): that may linger; exit(2) does not."""
-    for end in inherited.sockets:
-        end.detach()
-    if inherited.control is not None:
-        inherited.control.detach()
-    if inherited.talk is not None:
-        inherited.talk.end.detach()
+            talk.fds.append(fd)
+    return Inherited(sockets, control, legacy, talk, pid)
 
 
 def is_control(passed: socket.socket, files: Files) -> bool:
@@ -3443,34 +3509,12 @@ F_GET_SEALS, F_SEAL_SHRINK = 1034, 2        # fcntl(2); the module has them sinc
 def is_legacy(fd: int) -> bool:
     """Tell whether it is memory that an heir can map: nobody can cut it, which would be SIGBUS."""
     facts = os.fstat(fd)
-    if not stat.S_ISREG(facts.st_mode) or facts.st_size > MAX_LEGACY:
-        return False
-    try:
-        return bool(fcntl.fcntl(fd, F_GET_SEALS) & F_SEAL_SHRINK)
-    except OSError:                         # a file, no memfd
-        return False
+    is_small_file = stat.S_ISREG(facts.st_mode) and facts.st_size <= MAX_LEGACY
+    with contextlib.suppress(OSError):      # a file, no memfd
+        return is_small_file and bool(fcntl.fcntl(fd, F_GET_SEALS) & F_SEAL_SHRINK)
+    return False
 
 
-def stop_and_start(plan: Plan, turn: Turn, pid: int) -> None:
-    """Restart what has nothing to hand over; look first whether there is something to start."""
-    # The commonest mistake can be seen before anything is lost.  (In a jail only from inside.)
-    if plan.kind == "program" and plan.chroot is None:
-        find_program(plan.command[0])
-    if end_daemon(Target(turn, pid), plan.options.timeout):
-        warn("pid %d did not end within %g s: killed" % (pid, plan.options.timeout))
-    try:
-        launch(plan, turn, Inherited())
-    except KeyboardInterrupt:
-        warn("nothing runs now")
-        raise
-    except Exception as error:
-        raise with_outcome(error, "nothing runs now")
-
-
-def with_outcome(error: Exception, outcome: str) -> Fatal:
-    """Return why a restart failed, and below it what that means for who is served."""
-    fatal = as_fatal(error)
-    return Fatal("%s\ndaemonize: fatal: %s" % (fatal, outcome), fatal.status, fatal.trace)
 
 
 # -- 18. Other systems -------------------------------------------------------
@@ -3484,14 +3528,14 @@ def has_proc() -> bool:
     return os.path.exists(PROC + "/self/stat")
 
 
-def ask_ps(*keys: str) -> Dict[int, List[str]]:
-    """Return facts of all processes by pid, {} where there is no ps(1)."""
+PS = "ps -A -o pid= -o ppid= -o pgid= -o stat= -o ruid= -o rgid="
+
+
+def ask_ps() -> Dict[int, List[str]]:
+    """Return what ps(1) says of all processes by pid, {} where there is none."""
     import subprocess
-    command = ["ps", "-A", "-o", "pid="]
-    for key in keys:
-        command += ["-o", key + "="]
     try:
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as ps:
+        with subprocess.Popen(PS.split(), stdout=subprocess.PIPE) as ps:
             lines = ps.communicate()[0].decode().splitlines()
     except (ImportError, OSError):      # a jail has neither the module nor ps
         return {}
@@ -3506,18 +3550,13 @@ def by_ps() -> Dict[int, Process]:
     No birth there, so no record can prove who is who: the lock alone does.
     """
     found = {}
-    for pid, (ppid, pgid, state) in ask_ps("ppid", "pgid", "stat").items():
+    for pid, (ppid, pgid, state, _, _) in ask_ps().items():
         if state[0] not in "ZX":
             sid = -1
             with contextlib.suppress(OSError):      # it ended; OpenBSD tells of our session only
                 sid = os.getsid(pid)
             found[pid] = Process(pid, int(ppid), int(pgid), sid, "")
     return found
-
-
-def ids_by_ps(pid: int) -> List[List[str]]:
-    """Return real uid and gid where there is no /proc."""
-    return [[number] for number in ask_ps("ruid", "rgid").get(pid, [])] or [[]]
 
 
 def prctl(option: int, value: int) -> None:
@@ -3547,12 +3586,16 @@ def keep_orphans() -> None:
 
 
 # -- 19. The command line ----------------------------------------------------
+# What is wrong with a command line is said before anything happens: no turn is taken, no folder is
+# made.  So the order is: cut at --, read each @FILE (once: it may be a pipe), parse what we know,
+# and only then look up what it names.  A restart needs two things more: which words were typed at
+# all (a default is no word), and these words themselves, for the lock file.
 
 # What can be hosted: what root does for it in step 3, and how it lives from step 7 on.
 HOSTS: Dict[str, Tuple[Callable[[Plan, Inherited], Any], Callable[[Start], int]]] = {
     "app": (bind_application, lambda start: Daemon(start, Service(start)).live()),
-    "program": (bind_nothing, lambda start: Daemon(start, Program(start)).live()),
-    "library": (bind_nothing, live_in_script)}
+    "program": (check_script, lambda start: Daemon(start, Program(start)).live()),
+    "library": (lambda plan, inherited: None, live_in_script)}
 COMMANDS = {"start": start, "stop": stop, "restart": restart, "reload": reload,
             "status": status, "run": run}
 STARTING = ("start", "restart", "run")
@@ -3566,11 +3609,9 @@ EXAMPLES = """@FILE reads options from FILE (shell quoting, # comments).  Exampl
   daemonize.py start --uid nobody --bind :80
   daemonize.py start -- python3 $PWD/FILE.py
   daemonize.py start --name nap -- sleep 1000"""
-DEFAULTS = {"app": None, "name": None, "pidfile": None, "logfile": None, "rundir": None,
-            "chroot": None, "umask": UMASK, "uid": None, "gid": None, "workers": None,
-            "respawn": False, "timeout": TIMEOUT, "start_timeout": START_TIMEOUT,
-            "log_bytes": LOG_BYTES, "log_keep": LOG_KEEP, "quiet": False,
-            "json": False}              # type: Dict[str, Any]
+DEFAULTS = {"umask": UMASK, "timeout": TIMEOUT, "start_timeout": START_TIMEOUT,
+            "log_bytes": LOG_BYTES, "log_keep": LOG_KEEP}       # of all others: None, or False
+NOTHING = ModuleType("nothing")         # an application without options
 
 
 def refuse(message: str, cure: str = "daemonize.py -h") -> NoReturn:
@@ -3608,16 +3649,14 @@ def build_parser(application: Optional[ModuleType] = None) -> argparse.ArgumentP
         "       daemonize.py ACTION [options] -- COMMAND [ARG ...]",
         description=HELP, epilog=EXAMPLES)
     parser.error = refuse       # type: ignore[method-assign]
+    parser.set_defaults(**DEFAULTS if application else {})
     add_options(parser.add_argument_group("daemon options").add_argument)
     getattr(application, "add_arguments", lambda parser: None)(parser)
     return parser
 
 
 def add_options(add: Callable[..., Any]) -> None:
-    """Add the daemon's own options; what stands in brackets is the default.
-
-    The defaults themselves stand in DEFAULTS: here they would hide what was typed.
-    """
+    """Add the daemon's own options; what stands in brackets is the default, see DEFAULTS."""
     seconds: Dict[str, Any] = dict(metavar="SECONDS", type=bounded(float, 0, 1e6))
     add("--app", metavar="FILE.py", help="application to host (%s)" % os.path.basename(APPLICATION))
     add("--name", help="name of the daemon and its files (that of what it hosts)")
@@ -3684,7 +3723,7 @@ def expand(typed: List[str], folder: str) -> Tuple[List[str], List[str]]:
 INTERPRETER = r"(python|pypy|perl|ruby|node|php|lua|sh|bash|dash|zsh|ksh|ash)[0-9.]*"
 
 
-def script_of(command: List[str]) -> Optional[str]:
+def script_of(command: Sequence[str]) -> Optional[str]:
     """Return the FILE in `python3 FILE`, `sh FILE` and their like.
 
     >>> script_of(["/usr/bin/python3.8", "-u", "a.py", "b"]), script_of(["sh", "-c", "a"])
@@ -3743,6 +3782,15 @@ def log_path(action: str, logfile: str, folder: str) -> Optional[str]:
     raise Fatal("unable to log to %s: a daemon leaves it\ntry: daemonize.py run" % logfile, 2)
 
 
+def cut(argv: List[str]) -> Tuple[List[str], Optional[List[str]]]:
+    """Return what stands before the first --, and after it (None: there is none).
+
+    What follows is a program's, and never looked at: not for @FILE, not for -h.
+    """
+    at = argv.index("--") if "--" in argv else len(argv)
+    return argv[:at], argv[at + 1:] if "--" in argv else None
+
+
 def parse(argv: List[str], folder: Optional[str] = None) -> Plan:
     """Step 1.  Return what is to be done; the application's own options wait until it is loaded.
 
@@ -3750,14 +3798,13 @@ def parse(argv: List[str], folder: Optional[str] = None) -> Plan:
     them.  Words that we do not know are the application's there, and here foreign.
     """
     folder = caller_folder() if folder is None else folder
-    # What follows the dashes is a program's, and never looked at: not for @FILE, not for -h.
-    cut = argv.index("--") if "--" in argv else len(argv)
-    action, arguments = (argv + [""])[0], argv[cut + 1:] if "--" in argv else None
+    argv, arguments = cut(argv)
+    action = (argv + [""])[0]
     if action not in COMMANDS:
         refuse("expected one of %s, not %r" % (", ".join(COMMANDS), action))
-    parser, (words, spoken) = build_parser(), expand(argv[1:cut], folder)
+    parser, (words, spoken) = build_parser(), expand(argv[1:], folder)
     typed, foreign = parser.parse_known_args(spoken)
-    options = argparse.Namespace(**dict(DEFAULTS, **vars(typed)))
+    options = build_parser(NOTHING).parse_args([], argparse.Namespace(**vars(typed)))
     is_program = arguments is not None and options.app is None
     # Whoever types one more word than these means a new set of options, and the whole set.
     is_bare = action == "restart" and not is_program and not foreign and set(vars(typed)) <= NEUTRAL
@@ -3766,14 +3813,12 @@ def parse(argv: List[str], folder: Optional[str] = None) -> Plan:
         if options.app is not None:
             check_application(absolute(options.app, folder))
     elif action not in STARTING:            # those of an @FILE may be for other actions
-        foreign = parser.parse_known_args([word for word in argv[1:cut] if word[:1] != "@"])[1]
+        foreign = parser.parse_known_args([word for word in argv[1:] if word[:1] != "@"])[1]
     if foreign:
         is_name = len(foreign) == 1 and foreign[0][0] != "-" and not is_program
         refuse("unrecognized arguments: %s" % " ".join(foreign),
                "daemonize.py %s --name %s" % (action, foreign[0]) if is_name else "daemonize.py -h")
-    # What was typed, and nothing else; settle() looks it all up.
-    plan = settle(Plan(action, "", "app", "", [], words, spoken, arguments, folder, is_bare,
-                       Files("", None, ""), None, None, "/", options))
+    plan = settle(Plan(action, words, spoken, arguments, folder, is_bare, options))
     is_known = action in ("start", "run") or options.name or options.app or is_program
     return plan if is_known or not options.pidfile else renamed(plan)
 
@@ -3784,6 +3829,7 @@ def settle(plan: Plan) -> Plan:
     All of them are outside paths, as the caller sees them, with --chroot as well.
     """
     options, folder, arguments = plan.options, plan.cwd, plan.arguments
+    # First, since it decides how all that follows is read.
     chroot = absolute(options.chroot, folder) if options.chroot else None
     plan = plan._replace(hosted=absolute(options.app, folder) if options.app else APPLICATION)
     if arguments is not None and options.app is None:
@@ -3794,7 +3840,7 @@ def settle(plan: Plan) -> Plan:
         # In a jail it is the jail's, as in chroot(8).
         program = absolute(program, "/" if chroot else folder) if "/" in program else program
         hosted = absolute(script, "/" if chroot else folder) if script else program
-        plan = plan._replace(kind="program", hosted=hosted, command=[program] + arguments[1:])
+        plan = plan._replace(kind="program", hosted=hosted, command=(program, *arguments[1:]))
     rundir = "/" if options.rundir is None else inside(absolute(options.rundir, folder), chroot)
     if rundir is None:
         raise Fatal("unable to use --rundir %s: it is not below --chroot" % options.rundir, 2)
@@ -3819,13 +3865,14 @@ def renamed(plan: Plan) -> Plan:
     return plan._replace(name=name)
 
 
-def show_help(argv: List[str]) -> None:
-    """Print the options of the daemon, and of the application that would be started."""
-    action = argv[0] if argv and argv[0] in COMMANDS else "start"
-    cut = argv.index("--") if "--" in argv else len(argv)
-    app = vars(build_parser().parse_known_args(argv[:cut])[0]).get("app")
+def show_help(action: str, typed: List[str], is_program: bool) -> None:
+    """Print the options of the daemon, and of the application that would be started.
+
+    That one is loaded for it, though help should run no code: nobody else knows its options.
+    """
+    app = vars(build_parser().parse_known_args(typed)[0]).get("app")
     path = absolute(app, caller_folder()) if app else APPLICATION
-    is_loaded = action in STARTING and (app or cut == len(argv))
+    is_loaded = (action in STARTING or action not in COMMANDS) and (app or not is_program)
     emit(1, build_parser(load(path) if is_loaded else None).format_help())
 
 
@@ -3840,20 +3887,20 @@ def main(argv: List[str]) -> int:
 
     0 done, 1 failed, 2 usage, 130 interrupted; `status` has the numbers of LSB.
     """
-    action, words = argv[0] if argv else "start", argv[:argv.index("--")] if "--" in argv else argv
+    action, (words, arguments) = argv[0] if argv else "start", cut(argv)
     try:
-        open_stdio()
+        open_stdio()            # before we open anything that could become fd 1
         # Ignored signals survive exec: without SIGCHLD no child of ours could be waited for.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for signum in (signal.SIGTERM, signal.SIGHUP):              # a start tidies up
-            if signal.getsignal(signum) is not signal.SIG_IGN or signum == signal.SIGTERM:
-                signal.signal(signum, signal.default_int_handler)
+        handle({signal.SIGTERM}, signal.default_int_handler)        # a start tidies up
+        handle({signal.SIGHUP}, signal.default_int_handler, spares_ignored=True)
         os.umask(0o077)         # what we make is private until a line gives it a mode
         os.environ.setdefault("PATH", PATH)
+        # Before parse(): who asks for help has the rest of the line not right yet.
         if "--version" in words:
             emit(1, "daemonize.py %s\n" % __version__)
         elif {"-h", "--help"} & set(words):
-            show_help(argv)
+            show_help(action, words, arguments is not None)
         else:
             return COMMANDS[action](parse(argv)) if action in COMMANDS else parse(argv) and 2
         return 0

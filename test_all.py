@@ -5999,6 +5999,12 @@ class StartFailure(BoxTest):
                     line = "lambda *x: " + death
                     self.assertRegex(self.fails(APP + (place + "(%s)\n" if "=" in place else place + " = %s\n") % line), words)
 
+    def test_what_bind_made_is_taken_back_in_peace(self) -> None:
+        """An abandon() that needs a moment is not cut short by the command, which has heard why."""
+        os.mkdir(self.box.log)
+        self.fails(APP + "Server.abandon = lambda self: (time.sleep(0.3), os.mkdir('taken back'))\n")
+        self.assertTrue(os.path.isdir(self.box.path("taken back")))
+
     def test_an_application_that_is_never_ready_is_given_up(self) -> None:
         """A probe that never comes back is ended at --start-timeout."""
         said = self.fails(APP + "Server.probe = lambda self: time.sleep(600)\n", "--start-timeout", "0.5")
@@ -7039,6 +7045,25 @@ class Lock(BoxTest):
         self.assertIn(str(first.pid), result.out + result.err)
         self.assertEqual((first.wait(PATIENCE), self.box.processes()), (1, []))
 
+    def test_a_start_between_two_looks_is_no_orphan(self) -> None:
+        """A daemon that has come to its place since status looked at its lock: it runs."""
+        self.box.start(app=APP)
+        code = ("import sys; sys.path.insert(0, %r); import daemonize; real, seen = daemonize.lock_holder, []\n"
+                "daemonize.lock_holder = lambda *args: real(*args) if seen else seen.append(1)\n"
+                "daemonize.Lock.record = lambda self: None\nsys.exit(daemonize.main(sys.argv[1:]))" % HERE)
+        run([sys.executable, "-c", code, "status", "--pidfile", self.box.pidfile], 0, env=self.box.env)
+
+    def test_who_waited_for_a_first_start_leaves_its_lock(self) -> None:
+        """A start that found no lock file, waited for another, and is refused: that one's stays."""
+        self.box.start(app=APP)
+        code = ("import sys; sys.path.insert(0, %r); import daemonize; real = daemonize.exists\n"
+                "daemonize.exists = lambda path: not path.endswith('.lock') and real(path)\n"
+                "sys.exit(daemonize.main(sys.argv[1:]))" % HERE)
+        said = run([sys.executable, "-c", code, "start", "--pidfile", self.box.pidfile, "--logfile", self.box.log,
+                    "--", "sleep", "600"], 1, env=self.box.env).err
+        self.assertIn("the name is held", said)
+        self.box.command("status")
+
     def test_a_turn_that_never_comes_is_given_up(self) -> None:
         """Another command that is busy longer than --start-timeout and --timeout: exit 1, and its pid."""
         self.box.start(app=APP)
@@ -7123,7 +7148,7 @@ class Privilege(SharedBoxTest):
 
     def test_that_rotation_is_impossible_is_said(self) -> None:
         """A log in a folder where the user may not rename: said at start and in status."""
-        self.assertRegex(self.result.err, r"(?m)^daemonize: warning: .*(d\.log|rotat)")
+        self.assertRegex(self.result.err, r"(?m)^daemonize: warning: .*(d\.log|rotat).*\ntry: --log-bytes 0")
         self.assertIn("rotat", self.box.command("status").out + json.dumps(self.box.status()))
 
     def test_status_names_the_user(self) -> None:
@@ -7680,7 +7705,7 @@ def bind(options):
         """Files that belong to the daemon's user in the place of root's: `it belongs to uid`."""
         for name, mode in (("d.pid", 0o644), ("d.pid.lock", 0o600)):
             path = self.box.write("theirs/" + name, "", mode, NOBODY)
-            self.assertIn("%s: it belongs to uid %d" % (name, NOBODY), self.box.start("--uid", str(NOBODY), app=APP, want=1).err)
+            self.assertIn("%s: it belongs to uid %d\ntry: --pidfile\n" % (name, NOBODY), self.box.start("--uid", str(NOBODY), app=APP, want=1).err)
             os.unlink(path)
 
     def test_root_signals_as_the_user(self) -> None:
@@ -7743,7 +7768,7 @@ def bind(options):
         """In the user's folder a log that is neither root's nor the user's, though all can write it."""
         self.box.write(os.path.join("theirs", "d.log"), "", 0o666, OTHER)
         said = self.box.start("--uid", str(NOBODY), app=APP, want=1).err
-        self.assertIn("d.log: it belongs to uid %d" % OTHER, said)
+        self.assertIn("d.log: it belongs to uid %d\ntry: --logfile\n" % OTHER, said)
 
     def taken_over(self) -> None:
         """Start APP for NOBODY, in such a way that its daemon can do what an attacker in it would."""
@@ -8151,6 +8176,15 @@ class Programs(BoxTest):
                        "--pidfile", "@x", "--", "-h", "two words")
         until(lambda: "<two words>" in read(self.box.log), "its arguments")
         self.assertIn("<--pidfile>\n<@x>\n<-->\n<-h>\n<two words>\n", read(self.box.log))
+
+    def test_a_script_that_is_not_in_rundir(self) -> None:
+        """-- python3 FILE.py, typed where FILE.py is, though the daemon's folder is /: a command that works is said."""
+        self.box.write("nap.py", "import time\ntime.sleep(600)\n")
+        said = self.box.start("--", sys.executable, "-u", "nap.py", want=1).err
+        self.assertIn("unable to start nap.py: it is in %s, the daemon in / (--rundir)\ntry: daemonize.py start " % self.box.folder, said)
+        self.assertEqual((self.box.processes(), os.path.exists(self.box.pidfile)), ([], False))
+        cure = shlex.split(said.rpartition("try: daemonize.py ")[2])
+        self.box.daemonize(*cure)
 
     def test_a_program_is_the_daemons_child(self) -> None:
         """The daemon has the pid in the pidfile; the program leads a group of its own; stop ends its children."""
