@@ -830,6 +830,17 @@ def open_memory(size: int) -> int:
     return fd
 
 
+@functools.lru_cache(maxsize=1024)
+def find_buckets(salt: bytes, client: str) -> Tuple[int, int]:
+    """Return where a client's two buckets are; nobody without the salt can choose them."""
+    signature = sign(salt, client.encode("utf-8", "replace"))
+    first, second = (int.from_bytes(signature[i:i + 4], "big") for i in (0, 4))
+    # The second lies among the others: one client never has the same bucket twice.
+    second = first + 1 + second % (CLIENT_BUCKETS - 1)
+    return (BUCKETS + BUCKET.size * (first % CLIENT_BUCKETS),
+            BUCKETS + BUCKET.size * (second % CLIENT_BUCKETS))
+
+
 class Exclusively:
     """Keep all other threads and processes from what lies at an offset.
 
@@ -875,7 +886,6 @@ class SharedTable:
                 HEADER.pack_into(self._memory, 0, LAYOUT, os.urandom(32), os.urandom(16),
                                  os.urandom(4), offset, time.time())
         _, self.key, self._salt, *_ = HEADER.unpack_from(self._memory)
-        self._buckets_of = functools.lru_cache(maxsize=1024)(self._find_buckets)
 
     def __del__(self) -> None:
         if self.fd >= 0:
@@ -954,18 +964,10 @@ class SharedTable:
     # -- clients who guess: each counts in two buckets, and is locked out when both are full. Two
     # attackers of one bucket cannot reset each other, and an innocent would have to share both.
 
-    def _find_buckets(self, client: str) -> Tuple[int, int]:
-        signature = sign(self._salt, client.encode("utf-8", "replace"))
-        first, second = (int.from_bytes(signature[i:i + 4], "big") for i in (0, 4))
-        # The second lies among the others: one client never has the same bucket twice.
-        second = first + 1 + second % (CLIENT_BUCKETS - 1)
-        return (BUCKETS + BUCKET.size * (first % CLIENT_BUCKETS),
-                BUCKETS + BUCKET.size * (second % CLIENT_BUCKETS))
-
     def count_failure(self, client: str, now: float, limit: int, seconds: float) -> bool:
         """Count a wrong password of client; return whether that locks it out."""
         with self._exclusively(BUCKETS):
-            for offset in self._buckets_of(client):
+            for offset in find_buckets(self._salt, client):
                 failures, since = BUCKET.unpack_from(self._memory, offset)
                 if not since / 100 <= now < since / 100 + seconds:
                     failures, since = 0, int(now * 100)
@@ -977,7 +979,7 @@ class SharedTable:
     def lock_left(self, client: str, now: float, limit: int, seconds: float) -> float:
         """Return the seconds for which client is still locked out, or 0."""
         left = seconds
-        for offset in self._buckets_of(client):
+        for offset in find_buckets(self._salt, client):
             failures, since = BUCKET.unpack_from(self._memory, offset)
             if failures < limit or since > now * 100:
                 return 0.0
