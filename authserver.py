@@ -2123,13 +2123,14 @@ class Channel:
 
     # Of thousands nearly all are idle, so an idle one is small.
     __slots__ = ("server", "listener", "socket", "address", "buffer", "output", "part", "stage",
-                 "deadline", "writes", "closing", "lingers")
+                 "deadline", "watched", "writes", "closing", "lingers")
 
     def __init__(self, server: "AuthServer", listener: "Listener", sock: Any, address: Any) -> None:
         self.server, self.listener, self.socket, self.address = server, listener, sock, address
         self.buffer = b""           # received, and not understood yet
         self.output = b""           # not sent yet
         self.part: Optional[FilePart] = None        # ... and after it this
+        self.watched = False        # by the selector
         self.writes = False         # it waits for the client: nothing is read meanwhile
         self.closing = False        # after the output
         self.lingers = False        # ... because the client may still be sending
@@ -2221,9 +2222,16 @@ class Channel:
 
     def watch(self, writes: bool) -> None:
         """Wait for the moment to write, or to read; never for both: an event means one thing."""
-        self.writes = writes
-        self.server.selector.modify(
+        selector = self.server.selector
+        (selector.modify if self.watched else selector.register)(
             self.socket, selectors.EVENT_WRITE if writes else selectors.EVENT_READ, self.ready)
+        self.watched, self.writes = True, writes
+
+    def unwatch(self) -> None:
+        """Wait for nothing."""
+        if self.watched:
+            self.server.selector.unregister(self.socket)
+            self.watched = False
 
     def ready(self, events: int) -> None:
         """Do what can be done now."""
@@ -2583,7 +2591,7 @@ class Connection(Channel):
         if not pool.lend(functools.partial(self.do, work)):
             self.go_on(None, Busy("every thread is busy"))
             return
-        server.selector.unregister(self.socket)
+        self.unwatch()
         # The reads and writes of a handler have deadlines of their own.
         self.stage, self.deadline = "thread", float("inf")
 
@@ -2600,7 +2608,7 @@ class Connection(Channel):
         """Come back from a thread, and go on; if anything is left to go on with."""
         try:
             self.socket.setblocking(False)
-            self.server.selector.register(self.socket, selectors.EVENT_READ, self.ready)
+            self.watch(False)
             self.wait("idle")
             self.go_on(result, error)
             self.advance()
@@ -2805,6 +2813,7 @@ class Loop(http.server.HTTPServer):
         self.connections: Set[Connection] = set()
         # connections with more requests in their buffers; who came first, comes first
         self.later: Dict[Any, None] = {}
+        self.fresh: List[Any] = []              # ... that have just been accepted
         self.unsent: List[Any] = []             # ... whose answer is ready
         self.calls: Deque[Callable[[], None]] = collections.deque()     # from other threads
         self.answered = self.counted = 0        # requests; those in the statistics already
@@ -2973,15 +2982,16 @@ class Loop(http.server.HTTPServer):
         """
         for _ in range(BATCH):
             if self.draining:       # at once: our successor begins to accept
-                return
+                break
             try:
                 # Of an SSLSocket the plain accept(2): its own would wait for the handshake.
                 sock, address = socket.socket.accept(listener.socket)
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     self.make_room()
-                return
+                break
             self.admit(listener, sock, address or ("unix:", 0))
+        self.welcome()
 
     def admit(self, listener: Listener, sock: socket.socket, address: Any) -> None:
         """Take a connection; make room for the next one.
@@ -3002,14 +3012,24 @@ class Loop(http.server.HTTPServer):
             sock.close()
             return
         self.connections.add(connection)
-        self.selector.register(connection.socket, selectors.EVENT_READ, connection.ready)
+        self.fresh.append(connection)
+
+    def welcome(self) -> None:
+        """Read from who has just come: while others came, the first request has come, mostly.
+
+        Who gets an answer and leaves was never watched: two system calls less of eight.
+        """
+        for connection in self.fresh:
+            self.call(connection.ready, selectors.EVENT_READ)
+            if not (connection.watched or connection.closing or connection.stage == "thread"):
+                connection.watch(False)
+        self.fresh.clear()
 
     def forget(self, connection: Connection) -> None:
         """Strike a connection off the books."""
         self.connections.remove(connection)
         self.later.pop(connection, None)
-        with contextlib.suppress(KeyError, ValueError):     # it is with a thread
-            self.selector.unregister(connection.socket)
+        connection.unwatch()
 
     def make_room(self) -> None:
         """Close connections that have waited longest; if there are none, accept none for a while.
