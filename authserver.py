@@ -357,13 +357,9 @@ def parse_digest(params: Mapping[str, str]) -> DigestCredentials:
 # What a client sends with each request differs in four HOLES: uri, cnonce, nc and response,
 # in this spelling with most of them. What lies between is the FRAME. Nothing that fits in a
 # hole ends a quotation, a parameter or a line.
+# Split, it is the pieces of the frame, each but the last with a hole and what fills it.
 split_frame = re.compile(r'( uri="| cnonce="| nc=| response=")([!#-+\--\[\]-~]+)').split
 HOLES = (' uri="', ' cnonce="', ' nc=', ' response="')
-
-
-def frame_of(parts: List[str]) -> Tuple[str, ...]:
-    """Return the frame of what split_frame has split: its pieces, and which holes lie between."""
-    return tuple(parts[::3] + parts[1::3])
 
 
 def is_frame(parts: List[str], credentials: DigestCredentials) -> bool:
@@ -1156,9 +1152,6 @@ def check_offer(realm: str, schemes: Sequence[str], algorithms: Sequence[str],
                       f"long, wget crashes on challenges of more than {MAX_CHALLENGE}")
 
 
-NO_GRANT = (Grant("", "", "", "", b"", 0.0), None)
-
-
 class Authenticator:
     """Say who sends a request; the conductor of everything above.
 
@@ -1235,10 +1228,11 @@ class Authenticator:
         if scheme == "basic":
             return self.passwords.granted.get(self._memo_of(said))
         parts = split_frame(said)
-        grant, pick = self.passwords.granted.get(frame_of(parts), NO_GRANT)
+        found = self.passwords.granted.get(self._frame_of(parts))
         # Nothing in so short a text is too long, and no uri is too large to be remembered.
-        if pick is None or len(said) > MAX_TEXT:
+        if found is None or len(said) > MAX_TEXT:
             return None
+        grant, pick = found
         uri, cnonce, nc, response = pick(parts)
         if uri != attempt.target or not is_nc(nc):
             return None
@@ -1254,8 +1248,13 @@ class Authenticator:
         return Verdict(429, reason="locked out", fields=(
             ("Retry-After", str(wait)),)) if wait else None
 
+    # With a key of ours in both: who has the same dictionary may offer less, or know other nonces.
+
     def _memo_of(self, authorization: str) -> bytes:
         return hashlib.sha256(self._memo_key + authorization.encode("latin-1")).digest()
+
+    def _frame_of(self, parts: List[str]) -> Tuple[Any, ...]:
+        return (self._memo_key, *parts[::3], *parts[1::3])
 
     def _judge_basic(self, attempt: Attempt, username: str, password: str) -> Asking:
         """Look at Basic credentials."""
@@ -1264,28 +1263,25 @@ class Authenticator:
         while passwords is not self.passwords:
             passwords = self.passwords
             verify = functools.partial(self._verify, passwords, attempt, username, password)
-            correct = (yield verify) if passwords.is_slow(username) else verify()
+            found = (yield verify) if passwords.is_slow(username) else verify()
         assert passwords is not None
         # Again: of guesses whose hashes were made together the eleventh must learn nothing.
-        locked = self._locked(attempt)
-        if locked:
-            return locked
-        if not correct:
-            known = username in passwords.entries
-            return self._fail(attempt, username, "bad password" if known else "unknown user")
-        return Verdict(200, username, username, "", (), "Basic")
+        known = username in passwords.entries
+        return self._locked(attempt) or found or self._fail(
+            attempt, username, "bad password" if known else "unknown user")
 
     def _verify(self, passwords: Passwords, attempt: Attempt, username: str,
-                password: str) -> bool:
-        """Return whether a password is right; note it if so, for whoever waits for a thread.
+                password: str) -> Optional[Verdict]:
+        """Return the verdict on a right password, and note it for whoever waits for a thread.
 
         A browser opens eight connections at once, all with the same credentials: one hash.
         """
         memo = self._memo_of(attempt.authorization[0])
-        if memo in passwords.granted or passwords.verify(username, password):
-            self._remember(passwords, memo, Verdict(200, username, username, "", (), "Basic"))
-            return True
-        return False
+        if memo not in passwords.granted and not passwords.verify(username, password):
+            return None
+        verdict = Verdict(200, username, username, "", (), "Basic")
+        self._remember(passwords, memo, verdict)
+        return verdict
 
     def _remember(self, passwords: Passwords, credentials: Any, found: Any) -> None:
         """Keep what was found right, in the dictionary in which it was found."""
@@ -1327,7 +1323,7 @@ class Authenticator:
         # With auth-int a body belongs to it, and with -sess its cnonce to HA1.
         if body is None and algorithm in FOUND and is_frame(parts, credentials):
             pick = operator.itemgetter(*[3 * holes.index(hole) + 2 for hole in HOLES])
-            self._remember(self.passwords, frame_of(parts), (grant, pick))
+            self._remember(self.passwords, self._frame_of(parts), (grant, pick))
         return self._spend_nonce(attempt, grant, credentials.nc, credentials.cnonce,
                                  digest_ha2("", uri, algorithm))
 

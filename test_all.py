@@ -2019,6 +2019,20 @@ class Fuzz(AuthTestCase):
             self.assertEqual(client.ask(make_field(), client="192.0.2.1").status, 429)
             self.assertEqual(client.ask(make_field(), client="192.0.2.2").status, 200)
 
+    def test_what_another_authenticator_granted_is_nothing_here(self) -> None:
+        """It has the same dictionary, and other nonces, or it offers more: judged as if for the first time."""
+        for settings, other, status in (({}, {}, 200), ({}, {"table": authserver.SharedTable()}, 401),
+                                        ({}, {"algorithms": ["SHA-256"]}, 401), ({}, {"schemes": ["basic"]}, 401)):
+            first = make(**settings)
+            client = Client(first)
+            self.assertEqual([client.ask().status for _ in range(2)], [200, 200])
+            second = Authenticator(first.passwords, **dict({"table": first.table}, **other))
+            self.assertEqual(attempt(second, client.field()).status, status)
+        for authenticator in (first, Authenticator(first.passwords)):
+            self.assertEqual(attempt(authenticator, JIM).status, 200)
+        tokens = [key for key in first.passwords.granted if isinstance(key, bytes)]
+        self.assertEqual(len(tokens), 2)        # hashes with a key: not to be found in a table of hashes
+
     def test_a_nonce_of_a_clock_ahead_of_ours(self) -> None:
         """It is good from CLOCK_SKEW before it was made; sooner, it is stale."""
         for ahead, stale in ((authserver.CLOCK_SKEW - 0.5, False), (authserver.CLOCK_SKEW + 0.5, True)):
