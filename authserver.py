@@ -1968,8 +1968,9 @@ def is_public(prefixes: Sequence[bytes], path: str) -> bool:
 #     Connection.ready()     bytes have come, or can go
 #       advance()            a head is whole: begin its story, or go on with it
 #         go_on()            until it is told, or waits
-#           answer()         read -> admit -> the page, or the handler -> finish -> skip
-#       flush()              one write for the answer; a file's part by sendfile(2)
+#           answer()         read -> who is it -> the page, or the handler -> finish -> skip
+#     Channel.flush()        later in the same turn, for a batch of answers: one write for each;
+#                            a file's part by sendfile(2)
 #
 # Why a generator? What a request waits for (a body, a slow hash, a handler) lies in the middle
 # of what is done for it. Callbacks would cut it there: this story was 25 hops once, over
@@ -1979,7 +1980,8 @@ def is_public(prefixes: Sequence[bytes], path: str) -> bool:
 #
 # It answers one request at a time, and one in each turn of the loop: the next one waits in the
 # buffer, and its connection in server.later, until other clients had their turn. So nobody gets
-# more by pipelining, and answers leave in the order of the requests (RFC 9112 section 9.3.2).
+# more by pipelining, and answers leave in the order of the requests (RFC 9112 section 9.3.2):
+# the next is not begun before the one before it is with the kernel, its file as well.
 #
 # To be fair is to have a deadline for everything. WAITS has them, by what a connection waits
 # for; none is moved by a single byte, or a client could make one last for ever. A connection
@@ -2644,9 +2646,13 @@ class Connection(Channel):
 # half a millisecond, no timer structure is cheaper.
 #
 #     serve_forever()
-#       turn()       select; what came is read and answered; then who waits in `later`; the clock
-#         accept()   ... a new connection
-#         make_calls()   what other threads want done here: come_back(), drain(), release()
+#       turn()             select
+#         make_calls()     what other threads want done here: come_back(), drain(), release()
+#         accept()         new connections, and what they ask for: welcome()
+#         ready()          what came is read and answered
+#         send_answers()   ... and leaves, a batch at a time
+#         take_turn()      who asked ahead, and waits in `later`
+#         rest()           when there is nothing else to do: who is overdue, log, counters
 #
 # Why not more threads, for more CPUs? They would share one interpreter, and with it one lock;
 # processes do not. daemonize.py forks several workers, each with a loop of its own, and they
