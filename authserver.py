@@ -929,7 +929,18 @@ class SharedTable:
         # The last two of the six random bytes: they are random, so no hash has to spread them.
         offset = SLOTS + SLOT.size * ((body[9] << 8 | body[10]) % NONCE_SLOTS)
         with self._exclusively(offset):
-            return self._use_up(offset, body, nonce_count)
+            identity, highest, seen = SLOT.unpack_from(self._memory, offset)
+            if identity != body[:11]:
+                # <=, not <: two nonces of one hundredth of a second could take the slot from each
+                # other in turn, and with it their counts: the same nc would pass for ever.
+                if body[:5] <= identity[:5]:
+                    return "stale"
+                highest = seen = 0
+            window = advance_window(highest, seen, nonce_count)
+            if window is None:
+                return "replay"
+            SLOT.pack_into(self._memory, offset, body[:11], *window)
+            return ""
 
     def _is_foreign(self, body: bytes) -> bool:
         """Return whether nobody here can know that this nonce has not been used.
@@ -941,21 +952,6 @@ class SharedTable:
         issuers = self.issuers
         former = [issuers[i:i + 4] for i in range(4, 32, 4)]
         return body[11:] in former or nonce_time(body) < self.started
-
-    def _use_up(self, offset: int, body: bytes, nonce_count: int) -> str:
-        identity, highest, seen = SLOT.unpack_from(self._memory, offset)
-        nonce = body[:11]
-        if identity != nonce:
-            # <=, not <: two nonces of one hundredth of a second could take the slot from each other
-            # in turn, and with it their counts: the same nc would pass again and again.
-            if body[:5] <= identity[:5]:
-                return "stale"
-            highest = seen = 0
-        window = advance_window(highest, seen, nonce_count)
-        if window is None:
-            return "replay"
-        SLOT.pack_into(self._memory, offset, nonce, *window)
-        return ""
 
     # -- clients who guess: each counts in two buckets, and is locked out when both are full. Two
     # attackers of one bucket cannot reset each other, and an innocent would have to share both.
