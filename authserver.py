@@ -1059,7 +1059,7 @@ class Grant(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def recall_ha2(method: str, uri: str, algorithm: str) -> Tuple[str, str]:
+def cached_ha2(method: str, uri: str, algorithm: str) -> Tuple[str, str]:
     """Return HA2 of a request, and of its answer; pages are asked for again and again."""
     # An answer has no method: A2 = ":" request-uri (RFC 7616 section 3.5).
     return digest_ha2(method, uri, algorithm), digest_ha2("", uri, algorithm)
@@ -1157,7 +1157,8 @@ def check_offer(realm: str, schemes: Sequence[str], algorithms: Sequence[str],
 class Authenticator:
     """Say who sends a request; the conductor of everything above.
 
-    Methods for the server: judge, lock_left_of, challenge, clock.
+    Methods for the server: judge, which is recall and then examine; lock_left_of, challenge,
+    clock, offered.
     Instance variables: passwords, which a reload sets; table; schemes, and is_explicit: somebody
     has said which.
     """
@@ -1191,13 +1192,17 @@ class Authenticator:
 
     def judge(self, attempt: Attempt) -> Asking:
         """Return the Verdict on an attempt; yields what has to be waited for."""
+        return self.recall(attempt) or (yield from self.examine(attempt))
+
+    def examine(self, attempt: Attempt) -> Asking:
+        """Do what judge() does, for who has not been found right before."""
         # Before the lock-out: who brings no password guesses nothing.
         if not attempt.authorization:
             self.table.add("challenges")
             return self._refuse(attempt, "no credentials")
-        found = self.recall(attempt) or self._locked(attempt)
-        if found:
-            return found
+        locked = self._locked(attempt)
+        if locked:
+            return locked
         try:
             if len(attempt.authorization) > 1:
                 raise Malformed("two Authorization fields")
@@ -1240,7 +1245,7 @@ class Authenticator:
         uri, cnonce, nc, response = pick(parts)
         if uri != attempt.target or not is_nc(nc):
             return None
-        ha2, ha2_of_answer = recall_ha2(attempt.method, uri, grant.algorithm)
+        ha2, ha2_of_answer = cached_ha2(attempt.method, uri, grant.algorithm)
         expected = digest_response(grant.ha1, grant.nonce, nc, cnonce, "auth", ha2, grant.algorithm)
         if not hmac.compare_digest(expected, response):
             return None
@@ -1340,9 +1345,9 @@ class Authenticator:
         if fault:
             self.table.add("replays" if fault == "replay" else "stale")
             return self._refuse(attempt, fault, stale=True)
-        # We know HA1 too: RFC 7616 section 3.5. Its qop is auth in each case, for our own proof
-        # under auth-int would need the body of an answer that is not made yet ("SHOULD be the
-        # same as the one sent by the client").
+        # We know HA1 too: RFC 7616 section 3.5. Its qop should be that of the request, and is auth
+        # in each case: our own proof under auth-int would need the body of an answer that is not
+        # made yet.
         proof = digest_response(grant.ha1, grant.nonce, nc, cnonce, "auth", ha2, grant.algorithm)
         if '"' in cnonce or "\\" in cnonce:
             cnonce = re.sub(r'(["\\])', r"\\\1", cnonce)
@@ -1531,8 +1536,9 @@ class Request(Attempt):
     """One request, as the authenticator, its page and the log see it.
 
     For pages: method, target (as sent), path (what it asks for: no scheme, no host, one slash
-    at the start, and the query), values (field name in lower case -> values), username
-    (None where no password is asked for), now (seconds since the epoch).
+    at the start, and the query), values (field name in lower case -> values; requests share
+    them, so they are not to be changed), username (None where no password is asked for), now
+    (seconds since the epoch).
     """
 
     username: Optional[str] = None
@@ -1600,7 +1606,7 @@ class HeadReader:
         fields = self._known.get(key)
         if fields is None:
             return self._learn(key, parse_head(octets), found is not None)
-        parse = recall_request_line if end < SHORT else parse_request_line
+        parse = cached_request_line if end < SHORT else parse_request_line
         method, target, path, shown, minor = parse(octets[:end].decode("latin-1"))
         if not minor:
             check_length(method, minor, fields)
@@ -1658,7 +1664,7 @@ def parse_request_line(line: str) -> Tuple[str, str, str, str, int]:
 
 
 # Pages are asked for again and again. Short lines only: thousands of 8 KiB are no small memory.
-recall_request_line = functools.lru_cache(maxsize=4096)(parse_request_line)
+cached_request_line = functools.lru_cache(maxsize=4096)(parse_request_line)
 
 
 def origin_path(method: str, target: str) -> str:
@@ -2388,9 +2394,9 @@ class Connection(Channel):
             request = server.heads.read(octets)
             if request.has_body():
                 body = Body(request.fields.length, request.fields.chunked)
-                request.read_body = functools.partial(self.read, request.fields, body)
-            verdict = request.verdict = self.recall(request) or (
-                yield from self.judge(request))
+                request.read_body = functools.partial(self.read_body, request.fields, body)
+            verdict = request.verdict = self.let_in(request) or (
+                yield from self.examine(request))
             request.username = verdict.username
             if verdict.status != 200:
                 answer = refusal(server, request)
@@ -2412,7 +2418,7 @@ class Connection(Channel):
         if body is not NO_BODY:
             yield from self.skip(body)
 
-    def recall(self, request: Request) -> Optional[Verdict]:
+    def let_in(self, request: Request) -> Optional[Verdict]:
         """Find whose request it is; return the verdict where nothing has to be checked.
 
         That is where everybody may come in, or where credentials like these were found right
@@ -2448,12 +2454,12 @@ class Connection(Channel):
             request.line = escape(f"{asked[0]} {asked[1]} HTTP/1.{request.minor}")
         return None
 
-    def judge(self, request: Request) -> Asking:
-        """Have the authenticator judge a request."""
-        assert self.server.authenticator is not None        # recall() has seen to that
-        return self.server.authenticator.judge(request)
+    def examine(self, request: Request) -> Asking:
+        """Have the authenticator look at what let_in() did not know."""
+        assert self.server.authenticator is not None        # let_in() has seen to that
+        return self.server.authenticator.examine(request)
 
-    def read(self, fields: FieldBlock, body: Body) -> Generator[Any, Any, bytes]:
+    def read_body(self, fields: FieldBlock, body: Body) -> Generator[Any, Any, bytes]:
         """Return the whole of a body; one that the loop cannot hold is refused.
 
         For qop=auth-int alone, where the proof is about the body. What was read stays in
@@ -2502,8 +2508,8 @@ class Connection(Channel):
         sock = HandlerSocket(self, octets, request, body)
         yield sock
         sock.is_shut, was_shut = True, sock.is_shut     # for threads that it may have left behind
-        if sock.answer.fault:
-            self.server.log.error(f"{request.host}: {request.line}: {sock.answer.fault}")
+        if sock.follower.fault:
+            self.server.log.error(f"{request.host}: {request.line}: {sock.follower.fault}")
         if sock.is_silent() and not was_shut:
             if sock.nonsense:
                 raise sock.nonsense
@@ -2511,7 +2517,7 @@ class Connection(Channel):
             return Answer(500, (HTML,), error_page(500))
         self.closing = self.closing or self.server.draining or was_shut or sock.ends_connection()
         self.lingers = self.closing and not body.done
-        self.note(request, sock.answer.status, sock.answer.size)
+        self.note(request, sock.follower.status, sock.follower.size)
         return None
 
     def finish(self, request: Request, answer: Answer, body: Body) -> None:
@@ -2663,7 +2669,7 @@ class Connection(Channel):
 #         ready()          what came is read and answered
 #         send_answers()   ... and leaves, a batch at a time
 #         take_turn()      who asked ahead, and waits in `later`
-#         rest()           when there is nothing else to do: who is overdue, log, counters
+#         tidy_up()        when there is nothing else to do: who is overdue, log, counters
 #
 # Why not more threads, for more CPUs? They would share one interpreter, and with it one lock;
 # processes do not. daemonize.py forks several workers, each with a loop of its own, and they
@@ -2671,7 +2677,7 @@ class Connection(Channel):
 #
 # What is done in a turn is done for somebody who waits. What nobody waits for (the log, the
 # counters, to look for who is overdue) is put off until a turn has nothing else to do, or a
-# second is over: that is rest(). Under load it is paid once for hundreds of requests.
+# second is over: that is tidy_up(). Under load it is paid once for hundreds of requests.
 
 
 class Listener(NamedTuple):
@@ -2833,7 +2839,7 @@ class Loop(http.server.HTTPServer):
         self.calls: Deque[Callable[[], None]] = collections.deque()     # from other threads
         self.answered = self.counted = 0        # requests; those in the statistics already
         self.paused_until = self.offset = 0.0
-        self.second, self.rested = 0, 0.0       # the time in words; when rest() last was
+        self.second, self.rested = 0, 0.0       # the time in words; when tidy_up() last was
         self.walked = 0.0                       # ... and last looked who is overdue
         self.look_at_clock()
 
@@ -2867,7 +2873,7 @@ class Loop(http.server.HTTPServer):
         self.look_at_clock()
         is_busy = events or self.later
         if not is_busy:
-            self.rest()
+            self.tidy_up()
             events = self.selector.select(PAUSE_SECONDS if self.paused_until else patience)
             self.look_at_clock()
         self.make_calls()       # first: drain() may have to say who is let in no longer
@@ -2886,7 +2892,7 @@ class Loop(http.server.HTTPServer):
             if time.monotonic() > end:
                 break
         if is_busy and self.clock - self.rested > 1:
-            self.rest()
+            self.tidy_up()
         self.service_actions()
 
     def send_answers(self) -> None:
@@ -2900,7 +2906,7 @@ class Loop(http.server.HTTPServer):
             # this, must not find it here, or close() would send it again.
             self.call(self.unsent.popleft().flush)
 
-    def rest(self) -> None:
+    def tidy_up(self) -> None:
         """Do what can wait until there is nothing else to do, or for a second.
 
         Who is overdue is judged here, after all that had come was done: a process that was
@@ -4019,7 +4025,7 @@ class Follower:
         self.request, self.body = request, body
         self.closes = draining or not (request.minor and request.fields.keep_alive)
         self.head = b""                         # of the answer, until it is whole
-        self.rest: Optional[Body] = None        # what it announced; None: all that comes
+        self.announced: Optional[Body] = None        # what it announced; None: all that comes
         self.status, self.size, self.fault = 0, 0, ""
         self.upgraded = self.raw = False        # raw: it is not to be understood
 
@@ -4065,27 +4071,27 @@ class Follower:
         if self.upgraded:
             return head
         if request.method == "HEAD" or status in NO_CONTENT:
-            self.rest = Body(0, False)
+            self.announced = Body(0, False)
         elif is_chunked(head):
-            self.rest = Body(0, True)
-            self.rest.room = sys.maxsize        # a download, or a stream that never ends
+            self.announced = Body(0, True)
+            self.announced.room = sys.maxsize        # a download, or a stream that never ends
         elif length:
-            self.rest = Body(int(length.group(1)), False)
+            self.announced = Body(int(length.group(1)), False)
         says_so = bool(says_close(head))
-        self.closes = self.closes or says_so or not (is_new and self.rest)
+        self.closes = self.closes or says_so or not (is_new and self.announced)
         fields = field_lines(request.verdict.fields) + CLOSE * (self.closes and not says_so)
         line = head.find(b"\r\n") + 2
         return head[:line] + fields.encode("latin-1", "replace") + head[line:]
 
     def cut(self, octets: bytes) -> bytes:
         """Return bytes of the answer's body, without those that nobody has announced."""
-        if self.rest:
+        if self.announced:
             try:
-                self.rest.feed(octets)
+                self.announced.feed(octets)
             except BadRequest as error:
-                self.fault, self.rest = f"the handler sent a malformed {error}", Body(0, False)
+                self.fault, self.announced = f"the handler sent a malformed {error}", Body(0, False)
                 return b""
-            more = self.rest.take_rest() if self.rest.done else b""
+            more = self.announced.take_rest() if self.announced.done else b""
             if more:
                 self.fault, octets = "the handler sent more than it announced", octets[:-len(more)]
         self.size += len(octets)
@@ -4093,7 +4099,7 @@ class Follower:
 
     def is_complete(self) -> bool:
         """Return whether the answer has ended, where it said that it would."""
-        return self.rest is not None and self.rest.done
+        return self.announced is not None and self.announced.done
 
 
 class HandlerSocket:
@@ -4108,7 +4114,7 @@ class HandlerSocket:
     def __init__(self, connection: Connection, octets: bytes, request: Request, body: Body) -> None:
         self.connection, self.body, self.verdict = connection, body, request.verdict
         self.pending = octets                   # for the handler to read
-        self.answer = Follower(request, body, connection.server.draining)
+        self.follower = Follower(request, body, connection.server.draining)
         self.nonsense: Optional[BadRequest] = None
         # The client has left; the handler has closed it, has handed it out, has raised.
         self.gone = self.is_shut = self.bypassed = self.failed = False
@@ -4147,7 +4153,7 @@ class HandlerSocket:
         if name not in ("family", "type", "proto", "getsockname", "getpeername", "getsockopt",
                         "setsockopt", "cipher", "version", "getpeercert", "context"):
             self.bypassed = True
-            self.put(self.answer.give_up())
+            self.put(self.follower.give_up())
         return getattr(self.connection.socket, name)
 
     # -- reading
@@ -4158,9 +4164,9 @@ class HandlerSocket:
         That comes with the answer's, if not before: http.server would read on, and take a body
         that the handler did not want for the next request.
         """
-        if not self.pending and self.answer.upgraded:
+        if not self.pending and self.follower.upgraded:
             self.pending = self.receive(None)
-        elif not self.pending and not self.answer.is_complete():
+        elif not self.pending and not self.follower.is_complete():
             self.pending, self.body.taken = self.body.taken or self.receive_body(), b""
         piece, rest = self.pending[:size], self.pending[size:]
         if not flags & socket.MSG_PEEK:
@@ -4220,7 +4226,7 @@ class HandlerSocket:
         view = memoryview(data).cast("B")
         # In pieces: each has a deadline of its own, and to follow an answer copies what passes.
         for start in range(0, len(view), IN_MEMORY):
-            self.put(self.answer.take(bytes(view[start:start + IN_MEMORY])))
+            self.put(self.follower.take(bytes(view[start:start + IN_MEMORY])))
         return len(view)
 
     def sendall(self, data: Any, flags: int = 0) -> None:
@@ -4253,7 +4259,7 @@ class HandlerSocket:
         Nothing that it does is an error of ours. What it raises because its client has left, or
         has sent nonsense, is not its own error, either, and no line in the log.
         """
-        server, connection, answer = self.connection.server, self.connection, self.answer
+        server, connection, answer = self.connection.server, self.connection, self.follower
         try:
             server.finish_request(self, connection.address)     # type: ignore[arg-type]
         except BaseException:           # SystemExit, too: the loop goes on without this thread
@@ -4263,17 +4269,17 @@ class HandlerSocket:
         if answer.head:                 # what looked like the beginning of an answer
             with contextlib.suppress(OSError):
                 self.put(answer.give_up())
-        if not self.gone and answer.rest and not answer.rest.done:
+        if not self.gone and answer.announced and not answer.announced.done:
             answer.fault = answer.fault or "the handler sent less than it announced"
 
     def is_silent(self) -> bool:
         """Return whether nothing has been answered, and somebody is there to be told."""
-        answer = self.answer
+        answer = self.follower
         return not (answer.status or answer.raw or self.bypassed or self.gone)
 
     def ends_connection(self) -> bool:
         """Return whether nobody knows, or everybody, that this answer was the last one here."""
-        answer = self.answer
+        answer = self.follower
         return bool(answer.fault or answer.closes or answer.upgraded or self.nonsense or self.gone
                     or self.failed or self.bypassed)
 
