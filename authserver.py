@@ -1871,6 +1871,11 @@ def error_page(status: int) -> bytes:
                      f"<p>{EXPLANATIONS.get(status, '')}{home}")
 
 
+def error_answer(status: int, *fields: Tuple[str, str]) -> Answer:
+    """Return the answer of a refusal."""
+    return Answer(status, (HTML, *fields), error_page(status))
+
+
 @functools.lru_cache(maxsize=256)
 def example_answer(path: str, user: str) -> Answer:
     r"""Return the answer of the example resource.
@@ -1883,7 +1888,7 @@ def example_answer(path: str, user: str) -> Answer:
         return Answer(200, (HTML,), html_page(
             "It works", '<p><a href="/example/foo">/example/foo</a>'))
     if not name or not (folder + "/").startswith("/example/"):
-        return Answer(404, (HTML,), error_page(404))
+        return error_answer(404)
     name = urllib.parse.unquote(name)
     return Answer(200, (HTML,), html_page(
         name, f"<p>This is {html.escape(name)}, for {html.escape(user)}."))
@@ -1897,8 +1902,7 @@ def example(request: Request) -> Answer:
 def page_answer(server: "AuthServer", request: Request) -> Answer:
     """Return a page's answer; for what no page knows, ours."""
     if request.method not in PAGE_METHODS:
-        status = 405 if request.method in METHODS else 501
-        return Answer(status, (ALLOW, HTML), error_page(status))
+        return error_answer(405 if request.method in METHODS else 501, ALLOW)
     if request.method == "OPTIONS":
         return Answer(204, (ALLOW,))
     try:
@@ -1910,7 +1914,7 @@ def page_answer(server: "AuthServer", request: Request) -> Answer:
             raise ValueError("control characters in its fields")    # which would become others
     except Exception:
         server.log.error(f"error: {request.line}: {traceback.format_exc()}")
-        answer = Answer(500, (HTML,), error_page(500))
+        answer = error_answer(500)
     return answer
 
 
@@ -1921,8 +1925,7 @@ def refusal(server: "AuthServer", request: Request) -> Answer:
         server.log.error(f"{request.host or '-'}: refused {log_name(verdict.log_user)}: "
                          f"{verdict.reason}")
     # nginx makes 500 of all else that its subrequest brings.
-    status = 403 if request.asked and verdict.status != 401 else verdict.status
-    return Answer(status, (HTML,), error_page(status))
+    return error_answer(403 if request.asked and verdict.status != 401 else verdict.status)
 
 
 def put_off(server: "AuthServer", request: Request, reason: str) -> Answer:
@@ -2514,7 +2517,7 @@ class Connection(Channel):
             if sock.nonsense:
                 raise sock.nonsense
             self.closing = True
-            return Answer(500, (HTML,), error_page(500))
+            return error_answer(500)
         self.closing = self.closing or self.server.draining or was_shut or sock.ends_connection()
         self.lingers = self.closing and not body.done
         self.note(request, sock.follower.status, sock.follower.size)
@@ -3498,7 +3501,7 @@ def private_fields(request: Request) -> Fields:
 
 def refuse(status: int, request: Request, *fields: Tuple[str, str]) -> Answer:
     """Return an answer that says nothing but its status."""
-    return Answer(status, (HTML, NOSNIFF, *private_fields(request), *fields), error_page(status))
+    return error_answer(status, NOSNIFF, *private_fields(request), *fields)
 
 
 def redirect(path: bytes, request: Request) -> Answer:
