@@ -155,6 +155,10 @@ class Late(Fatal):
     """Nobody has answered: whether it was done cannot be told."""
 
 
+class Unknown(Fatal):
+    """It failed after the point of no return: who serves now cannot be told."""
+
+
 def because(error: BaseException) -> str:
     """Return the reason in an exception without Python's dressing.
 
@@ -1935,9 +1939,11 @@ class Daemon:
         try:
             # As in the picture of section 7: able, ready, the place; nobody is let in before.
             self.host.bring_up()
+            # Before the pidfile names us: who reads it may signal us at once.  And then the old
+            # daemon may have left: what ended us now would end the service.
+            self.handle_signals()
             take_place(self.start, **self.host.introduce())
             self.host.is_owner = True
-            self.handle_signals()
             self.host.settle()
             say_done(self.start)
             while not self.host.is_over:
@@ -2458,8 +2464,13 @@ def launch(plan: Plan, turn: Turn, inherited: Inherited) -> None:
         expect([made.starter], "done", 2 * ANSWER)
     except Late:
         raise Late("unable to tell whether %s has started\ntry: daemonize.py status" % plan.name)
-    except Fatal as error:              # it says so itself, or is dead: that can be undone
-        raise made.undo(error)
+    except Fatal as error:
+        # Its starter ends well, and in silence, only when it has its place: nothing undoes that.
+        if made.starter.result == 0:
+            raise Unknown("unable to keep %s running: it died in its place\n"
+                          "try: daemonize.py status" % plan.name,
+                          trace=log_since(plan, made.logged))
+        raise made.undo(error)          # it says so itself, or has never had it
     # Before the turn is given back: until it is gone the starter holds byte 2.  And greeted last:
     # who reads that may type the next command.
     made.starter.wait()
@@ -3433,7 +3444,7 @@ def replace(plan: Plan, turn: Turn, pid: int, has_sockets: bool) -> None:
         see_out(plan, target, "end")
     try:
         launch(plan, turn, inherited)
-    except Late:                        # then it cannot be told who runs
+    except (Late, Unknown):             # then it cannot be told who runs
         raise
     except (Exception, KeyboardInterrupt) as error:
         raise with_outcome(error, pid, lock_holder(turn.fd, INSTANCE))

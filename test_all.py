@@ -8315,6 +8315,56 @@ Server.drain = lambda self: wait_for("drained") or drain_well(self)
         self.assertEqual(self.box.processes(), [])
 
 
+class Moments(BoxTest):
+    """What comes at a bad moment, which a change to daemonize makes certain; what is odd, or left open"""
+    SLOW = PointOfNoReturn.SLOW
+
+    def run_with(self, hook: str, action: str, *options: str, **keys: Any) -> Result:
+        """Run a command, in whose processes lines of Python (`hook`) have changed daemonize (`d`)."""
+        code = "import os, signal, sys; sys.path.insert(0, %r); import daemonize as d\n%s\nsys.exit(d.main(sys.argv[1:]))"
+        argv = [PYTHON, "-c", code % (HERE, hook), action, "--pidfile", self.box.pidfile, *options]
+        return run(argv, env=self.box.env, cwd=self.box.folder, **keys)
+
+    def app(self, text: str) -> List[str]:
+        """Return the options that host an application."""
+        return ["--logfile", self.box.log, "--app", self.box.write("app.py", text)]
+
+    SIGNAL = ("real = d.%s\ndef signalled(*args):\n    %s\n    os.kill(os.getpid(), signal.SIG%s)\n"
+              "d.%s = signalled\n")
+
+    def test_a_signal_as_soon_as_the_pidfile_names_it(self) -> None:
+        """HUP, USR1, TERM to a daemon that has just been named, or to an heir for which the old one has left: obeyed."""
+        for action, moment in (("start", "write_pidfile"), ("restart", "replace_predecessor")):
+            for number in ("HUP", "USR1", "TERM"):
+                with self.subTest(action, number=number):
+                    if action == "restart":
+                        self.box.start(app=APP)
+                    hook, old = self.SIGNAL % (moment, "real(*args)", number, moment), self.box.pid()
+                    self.run_with(hook, action, *self.app(APP), want=0)
+                    if number == "TERM":
+                        until(lambda: not self.box.processes(), "its end")
+                        self.assertEqual(read(self.box.pidfile), "")
+                    else:
+                        self.assertTrue(self.box.status()["pid"] == self.box.pid() != old)
+                        until(lambda: number != "HUP" or ": reloaded" in read(self.box.log), "a reload")
+                        self.box.command("stop")
+                    remove(self.box.log)
+
+    def test_an_heir_that_dies_in_its_place(self) -> None:
+        """kill -9 once nothing is undone any more: exit 1, and neither "keeps serving" nor "nothing runs" is claimed."""
+        for before, is_served in (("real(*args)", False), ("pass", True)):
+            with self.subTest(before):
+                address = self.box.address(self.box.start(app=APP))
+                old, hook = self.box.pid(), self.SIGNAL % ("replace_predecessor", before, "KILL", "replace_predecessor")
+                said = self.run_with(hook, "restart", want=1).err
+                self.assertTrue(said.endswith("\ndaemonize: fatal: unable to keep app running: it died in its place\n"
+                                              "try: daemonize.py status\n"), said)
+                until(lambda: len(self.box.processes()) == 2 * is_served, "the end of the others")
+                if is_served:
+                    self.assertEqual((ask(address)["pid"], self.box.pid()), (old, old))
+                    self.box.command("stop")
+
+
 FREE_PROGRAM = r'''
 import asyncio, atexit, multiprocessing, os, pickle, signal, subprocess, sys, threading, time
 os.chdir(sys.argv[1])
