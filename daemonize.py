@@ -1038,7 +1038,7 @@ class Turn(Lock):
     def __init__(self, plan: Plan) -> None:
         """Wait for it, and leave no file if it does not come."""
         self.made = [plan.files.folder] * make_own_folder(plan)
-        self.is_new = not exists(plan.files.lock)
+        self.is_new, self.is_free = not exists(plan.files.lock), True
         try:
             super().__init__(plan, os.O_RDWR)
         except Fatal:                   # a first start that failed has just removed the folder?
@@ -1054,11 +1054,12 @@ class Turn(Lock):
     def __exit__(self, *error: object) -> None:
         """Give it back; who has failed before anything was started leaves no file.
 
-        A lock file that was there is never removed: its inode is what all others wait on.
+        A lock file that was there is never removed: its inode is what all others wait on.  Nor is
+        one removed under whoever has the turn.
         """
         # Whom we have waited for may have started a daemon, and noted it: then it is that one's.
         # (A library's daemon, which comes through here as well, has closed it.)
-        if self.is_new and error[0] and self.fd >= 0 and not self.read():
+        if self.is_new and self.is_free and error[0] and self.fd >= 0 and not self.read():
             os.unlink(self.path)
             for folder in self.made:
                 with contextlib.suppress(OSError):      # somebody else has a file in it
@@ -1080,15 +1081,17 @@ class Turn(Lock):
         if self.is_removed():           # a first start failed, and took its files with it
             self.close()
             make_own_folder(self.plan)
-            self.fd = open_regular(self.path, os.O_RDWR, 0o600)
+            self.fd, self.is_new = open_regular(self.path, os.O_RDWR, 0o600), True
         with trying_to("lock %s" % self.path, "--pidfile on a local file system"):
             try:
                 fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, TURN)
             except (BlockingIOError, PermissionError):      # EAGAIN, EACCES: POSIX allows either
-                if not self.is_idle(TURN):
+                self.is_free = self.is_idle(TURN)
+                if not self.is_free:
                     return False
+        self.is_free = self.is_idle(UNDOING)
         # This may be the lock of a file that a failed start has just removed: of no use.
-        return not self.is_removed() and self.is_idle(UNDOING)
+        return not self.is_removed() and self.is_free
 
     def is_removed(self) -> bool:
         """Tell whether the file has no name any more."""

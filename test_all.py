@@ -8364,6 +8364,27 @@ class Moments(BoxTest):
                     self.assertEqual((ask(address)["pid"], self.box.pid()), (old, old))
                     self.box.command("stop")
 
+    def test_who_gives_up_waiting_leaves_the_lock(self) -> None:
+        """A start that found no lock file, and never had the turn, removes nobody's; the one that has it succeeds."""
+        first = self.box.spawn(*self.box.argv("start"), *self.app(self.SLOW))
+        until(lambda: "listening" in read(self.box.log), "a worker")
+        hook = "real = d.exists\nd.exists = lambda path: not path.endswith('.lock') and real(path)"
+        said = self.run_with(hook, "start", "--logfile", self.box.log, "--start-timeout", "0", "--timeout", "0",
+                             "--", "sleep", "600", want=1).err
+        self.assertIn("pid %d is still busy with it" % first.pid, said)
+        self.box.write("ready", "")
+        self.assertEqual(first.wait(PATIENCE), 0)
+        self.assertEqual(self.box.status()["pid"], self.box.pid())
+
+    def test_who_waited_for_a_start_that_failed_leaves_nothing_either(self) -> None:
+        """Two first starts, and both fail: the second one's lock file is its own, and goes."""
+        hosted = self.app(APP + "time.sleep(0.5)\nbind = 1 / 0\n")
+        first = self.box.spawn(*self.box.argv("start"), *hosted)
+        until(lambda: os.path.exists(self.box.pidfile + ".lock"), "its lock")
+        self.box.daemonize("start", "--pidfile", self.box.pidfile, *hosted, want=1)
+        self.assertEqual(first.wait(PATIENCE), 1)
+        self.assertEqual([name for name in os.listdir(self.box.folder) if name[:2] == "d."], [])
+
 
 FREE_PROGRAM = r'''
 import asyncio, atexit, multiprocessing, os, pickle, signal, subprocess, sys, threading, time
