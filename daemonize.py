@@ -1969,7 +1969,9 @@ class Daemon:
         """Wait a moment for what comes, and do it."""
         try:
             # A tick at the latest, for what gives no sign: a pause that is over, a full log.
-            sources = [self.wake, self.control, *self.talks]
+            sources = [self.wake, *self.talks]
+            if self.host.is_owner:      # else the heir listens on the same socket: its calls
+                sources.insert(0, self.control)
             for source in readable(sources, time.monotonic() + TICK):
                 if source is self.wake:
                     self.wake.recv(4096)

@@ -8385,6 +8385,24 @@ class Moments(BoxTest):
         self.assertEqual(first.wait(PATIENCE), 1)
         self.assertEqual([name for name in os.listdir(self.box.folder) if name[:2] == "d."], [])
 
+    def test_who_is_leaving_answers_no_calls(self) -> None:
+        """While the old one drains every call on the control socket is the new one's."""
+        self.box.write("ready", "")
+        self.box.start(app=self.SLOW)
+        old = self.box.pid()
+        child = self.box.spawn(*self.box.argv("restart"))
+        until(lambda: self.box.pid() not in (0, old), "a new daemon")
+        for _ in range(30):
+            with socket.socket(socket.AF_UNIX) as control:
+                control.settimeout(PATIENCE)
+                control.connect(self.box.pidfile + ".sock")
+                control.sendall(b'{"event": "status"}\n')
+                workers = json.loads(control.recv(65536).decode())["said"]["workers"]
+                self.assertEqual([parent(pid) for pid in workers], [self.box.pid()])
+        self.assertTrue(is_alive(old))
+        self.box.write("drained", "")
+        self.assertEqual(child.wait(PATIENCE), 0)
+
 
 FREE_PROGRAM = r'''
 import asyncio, atexit, multiprocessing, os, pickle, signal, subprocess, sys, threading, time
