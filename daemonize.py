@@ -1275,23 +1275,30 @@ class Returned(BaseException):
     """We are a library's daemon: back to the script that called startstop(), through all frames."""
 
 
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Have signals wait: a handler that raises would make us forget what we have just forked."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+    try:
+        yield
+    finally:
+        # Not SIG_SETMASK: a library's daemon goes back through here, with a mask of its own.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED - before)
+
+
 def fork(life: Callable[[Channel], Any]) -> Child:
     """Return a new child that lives that life and ends with it.
 
     After fork(2) there are two of us, on two copies of one stack.  The parent returns from here;
     the child never does: below it lies what is its parent's to do.  (But for Returned.)
     """
-    with trying_to("start a process"):
+    # Between fork(2) and its own handlers the child has ours.
+    with trying_to("start a process"), undisturbed():
         ours, theirs = socket.socketpair()
-        # Between fork(2) and its own handlers the child has ours.
-        signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
-        try:
-            pid = os.fork()
-            if pid == 0:
-                ours.close()
-                live(life, Channel(theirs))
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
+        pid = os.fork()
+        if pid == 0:
+            ours.close()
+            live(life, Channel(theirs))
     theirs.close()                      # while we hold it as well, its death is no EOF
     return Child(pid, ours)
 
@@ -1573,22 +1580,25 @@ def detach(start: Start) -> Child:
         # Allowed, since a child of fork(2) does not lead its group.
         os.setsid()
         reset_signals()
-    return fork(lambda leash: sys.exit(begin(start._replace(leash=leash))))
+    with undisturbed():
+        daemon = fork(lambda leash: sys.exit(begin(start._replace(leash=leash))))
+        # The command gave up.  SIGKILL at once: nothing of it has begun.
+        signal.signal(signal.SIGTERM, end_family)
+    return daemon
+
+
+def end_family(*_: object) -> None:
+    """Kill, as the starter, the daemon and what it has started."""
+    signal_each(family(os.getpid()), signal.SIGKILL, True)
 
 
 def watch_birth(daemon: Child, start: Start, report: Channel) -> NoReturn:
     """Live on as the daemon's parent until it has its place; if it dies before, take all back."""
-    session = os.getpid()
-
-    def end_family(*_: object) -> None:
-        signal_each(family(session), signal.SIGKILL, True)
-    # The command gave up.  SIGKILL at once: nothing of it has begun.
-    signal.signal(signal.SIGTERM, end_family)
     message = daemon.receive(float("inf"))
     if message["event"] != "placed":
         error = failure(daemon, message)
         daemon.wait()
-        end_all(lambda: family(session), end_family, 0)
+        end_all(lambda: family(os.getpid()), end_family, 0)
         take_back(start.server)
         # Last, since who hears it ends us.  No command any more: then we tidy, holding byte 2.
         if not report.fail(error):
@@ -2453,7 +2463,8 @@ def launch(plan: Plan, turn: Turn, inherited: Inherited) -> None:
     made = Made(plan, turn)
     try:
         made.make_log_folder()
-        made.starter = fork(lambda report: be_starter(plan, report, turn, inherited))
+        with undisturbed():             # until we know whom to undo
+            made.starter = fork(lambda report: be_starter(plan, report, turn, inherited))
         facts = expect([made.starter], "ready", plan.options.start_timeout)
         # Before "go": a full disk can still be undone.  And afterwards this alone proves who a
         # script is that closes the lock's fd.

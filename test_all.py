@@ -8403,6 +8403,20 @@ class Moments(BoxTest):
         self.box.write("drained", "")
         self.assertEqual(child.wait(PATIENCE), 0)
 
+    def test_a_signal_while_a_process_is_forked(self) -> None:
+        """SIGTERM to the command, or to its starter, in fork(2) itself: the child is ended, and nothing is left."""
+        hook = ("real, me = os.fork, os.getpid()\ndef fork():\n    pid = real()\n    if pid and (%s):\n"
+                "        os.kill(os.getpid(), signal.SIGTERM)\n    return pid\nos.fork = fork\n")
+        bind = self.SLOW + "bind_slowly = bind\ndef bind(options):\n    wait_for('bound')\n    return bind_slowly(options)\n"
+        deaf = ["--logfile", self.box.log, "--", "sh", "-c", "trap '' TERM; sleep 600 & sleep 600"]
+        for who, hosted, want in (("os.getpid() == me", self.app(bind), 130),
+                                  ("os.getpid() == me", deaf, 130),
+                                  ("os.getppid() == me and os.getsid(0) == os.getpid()", deaf, 1)):
+            with self.subTest(who, hosted=hosted[-1]):
+                said = self.run_with(hook % who, "start", *hosted, want=want).err
+                self.assertEqual(self.box.processes(), [], said)
+                self.assertEqual([name for name in os.listdir(self.box.folder) if name[:2] == "d." or name == "passwords"], [])
+
 
 FREE_PROGRAM = r'''
 import asyncio, atexit, multiprocessing, os, pickle, signal, subprocess, sys, threading, time
