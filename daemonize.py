@@ -152,11 +152,11 @@ class Fatal(Exception):
 
 
 class Late(Fatal):
-    """Nobody has answered: whether it was done cannot be told."""
+    """Nobody has answered in time."""
 
 
 class Unknown(Fatal):
-    """It failed after the point of no return: who serves now cannot be told."""
+    """It failed, or was late, after the point of no return: who serves now cannot be told."""
 
 
 def because(error: BaseException) -> str:
@@ -2479,7 +2479,7 @@ def launch(plan: Plan, turn: Turn, inherited: Inherited) -> None:
     try:
         expect([made.starter], "done", 2 * ANSWER)
     except Late:
-        raise Late("unable to tell whether %s has started\ntry: daemonize.py status" % plan.name)
+        raise Unknown("unable to tell whether %s has started\ntry: daemonize.py status" % plan.name)
     except Fatal as error:
         # Its starter ends well, and in silence, only when it has its place: nothing undoes that.
         if made.starter.result == 0:
@@ -3460,7 +3460,7 @@ def replace(plan: Plan, turn: Turn, pid: int, has_sockets: bool) -> None:
         see_out(plan, target, "end")
     try:
         launch(plan, turn, inherited)
-    except (Late, Unknown):             # then it cannot be told who runs
+    except Unknown:
         raise
     except (Exception, KeyboardInterrupt) as error:
         raise with_outcome(error, pid, lock_holder(turn.fd, INSTANCE))

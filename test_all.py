@@ -8417,6 +8417,16 @@ class Moments(BoxTest):
                 self.assertEqual(self.box.processes(), [], said)
                 self.assertEqual([name for name in os.listdir(self.box.folder) if name[:2] == "d." or name == "passwords"], [])
 
+    def test_an_heir_that_is_late(self) -> None:
+        """A restart that gives up waiting says who serves."""
+        self.box.write("ready", "")
+        address = self.box.address(self.box.start(app=self.SLOW))
+        os.unlink(self.box.path("ready"))
+        said = self.box.command("restart", *self.app(self.SLOW), "--start-timeout", "0.5", want=1).err
+        self.assertIn("not ready after 0.5 s\ndaemonize: fatal: the old one keeps serving with pid %d\n"
+                      % self.box.pid(), said)
+        self.assertEqual(ask(address)["pid"], self.box.pid())
+
 
 FREE_PROGRAM = r'''
 import asyncio, atexit, multiprocessing, os, pickle, signal, subprocess, sys, threading, time
