@@ -1930,6 +1930,8 @@ class Daemon:
         self.pid = os.getpid()
         self.signals: Set[int] = set()
         self.is_told = self.is_warned = False
+        # With who is told to end; short until we have the place: a start that fails says so soon.
+        self.patience = min(TICK, self.plan.options.timeout)
         # Handlers only note a number; this pair wakes poll(2) up (signal.set_wakeup_fd).
         self.wake, self.waker = socket.socketpair()
         self.wake.setblocking(False)
@@ -1956,7 +1958,7 @@ class Daemon:
             # daemon may have left: what ended us now would end the service.
             self.handle_signals()
             take_place(self.start, **self.host.introduce())
-            self.host.is_owner = True
+            self.host.is_owner, self.patience = True, self.plan.options.timeout
             self.host.settle()
             say_done(self.start)
             while not self.host.is_over:
@@ -2055,8 +2057,8 @@ class Daemon:
             by_group = self.start.session is not None
             # The pidfile comes after this: while it names us, something of us may live.
             if end_all(self.family, lambda: signal_each(self.family(), signal.SIGKILL, by_group),
-                       self.plan.options.timeout):
-                log("what did not end within %g s was killed" % self.plan.options.timeout)
+                       self.patience):
+                log("what did not end within %g s was killed" % self.patience)
         finally:
             if self.host.is_owner:
                 finish(self.start.opened, self.pid)

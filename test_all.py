@@ -8427,6 +8427,15 @@ class Moments(BoxTest):
                       % self.box.pid(), said)
         self.assertEqual(ask(address)["pid"], self.box.pid())
 
+    def test_a_failed_start_is_told_at_once(self) -> None:
+        """What is left of a program, or of an application, that failed, and is deaf to SIGTERM, keeps nobody waiting."""
+        deaf = "trap '' TERM; echo deaf; exec sleep 600"
+        app = APP + "Server.probe = lambda self: subprocess.Popen(['sh', '-c', %r], stdout=1) and 1 / 0\n" % deaf
+        for hosted in (["--logfile", self.box.log, "--", "sh", "-c", "(%s) & exit 3" % deaf], self.app(app)):
+            with self.subTest(hosted[-1]):
+                self.assertLess(self.box.daemonize("start", "--pidfile", self.box.pidfile, *hosted, want=1).seconds, SOON)
+                self.assertEqual(self.box.processes(), [])
+
 
 FREE_PROGRAM = r'''
 import asyncio, atexit, multiprocessing, os, pickle, signal, subprocess, sys, threading, time
