@@ -1520,7 +1520,7 @@ def be_starter(plan: Plan, report: Channel, turn: Lock, inherited: Inherited) ->
     # Before we open the file again, for closing any fd of it would drop our own lock.
     turn.close()
     # What the predecessor sent, and nobody asked for.  The command has it, too: no close lingers.
-    for fd in inherited.talk.fds if inherited.talk is not None else ():
+    for fd in LET_GO + (inherited.talk.fds if inherited.talk is not None else []):
         os.close(fd)
     try:
         # The lock first: whatever bind() makes, the next command waits until it is undone.
@@ -2179,11 +2179,14 @@ def dial(files: Files) -> Channel:
     return Channel(end)
 
 
+LET_GO: List[int] = []      # what a command does not close (see above): its starter does
+
+
 def listener_of(files: Files) -> Tuple[Optional[int], Optional[int]]:
     """Return (pid, uid) of who listens at the control socket; raise OSError if nobody does."""
     end = dial(files).end
     listener = peer_of(end)
-    end.detach()                                # not closed: see above
+    LET_GO.append(end.detach())
     return listener
 
 
@@ -2207,7 +2210,7 @@ def ask(files: Files, pid: int, verb: str, seconds: float = ANSWER,
     talk = call_daemon(files, pid)
     talk.send(verb, fds)
     message = talk.receive(seconds)
-    talk.end.detach()                           # not closed: see above
+    LET_GO.append(talk.end.detach())
     if message["event"] in (ENDED, LATE):
         raise TimeoutError(errno.ETIMEDOUT, "it does not answer")
     return message
@@ -2232,6 +2235,7 @@ class Target:
         record = lock.record()
         with contextlib.suppress(OSError, TypeError):       # it is dead; there is no pidfd_open
             self.pidfd = pidfd_open(pid)
+            LET_GO.append(self.pidfd)           # no heir or worker is to have it
         # The uid is the kernel's word: the process itself cannot choose it.
         process, self.identity = look_at(pid), identity_of(pid)
         # Asked after the handle was opened: so all mean one process, or we have nobody.
@@ -3501,7 +3505,7 @@ def take_over(plan: Plan, pid: int) -> Inherited:
     talk.send("sockets")
     message = talk.receive(ANSWER)
     if message["event"] != "sockets":
-        talk.end.detach()                       # not closed: see section 10
+        LET_GO.append(talk.end.detach())        # see section 10
         raise TimeoutError(errno.ETIMEDOUT, "it does not answer")
     sockets, control, legacy = [], None, None   # type: Any, Any, Any
     # By what the kernel says of each, whatever the daemon calls it.

@@ -8436,6 +8436,29 @@ class Moments(BoxTest):
                 self.assertLess(self.box.daemonize("start", "--pidfile", self.box.pidfile, *hosted, want=1).seconds, SOON)
                 self.assertEqual(self.box.processes(), [])
 
+    def fds(self, pid: int) -> List[str]:
+        """Return of what kinds the descriptors of a process and of its children are, and which files."""
+        return sorted(re.sub(r"\d+", "", fd) for one in family(pid) for fd in fds_of(one))
+
+    @needs_linux
+    def test_what_a_command_left_open_reaches_nobody(self) -> None:
+        """A daemon, and all below it, has after a restart no more descriptors than after a start; a script neither."""
+        for hosted in (self.app(APP), ["--logfile", self.box.log, "--", "sleep", "600"]):
+            with self.subTest(hosted[-1]):
+                self.box.daemonize("start", "--pidfile", self.box.pidfile, *hosted)
+                fds = until(lambda: self.fds(self.box.pid()), "its descriptors")
+                self.box.command("restart")
+                self.assertEqual(self.fds(self.box.pid()), fds)
+                self.box.command("stop")
+        script = self.box.write("script.py", "import sys, time\nsys.path.insert(0, %r)\nfrom daemonize import startstop\n"
+                                "startstop(stdout='out', pidfile=%r)\nprint('main', flush=True)\ntime.sleep(600)\n"
+                                % (HERE, self.box.pidfile))
+        found = []
+        for action in ("start", "restart"):
+            run([PYTHON, script, action], 0, env=self.box.env, cwd=self.box.folder)
+            found.append(self.fds(self.box.pid()))
+        self.assertEqual(*found)
+
 
 FREE_PROGRAM = r'''
 import asyncio, atexit, multiprocessing, os, pickle, signal, subprocess, sys, threading, time
