@@ -2879,6 +2879,7 @@ def startstop(stdout: str = "/dev/null", stderr: Optional[str] = None, stdin: st
         if action not in ("start", "stop", "restart", "reload", "status"):
             raise Fatal("usage: %s start|stop|restart|reload|status" % sys.argv[0], 2)
         open_stdio()
+        handle({signal.SIGCHLD}, signal.SIG_DFL)        # as in main()
         plan = library_plan(action, pidfile, stdout, more)._replace(
             stdin=absolute(stdin, caller_folder()), startmsg=startmsg,
             stderr=absolute(stderr, caller_folder()) if stderr else None)

@@ -8459,6 +8459,17 @@ class Moments(BoxTest):
             found.append(self.fds(self.box.pid()))
         self.assertEqual(*found)
 
+    def test_a_script_under_an_ignored_SIGCHLD(self) -> None:
+        """Each verb of startstop() does as ever where its caller ignores SIGCHLD."""
+        script = self.box.write("script.py", "import sys, time\nsys.path.insert(0, %r)\nfrom daemonize import startstop\n"
+                                "startstop(stdout='out', pidfile=%r%s)\ntime.sleep(600)\n"
+                                % (HERE, self.box.pidfile, ", uid=%d" % NOBODY * ROOT))
+        for action in ("start", "status", "restart", "stop"):
+            result = run([PYTHON, script, action], 0, env=self.box.env, cwd=self.box.folder,
+                         preexec_fn=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN))
+            self.assertEqual(result.err, "")
+        self.assertEqual(self.box.processes(), [])
+
 
 FREE_PROGRAM = r'''
 import asyncio, atexit, multiprocessing, os, pickle, signal, subprocess, sys, threading, time
