@@ -205,9 +205,14 @@ def as_fatal(error: BaseException, deed: str = "start") -> Fatal:
 def exit_status(error: SystemExit) -> int:
     """Return what exit status sys.exit(code) means: None is 0, a text is 1.
 
-    See: sys.exit().  Every way out of a process of ours comes through here, or os._exit().
+    As Python itself does: os._exit() takes no other number, and would raise where nothing may.
+
+    >>> [exit_status(SystemExit(code)) for code in (None, "why", -1, 256 + 7, 1 << 70)]
+    [0, 1, 255, 7, 255]
     """
-    return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if isinstance(error.code, int):
+        return error.code & 255 if abs(error.code) < 1 << 63 else 255
+    return int(error.code is not None)
 
 
 def printable(text: str) -> str:

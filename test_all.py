@@ -8470,6 +8470,21 @@ class Moments(BoxTest):
             self.assertEqual(result.err, "")
         self.assertEqual(self.box.processes(), [])
 
+    def test_an_exit_status_that_is_none(self) -> None:
+        """sys.exit() with a number beyond all: what Python makes of it, in bind(), a worker and run; the daemon lives on."""
+        for status in (1 << 70, -1 << 70, -1, 256 + 7):
+            with self.subTest(status):
+                want = run([PYTHON, "-c", "import sys; sys.exit(%d)" % status]).code
+                leave = "sys.exit(%d)\n" % status
+                said = self.box.start(app=APP + "def bind(options): " + leave, want=1).err
+                self.assertIn("it exited with status %d\n" % want, said)
+                app = APP + "Server.serve_forever = lambda self: time.sleep(0.4) or " + leave
+                self.box.start(app=app + "del Server.probe\n")
+                until(lambda: "exited with status %d\n" % want in read(self.box.log), "a death")
+                self.assertNotIn("Traceback", read(self.box.log))
+                self.box.command("stop")
+                remove(self.box.log)
+
 
 FREE_PROGRAM = r'''
 import asyncio, atexit, multiprocessing, os, pickle, signal, subprocess, sys, threading, time
