@@ -1172,7 +1172,8 @@ class Channel:
     def send(self, event: str, fds: Sequence[int] = (), **facts: Any) -> None:
         """Say something.  See: unix(7), SCM_RIGHTS."""
         import json
-        data = json.dumps(dict(facts, event=event)).encode() + b"\n"
+        # An application says what it likes: what JSON does not know (a time) is said as text.
+        data = json.dumps(dict(facts, event=event), default=str).encode() + b"\n"
         if fds:
             # With the line's first byte: Linux carries no fds over a stream without any.
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
@@ -2096,8 +2097,10 @@ class Daemon:
             return
         try:
             self.verbs.get(event, self.hang_up)(talk)
-        except OSError:                 # it hung up in mid-sentence
-            self.hang_up(talk)
+        except BaseException as error:
+            self.hang_up(talk)          # at once: who asked shall not wait for what never comes
+            if not isinstance(error, OSError):      # that means it has hung up in mid-sentence
+                self.host.complain("unable to answer %s: %s" % (event, because(error)))
 
     def hang_up(self, talk: Channel) -> None:
         """End a conversation; the heir's tells the host that there will be none."""

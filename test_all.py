@@ -8471,7 +8471,7 @@ class Moments(BoxTest):
         self.assertEqual(self.box.processes(), [])
 
     def test_an_exit_status_that_is_none(self) -> None:
-        """sys.exit() with a number beyond all: what Python makes of it, in bind(), a worker and run; the daemon lives on."""
+        """sys.exit() with a number beyond all: what Python makes of it, in bind() and in a worker; the daemon lives on."""
         for status in (1 << 70, -1 << 70, -1, 256 + 7):
             with self.subTest(status):
                 want = run([PYTHON, "-c", "import sys; sys.exit(%d)" % status]).code
@@ -8484,6 +8484,24 @@ class Moments(BoxTest):
                 self.assertNotIn("Traceback", read(self.box.log))
                 self.box.command("stop")
                 remove(self.box.log)
+
+    def test_a_status_that_JSON_does_not_know(self) -> None:
+        """A time is said as text; what cannot be said costs one answer, at once, and a line in the log."""
+        odd = self.box.path("odd")
+        self.box.start(app=APP + "import datetime\nclass Loud:\n    def __str__(self): raise SystemExit('loud')\nself = []\n"
+                       "self.append(self)\nServer.status = lambda self: eval(open(%r).read() or '{}')\n" % odd)
+        for text, said in (("{'when': datetime.date(2003, 4, 5)}", "2003-04-05"), ("{'when': {1: b'x'}}", "{'1': \"b'x'\"}"),
+                           ("{(1, 2): 3}", ""), ("{'when': globals()['self']}", ""), ("{'when': Loud()}", "")):
+            with self.subTest(text):
+                self.box.write("odd", text)
+                result = self.box.command("status")
+                self.assertIn("when       " + said if said else "it does not answer", result.out)
+                self.assertLess(result.seconds, 4)      # of 5 for an answer
+                self.box.write("odd", "")
+                facts = self.box.status()
+                self.assertEqual("unable to answer" in facts.pop("last_error"), not said)
+                self.assertNotIn("note", facts)
+                self.box.command("reload")
 
 
 FREE_PROGRAM = r'''
