@@ -612,7 +612,7 @@ def open_regular(path: str, flags: int, mode: int, is_log: bool = False) -> int:
     elif facts.st_nlink > 1:
         problem = "it has another name (a hard link)"
     elif not is_log and facts.st_uid not in (0, os.geteuid()):
-        problem = "it belongs to uid %d\ntry: --pidfile" % facts.st_uid
+        problem = "it belongs to uid %d\ntry: as that user, or another --pidfile" % facts.st_uid
     elif mode == 0o600 and facts.st_mode & 0o077:       # a pidfile, renamed to be the lock file?
         problem = "others can read it (or modes do not work there)"
     if problem:
@@ -2099,7 +2099,7 @@ class Daemon:
             self.verbs.get(event, self.hang_up)(talk)
         except BaseException as error:
             self.hang_up(talk)          # at once: who asked shall not wait for what never comes
-            if not isinstance(error, OSError):      # that means it has hung up in mid-sentence
+            if not isinstance(error, OSError):      # then it had hung up in mid-sentence
                 self.host.complain("unable to answer %s: %s" % (event, because(error)))
 
     def hang_up(self, talk: Channel) -> None:

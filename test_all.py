@@ -7694,7 +7694,7 @@ def bind(options):
         """Files that belong to the daemon's user in the place of root's: `it belongs to uid`."""
         for name, mode in (("d.pid", 0o644), ("d.pid.lock", 0o600)):
             path = self.box.write("theirs/" + name, "", mode, NOBODY)
-            self.assertIn("%s: it belongs to uid %d\ntry: --pidfile\n" % (name, NOBODY), self.box.start("--uid", str(NOBODY), app=APP, want=1).err)
+            self.assertIn("%s: it belongs to uid %d\ntry: as that user, or another --pidfile\n" % (name, NOBODY), self.box.start("--uid", str(NOBODY), app=APP, want=1).err)
             os.unlink(path)
 
     def test_root_signals_as_the_user(self) -> None:
@@ -8502,6 +8502,18 @@ class Moments(BoxTest):
                 self.assertEqual("unable to answer" in facts.pop("last_error"), not said)
                 self.assertNotIn("note", facts)
                 self.box.command("reload")
+
+    @needs_other_user
+    def test_a_daemon_of_another_users(self) -> None:
+        """root's stop by the pidfile of a user's daemon is refused: that user can, and is named."""
+        folder = self.box.make("theirs", 0o755, NOBODY)
+        self.box.pidfile = os.path.join(folder, "d.pid")
+        self.box.daemonize("start", "--pidfile", self.box.pidfile, "--logfile", os.path.join(folder, "log"), "--",
+                           "sleep", "600", preexec_fn=drop(NOBODY))
+        said = self.box.command("stop", want=1).err
+        self.assertIn("it belongs to uid %d\ntry: as that user, or another --pidfile\n" % NOBODY, said)
+        self.box.command("stop", preexec_fn=drop(NOBODY))
+        self.assertEqual(self.box.processes(), [])
 
 
 FREE_PROGRAM = r'''
