@@ -52,8 +52,8 @@ The file has two parts.  Part I, A DAEMON, stands alone: 1 messages, 2 who and w
 4 files, 5 the lock, 6 children and their words, 7 leaving the terminal, 8 giving up root, 9 being
 the daemon, 10 a word with the daemon, 11 ending a daemon, 12 programs, 13 start, stop, status,
 reload, run, 14 the library call.  Part II, A DAEMON THAT SERVES: 15 applications, 16 workers,
-17 restart, 18 other systems, 19 the command line.  Part I calls nothing of Part II but through
-one table, HOSTS, and section 18, which is for systems that lack something.
+17 restart, 18 other systems, 19 the command line.  Part I calls Part II in three ways only: the
+table HOSTS (what it hosts), section 18 (what a system lacks), and section 19 (what was typed).
 """
 import os
 import sys
@@ -2866,6 +2866,42 @@ def open_notifier() -> Optional[socket.socket]:
     return notifier
 
 
+def adopt(fd: int) -> Optional[socket.socket]:
+    """Return the listening stream socket that was passed to us as fd; None for anything else.
+
+    Asked of the kernel: systemd passes what a .socket file says, a hostile daemon what it likes.
+    """
+    # What systemd passes is inheritable: each child of ours would hold the port, too.
+    os.set_inheritable(fd, False)
+    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+        return None
+    passed = socket.socket(fileno=fd)
+    kind = passed.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
+    if kind != socket.SOCK_STREAM or not passed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        passed.detach()
+        return None
+    if sys.version_info < (3, 7) and IS_LINUX:          # 3.6 guesses AF_INET
+        domain = passed.getsockopt(socket.SOL_SOCKET, getattr(socket, "SO_DOMAIN"))
+        passed = socket.socket(domain, kind, 0, passed.detach())
+    return passed
+
+
+def inherited_sockets() -> List[socket.socket]:
+    """Return the sockets that systemd passed to this very process.  See: sd_listen_fds(3)."""
+    # Popped: a child that knows the protocol would take fds 3, 4, ... of ours for its own.
+    # Ours only if the pid is: a shell between systemd and us has passed on what was its own.
+    is_ours = os.environ.pop("LISTEN_PID", "") == str(os.getpid())
+    number = os.environ.pop("LISTEN_FDS", "")
+    os.environ.pop("LISTEN_FDNAMES", None)
+    fds = range(3, 3 + int(number)) if is_ours and number.isdecimal() else range(0)
+    with trying_to("take over the %s fds of LISTEN_FDS" % number):
+        found = [(fd, adopt(fd)) for fd in fds]
+        for fd, passed in found:
+            if passed is None:
+                os.close(fd)
+        return [passed for _, passed in found if passed is not None]
+
+
 # -- 14. The library call ----------------------------------------------------
 
 def startstop(stdout: str = "/dev/null", stderr: Optional[str] = None, stdin: str = "/dev/null",
@@ -3050,42 +3086,6 @@ def options_for(module: ModuleType, plan: Plan, inherited: Inherited) -> argpars
             plan.hosted, taken.pop().replace("_", "-")), 2)
     own = {key: value for key, value in parsed.items() if key not in foreign}
     return argparse.Namespace(**dict(own, **ours))
-
-
-def adopt(fd: int) -> Optional[socket.socket]:
-    """Return the listening stream socket that was passed to us as fd; None for anything else.
-
-    Asked of the kernel: systemd passes what a .socket file says, a hostile daemon what it likes.
-    """
-    # What systemd passes is inheritable: each child of ours would hold the port, too.
-    os.set_inheritable(fd, False)
-    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
-        return None
-    passed = socket.socket(fileno=fd)
-    kind = passed.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
-    if kind != socket.SOCK_STREAM or not passed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-        passed.detach()
-        return None
-    if sys.version_info < (3, 7) and IS_LINUX:          # 3.6 guesses AF_INET
-        domain = passed.getsockopt(socket.SOL_SOCKET, getattr(socket, "SO_DOMAIN"))
-        passed = socket.socket(domain, kind, 0, passed.detach())
-    return passed
-
-
-def inherited_sockets() -> List[socket.socket]:
-    """Return the sockets that systemd passed to this very process.  See: sd_listen_fds(3)."""
-    # Popped: a child that knows the protocol would take fds 3, 4, ... of ours for its own.
-    # Ours only if the pid is: a shell between systemd and us has passed on what was its own.
-    is_ours = os.environ.pop("LISTEN_PID", "") == str(os.getpid())
-    number = os.environ.pop("LISTEN_FDS", "")
-    os.environ.pop("LISTEN_FDNAMES", None)
-    fds = range(3, 3 + int(number)) if is_ours and number.isdecimal() else range(0)
-    with trying_to("take over the %s fds of LISTEN_FDS" % number):
-        found = [(fd, adopt(fd)) for fd in fds]
-        for fd, passed in found:
-            if passed is None:
-                os.close(fd)
-        return [passed for _, passed in found if passed is not None]
 
 
 # -- 16. Workers -------------------------------------------------------------
