@@ -19,7 +19,7 @@ runs no code of yours: an application lives in WORKERS, a program is the daemon'
     2 the turn: byte 0 of PIDFILE.lock  command  caller  checkPID (1)
     3 app.bind(): ports, keys; open     starter  root    privilegedStartService (9),
       log, pidfile, lock, control                        startLogger (3)
-    4 fork, setsid, fork; stdio         starter  root    daemonize (7)
+    4 fork, setsid, fork; then stdio    both     root    daemonize (7)
     5 chroot, chdir, umask              daemon   root    setupEnvironment (4-6)
     6 groups, gid, uid; the proof       daemon   ->user  switchUidGid (10)
     7 children, probe, report ready;    daemon   user    startApplication (11),
@@ -1580,6 +1580,7 @@ def call(server: Any, name: str, otherwise: Any = None) -> Any:
 def detach(start: Start) -> Child:
     """Step 4.  Fork (that was fork()'s first call), setsid, fork; return the daemon.
 
+    The daemon itself ends this step, in begin(): it moves its stdio.
     Runs as: root.  See: setsid(2), daemon(7); twistd: daemonize.
     """
     with trying_to("start a process"):
@@ -1691,14 +1692,15 @@ def switch_user(identity: Optional[Identity]) -> None:
 
 
 # -- 9. Being the daemon -----------------------------------------------------
-# Why this order?  The stdio moves before anything else can fail: from then on the log has it.  The
-# jail is entered before the user changes, since chroot(2) is root's; nothing of yours has run as
-# root but the import and bind().  The children come before the place: as long as the old daemon has
-# it, a new one that cannot serve costs nothing.  At the end it is the reverse: first the children
-# go, then the pidfile is emptied, so that an empty pidfile means that nothing is left.
+# Why this order?  The stdio moves before anything else can fail: from then on the log has it.  (Here
+# and not in the starter, which may still have something to say on the terminal.)  The jail is
+# entered before the user changes, since chroot(2) is root's; nothing of yours has run as root but
+# the import and bind().  The children come before the place: as long as the old daemon has it, a
+# new one that cannot serve costs nothing.  At the end it is the reverse: first the children go,
+# then the pidfile is emptied, so that an empty pidfile means that nothing is left.
 
 def begin(start: Start) -> int:
-    """Be the daemon: leave the terminal, then steps 5 to 8; return the exit status."""
+    """Be the daemon: the end of step 4, then steps 5 to 8; return the exit status."""
     with trying_to("leave the terminal"):
         if start.session is not None and start.plan.kind != "library":  # it may call setsid(2)
             os.setpgid(0, 0)
