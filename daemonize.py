@@ -1432,7 +1432,7 @@ def close_inherited() -> None:
                 os.close(fd)
 
 
-def reset_signals(spared: Iterable[int] = ()) -> None:
+def unignore_signals(spared: Iterable[int] = ()) -> None:
     """Undo what the caller ignored or blocked: both survive fork and exec.  See: signal(7)."""
     ours = {signal.SIGPIPE, signal.SIGXFSZ}         # Python itself ignores these
     for signum in set(range(1, signal.NSIG)) - ours - set(spared):
@@ -1443,7 +1443,7 @@ def reset_signals(spared: Iterable[int] = ()) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
 
-def handle(signums: Iterable[int], handler: Any, spares_ignored: bool = False) -> None:
+def set_handlers(signums: Iterable[int], handler: Any, spares_ignored: bool = False) -> None:
     """Handle signals; but what the caller ignores may have to stay so (nohup meant all of us)."""
     for signum in signums:
         if not (spares_ignored and signal.getsignal(signum) is signal.SIG_IGN):
@@ -1462,15 +1462,15 @@ def raise_at_end() -> None:
         if os.getpid() != owner:        # a child of Python 3.6, which knows no register_at_fork
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
-        handle(ENDINGS, do_nothing)
+        set_handlers(ENDINGS, do_nothing)
         raise SystemExit(0)
-    handle(ENDINGS, on_end)
+    set_handlers(ENDINGS, on_end)
 
 
 def reset_handlers() -> None:
     """Give a child default handlers: its parent's would signal the parent's family."""
     signal.set_wakeup_fd(-1)
-    handle(HANDLED, signal.SIG_DFL, spares_ignored=True)
+    set_handlers(HANDLED, signal.SIG_DFL, spares_ignored=True)
 
 
 def guard_forks() -> None:
@@ -1521,7 +1521,7 @@ def be_starter(plan: Plan, report: Channel, turn: Lock, inherited: Inherited) ->
     # From here on the terminal is still there, and root's rights: what fails is told in full.
     server = None
     raise_at_end()                                  # bind() may hang: so its `finally` runs
-    handle({signal.SIGINT, signal.SIGHUP}, do_nothing)  # for the command, which will tell us
+    set_handlers({signal.SIGINT, signal.SIGHUP}, do_nothing)  # for the command, which will tell us
     # The fd only: record locks are not inherited, and the command's is not touched by this.
     # Before we open the file again, for closing any fd of it would drop our own lock.
     turn.close()
@@ -1540,7 +1540,7 @@ def be_starter(plan: Plan, report: Channel, turn: Lock, inherited: Inherited) ->
         raise
     except BaseException as error:
         # In this order: who hears "fatal" ends us, and it shall find nothing half undone.
-        handle(ENDINGS, do_nothing)
+        set_handlers(ENDINGS, do_nothing)
         take_back(server)
         report.fail(error)
     # Not sys.exit(): atexit and unwritten buffers are the command's, of which we are a copy.
@@ -1586,7 +1586,7 @@ def detach(start: Start) -> Child:
     with trying_to("start a process"):
         # Allowed, since a child of fork(2) does not lead its group.
         os.setsid()
-        reset_signals()
+        unignore_signals()
     with undisturbed():
         daemon = fork(lambda leash: sys.exit(begin(start._replace(leash=leash))))
         # The command gave up.  SIGKILL at once: nothing of it has begun.
@@ -1964,7 +1964,7 @@ class Daemon:
             self.host.bring_up()
             # Before the pidfile names us: who reads it may signal us at once.  And then the old
             # daemon may have left: what ended us now would end the service.
-            self.handle_signals()
+            self.note_signals()
             take_place(self.start, **self.host.introduce())
             self.host.is_owner, self.patience = True, self.plan.options.timeout
             self.host.settle()
@@ -1975,7 +1975,7 @@ class Daemon:
             self.end()
         return self.host.result
 
-    def handle_signals(self) -> None:
+    def note_signals(self) -> None:
         """Handle TERM, INT, HUP, USR1 and CHLD by a note, which the loop finds.  See: signal(7)."""
         def on_signal(signum: int, frame: Optional[FrameType]) -> None:
             if os.getpid() == self.pid:             # else a child of Python 3.6, before its exec
@@ -1983,7 +1983,7 @@ class Daemon:
         # Before the handlers: a signal that is noted, and wakes nobody, would wait for the tick.
         signal.set_wakeup_fd(self.waker.fileno())
         # What run's caller ignores stays so: nohup means SIGHUP, `&` in a script SIGINT.
-        handle(HANDLED, on_signal, spares_ignored=self.start.session is None)
+        set_handlers(HANDLED, on_signal, spares_ignored=self.start.session is None)
 
     def step(self) -> None:
         """Wait a moment for what comes, and do it."""
@@ -2057,7 +2057,7 @@ class Daemon:
     def end(self) -> None:
         """End what we have started, then empty the pidfile."""
         # A second SIGTERM, or Ctrl-C, shall not cut this short.
-        handle(HANDLED - {signal.SIGCHLD}, do_nothing)
+        set_handlers(HANDLED - {signal.SIGCHLD}, do_nothing)
         signal.set_wakeup_fd(-1)        # nobody empties it any more, and Python minds a full one
         notify(self.start, "STOPPING=1")
         self.tell_family(signal.SIGTERM)
@@ -2364,7 +2364,7 @@ class Program(Host):
         # First: whatever follows may take its time, and the daemon may be killed meanwhile.
         die_with_parent()
         # execve(2) resets handlers, but what is ignored stays so; `yes | head` relies on SIGPIPE.
-        handle({signal.SIGPIPE, signal.SIGXFSZ}, signal.SIG_DFL)
+        set_handlers({signal.SIGPIPE, signal.SIGXFSZ}, signal.SIG_DFL)
         os.environ.setdefault("PYTHONUNBUFFERED", "1")      # what it prints is in the log at once
         # In the jail, and as the user: what counts is what that user may execute there.
         path = find_program(self.plan.command[0])
@@ -2543,7 +2543,7 @@ class Made:
 
     def undo(self, error: BaseException) -> BaseException:
         """Take all back; return why the start failed, with what the log says of it."""
-        handle(ENDINGS | {signal.SIGHUP}, do_nothing)   # an impatient second Ctrl-C
+        set_handlers(ENDINGS | {signal.SIGHUP}, do_nothing)   # an impatient second Ctrl-C
         # The processes before the files: they still write.
         if self.starter is not None:
             self.end_starter(self.starter)
@@ -2851,7 +2851,7 @@ def run(plan: Plan) -> int:
             raise made.undo(error)
     # That closed the turn's fd, and so dropped all our locks: for this moment, which is shorter
     # than any start, another command may begin.  It will be told that we run, or we that it does.
-    reset_signals(spared=(signal.SIGHUP, signal.SIGINT))
+    unignore_signals(spared=(signal.SIGHUP, signal.SIGINT))
     keep_orphans()
     return begin(Start(plan, opened, inherited, server, notifier=notifier))
 
@@ -2925,7 +2925,7 @@ def startstop(stdout: str = "/dev/null", stderr: Optional[str] = None, stdin: st
         if action not in ("start", "stop", "restart", "reload", "status"):
             raise Fatal("usage: %s start|stop|restart|reload|status" % sys.argv[0], 2)
         open_stdio()
-        handle({signal.SIGCHLD}, signal.SIG_DFL)        # as in main()
+        set_handlers({signal.SIGCHLD}, signal.SIG_DFL)        # as in main()
         plan = library_plan(action, pidfile, stdout, more)._replace(
             stdin=absolute(stdin, caller_folder()), startmsg=startmsg,
             stderr=absolute(stderr, caller_folder()) if stderr else None)
@@ -3166,7 +3166,7 @@ class Service(Host):
         """
         import threading
         raise_at_end()
-        handle({signal.SIGHUP, signal.SIGUSR1}, do_nothing, spares_ignored=True)    # the daemon's
+        set_handlers({signal.SIGHUP, signal.SIGUSR1}, do_nothing, spares_ignored=True)    # the daemon's
         # A thread, since the main one belongs to serve_forever(), and may never look up.
         threading.Thread(target=obey, args=(self.server, channel), daemon=True).start()
         channel.send("able")
@@ -3936,8 +3936,8 @@ def main(argv: List[str]) -> int:
         open_stdio()            # before we open anything that could become fd 1
         # Ignored signals survive exec: without SIGCHLD no child of ours could be waited for.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        handle({signal.SIGTERM}, signal.default_int_handler)        # a start tidies up
-        handle({signal.SIGHUP}, signal.default_int_handler, spares_ignored=True)
+        set_handlers({signal.SIGTERM}, signal.default_int_handler)        # a start tidies up
+        set_handlers({signal.SIGHUP}, signal.default_int_handler, spares_ignored=True)
         os.umask(0o077)         # what we make is private until a line gives it a mode
         os.environ.setdefault("PATH", PATH)
         # Before parse(): who asks for help has the rest of the line not right yet.
