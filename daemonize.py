@@ -36,7 +36,10 @@ of step 3.
 
 Vocabulary: pidfile, logfile, rundir as in twistd.  STALE is a pidfile whose process is dead.
 The TURN is the right to change a daemon's state.  The INSTANCE LOCK is being the daemon.
-READY is "it answers".  PREDECESSOR and HEIR are the old and the new daemon of a restart.
+READY is "it answers".  PREDECESSOR and HEIR are the old and the new daemon of a restart.  A
+HOST is the daemon's half that keeps a program, or workers.  A CHANNEL carries lines of JSON between
+two processes; a daemon's are the REPORT, to the command that started it, the LEASH, to the starter,
+and a TALK with each command that calls.
 
 What ps shows.  The session was made by the starter, which is gone.  The daemon leads a group of
 its own but no session (so it can never acquire a terminal), and so does each child of it:
@@ -242,7 +245,7 @@ def warn(text: str) -> None:
     emit(2, "daemonize: warning: %s\n" % text)
 
 
-def tell(plan: "Plan", text: str) -> None:
+def say(plan: "Plan", text: str) -> None:
     """Say what was done, unless cron is told only of failures (--quiet)."""
     if not plan.options.quiet:
         emit(1, text + "\n")
@@ -359,7 +362,7 @@ class Plan(NamedTuple):
     cwd: str                    # the folder in which it was typed
     is_bare: bool               # of restart: with the options of the last start
     options: argparse.Namespace         # with defaults, as they are
-    # What settle() has found out of it:
+    # What resolve() has found out of it:
     name: str = ""
     kind: str = "app"           # a key of HOSTS: "app", "program", "library"
     hosted: str = ""            # the file that is hosted, or the program as it was typed
@@ -753,7 +756,7 @@ class Opened(NamedTuple):
     """What step 3 opened as root, for whoever the daemon is later."""
     stdio: List[Optional[int]]  # None: that stream stays where it is (run)
     pidfile: int
-    pidfile_is: os.stat_result  # a script may close our fds, and reuse their numbers
+    pidfile_stat: os.stat_result  # a script may close our fds, and reuse their numbers
     lock: int                   # read-only
     control: Optional[socket.socket]        # a library's daemon has none
     obstacle: str               # why the log will not be rotated; "" if it will
@@ -1534,8 +1537,8 @@ def be_starter(plan: Plan, report: Channel, turn: Lock, inherited: Inherited) ->
         server = HOSTS[plan.kind][0](plan, inherited)
         # After bind(), since that fails most often, and then there is less to take back.
         opened = open_files(plan, lock, inherited.control)
-        start = Start(plan, opened, inherited, server, os.getpid(), report=report)
-        watch_birth(detach(start), start, report)
+        outfit = Start(plan, opened, inherited, server, os.getpid(), report=report)
+        watch_birth(detach(outfit), outfit, report)
     except Returned:                    # a library's daemon, on its way to the script
         raise
     except BaseException as error:
@@ -1692,8 +1695,8 @@ def switch_user(identity: Optional[Identity]) -> None:
 
 
 # -- 9. Being the daemon -----------------------------------------------------
-# Why this order?  The stdio moves before anything else can fail: from then on the log has it.  (Here
-# and not in the starter, which may still have something to say on the terminal.)  The jail is
+# Why this order?  The stdio moves before anything else can fail: from then on the log has it.  (And
+# here, not in the starter, which may still have something to say on the terminal.)  The jail is
 # entered before the user changes, since chroot(2) is root's; nothing of yours has run as root but
 # the import and bind().  The children come before the place: as long as the old daemon has it, a
 # new one that cannot serve costs nothing.  At the end it is the reverse: first the children go,
@@ -1744,7 +1747,7 @@ def take_place(start: Start, **facts: Any) -> None:
     replace_predecessor(start)
 
 
-def say_done(start: Start) -> None:
+def report_done(start: Start) -> None:
     """Tell the command, if there is one, that all is done."""
     if start.report is not None:
         start.report.tell("done")           # it may be gone: now that is as good
@@ -1769,7 +1772,7 @@ def finish(opened: Opened, owner: int) -> None:
     if os.getpid() != owner:            # a child that a script forked, at its own exit
         return
     with contextlib.suppress(OSError):  # a script closed our fd
-        is_ours = os.path.samestat(os.fstat(opened.pidfile), opened.pidfile_is)
+        is_ours = os.path.samestat(os.fstat(opened.pidfile), opened.pidfile_stat)
         if is_ours and os.pread(opened.pidfile, 32, 0).strip() == b"%d" % owner:
             os.ftruncate(opened.pidfile, 0)
 
@@ -1968,7 +1971,7 @@ class Daemon:
             take_place(self.start, **self.host.introduce())
             self.host.is_owner, self.patience = True, self.plan.options.timeout
             self.host.settle()
-            say_done(self.start)
+            report_done(self.start)
             while not self.host.is_over:
                 self.step()
         finally:
@@ -2338,7 +2341,7 @@ class Program(Host):
     def bring_up(self) -> None:
         """Start it; it has started once it was executed, and lives a moment later."""
         # In the daemon, and not in the command: a start that is interrupted ends with both.
-        self.run()
+        self.spawn()
         child, = self.children
         if not wait_until(lambda: child.wait(os.WNOHANG) is not None, ALIVE):
             return
@@ -2349,7 +2352,7 @@ class Program(Host):
         raise Fatal("unable to start: it %s before it was ready%s" % (
             describe(child.result or 0), cure))
 
-    def run(self) -> None:
+    def spawn(self) -> None:
         """Start it, and wait until it is executed."""
         child = self.fork(self.execute)
         # exec(2) closes its end: then there is nothing to read but the end.
@@ -2384,7 +2387,7 @@ class Program(Host):
         """Start it again, when its pause is over."""
         if not self.children and not self.is_over and time.monotonic() >= self.next_start:
             self.next_start = time.monotonic() + BACKOFF[1]     # if even this fails
-            self.run()
+            self.spawn()
             self.restarts += 1
 
     def reload(self, new_log: List[int]) -> str:
@@ -2444,11 +2447,11 @@ def start(plan: Plan) -> int:
         if pid is None:
             launch(plan, turn, Inherited(inherited_sockets()))
         else:
-            tell_running(plan, turn.record(), pid)
+            say_running(plan, turn.record(), pid)
     return 0
 
 
-def tell_running(plan: Plan, record: Optional[Record], pid: int) -> None:
+def say_running(plan: Plan, record: Optional[Record], pid: int) -> None:
     """Say that it runs already; and what is not as it was asked for.
 
     Another program under that name is a failure: who is told "already running" believes that
@@ -2457,9 +2460,9 @@ def tell_running(plan: Plan, record: Optional[Record], pid: int) -> None:
     if record and (record.kind, record.hosted) != (plan.kind, plan.hosted):
         raise Fatal("unable to start %s: the name is held by pid %d, which hosts %s\n"
                     "try: --name" % (plan.hosted, pid, record.hosted))
-    tell(plan, "%s is already running with pid %d" % (plan.name, pid))
+    say(plan, "%s is already running with pid %d" % (plan.name, pid))
     if record and (record.words, record.arguments) != (plan.words, plan.arguments):
-        tell(plan, "it was started with other options\ntry: %s" % command_line("restart", plan))
+        say(plan, "it was started with other options\ntry: %s" % command_line("restart", plan))
 
 
 def command_line(action: str, plan: Plan) -> str:
@@ -2592,7 +2595,7 @@ def greet(plan: Plan, facts: Message) -> None:
     pid = str(facts.get("pid"))
     # replace(), and not "%": a message of somebody's may have another % in it, or none.
     text = plan.startmsg or "%s is running with pid %s%s" % (plan.name, pid, where)
-    tell(plan, text.replace("%s", pid))
+    say(plan, text.replace("%s", pid))
     if facts.get("greeting"):
         emit(1, str(facts["greeting"]).rstrip("\n") + "\n")
 
@@ -2618,12 +2621,12 @@ def log_since(plan: Plan, size: int) -> str:
 def stop(plan: Plan) -> int:
     """End the daemon and what it started; return when nothing of it is left."""
     if is_unknown(plan):
-        tell_stopped(plan)
+        say_stopped(plan)
         return 0
     with Turn(plan) as turn:
         pid = turn.holder()
         if pid is None:
-            tell_stopped(plan)
+            say_stopped(plan)
         else:
             stop_daemon(plan, turn, pid)
         # The names last, when nobody holds the lock any more: as long as something of it lives,
@@ -2642,12 +2645,12 @@ def is_unknown(plan: Plan) -> bool:
     return not check_orphan(plan, lambda: exists(plan.files.lock))
 
 
-def tell_stopped(plan: Plan) -> None:
+def say_stopped(plan: Plan) -> None:
     """Say that it does not run, and where we have looked.
 
     Who meant another user's daemon of that name sees it from the path.
     """
-    tell(plan, "%s is not running (%s)" % (plan.name, plan.files.pidfile))
+    say(plan, "%s is not running (%s)" % (plan.name, plan.files.pidfile))
 
 
 def stop_daemon(plan: Plan, turn: Turn, pid: int) -> None:
@@ -2667,7 +2670,7 @@ def stop_daemon(plan: Plan, turn: Turn, pid: int) -> None:
     if was_killed:
         emit(1, "%s did not end within %g s: killed\n" % (plan.name, plan.options.timeout))
     else:
-        tell(plan, "%s is stopped" % plan.name)
+        say(plan, "%s is stopped" % plan.name)
 
 
 # -- 13.3 status and reload ---------------------------------------------------
@@ -2780,7 +2783,7 @@ def reload(plan: Plan) -> int:
     """Have the daemon read its files again, with its own rights; say why if it refuses."""
     pid, record = holder_of(plan)
     if pid is None:
-        tell_stopped(plan)
+        say_stopped(plan)
         return 3
     if record is not None and record.kind == "library":
         reason = hang_up_on(plan, pid)
@@ -2800,7 +2803,7 @@ def reload(plan: Plan) -> int:
         cure = command_line("restart", plan)
         raise Fatal("unable to reload %s: %s" % (plan.name, reason.replace(
             "\ndaemonize:", "\n  daemonize:").replace("try: daemonize.py restart", "try: " + cure)))
-    tell(plan, "%s is reloaded" % plan.name)
+    say(plan, "%s is reloaded" % plan.name)
     return 0
 
 
@@ -2960,7 +2963,7 @@ def library_plan(action: str, pidfile: str, logfile: str, more: Dict[str, Any]) 
 def live_in_script(start: Start) -> NoReturn:
     """Be the daemon of a script: take the place, and go back to where it called startstop()."""
     take_place(start)
-    say_done(start)
+    report_done(start)
     reset_handlers()
     # By atexit: after the last thread, and after all that the script itself registers from now on.
     atexit.register(finish, start.opened, os.getpid())
@@ -3166,7 +3169,8 @@ class Service(Host):
         """
         import threading
         raise_at_end()
-        set_handlers({signal.SIGHUP, signal.SIGUSR1}, do_nothing, spares_ignored=True)    # the daemon's
+        # These are for the daemon.
+        set_handlers({signal.SIGHUP, signal.SIGUSR1}, do_nothing, spares_ignored=True)
         # A thread, since the main one belongs to serve_forever(), and may never look up.
         threading.Thread(target=obey, args=(self.server, channel), daemon=True).start()
         channel.send("able")
@@ -3862,12 +3866,12 @@ def parse(argv: List[str], folder: Optional[str] = None) -> Plan:
         is_name = len(foreign) == 1 and foreign[0][0] != "-" and not is_program
         refuse("unrecognized arguments: %s" % " ".join(foreign),
                "daemonize.py %s --name %s" % (action, foreign[0]) if is_name else "daemonize.py -h")
-    plan = settle(Plan(action, words, spoken, arguments, folder, is_bare, options))
+    plan = resolve(Plan(action, words, spoken, arguments, folder, is_bare, options))
     is_known = action in ("start", "run") or options.name or options.app or is_program
     return plan if is_known or not options.pidfile else renamed(plan)
 
 
-def settle(plan: Plan) -> Plan:
+def resolve(plan: Plan) -> Plan:
     """Look up every path and name: after step 1 nothing is relative.
 
     All of them are outside paths, as the caller sees them, with --chroot as well.
