@@ -1133,7 +1133,8 @@ def make_own_folder(plan: Plan) -> bool:
 # A socket pair and not a pipe, since descriptors travel, too; and whoever dies is noticed by the
 # end of it, at once, without a signal and without a look at a pid that could be another's.
 
-ENDED, LATE = "", "\0late"      # what receive() returns for want of a message; nobody can send it
+# What receive() returns for want of a message.  Who sends LATE talks nonsense; who sends ENDED has.
+ENDED, LATE = "", "\0late"
 
 
 def peer_of(end: socket.socket) -> Tuple[Optional[int], Optional[int]]:
@@ -1401,8 +1402,8 @@ def expect(waiting: Sequence[Channel], word: str, seconds: float,
 # of goes over the leash, too: the starter takes all back first, and then says "fatal".  A
 # command that is killed, hung up or blocked after it has no power any more: good.
 
-# The caller left these open: what Python opens is close-on-exec (PEP 446), and so is not in the
-# list.  What a script opens later, before it calls startstop(), is its own to keep.
+# What is open so far: the caller's files, and Python's own, which are told apart by not being
+# inheritable (PEP 446).  What a script opens before it calls startstop() is its own to keep.
 LEFT_OPEN = [int(fd) for fd in (os.listdir("/dev/fd") if os.path.isdir("/dev/fd") else range(256))
              if int(fd) > 2]
 ENDINGS = {signal.SIGTERM, signal.SIGINT}
@@ -1731,6 +1732,7 @@ def take_place(start: Start, **facts: Any) -> None:
     opened, report = start.opened, start.report
     if report is not None:
         report.tell("ready", pid=os.getpid(), **facts)
+        # Who does not say it in time (Ctrl-Z) is as good as gone: nobody could tell it more.
         if report.receive(START_TIMEOUT)["event"] != "go":
             raise Fatal("unable to start: the command that asked for it is gone")
     # The lock, then the name: who reads the pidfile in between finds the old pid, which is dead or
@@ -1933,7 +1935,7 @@ class Daemon:
     under way keeps a status waiting, no worker.
 
     Instance variables: verbs, what commands may ask for: methods, ours or the host's, that get
-    the conversation, and answer on it; talks, the conversations, the longest silent first.
+    the conversation, and answer on it; talks, the conversations, the oldest first.
     """
 
     def __init__(self, start: Start, host: Host) -> None:
@@ -3807,7 +3809,7 @@ def wanted_files(action: str, name: str, options: argparse.Namespace, folder: st
     except Fatal:
         if options.pidfile is None:
             raise
-        files = Files("", "", "")       # a start without --logfile is refused later: launch()
+        files = Files("", "", "")       # without --logfile make_log_folder() refuses a start
     files = files._replace(logfile=None) if action == "run" else files
     if options.logfile is not None:
         files = files._replace(logfile=log_path(action, options.logfile, folder))
@@ -3842,8 +3844,8 @@ def cut(argv: List[str]) -> Tuple[List[str], Optional[List[str]]]:
 def parse(argv: List[str], folder: Optional[str] = None) -> Plan:
     """Step 1.  Return what is to be done; the application's own options wait until it is loaded.
 
-    In the starter, so that stop, status and reload load nothing: broken new code must not prevent
-    them.  Words that we do not know are the application's there, and here foreign.
+    That is in the starter: stop, status and reload load nothing, for broken new code must not
+    prevent them.  Words that we do not know are the application's there, and here foreign.
     """
     folder = caller_folder() if folder is None else folder
     argv, arguments = cut(argv)
