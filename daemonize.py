@@ -660,6 +660,9 @@ def check_folder(folder: str) -> None:
         raise Fatal("unable to trust %s: others than root can change where it leads" % folder)
 
 
+NEEDS_CAPABILITIES = "with CAP_SETUID, CAP_SETGID and CAP_CHOWN, or start as that user"
+
+
 @contextlib.contextmanager
 def acting_as(identity: Optional[Identity]) -> Iterator[None]:
     """Lend root the effective ids of the daemon's user, by which the kernel judges."""
@@ -679,9 +682,6 @@ def acting_as(identity: Optional[Identity]) -> Iterator[None]:
         os.setegid(gid)
         with contextlib.suppress(PermissionError):      # then it was not changed, either
             os.setgroups(groups)
-
-
-NEEDS_CAPABILITIES = "with CAP_SETUID, CAP_SETGID and CAP_CHOWN, or start as that user"
 
 
 @contextlib.contextmanager
@@ -1619,8 +1619,7 @@ def watch_birth(daemon: Child, start: Start, report: Channel) -> NoReturn:
 
 def redirect(opened: Opened) -> None:
     """Point fds 0 to 2 at what step 3 opened: children, C code and crashes log there, too."""
-    # In this order: stdout and stderr may be one file, and dup2(2) wants it open.
-    moved = set()                       # stdout and stderr may be one fd
+    moved = set()       # stdout and stderr may be one fd: closed once, and after both dup2(2)
     for number, fd in enumerate(opened.stdio):
         if fd is not None:
             os.dup2(fd, number)
@@ -2934,7 +2933,6 @@ def startstop(stdout: str = "/dev/null", stderr: Optional[str] = None, stdin: st
         plan = library_plan(action, pidfile, stdout, more)._replace(
             stdin=absolute(stdin, caller_folder()), startmsg=startmsg,
             stderr=absolute(stderr, caller_folder()) if stderr else None)
-        # A script has no sockets that we know of: stop, then start.
         if action == "restart":
             stop(plan)
         result = COMMANDS[plan.action](plan)
@@ -3821,10 +3819,9 @@ def wanted_files(action: str, name: str, options: argparse.Namespace, folder: st
 def log_path(action: str, logfile: str, folder: str) -> Optional[str]:
     """Return the log's path; None for the caller's own streams, by any of their names.
 
-    Containers collect what is printed, and images link their logs to /dev/stdout.
+    Containers collect what is printed: nginx' image has links to /dev/stdout for logs.
     """
     streams = ("-", "/dev/stdout", "/dev/stderr", "/proc/self/fd/1", "/proc/self/fd/2")
-    # nginx' image has links to /dev/stdout for logs.
     if logfile not in streams and not (os.path.islink(logfile) and os.readlink(logfile) in streams):
         return absolute(logfile, folder)
     if action == "run":
