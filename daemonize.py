@@ -592,18 +592,20 @@ def exists(path: str) -> bool:
 
 
 def open_regular(path: str, flags: int, mode: int, is_log: bool = False) -> int:
-    """Open a regular file that has one name; create it with exactly that mode, under any umask.
+    """Open a regular file that has one name; to write, create it with exactly that mode.
 
     It must belong to root or us.  A log need not, and may be /dev/null.  Raises Fatal.
     """
     # O_NONBLOCK: open(2) of a FIFO would wait for its other end.  O_NOCTTY: a terminal, opened
     # for a log, must not become ours.
     flags |= os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+    is_reader = not flags & (os.O_WRONLY | os.O_RDWR)       # who looks at a file makes none
     with trying_to("open %s" % path):
         try:
             # Two tries, to know who made it: only our own file gets its mode, past the umask.
-            fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, mode)
-            os.fchmod(fd, mode)
+            fd = os.open(path, flags if is_reader else flags | os.O_CREAT | os.O_EXCL, mode)
+            if not is_reader:
+                os.fchmod(fd, mode)
         except FileExistsError:
             fd = os.open(path, flags)
         facts = os.fstat(fd)

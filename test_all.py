@@ -8515,6 +8515,19 @@ class Moments(BoxTest):
         self.box.command("stop", preexec_fn=drop(NOBODY))
         self.assertEqual(self.box.processes(), [])
 
+    def test_who_only_reads_makes_no_file(self) -> None:
+        """A log, or a lock file, that was removed meanwhile is not made by a failed start, or by status."""
+        bad = APP + "def bind(options):\n    os.unlink(%r)\n    raise OSError('boom')\n" % self.box.log
+        self.box.write("d.log", "old\n")
+        self.assertIn("boom", self.box.start(app=bad, want=1).err)
+        self.assertFalse(os.path.exists(self.box.log))
+        self.box.start("--", "sleep", "600")
+        hook = "d.is_unknown = lambda plan: os.rename(plan.files.lock, plan.files.lock + '.moved')"
+        self.assertIn("d.pid.lock: No such file", self.run_with(hook, "status", want=4).err)
+        self.assertFalse(os.path.exists(self.box.pidfile + ".lock"))
+        os.rename(self.box.pidfile + ".lock.moved", self.box.pidfile + ".lock")
+        self.box.command("stop")
+
 
 FREE_PROGRAM = r'''
 import asyncio, atexit, multiprocessing, os, pickle, signal, subprocess, sys, threading, time
