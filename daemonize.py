@@ -60,17 +60,23 @@ table HOSTS (what it hosts), section 18 (what a system lacks), and section 19 (w
 """
 import os
 import sys
-typed = getattr(sys, "orig_argv", []) if sys.version_info >= (3, 11) else []
-flags = typed[1:-len(sys.argv)]             # -X dev, -W error, ...
-if __name__ == "__main__" and "lean" not in globals() and typed[-len(sys.argv):] == sys.argv and (
-        set(sys.argv[1:2]) & {"start", "restart", "run"} and "-m" not in flags):
-    # Python keeps a script's syntax tree, here 8 MiB, for as long as the script runs: for a daemon,
-    # for ever.  So begin again with what was compiled, and without the tree.  (3.11, Linux.)
+
+
+def begin_again() -> None:
+    """Execute what was compiled, without the tree, where that is possible: Python 3.11, Linux.
+
+    Python keeps a script's syntax tree, here 8 MiB, for as long as the script runs: for a daemon,
+    for ever.
+    """
+    typed, module = list(sys.orig_argv), sys._getframe(1).f_code
+    flags = typed[1:-len(sys.argv)]         # -X dev, -W error, ...
+    if typed[-len(sys.argv):] != sys.argv or "-m" in flags:
+        return
     import marshal
     try:
         fd = getattr(os, "memfd_create")("daemonize.py", 0)     # 0: not close-on-exec
         with open(fd, "wb", closefd=False) as memory:
-            marshal.dump(sys._getframe().f_code, memory)
+            marshal.dump(module, memory)
         os.lseek(fd, 0, os.SEEK_SET)
         # -P: the path of -c would begin with the folder that we are called in.  Ours does not.
         text = ("lean = __file__ = %r; import marshal, os, sys; sys.path[:0] = %r; "
@@ -80,6 +86,10 @@ if __name__ == "__main__" and "lean" not in globals() and typed[-len(sys.argv):]
     except (AttributeError, OSError):       # then with the tree: it costs nothing but memory
         pass
 
+
+if __name__ == "__main__" and "lean" not in globals() and sys.version_info >= (3, 11):
+    if sys.argv[1:2] in (["start"], ["restart"], ["run"]):
+        begin_again()
 import _thread
 import argparse
 import array
@@ -591,6 +601,9 @@ def exists(path: str) -> bool:
     return False
 
 
+PRIVATE = 0o600             # for root, or us, alone: if others can read such a file it is refused
+
+
 def open_regular(path: str, flags: int, mode: int, is_log: bool = False) -> int:
     """Open a regular file that has one name; to write, create it with exactly that mode.
 
@@ -618,7 +631,7 @@ def open_regular(path: str, flags: int, mode: int, is_log: bool = False) -> int:
         problem = "it has another name (a hard link)"
     elif not is_log and facts.st_uid not in (0, os.geteuid()):
         problem = "it belongs to uid %d\ntry: as that user, or another --pidfile" % facts.st_uid
-    elif mode == 0o600 and facts.st_mode & 0o077:       # a pidfile, renamed to be the lock file?
+    elif mode == PRIVATE and facts.st_mode & 0o077:     # a pidfile, renamed to be the lock file?
         problem = "others can read it (or modes do not work there)"
     if problem:
         os.close(fd)
@@ -950,7 +963,7 @@ class Lock:
     def __init__(self, plan: Plan, flags: int) -> None:
         check_folder(plan.files.folder)
         self.plan, self.path = plan, plan.files.lock
-        self.fd = open_regular(self.path, flags, 0o600)
+        self.fd = open_regular(self.path, flags, PRIVATE)
 
     def __enter__(self: LockKind) -> LockKind:      # noqa: PYI019  (Self is 3.11's)
         return self
@@ -1091,7 +1104,7 @@ class Turn(Lock):
         if self.is_removed():           # a first start failed, and took its files with it
             self.close()
             make_own_folder(self.plan)
-            self.fd, self.is_new = open_regular(self.path, os.O_RDWR, 0o600), True
+            self.fd, self.is_new = open_regular(self.path, os.O_RDWR, PRIVATE), True
         with trying_to("lock %s" % self.path, "--pidfile on a local file system"):
             try:
                 fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, TURN)
@@ -1558,7 +1571,7 @@ def hold_undoing(plan: Plan) -> int:
 
     A read lock, through a read-only fd: the daemon inherits the fd, but never the lock.
     """
-    fd = open_regular(plan.files.lock, os.O_RDONLY, 0o600)
+    fd = open_regular(plan.files.lock, os.O_RDONLY, PRIVATE)
     with trying_to("lock %s" % plan.files.lock, "--pidfile on a local file system"):
         fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, UNDOING)
     return fd
@@ -1831,11 +1844,13 @@ class Host:
         for child in self.leaving:
             if time.monotonic() > child.deadline and child.result is None:
                 os.kill(child.pid, signal.SIGKILL)      # not waited for: the pid is still its own
-        pid = -1
-        while pid:
-            pid = 0
-            with contextlib.suppress(ChildProcessError):        # there is none left
+        while True:
+            try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:           # there is none
+                return
+            if pid == 0:                        # the others live
+                return
             for child in self.children + self.leaving:
                 if child.pid == pid:
                     self.bury(child, status)
@@ -3756,7 +3771,7 @@ def expand(typed: List[str], folder: str) -> Tuple[List[str], List[str]]:
     """
     noted, spoken = [], []              # type: List[str], List[str]
     for word in typed:
-        read = [word]
+        named = read = [word]
         if word.startswith("@"):
             path = absolute(word[1:], folder)
             try:
@@ -3764,8 +3779,8 @@ def expand(typed: List[str], folder: str) -> Tuple[List[str], List[str]]:
                     read = split_words(stream.read())
             except (OSError, ValueError) as error:
                 raise Fatal("unable to read %s: %s" % (path, because(error)), 2)
-            word = "@" + path
-        noted += [word] if os.path.isfile(word[1:]) and word.startswith("@") else read
+            named = ["@" + path] if os.path.isfile(path) else read
+        noted += named
         spoken += read
     return noted, spoken
 
@@ -3848,7 +3863,7 @@ def parse(argv: List[str], folder: Optional[str] = None) -> Plan:
     """
     folder = caller_folder() if folder is None else folder
     argv, arguments = cut(argv)
-    action = (argv + [""])[0]
+    action = argv[0] if argv else ""
     if action not in COMMANDS:
         refuse("expected one of %s, not %r" % (", ".join(COMMANDS), action))
     parser, (words, spoken) = build_parser(), expand(argv[1:], folder)
@@ -3936,7 +3951,7 @@ def main(argv: List[str]) -> int:
 
     0 done, 1 failed, 2 usage, 130 interrupted; `status` has the numbers of LSB.
     """
-    action, (words, arguments) = argv[0] if argv else "start", cut(argv)
+    action, (words, arguments) = argv[0] if argv else "", cut(argv)
     try:
         open_stdio()            # before we open anything that could become fd 1
         # Ignored signals survive exec: without SIGCHLD no child of ours could be waited for.
@@ -3951,7 +3966,8 @@ def main(argv: List[str]) -> int:
         elif {"-h", "--help"} & set(words):
             show_help(action, words, arguments is not None)
         else:
-            return COMMANDS[action](parse(argv)) if action in COMMANDS else parse(argv) and 2
+            plan = parse(argv)          # which refuses what is no action
+            return COMMANDS[plan.action](plan)
         return 0
     except KeyboardInterrupt:
         return 130
