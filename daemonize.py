@@ -107,7 +107,7 @@ import struct
 import time
 from types import FrameType, ModuleType
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, NoReturn
-from typing import Optional, Sequence, Set, Tuple, TypeVar
+from typing import Optional, Sequence, Set, Tuple
 try:
     import grp
     import pwd
@@ -950,9 +950,6 @@ def parse_record(text: str) -> Optional[Record]:
     return None
 
 
-LockKind = TypeVar("LockKind", bound="Lock")
-
-
 class Lock:
     """PIDFILE.lock: who is the daemon, and what its last start was asked for.
 
@@ -965,7 +962,7 @@ class Lock:
         self.plan, self.path = plan, plan.files.lock
         self.fd = open_regular(self.path, flags, PRIVATE)
 
-    def __enter__(self: LockKind) -> LockKind:      # noqa: PYI019  (Self is 3.11's)
+    def __enter__(self) -> "Lock":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -1699,11 +1696,10 @@ def switch_user(identity: Optional[Identity]) -> None:
     """
     if identity is None:
         return
-    uid, gid = identity.uid, identity.gid
-    with trying_to("switch to uid %d, gid %d" % (uid, gid), NEEDS_CAPABILITIES):
+    with trying_to("switch to uid %d, gid %d" % identity[:2], NEEDS_CAPABILITIES):
         os.setgroups(identity.groups)       # root's own would stay
-        set_ids(uid, gid)
-    if uid != 0:
+        set_ids(identity.uid, identity.gid)
+    if identity.uid != 0:
         with contextlib.suppress(PermissionError):
             os.setuid(0)
             raise Fatal("unable to give up root: setuid(0) still succeeds")
@@ -1806,6 +1802,8 @@ class Host:
     def __init__(self, start: Start) -> None:
         self.start, self.plan = start, start.plan
         self.opened, self.server = start.opened, start.server
+        assert self.opened.control is not None      # open_files(): only a library's has none
+        self.control: socket.socket = self.opened.control
         self.children: List[Child] = []
         self.leaving: List[Child] = []
         self.is_owner = self.is_over = False
@@ -1965,8 +1963,7 @@ class Daemon:
         self.wake, self.waker = socket.socketpair()
         self.wake.setblocking(False)
         self.waker.setblocking(False)
-        assert start.opened.control is not None     # open_files(): only a library's has none
-        self.control = start.opened.control
+        self.control = host.control
         self.control.setblocking(False)     # who called may have hung up before we accept
         host.ends += [self.wake, self.waker, self.control]
         self.verbs = dict(host.verbs, status=self.answer_status, reload=self.answer_reload)
@@ -2057,12 +2054,11 @@ class Daemon:
 
     def tell_family(self, signum: int) -> None:
         """Send a signal to all that we have started, once: they may need more than a moment."""
-        by_group = self.start.session is not None
         # Ctrl-C in a terminal went to all of its foreground group, which `run` is a part of.  A
         # second KeyboardInterrupt would hit the program in the midst of its clean-up.
         has_got_it = signum == signal.SIGINT and foreground_group() == os.getpgrp()
         if not self.is_told and not has_got_it:
-            signal_each(self.family(), signum, by_group)
+            signal_each(self.family(), signum, self.start.session is not None)
         self.is_told = True
 
     def family(self) -> List[Process]:
@@ -2494,7 +2490,7 @@ def command_line(action: str, plan: Plan) -> str:
     return " ".join(map(shlex.quote, words))
 
 
-def launch(plan: Plan, turn: Turn, inherited: Inherited) -> None:
+def launch(plan: Plan, turn: Lock, inherited: Inherited) -> None:
     """Start the daemon, and see it to its place.  The picture is in section 7."""
     # First the list of what is not there yet: only that may be removed, if this fails.
     made = Made(plan, turn)
@@ -2515,15 +2511,13 @@ def launch(plan: Plan, turn: Turn, inherited: Inherited) -> None:
     # The point of no return.  What interrupts us now leaves the new daemon where it is.
     try:
         expect([made.starter], "done", 2 * ANSWER)
-    except Late:
-        raise Unknown("unable to tell whether %s has started\ntry: daemonize.py status" % plan.name)
     except Fatal as error:
-        # Its starter ends well, and in silence, only when it has its place: nothing undoes that.
-        if made.starter.result == 0:
-            raise Unknown("unable to keep %s running: it died in its place\n"
-                          "try: daemonize.py status" % plan.name,
-                          trace=log_since(plan, made.logged))
-        raise made.undo(error)          # it says so itself, or has never had it
+        # It says so itself, or is dead: that can be undone.  But its starter ends well, and in
+        # silence, only when it has its place: nothing undoes that.
+        if made.starter.result != 0 and not isinstance(error, Late):
+            raise made.undo(error)
+        raise Unknown("unable to tell whether %s has started\ntry: daemonize.py status" % plan.name,
+                      trace=log_since(plan, made.logged))
     # Before the turn is given back: until it is gone the starter holds byte 2.  And greeted last:
     # who reads that may type the next command.
     made.starter.wait()
@@ -2537,7 +2531,7 @@ class Made:
     safe: all this happens under the turn.
     """
 
-    def __init__(self, plan: Plan, turn: Turn) -> None:
+    def __init__(self, plan: Plan, turn: Lock) -> None:
         files = plan.files
         self.plan, self.turn, self.logfile = plan, turn, files.logfile
         self.starter: Optional[Child] = None
@@ -2671,7 +2665,7 @@ def say_stopped(plan: Plan) -> None:
     say(plan, "%s is not running (%s)" % (plan.name, plan.files.pidfile))
 
 
-def stop_daemon(plan: Plan, turn: Turn, pid: int) -> None:
+def stop_daemon(plan: Plan, turn: Lock, pid: int) -> None:
     """End the daemon, and whoever else holds its lock; say so, once it is so.
 
     "Stopped" is a promise to the next command line (`stop && rm -r ...`, `stop && start`).
@@ -2747,9 +2741,8 @@ def running_facts(plan: Plan, pid: int, record: Optional[Record]) -> Message:
         except OSError as error:
             facts["note"] = "unable to ask it: %s" % because(error)
     user = ""
-    if ids:
-        with contextlib.suppress(KeyError):
-            user = pwd.getpwuid(ids[0]).pw_name
+    with contextlib.suppress(KeyError, TypeError):      # it has no name; nobody tells its ids
+        user = pwd.getpwuid(ids[0]).pw_name
     known = {"name": plan.name, "state": "running", "pid": pid, "uid": ids and ids[0],
              "user": user, "uptime": age_of(look_at(pid))}
     return dict(known, **dict(facts, **known))      # the kernel's first, and not to be overruled
@@ -3336,8 +3329,7 @@ class Service(Host):
         self.heir = talk                # first: if it is gone already, we are the daemon again
         sockets = list(getattr(self.server, "sockets", []))[:MAX_FDS - 2]
         legacy = getattr(self.server, "legacy", None)
-        assert self.opened.control is not None
-        fds = [self.opened.control.fileno()] + [passed.fileno() for passed in sockets]
+        fds = [self.control.fileno()] + [passed.fileno() for passed in sockets]
         talk.send("sockets", fds + [legacy] * (legacy is not None))
 
     def leave(self, talk: Channel) -> None:
@@ -3355,8 +3347,7 @@ class Service(Host):
         """Be the daemon again in all: the heir hung up, and has not told us to leave."""
         if self.is_owner:
             write_pidfile(self.opened.pidfile, os.getpid())
-            assert self.opened.control is not None
-            self.opened.control.listen(MAX_TALKS)
+            self.control.listen(MAX_TALKS)
 
 
 def obey(server: Any, channel: Channel) -> None:
@@ -3375,10 +3366,7 @@ def obey(server: Any, channel: Channel) -> None:
             os.close(fd)
             channel.send("reopened")
         elif event == "drain":
-            if hasattr(server, "drain"):
-                server.drain()
-            else:
-                end_main_thread()
+            getattr(server, "drain", end_main_thread)()
             channel.send("draining")
 
 
@@ -3477,7 +3465,7 @@ def repeat(plan: Plan, record: Optional[Record]) -> Plan:
     return again._replace(files=again.files._replace(pidfile=plan.files.pidfile))
 
 
-def replace(plan: Plan, turn: Turn, pid: int, has_sockets: bool) -> None:
+def replace(plan: Plan, turn: Lock, pid: int, has_sockets: bool) -> None:
     """Start the new daemon on the old one's sockets, then see the old one out; or in reverse.
 
     In reverse where there is nothing to hand over; and where the old one is mute: hung, stopped,
@@ -3512,8 +3500,7 @@ def replace(plan: Plan, turn: Turn, pid: int, has_sockets: bool) -> None:
 
 def with_outcome(error: BaseException, pid: int, holder: Optional[int]) -> BaseException:
     """Return why a restart failed, with what that means for who is served: whom the lock names."""
-    is_old = holder == pid
-    outcome = "the old one keeps serving with pid %d" % pid if is_old else "nothing runs now"
+    outcome = "the old one keeps serving with pid %d" % pid if holder == pid else "nothing runs now"
     if isinstance(error, Exception):
         fatal = as_fatal(error)
         return Fatal("%s\ndaemonize: fatal: %s" % (fatal, outcome), fatal.status, fatal.trace)
@@ -3560,11 +3547,10 @@ def is_control(passed: socket.socket, files: Files) -> bool:
 
     listen(2) makes SO_PEERCRED name who called it: so whoever dials there now must meet us.
     """
-    if passed.family != socket.AF_UNIX:
-        return False
     with contextlib.suppress(OSError):
-        passed.listen(MAX_TALKS)
-        return listener_of(files)[0] in (None, os.getpid())
+        if passed.family == socket.AF_UNIX:
+            passed.listen(MAX_TALKS)
+            return listener_of(files)[0] in (None, os.getpid())
     return False
 
 

@@ -8357,7 +8357,7 @@ class Moments(BoxTest):
                 address = self.box.address(self.box.start(app=APP))
                 old, hook = self.box.pid(), self.SIGNAL % ("replace_predecessor", before, "KILL", "replace_predecessor")
                 said = self.run_with(hook, "restart", want=1).err
-                self.assertTrue(said.endswith("\ndaemonize: fatal: unable to keep app running: it died in its place\n"
+                self.assertTrue(said.endswith("\ndaemonize: fatal: unable to tell whether app has started\n"
                                               "try: daemonize.py status\n"), said)
                 until(lambda: len(self.box.processes()) == 2 * is_served, "the end of the others")
                 if is_served:
