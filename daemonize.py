@@ -69,8 +69,8 @@ def begin_again() -> None:
     for ever.
     """
     typed, module = list(sys.orig_argv), sys._getframe(1).f_code
-    flags = typed[1:-len(sys.argv)]         # -X dev, -W error, ...
-    if typed[-len(sys.argv):] != sys.argv or "-m" in flags:
+    flags, is_brief = typed[1:-len(sys.argv)], not set(sys.argv[1:2]) & {"start", "restart", "run"}
+    if is_brief or typed[-len(sys.argv):] != sys.argv or "-m" in flags:     # flags: -X dev, ...
         return
     import marshal
     try:
@@ -88,8 +88,7 @@ def begin_again() -> None:
 
 
 if __name__ == "__main__" and "lean" not in globals() and sys.version_info >= (3, 11):
-    if sys.argv[1:2] in (["start"], ["restart"], ["run"]):
-        begin_again()
+    begin_again()
 import _thread
 import argparse
 import array
@@ -264,12 +263,6 @@ def say(plan: "Plan", text: str) -> None:
 def log(text: str) -> None:
     """Write a line to the daemon's log, which is fd 2 since step 4."""
     emit(2, "%s daemonize[%d]: %s\n" % (time.strftime("%Y-%m-%d %H:%M:%S"), os.getpid(), text))
-
-
-def log_fatal(error: BaseException) -> None:
-    """Log what ends this process, with its traceback."""
-    fatal = as_fatal(error, "go on")
-    log("%s%s" % (fatal.trace, fatal))
 
 
 def describe(status: int) -> str:
@@ -669,10 +662,8 @@ def check_folder(folder: str) -> None:
         if os.geteuid() != 0 or is_trusted(folder):
             return
         parent = os.path.dirname(folder)    # in a sticky one its owner could move the folder away
-        is_swappable = os.path.islink(folder) or not is_trusted(parent) or (
-            os.stat(parent).st_mode & 0o022)
-    if is_swappable:
-        raise Fatal("unable to trust %s: others than root can change where it leads" % folder)
+        if os.path.islink(folder) or not is_trusted(parent) or os.stat(parent).st_mode & 0o022:
+            raise Fatal("unable to trust %s: others than root can change where it leads" % folder)
 
 
 NEEDS_CAPABILITIES = "with CAP_SETUID, CAP_SETGID and CAP_CHOWN, or start as that user"
@@ -1339,7 +1330,8 @@ def live(life: Callable[[Channel], Any], channel: Channel) -> None:
             status = exit_status(error)
         else:                                       # sys.exit("why") is said, too
             channel.fail(error)
-            log_fatal(error)
+            fatal = as_fatal(error, "go on")
+            log("%s%s" % (fatal.trace, fatal))
     finally:
         # Whatever it was, what lies below us on the stack is our parent's to do.
         if not isinstance(sys.exc_info()[1], Returned):
@@ -1631,13 +1623,12 @@ def watch_birth(daemon: Child, start: Start, report: Channel) -> NoReturn:
 
 def redirect(opened: Opened) -> None:
     """Point fds 0 to 2 at what step 3 opened: children, C code and crashes log there, too."""
-    moved = set()       # stdout and stderr may be one fd: closed once, and after both dup2(2)
     for number, fd in enumerate(opened.stdio):
         if fd is not None:
             os.dup2(fd, number)
-            moved.add(fd)
-    for fd in moved:
-        os.close(fd)                    # or a log that was rotated away would keep its space
+    # A set, and last: stdout and stderr may be one fd.
+    for moved in {fd for fd in opened.stdio if fd is not None}:
+        os.close(moved)                 # or a log that was rotated away would keep its space
     if opened.stdio[1] is not None:
         for number, name in ((1, "stdout"), (2, "stderr")):
             # A line at a time: what is printed is in the log at once.  And in UTF-8, which never
@@ -1963,9 +1954,8 @@ class Daemon:
         self.wake, self.waker = socket.socketpair()
         self.wake.setblocking(False)
         self.waker.setblocking(False)
-        self.control = host.control
-        self.control.setblocking(False)     # who called may have hung up before we accept
-        host.ends += [self.wake, self.waker, self.control]
+        host.control.setblocking(False)     # who called may have hung up before we accept
+        host.ends += [self.wake, self.waker, host.control]
         self.verbs = dict(host.verbs, status=self.answer_status, reload=self.answer_reload)
         self.talks: List[Channel] = []
 
@@ -2009,11 +1999,11 @@ class Daemon:
             # A tick at the latest, for what gives no sign: a pause that is over, a full log.
             sources = [self.wake, *self.talks]
             if self.host.is_owner:      # else the heir listens on the same socket: its calls
-                sources.insert(0, self.control)
+                sources.insert(0, self.host.control)
             for source in readable(sources, time.monotonic() + TICK):
                 if source is self.wake:
                     self.wake.recv(4096)
-                elif source is self.control:
+                elif source is self.host.control:
                     self.accept()
                 elif source in self.talks:      # else the call just now drove it out
                     self.answer(source)
@@ -2093,7 +2083,7 @@ class Daemon:
     def accept(self) -> None:
         """Take a command's call; anybody's but ours and root's is hung up."""
         try:
-            end = self.control.accept()[0]
+            end = self.host.control.accept()[0]
         except (BlockingIOError, ConnectionError):      # it hung up; or the heir was faster
             return
         # Its mode 0600 does that on Linux; older BSDs ignore the mode of a socket (unix(7)).
@@ -2312,9 +2302,8 @@ def as_user(identity: Optional[Identity], action: Callable[[], Any]) -> None:
         try:
             os.setgroups(user.groups)
             set_ids(user.uid, user.gid)
-            action()
-        except ProcessLookupError:
-            pass
+            with contextlib.suppress(ProcessLookupError):
+                action()
         except OSError as error:
             sys.exit(error.errno)
     child = fork(lambda channel: act(identity))
@@ -2802,11 +2791,10 @@ def reload(plan: Plan) -> int:
         # We open the log for it: it may have no right to do so (root's folder, another's jail).
         # As whom it runs the kernel says, where its log is the record: not the daemon, which may be
         # hostile, and not the options that --uid or --logfile would have today.
-        fd = open_log(record.logfile, identity_of(pid)) if record and record.logfile else None
+        fds = [open_log(record.logfile, identity_of(pid))] if record and record.logfile else []
         # As long as a start may take: fresh workers have to prove themselves.
         try:
-            message = ask(plan.files, pid, "reload", plan.options.start_timeout,
-                          [] if fd is None else [fd])
+            message = ask(plan.files, pid, "reload", plan.options.start_timeout, fds)
             reason = str(message.get("reason", "it talks nonsense"))
         except OSError as error:
             reason = "%s\ntry: daemonize.py restart" % because(error)
@@ -3907,11 +3895,10 @@ def renamed(plan: Plan) -> Plan:
     "authserver is stopped", said of somebody's sleep, frightens at three in the morning.
     """
     name = os.path.splitext(os.path.basename(plan.files.pidfile))[0]
-    with contextlib.suppress(Fatal):        # whatever it is, the command itself will say so
-        if exists(plan.files.lock):
-            with Lock(plan, os.O_RDONLY) as lock:
-                record = lock.record()
-                name = record.name if record else name
+    # Whatever fails, the command itself will say so.
+    with contextlib.suppress(Fatal), Lock(plan, os.O_RDONLY) as lock:
+        record = lock.record()
+        name = record.name if record else name
     return plan._replace(name=name)
 
 
