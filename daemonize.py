@@ -1097,10 +1097,11 @@ class Turn(Lock):
             try:
                 fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, TURN)
             except (BlockingIOError, PermissionError):      # EAGAIN, EACCES: POSIX allows either
-                self.is_free = self.is_idle(TURN)
-                if not self.is_free:
+                self.is_free = self.is_foreign(lock_holder(self.fd, TURN))
+                if not self.is_free:    # it may have been given back just now: then the next time
                     return False
-        self.is_free = self.is_idle(UNDOING)
+        holder = lock_holder(self.fd, UNDOING)
+        self.is_free = holder is None or self.is_foreign(holder)
         # This may be the lock of a file that a failed start has just removed: of no use.
         return not self.is_removed() and self.is_free
 
@@ -1109,18 +1110,17 @@ class Turn(Lock):
         with trying_to("look at %s" % self.path):
             return os.fstat(self.fd).st_nlink == 0
 
-    def is_idle(self, byte: int) -> bool:
-        """Tell whether no command, or starter, holds the byte.
+    def is_foreign(self, holder: Optional[int]) -> bool:
+        """Tell whether who holds a byte of ours is no command, and no starter.
 
         A process that we cannot see counts as one: it may be root's, in another pid namespace.
         """
-        holder = lock_holder(self.fd, byte)
         ids = ids_of(holder) if holder and holder > 0 else None
         if holder == -1 or ids and ids[0] not in (0, os.geteuid()):
             # Only a daemon that was taken over locks these bytes, through its fd: do not wait.
             warn("pid %d, no command, holds the turn of %s: ignored" % (holder or 0, self.path))
             return True
-        return holder is None
+        return False
 
 
 def make_own_folder(plan: Plan) -> bool:

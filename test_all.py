@@ -8385,6 +8385,13 @@ class Moments(BoxTest):
         self.assertEqual(first.wait(PATIENCE), 1)
         self.assertEqual([name for name in os.listdir(self.box.folder) if name[:2] == "d."], [])
 
+    def test_a_turn_that_is_given_back_between_two_looks(self) -> None:
+        """lockf(2) says that another one has it, and F_GETLK says that nobody has: it is not ours yet."""
+        hook = ("import fcntl\nreal, asked = fcntl.lockf, []\ndef lockf(fd, how, *rest):\n    asked.append(how)\n"
+                "    if len(asked) == 1:\n        raise BlockingIOError(11, 'taken')\n    return real(fd, how, *rest)\n"
+                "fcntl.lockf = lockf\nd.launch = lambda *args: print(len(asked))")
+        self.assertEqual(self.run_with(hook, "start", "--logfile", "l", "--", "sleep", "600", want=0).out, "2\n")
+
     def test_who_is_leaving_answers_no_calls(self) -> None:
         """While the old one drains every call on the control socket is the new one's."""
         self.box.write("ready", "")
