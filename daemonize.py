@@ -986,8 +986,9 @@ class Lock:
             process = look_at(record.pid)
             pid = record.pid if process and process.birth == record.birth else None
         if pid in (None, -1):
-            return check_orphan(self.plan, lambda: max(0, lock_holder(self.fd, INSTANCE) or 0))
-        return pid
+            check_orphan(self.plan, lambda: lock_holder(self.fd, INSTANCE) not in (None, -1))
+            pid = lock_holder(self.fd, INSTANCE)
+        return None if pid == -1 else pid
 
     def record(self) -> Optional[Record]:
         """Return what was noted of the last start, None if none has succeeded yet."""
@@ -1021,23 +1022,19 @@ class Lock:
             os.ftruncate(self.fd, len(data))
 
 
-def check_orphan(plan: Plan, look_again: Callable[[], int]) -> Optional[int]:
+def check_orphan(plan: Plan, is_locked: Callable[[], bool]) -> None:
     """Refuse to call a daemon dead that answers, though somebody removed its lock file.
 
     Where the folder is another user's, anybody of that user could answer there: not believed.
-    And without a turn it may have come to its place since the lock was looked at: so that is done
-    again, and its answer returned; None if nobody answers.
+    And without a turn it may have come to its place since its lock was looked at: so that is done
+    again, here (is_locked), and then by the caller.
     """
     with contextlib.suppress(OSError):
         pid, uid = listener_of(plan.files)
         is_ours = uid in (0, os.geteuid()) or is_trusted(plan.files.folder)
-        if pid and look_at(pid) and is_ours:
-            again = look_again()
-            if not again:
-                raise Fatal("unable to tell whether %s runs: pid %d answers at %s, but its lock "
-                            "was removed\ntry: kill %d" % (plan.name, pid, plan.files.control, pid))
-            return again
-    return None
+        if pid and look_at(pid) and is_ours and not is_locked():
+            raise Fatal("unable to tell whether %s runs: pid %d answers at %s, but its lock "
+                        "was removed\ntry: kill %d" % (plan.name, pid, plan.files.control, pid))
 
 
 class Turn(Lock):
@@ -2641,9 +2638,9 @@ def stop(plan: Plan) -> int:
 
 def is_unknown(plan: Plan) -> bool:
     """Tell whether nothing was ever started by that name: then nothing is made to find that out."""
-    if exists(plan.files.lock):
-        return False
-    return not check_orphan(plan, lambda: exists(plan.files.lock))
+    if not exists(plan.files.lock):
+        check_orphan(plan, lambda: exists(plan.files.lock))
+    return not exists(plan.files.lock)
 
 
 def say_stopped(plan: Plan) -> None:
