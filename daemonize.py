@@ -915,7 +915,7 @@ def take_instance(fd: int, predecessor: Optional[int]) -> None:
 
 
 class Record(NamedTuple):
-    """What the lock file holds: what the last start was asked for, and whom it started."""
+    """What the lock file holds: what the last start, or run, was asked for, and whom it started."""
     pidfile: str                # whose record it is: a lock file can be moved, its text cannot
     name: str
     kind: str
@@ -991,7 +991,7 @@ class Lock:
         return None if pid == -1 else pid
 
     def record(self) -> Optional[Record]:
-        """Return what was noted of the last start, None if none has succeeded yet."""
+        """Return what was noted of the last start that succeeded, or of the last run; else None."""
         text = self.read().decode("utf-8", "replace")
         record = parse_record(text) if text else None
         is_its_own = record and record.pidfile == os.path.realpath(self.plan.files.pidfile)
@@ -2844,6 +2844,8 @@ def run(plan: Plan) -> int:
             lock = hold_undoing(plan)
             server = HOSTS[plan.kind][0](plan, inherited)
             opened = open_files(plan, lock, None)
+            # Now, though it may still fail: in its place it has no right to, and no turn.  So a
+            # run counts as a start as soon as all is bound and opened.
             turn.note(plan, os.getpid())
         except BaseException as error:
             take_back(server)
