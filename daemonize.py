@@ -69,8 +69,9 @@ def begin_again() -> None:
     for ever.
     """
     typed, module = list(sys.orig_argv), sys._getframe(1).f_code
-    flags, is_brief = typed[1:-len(sys.argv)], not set(sys.argv[1:2]) & {"start", "restart", "run"}
-    if is_brief or typed[-len(sys.argv):] != sys.argv or "-m" in flags:     # flags: -X dev, ...
+    flags = typed[1:-len(sys.argv)]         # -X dev, -W error, ...
+    is_daemon = sys.argv[1:2] in (["start"], ["restart"], ["run"])
+    if not is_daemon or typed[-len(sys.argv):] != sys.argv or "-m" in flags:
         return
     import marshal
     try:
@@ -89,6 +90,7 @@ def begin_again() -> None:
 
 if __name__ == "__main__" and "lean" not in globals() and sys.version_info >= (3, 11):
     begin_again()
+
 import _thread
 import argparse
 import array
@@ -986,7 +988,7 @@ class Lock:
             process = look_at(record.pid)
             pid = record.pid if process and process.birth == record.birth else None
         if pid in (None, -1):
-            check_orphan(self.plan, lambda: lock_holder(self.fd, INSTANCE) not in (None, -1))
+            check_orphan(self.plan, lambda: lock_holder(self.fd, INSTANCE) not in (None, 0, -1))
             pid = lock_holder(self.fd, INSTANCE)
         return None if pid == -1 else pid
 
@@ -3473,7 +3475,7 @@ def replace(plan: Plan, turn: Lock, pid: int, has_sockets: bool) -> None:
         see_out(plan, target, "end")
     try:
         launch(plan, turn, inherited)
-    except Unknown:
+    except Unknown:                     # the old one may serve, the new one, or nobody
         raise
     except (Exception, KeyboardInterrupt) as error:
         raise with_outcome(error, pid, lock_holder(turn.fd, INSTANCE))
