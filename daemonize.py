@@ -2195,7 +2195,10 @@ def dial(files: Files) -> Channel:
     return Channel(end)
 
 
-LET_GO: List[int] = []      # what a command does not close (see above): its starter does
+# What a command does not close (see above).  By number, since a socket object closes at its end;
+# in a list, for a starter gets copies of all by fork(2), which it can close: they are not the last
+# ones, and so nothing lingers.
+LET_GO: List[int] = []
 
 
 def listener_of(files: Files) -> Tuple[Optional[int], Optional[int]]:
@@ -2928,7 +2931,9 @@ def startstop(stdout: str = "/dev/null", stderr: Optional[str] = None, stdin: st
         if action not in ("start", "stop", "restart", "reload", "status"):
             raise Fatal("usage: %s start|stop|restart|reload|status" % sys.argv[0], 2)
         open_stdio()
-        set_handlers({signal.SIGCHLD}, signal.SIG_DFL)        # as in main()
+        # As in main(): who ignores SIGCHLD cannot wait for a child.  No more of main() than that,
+        # for what else this process handles, and its umask, is the script's affair.
+        set_handlers({signal.SIGCHLD}, signal.SIG_DFL)
         plan = library_plan(action, pidfile, stdout, more)._replace(
             stdin=absolute(stdin, caller_folder()), startmsg=startmsg,
             stderr=absolute(stderr, caller_folder()) if stderr else None)
