@@ -19,7 +19,7 @@ runs no code of yours: an application lives in WORKERS, a program is the daemon'
     2 the turn: byte 0 of PIDFILE.lock  command  caller  checkPID (1)
     3 app.bind(): ports, keys; open     starter  root    privilegedStartService (9),
       log, pidfile, lock, control                        startLogger (3)
-    4 fork, setsid, fork; stdio         starter  root    daemonize (7)
+    4 fork, setsid, fork; then stdio    both     root    daemonize (7)
     5 chroot, chdir, umask              daemon   root    setupEnvironment (4-6)
     6 groups, gid, uid; the proof       daemon   ->user  switchUidGid (10)
     7 children, probe, report ready;    daemon   user    startApplication (11),
@@ -36,7 +36,10 @@ of step 3.
 
 Vocabulary: pidfile, logfile, rundir as in twistd.  STALE is a pidfile whose process is dead.
 The TURN is the right to change a daemon's state.  The INSTANCE LOCK is being the daemon.
-READY is "it answers".  PREDECESSOR and HEIR are the old and the new daemon of a restart.
+READY is "it answers".  PREDECESSOR and HEIR are the old and the new daemon of a restart.  A
+HOST is the daemon's half that keeps a program, or workers.  A CHANNEL carries lines of JSON between
+two processes; a daemon's are the REPORT, to the command that started it, the LEASH, to the starter,
+and a TALK with each command that calls.
 
 What ps shows.  The session was made by the starter, which is gone.  The daemon leads a group of
 its own but no session (so it can never acquire a terminal), and so does each child of it:
@@ -52,22 +55,29 @@ The file has two parts.  Part I, A DAEMON, stands alone: 1 messages, 2 who and w
 4 files, 5 the lock, 6 children and their words, 7 leaving the terminal, 8 giving up root, 9 being
 the daemon, 10 a word with the daemon, 11 ending a daemon, 12 programs, 13 start, stop, status,
 reload, run, 14 the library call.  Part II, A DAEMON THAT SERVES: 15 applications, 16 workers,
-17 restart, 18 other systems, 19 the command line.  Part I calls nothing of Part II but through
-one table, HOSTS, and section 18, which is for systems that lack something.
+17 restart, 18 other systems, 19 the command line.  Part I calls Part II in three ways only: the
+table HOSTS (what it hosts), section 18 (what a system lacks), and section 19 (what was typed).
 """
 import os
 import sys
-typed = getattr(sys, "orig_argv", []) if sys.version_info >= (3, 11) else []
-flags = typed[1:-len(sys.argv)]             # -X dev, -W error, ...
-if __name__ == "__main__" and "lean" not in globals() and typed[-len(sys.argv):] == sys.argv and (
-        set(sys.argv[1:2]) & {"start", "restart", "run"} and "-m" not in flags):
-    # Python keeps a script's syntax tree, here 8 MiB, for as long as the script runs: for a daemon,
-    # for ever.  So begin again with what was compiled, and without the tree.  (3.11, Linux.)
+
+
+def begin_again() -> None:
+    """Execute what was compiled, without the tree, where that is possible: Python 3.11, Linux.
+
+    Python keeps a script's syntax tree, here 8 MiB, for as long as the script runs: for a daemon,
+    for ever.
+    """
+    typed, module = list(sys.orig_argv), sys._getframe(1).f_code
+    flags = typed[1:-len(sys.argv)]         # -X dev, -W error, ...
+    is_daemon = sys.argv[1:2] in (["start"], ["restart"], ["run"])
+    if not is_daemon or typed[-len(sys.argv):] != sys.argv or "-m" in flags:
+        return
     import marshal
     try:
         fd = getattr(os, "memfd_create")("daemonize.py", 0)     # 0: not close-on-exec
         with open(fd, "wb", closefd=False) as memory:
-            marshal.dump(sys._getframe().f_code, memory)
+            marshal.dump(module, memory)
         os.lseek(fd, 0, os.SEEK_SET)
         # -P: the path of -c would begin with the folder that we are called in.  Ours does not.
         text = ("lean = __file__ = %r; import marshal, os, sys; sys.path[:0] = %r; "
@@ -76,6 +86,10 @@ if __name__ == "__main__" and "lean" not in globals() and typed[-len(sys.argv):]
         os.execv(sys.executable, [sys.executable] + flags + ["-P", "-c", text] + sys.argv[1:])
     except (AttributeError, OSError):       # then with the tree: it costs nothing but memory
         pass
+
+
+if __name__ == "__main__" and "lean" not in globals() and sys.version_info >= (3, 11):
+    begin_again()
 
 import _thread
 import argparse
@@ -94,7 +108,7 @@ import struct
 import time
 from types import FrameType, ModuleType
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, NoReturn
-from typing import Optional, Sequence, Set, Tuple, TypeVar
+from typing import Optional, Sequence, Set, Tuple
 try:
     import grp
     import pwd
@@ -152,7 +166,11 @@ class Fatal(Exception):
 
 
 class Late(Fatal):
-    """Nobody has answered: whether it was done cannot be told."""
+    """Nobody has answered in time."""
+
+
+class Unknown(Fatal):
+    """It failed, or was late, after the point of no return: who serves now cannot be told."""
 
 
 def because(error: BaseException) -> str:
@@ -201,9 +219,14 @@ def as_fatal(error: BaseException, deed: str = "start") -> Fatal:
 def exit_status(error: SystemExit) -> int:
     """Return what exit status sys.exit(code) means: None is 0, a text is 1.
 
-    See: sys.exit().  Every way out of a process of ours comes through here, or os._exit().
+    As Python itself does: os._exit() takes no other number, and would raise where nothing may.
+
+    >>> [exit_status(SystemExit(code)) for code in (None, "why", -1, 256 + 7, 1 << 70)]
+    [0, 1, 255, 7, 255]
     """
-    return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if isinstance(error.code, int):
+        return error.code & 255 if abs(error.code) < 1 << 63 else 255
+    return int(error.code is not None)
 
 
 def printable(text: str) -> str:
@@ -233,7 +256,7 @@ def warn(text: str) -> None:
     emit(2, "daemonize: warning: %s\n" % text)
 
 
-def tell(plan: "Plan", text: str) -> None:
+def say(plan: "Plan", text: str) -> None:
     """Say what was done, unless cron is told only of failures (--quiet)."""
     if not plan.options.quiet:
         emit(1, text + "\n")
@@ -242,12 +265,6 @@ def tell(plan: "Plan", text: str) -> None:
 def log(text: str) -> None:
     """Write a line to the daemon's log, which is fd 2 since step 4."""
     emit(2, "%s daemonize[%d]: %s\n" % (time.strftime("%Y-%m-%d %H:%M:%S"), os.getpid(), text))
-
-
-def log_fatal(error: BaseException) -> None:
-    """Log what ends this process, with its traceback."""
-    fatal = as_fatal(error, "go on")
-    log("%s%s" % (fatal.trace, fatal))
 
 
 def describe(status: int) -> str:
@@ -350,7 +367,7 @@ class Plan(NamedTuple):
     cwd: str                    # the folder in which it was typed
     is_bare: bool               # of restart: with the options of the last start
     options: argparse.Namespace         # with defaults, as they are
-    # What settle() has found out of it:
+    # What resolve() has found out of it:
     name: str = ""
     kind: str = "app"           # a key of HOSTS: "app", "program", "library"
     hosted: str = ""            # the file that is hosted, or the program as it was typed
@@ -579,19 +596,24 @@ def exists(path: str) -> bool:
     return False
 
 
+PRIVATE = 0o600             # for root, or us, alone: if others can read such a file it is refused
+
+
 def open_regular(path: str, flags: int, mode: int, is_log: bool = False) -> int:
-    """Open a regular file that has one name; create it with exactly that mode, under any umask.
+    """Open a regular file that has one name; to write, create it with exactly that mode.
 
     It must belong to root or us.  A log need not, and may be /dev/null.  Raises Fatal.
     """
     # O_NONBLOCK: open(2) of a FIFO would wait for its other end.  O_NOCTTY: a terminal, opened
     # for a log, must not become ours.
     flags |= os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+    is_reader = not flags & (os.O_WRONLY | os.O_RDWR)       # who looks at a file makes none
     with trying_to("open %s" % path):
         try:
             # Two tries, to know who made it: only our own file gets its mode, past the umask.
-            fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, mode)
-            os.fchmod(fd, mode)
+            fd = os.open(path, flags if is_reader else flags | os.O_CREAT | os.O_EXCL, mode)
+            if not is_reader:
+                os.fchmod(fd, mode)
         except FileExistsError:
             fd = os.open(path, flags)
         facts = os.fstat(fd)
@@ -603,8 +625,8 @@ def open_regular(path: str, flags: int, mode: int, is_log: bool = False) -> int:
     elif facts.st_nlink > 1:
         problem = "it has another name (a hard link)"
     elif not is_log and facts.st_uid not in (0, os.geteuid()):
-        problem = "it belongs to uid %d\ntry: --pidfile" % facts.st_uid
-    elif mode == 0o600 and facts.st_mode & 0o077:       # a pidfile, renamed to be the lock file?
+        problem = "it belongs to uid %d\ntry: as that user, or another --pidfile" % facts.st_uid
+    elif mode == PRIVATE and facts.st_mode & 0o077:     # a pidfile, renamed to be the lock file?
         problem = "others can read it (or modes do not work there)"
     if problem:
         os.close(fd)
@@ -642,10 +664,11 @@ def check_folder(folder: str) -> None:
         if os.geteuid() != 0 or is_trusted(folder):
             return
         parent = os.path.dirname(folder)    # in a sticky one its owner could move the folder away
-        is_swappable = os.path.islink(folder) or not is_trusted(parent) or (
-            os.stat(parent).st_mode & 0o022)
-    if is_swappable:
-        raise Fatal("unable to trust %s: others than root can change where it leads" % folder)
+        if os.path.islink(folder) or not is_trusted(parent) or os.stat(parent).st_mode & 0o022:
+            raise Fatal("unable to trust %s: others than root can change where it leads" % folder)
+
+
+NEEDS_CAPABILITIES = "with CAP_SETUID, CAP_SETGID and CAP_CHOWN, or start as that user"
 
 
 @contextlib.contextmanager
@@ -667,9 +690,6 @@ def acting_as(identity: Optional[Identity]) -> Iterator[None]:
         os.setegid(gid)
         with contextlib.suppress(PermissionError):      # then it was not changed, either
             os.setgroups(groups)
-
-
-NEEDS_CAPABILITIES = "with CAP_SETUID, CAP_SETGID and CAP_CHOWN, or start as that user"
 
 
 @contextlib.contextmanager
@@ -744,7 +764,7 @@ class Opened(NamedTuple):
     """What step 3 opened as root, for whoever the daemon is later."""
     stdio: List[Optional[int]]  # None: that stream stays where it is (run)
     pidfile: int
-    pidfile_is: os.stat_result  # a script may close our fds, and reuse their numbers
+    pidfile_stat: os.stat_result  # a script may close our fds, and reuse their numbers
     lock: int                   # read-only
     control: Optional[socket.socket]        # a library's daemon has none
     obstacle: str               # why the log will not be rotated; "" if it will
@@ -897,7 +917,7 @@ def take_instance(fd: int, predecessor: Optional[int]) -> None:
 
 
 class Record(NamedTuple):
-    """What the lock file holds: what the last start was asked for, and whom it started."""
+    """What the lock file holds: what the last start, or run, was asked for, and whom it started."""
     pidfile: str                # whose record it is: a lock file can be moved, its text cannot
     name: str
     kind: str
@@ -923,9 +943,6 @@ def parse_record(text: str) -> Optional[Record]:
     return None
 
 
-LockKind = TypeVar("LockKind", bound="Lock")
-
-
 class Lock:
     """PIDFILE.lock: who is the daemon, and what its last start was asked for.
 
@@ -936,9 +953,9 @@ class Lock:
     def __init__(self, plan: Plan, flags: int) -> None:
         check_folder(plan.files.folder)
         self.plan, self.path = plan, plan.files.lock
-        self.fd = open_regular(self.path, flags, 0o600)
+        self.fd = open_regular(self.path, flags, PRIVATE)
 
-    def __enter__(self: LockKind) -> LockKind:      # noqa: PYI019  (Self is 3.11's)
+    def __enter__(self) -> "Lock":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -971,11 +988,12 @@ class Lock:
             process = look_at(record.pid)
             pid = record.pid if process and process.birth == record.birth else None
         if pid in (None, -1):
-            return check_orphan(self.plan, lambda: max(0, lock_holder(self.fd, INSTANCE) or 0))
-        return pid
+            check_orphan(self.plan, lambda: lock_holder(self.fd, INSTANCE) not in (None, 0, -1))
+            pid = lock_holder(self.fd, INSTANCE)
+        return None if pid == -1 else pid
 
     def record(self) -> Optional[Record]:
-        """Return what was noted of the last start, None if none has succeeded yet."""
+        """Return what was noted of the last start that succeeded, or of the last run; else None."""
         text = self.read().decode("utf-8", "replace")
         record = parse_record(text) if text else None
         is_its_own = record and record.pidfile == os.path.realpath(self.plan.files.pidfile)
@@ -1006,23 +1024,19 @@ class Lock:
             os.ftruncate(self.fd, len(data))
 
 
-def check_orphan(plan: Plan, look_again: Callable[[], int]) -> Optional[int]:
+def check_orphan(plan: Plan, is_locked: Callable[[], bool]) -> None:
     """Refuse to call a daemon dead that answers, though somebody removed its lock file.
 
     Where the folder is another user's, anybody of that user could answer there: not believed.
-    And without a turn it may have come to its place since the lock was looked at: so that is done
-    again, and its answer returned; None if nobody answers.
+    And without a turn it may have come to its place since its lock was looked at: so that is done
+    again, here (is_locked), and then by the caller.
     """
     with contextlib.suppress(OSError):
         pid, uid = listener_of(plan.files)
         is_ours = uid in (0, os.geteuid()) or is_trusted(plan.files.folder)
-        if pid and look_at(pid) and is_ours:
-            again = look_again()
-            if not again:
-                raise Fatal("unable to tell whether %s runs: pid %d answers at %s, but its lock "
-                            "was removed\ntry: kill %d" % (plan.name, pid, plan.files.control, pid))
-            return again
-    return None
+        if pid and look_at(pid) and is_ours and not is_locked():
+            raise Fatal("unable to tell whether %s runs: pid %d answers at %s, but its lock "
+                        "was removed\ntry: kill %d" % (plan.name, pid, plan.files.control, pid))
 
 
 class Turn(Lock):
@@ -1034,7 +1048,7 @@ class Turn(Lock):
     def __init__(self, plan: Plan) -> None:
         """Wait for it, and leave no file if it does not come."""
         self.made = [plan.files.folder] * make_own_folder(plan)
-        self.is_new = not exists(plan.files.lock)
+        self.is_new, self.is_free = not exists(plan.files.lock), True
         try:
             super().__init__(plan, os.O_RDWR)
         except Fatal:                   # a first start that failed has just removed the folder?
@@ -1050,11 +1064,12 @@ class Turn(Lock):
     def __exit__(self, *error: object) -> None:
         """Give it back; who has failed before anything was started leaves no file.
 
-        A lock file that was there is never removed: its inode is what all others wait on.
+        A lock file that was there is never removed: its inode is what all others wait on.  Nor is
+        one removed under whoever has the turn.
         """
         # Whom we have waited for may have started a daemon, and noted it: then it is that one's.
         # (A library's daemon, which comes through here as well, has closed it.)
-        if self.is_new and error[0] and self.fd >= 0 and not self.read():
+        if self.is_new and self.is_free and error[0] and self.fd >= 0 and not self.read():
             os.unlink(self.path)
             for folder in self.made:
                 with contextlib.suppress(OSError):      # somebody else has a file in it
@@ -1076,33 +1091,35 @@ class Turn(Lock):
         if self.is_removed():           # a first start failed, and took its files with it
             self.close()
             make_own_folder(self.plan)
-            self.fd = open_regular(self.path, os.O_RDWR, 0o600)
+            self.fd, self.is_new = open_regular(self.path, os.O_RDWR, PRIVATE), True
         with trying_to("lock %s" % self.path, "--pidfile on a local file system"):
             try:
                 fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, TURN)
             except (BlockingIOError, PermissionError):      # EAGAIN, EACCES: POSIX allows either
-                if not self.is_idle(TURN):
+                self.is_free = self.is_foreign(lock_holder(self.fd, TURN))
+                if not self.is_free:    # it may have been given back just now: then the next time
                     return False
+        holder = lock_holder(self.fd, UNDOING)
+        self.is_free = holder is None or self.is_foreign(holder)
         # This may be the lock of a file that a failed start has just removed: of no use.
-        return not self.is_removed() and self.is_idle(UNDOING)
+        return not self.is_removed() and self.is_free
 
     def is_removed(self) -> bool:
         """Tell whether the file has no name any more."""
         with trying_to("look at %s" % self.path):
             return os.fstat(self.fd).st_nlink == 0
 
-    def is_idle(self, byte: int) -> bool:
-        """Tell whether no command, or starter, holds the byte.
+    def is_foreign(self, holder: Optional[int]) -> bool:
+        """Tell whether who holds a byte of ours is no command, and no starter.
 
         A process that we cannot see counts as one: it may be root's, in another pid namespace.
         """
-        holder = lock_holder(self.fd, byte)
         ids = ids_of(holder) if holder and holder > 0 else None
         if holder == -1 or ids and ids[0] not in (0, os.geteuid()):
             # Only a daemon that was taken over locks these bytes, through its fd: do not wait.
             warn("pid %d, no command, holds the turn of %s: ignored" % (holder or 0, self.path))
             return True
-        return holder is None
+        return False
 
 
 def make_own_folder(plan: Plan) -> bool:
@@ -1118,7 +1135,8 @@ def make_own_folder(plan: Plan) -> bool:
 # A socket pair and not a pipe, since descriptors travel, too; and whoever dies is noticed by the
 # end of it, at once, without a signal and without a look at a pid that could be another's.
 
-ENDED, LATE = "", "\0late"      # what receive() returns for want of a message; nobody can send it
+# What receive() returns for want of a message.  Who sends LATE talks nonsense; who sends ENDED has.
+ENDED, LATE = "", "\0late"
 
 
 def peer_of(end: socket.socket) -> Tuple[Optional[int], Optional[int]]:
@@ -1160,7 +1178,8 @@ class Channel:
     def send(self, event: str, fds: Sequence[int] = (), **facts: Any) -> None:
         """Say something.  See: unix(7), SCM_RIGHTS."""
         import json
-        data = json.dumps(dict(facts, event=event)).encode() + b"\n"
+        # An application says what it likes: what JSON does not know (a time) is said as text.
+        data = json.dumps(dict(facts, event=event), default=str).encode() + b"\n"
         if fds:
             # With the line's first byte: Linux carries no fds over a stream without any.
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
@@ -1268,23 +1287,30 @@ class Returned(BaseException):
     """We are a library's daemon: back to the script that called startstop(), through all frames."""
 
 
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Have signals wait: a handler that raises would make us forget what we have just forked."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+    try:
+        yield
+    finally:
+        # Not SIG_SETMASK: a library's daemon goes back through here, with a mask of its own.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED - before)
+
+
 def fork(life: Callable[[Channel], Any]) -> Child:
     """Return a new child that lives that life and ends with it.
 
     After fork(2) there are two of us, on two copies of one stack.  The parent returns from here;
     the child never does: below it lies what is its parent's to do.  (But for Returned.)
     """
-    with trying_to("start a process"):
+    # Between fork(2) and its own handlers the child has ours.
+    with trying_to("start a process"), undisturbed():
         ours, theirs = socket.socketpair()
-        # Between fork(2) and its own handlers the child has ours.
-        signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
-        try:
-            pid = os.fork()
-            if pid == 0:
-                ours.close()
-                live(life, Channel(theirs))
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
+        pid = os.fork()
+        if pid == 0:
+            ours.close()
+            live(life, Channel(theirs))
     theirs.close()                      # while we hold it as well, its death is no EOF
     return Child(pid, ours)
 
@@ -1303,7 +1329,8 @@ def live(life: Callable[[Channel], Any], channel: Channel) -> None:
             status = exit_status(error)
         else:                                       # sys.exit("why") is said, too
             channel.fail(error)
-            log_fatal(error)
+            fatal = as_fatal(error, "go on")
+            log("%s%s" % (fatal.trace, fatal))
     finally:
         # Whatever it was, what lies below us on the stack is our parent's to do.
         if not isinstance(sys.exc_info()[1], Returned):
@@ -1378,8 +1405,8 @@ def expect(waiting: Sequence[Channel], word: str, seconds: float,
 # of goes over the leash, too: the starter takes all back first, and then says "fatal".  A
 # command that is killed, hung up or blocked after it has no power any more: good.
 
-# The caller left these open: what Python opens is close-on-exec (PEP 446), and so is not in the
-# list.  What a script opens later, before it calls startstop(), is its own to keep.
+# What is open so far: the caller's files, and Python's own, which are told apart by not being
+# inheritable (PEP 446).  What a script opens before it calls startstop() is its own to keep.
 LEFT_OPEN = [int(fd) for fd in (os.listdir("/dev/fd") if os.path.isdir("/dev/fd") else range(256))
              if int(fd) > 2]
 ENDINGS = {signal.SIGTERM, signal.SIGINT}
@@ -1412,7 +1439,7 @@ def close_inherited() -> None:
                 os.close(fd)
 
 
-def reset_signals(spared: Iterable[int] = ()) -> None:
+def unignore_signals(spared: Iterable[int] = ()) -> None:
     """Undo what the caller ignored or blocked: both survive fork and exec.  See: signal(7)."""
     ours = {signal.SIGPIPE, signal.SIGXFSZ}         # Python itself ignores these
     for signum in set(range(1, signal.NSIG)) - ours - set(spared):
@@ -1423,7 +1450,7 @@ def reset_signals(spared: Iterable[int] = ()) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
 
-def handle(signums: Iterable[int], handler: Any, spares_ignored: bool = False) -> None:
+def set_handlers(signums: Iterable[int], handler: Any, spares_ignored: bool = False) -> None:
     """Handle signals; but what the caller ignores may have to stay so (nohup meant all of us)."""
     for signum in signums:
         if not (spares_ignored and signal.getsignal(signum) is signal.SIG_IGN):
@@ -1442,15 +1469,15 @@ def raise_at_end() -> None:
         if os.getpid() != owner:        # a child of Python 3.6, which knows no register_at_fork
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
-        handle(ENDINGS, do_nothing)
+        set_handlers(ENDINGS, do_nothing)
         raise SystemExit(0)
-    handle(ENDINGS, on_end)
+    set_handlers(ENDINGS, on_end)
 
 
 def reset_handlers() -> None:
     """Give a child default handlers: its parent's would signal the parent's family."""
     signal.set_wakeup_fd(-1)
-    handle(HANDLED, signal.SIG_DFL, spares_ignored=True)
+    set_handlers(HANDLED, signal.SIG_DFL, spares_ignored=True)
 
 
 def guard_forks() -> None:
@@ -1501,12 +1528,12 @@ def be_starter(plan: Plan, report: Channel, turn: Lock, inherited: Inherited) ->
     # From here on the terminal is still there, and root's rights: what fails is told in full.
     server = None
     raise_at_end()                                  # bind() may hang: so its `finally` runs
-    handle({signal.SIGINT, signal.SIGHUP}, do_nothing)  # for the command, which will tell us
+    set_handlers({signal.SIGINT, signal.SIGHUP}, do_nothing)  # for the command, which will tell us
     # The fd only: record locks are not inherited, and the command's is not touched by this.
     # Before we open the file again, for closing any fd of it would drop our own lock.
     turn.close()
     # What the predecessor sent, and nobody asked for.  The command has it, too: no close lingers.
-    for fd in inherited.talk.fds if inherited.talk is not None else ():
+    for fd in LET_GO + (inherited.talk.fds if inherited.talk is not None else []):
         os.close(fd)
     try:
         # The lock first: whatever bind() makes, the next command waits until it is undone.
@@ -1514,13 +1541,13 @@ def be_starter(plan: Plan, report: Channel, turn: Lock, inherited: Inherited) ->
         server = HOSTS[plan.kind][0](plan, inherited)
         # After bind(), since that fails most often, and then there is less to take back.
         opened = open_files(plan, lock, inherited.control)
-        start = Start(plan, opened, inherited, server, os.getpid(), report=report)
-        watch_birth(detach(start), start, report)
+        outfit = Start(plan, opened, inherited, server, os.getpid(), report=report)
+        watch_birth(detach(outfit), outfit, report)
     except Returned:                    # a library's daemon, on its way to the script
         raise
     except BaseException as error:
         # In this order: who hears "fatal" ends us, and it shall find nothing half undone.
-        handle(ENDINGS, do_nothing)
+        set_handlers(ENDINGS, do_nothing)
         take_back(server)
         report.fail(error)
     # Not sys.exit(): atexit and unwritten buffers are the command's, of which we are a copy.
@@ -1532,7 +1559,7 @@ def hold_undoing(plan: Plan) -> int:
 
     A read lock, through a read-only fd: the daemon inherits the fd, but never the lock.
     """
-    fd = open_regular(plan.files.lock, os.O_RDONLY, 0o600)
+    fd = open_regular(plan.files.lock, os.O_RDONLY, PRIVATE)
     with trying_to("lock %s" % plan.files.lock, "--pidfile on a local file system"):
         fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, UNDOING)
     return fd
@@ -1560,28 +1587,32 @@ def call(server: Any, name: str, otherwise: Any = None) -> Any:
 def detach(start: Start) -> Child:
     """Step 4.  Fork (that was fork()'s first call), setsid, fork; return the daemon.
 
+    The daemon itself ends this step, in begin(): it moves its stdio.
     Runs as: root.  See: setsid(2), daemon(7); twistd: daemonize.
     """
     with trying_to("start a process"):
         # Allowed, since a child of fork(2) does not lead its group.
         os.setsid()
-        reset_signals()
-    return fork(lambda leash: sys.exit(begin(start._replace(leash=leash))))
+        unignore_signals()
+    with undisturbed():
+        daemon = fork(lambda leash: sys.exit(begin(start._replace(leash=leash))))
+        # The command gave up.  SIGKILL at once: nothing of it has begun.
+        signal.signal(signal.SIGTERM, end_family)
+    return daemon
+
+
+def end_family(*_: object) -> None:
+    """Kill, as the starter, the daemon and what it has started."""
+    signal_each(family(os.getpid()), signal.SIGKILL, True)
 
 
 def watch_birth(daemon: Child, start: Start, report: Channel) -> NoReturn:
     """Live on as the daemon's parent until it has its place; if it dies before, take all back."""
-    session = os.getpid()
-
-    def end_family(*_: object) -> None:
-        signal_each(family(session), signal.SIGKILL, True)
-    # The command gave up.  SIGKILL at once: nothing of it has begun.
-    signal.signal(signal.SIGTERM, end_family)
     message = daemon.receive(float("inf"))
     if message["event"] != "placed":
         error = failure(daemon, message)
         daemon.wait()
-        end_all(lambda: family(session), end_family, 0)
+        end_all(lambda: family(os.getpid()), end_family, 0)
         take_back(start.server)
         # Last, since who hears it ends us.  No command any more: then we tidy, holding byte 2.
         if not report.fail(error):
@@ -1591,14 +1622,12 @@ def watch_birth(daemon: Child, start: Start, report: Channel) -> NoReturn:
 
 def redirect(opened: Opened) -> None:
     """Point fds 0 to 2 at what step 3 opened: children, C code and crashes log there, too."""
-    # In this order: stdout and stderr may be one file, and dup2(2) wants it open.
-    moved = set()                       # stdout and stderr may be one fd
     for number, fd in enumerate(opened.stdio):
         if fd is not None:
             os.dup2(fd, number)
-            moved.add(fd)
-    for fd in moved:
-        os.close(fd)                    # or a log that was rotated away would keep its space
+    # A set, and last: stdout and stderr may be one fd.
+    for moved in {fd for fd in opened.stdio if fd is not None}:
+        os.close(moved)                 # or a log that was rotated away would keep its space
     if opened.stdio[1] is not None:
         for number, name in ((1, "stdout"), (2, "stderr")):
             # A line at a time: what is printed is in the log at once.  And in UTF-8, which never
@@ -1657,25 +1686,25 @@ def switch_user(identity: Optional[Identity]) -> None:
     """
     if identity is None:
         return
-    uid, gid = identity.uid, identity.gid
-    with trying_to("switch to uid %d, gid %d" % (uid, gid), NEEDS_CAPABILITIES):
+    with trying_to("switch to uid %d, gid %d" % identity[:2], NEEDS_CAPABILITIES):
         os.setgroups(identity.groups)       # root's own would stay
-        set_ids(uid, gid)
-    if uid != 0:
+        set_ids(identity.uid, identity.gid)
+    if identity.uid != 0:
         with contextlib.suppress(PermissionError):
             os.setuid(0)
             raise Fatal("unable to give up root: setuid(0) still succeeds")
 
 
 # -- 9. Being the daemon -----------------------------------------------------
-# Why this order?  The stdio moves before anything else can fail: from then on the log has it.  The
-# jail is entered before the user changes, since chroot(2) is root's; nothing of yours has run as
-# root but the import and bind().  The children come before the place: as long as the old daemon has
-# it, a new one that cannot serve costs nothing.  At the end it is the reverse: first the children
-# go, then the pidfile is emptied, so that an empty pidfile means that nothing is left.
+# Why this order?  The stdio moves before anything else can fail: from then on the log has it.  (And
+# here, not in the starter, which may still have something to say on the terminal.)  The jail is
+# entered before the user changes, since chroot(2) is root's; nothing of yours has run as root but
+# the import and bind().  The children come before the place: as long as the old daemon has it, a
+# new one that cannot serve costs nothing.  At the end it is the reverse: first the children go,
+# then the pidfile is emptied, so that an empty pidfile means that nothing is left.
 
 def begin(start: Start) -> int:
-    """Be the daemon: leave the terminal, then steps 5 to 8; return the exit status."""
+    """Be the daemon: the end of step 4, then steps 5 to 8; return the exit status."""
     with trying_to("leave the terminal"):
         if start.session is not None and start.plan.kind != "library":  # it may call setsid(2)
             os.setpgid(0, 0)
@@ -1703,6 +1732,7 @@ def take_place(start: Start, **facts: Any) -> None:
     opened, report = start.opened, start.report
     if report is not None:
         report.tell("ready", pid=os.getpid(), **facts)
+        # Who does not say it in time (Ctrl-Z) is as good as gone: nobody could tell it more.
         if report.receive(START_TIMEOUT)["event"] != "go":
             raise Fatal("unable to start: the command that asked for it is gone")
     # The lock, then the name: who reads the pidfile in between finds the old pid, which is dead or
@@ -1719,7 +1749,7 @@ def take_place(start: Start, **facts: Any) -> None:
     replace_predecessor(start)
 
 
-def say_done(start: Start) -> None:
+def report_done(start: Start) -> None:
     """Tell the command, if there is one, that all is done."""
     if start.report is not None:
         start.report.tell("done")           # it may be gone: now that is as good
@@ -1744,7 +1774,7 @@ def finish(opened: Opened, owner: int) -> None:
     if os.getpid() != owner:            # a child that a script forked, at its own exit
         return
     with contextlib.suppress(OSError):  # a script closed our fd
-        is_ours = os.path.samestat(os.fstat(opened.pidfile), opened.pidfile_is)
+        is_ours = os.path.samestat(os.fstat(opened.pidfile), opened.pidfile_stat)
         if is_ours and os.pread(opened.pidfile, 32, 0).strip() == b"%d" % owner:
             os.ftruncate(opened.pidfile, 0)
 
@@ -1762,6 +1792,8 @@ class Host:
     def __init__(self, start: Start) -> None:
         self.start, self.plan = start, start.plan
         self.opened, self.server = start.opened, start.server
+        assert self.opened.control is not None      # open_files(): only a library's has none
+        self.control: socket.socket = self.opened.control
         self.children: List[Child] = []
         self.leaving: List[Child] = []
         self.is_owner = self.is_over = False
@@ -1800,11 +1832,13 @@ class Host:
         for child in self.leaving:
             if time.monotonic() > child.deadline and child.result is None:
                 os.kill(child.pid, signal.SIGKILL)      # not waited for: the pid is still its own
-        pid = -1
-        while pid:
-            pid = 0
-            with contextlib.suppress(ChildProcessError):        # there is none left
+        while True:
+            try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:           # there is none
+                return
+            if pid == 0:                        # the others live
+                return
             for child in self.children + self.leaving:
                 if child.pid == pid:
                     self.bury(child, status)
@@ -1905,7 +1939,7 @@ class Daemon:
     under way keeps a status waiting, no worker.
 
     Instance variables: verbs, what commands may ask for: methods, ours or the host's, that get
-    the conversation, and answer on it; talks, the conversations, the longest silent first.
+    the conversation, and answer on it; talks, the conversations, the oldest first.
     """
 
     def __init__(self, start: Start, host: Host) -> None:
@@ -1913,14 +1947,14 @@ class Daemon:
         self.pid = os.getpid()
         self.signals: Set[int] = set()
         self.is_told = self.is_warned = False
+        # With who is told to end; short until we have the place: a start that fails says so soon.
+        self.patience = min(TICK, self.plan.options.timeout)
         # Handlers only note a number; this pair wakes poll(2) up (signal.set_wakeup_fd).
         self.wake, self.waker = socket.socketpair()
         self.wake.setblocking(False)
         self.waker.setblocking(False)
-        assert start.opened.control is not None     # open_files(): only a library's has none
-        self.control = start.opened.control
-        self.control.setblocking(False)     # who called may have hung up before we accept
-        host.ends += [self.wake, self.waker, self.control]
+        host.control.setblocking(False)     # who called may have hung up before we accept
+        host.ends += [self.wake, self.waker, host.control]
         self.verbs = dict(host.verbs, status=self.answer_status, reload=self.answer_reload)
         self.talks: List[Channel] = []
 
@@ -1935,18 +1969,20 @@ class Daemon:
         try:
             # As in the picture of section 7: able, ready, the place; nobody is let in before.
             self.host.bring_up()
+            # Before the pidfile names us: who reads it may signal us at once.  And then the old
+            # daemon may have left: what ended us now would end the service.
+            self.note_signals()
             take_place(self.start, **self.host.introduce())
-            self.host.is_owner = True
-            self.handle_signals()
+            self.host.is_owner, self.patience = True, self.plan.options.timeout
             self.host.settle()
-            say_done(self.start)
+            report_done(self.start)
             while not self.host.is_over:
                 self.step()
         finally:
             self.end()
         return self.host.result
 
-    def handle_signals(self) -> None:
+    def note_signals(self) -> None:
         """Handle TERM, INT, HUP, USR1 and CHLD by a note, which the loop finds.  See: signal(7)."""
         def on_signal(signum: int, frame: Optional[FrameType]) -> None:
             if os.getpid() == self.pid:             # else a child of Python 3.6, before its exec
@@ -1954,17 +1990,19 @@ class Daemon:
         # Before the handlers: a signal that is noted, and wakes nobody, would wait for the tick.
         signal.set_wakeup_fd(self.waker.fileno())
         # What run's caller ignores stays so: nohup means SIGHUP, `&` in a script SIGINT.
-        handle(HANDLED, on_signal, spares_ignored=self.start.session is None)
+        set_handlers(HANDLED, on_signal, spares_ignored=self.start.session is None)
 
     def step(self) -> None:
         """Wait a moment for what comes, and do it."""
         try:
             # A tick at the latest, for what gives no sign: a pause that is over, a full log.
-            sources = [self.wake, self.control, *self.talks]
+            sources = [self.wake, *self.talks]
+            if self.host.is_owner:      # else the heir listens on the same socket: its calls
+                sources.insert(0, self.host.control)
             for source in readable(sources, time.monotonic() + TICK):
                 if source is self.wake:
                     self.wake.recv(4096)
-                elif source is self.control:
+                elif source is self.host.control:
                     self.accept()
                 elif source in self.talks:      # else the call just now drove it out
                     self.answer(source)
@@ -2005,12 +2043,11 @@ class Daemon:
 
     def tell_family(self, signum: int) -> None:
         """Send a signal to all that we have started, once: they may need more than a moment."""
-        by_group = self.start.session is not None
         # Ctrl-C in a terminal went to all of its foreground group, which `run` is a part of.  A
         # second KeyboardInterrupt would hit the program in the midst of its clean-up.
         has_got_it = signum == signal.SIGINT and foreground_group() == os.getpgrp()
         if not self.is_told and not has_got_it:
-            signal_each(self.family(), signum, by_group)
+            signal_each(self.family(), signum, self.start.session is not None)
         self.is_told = True
 
     def family(self) -> List[Process]:
@@ -2026,7 +2063,7 @@ class Daemon:
     def end(self) -> None:
         """End what we have started, then empty the pidfile."""
         # A second SIGTERM, or Ctrl-C, shall not cut this short.
-        handle(HANDLED - {signal.SIGCHLD}, do_nothing)
+        set_handlers(HANDLED - {signal.SIGCHLD}, do_nothing)
         signal.set_wakeup_fd(-1)        # nobody empties it any more, and Python minds a full one
         notify(self.start, "STOPPING=1")
         self.tell_family(signal.SIGTERM)
@@ -2034,8 +2071,8 @@ class Daemon:
             by_group = self.start.session is not None
             # The pidfile comes after this: while it names us, something of us may live.
             if end_all(self.family, lambda: signal_each(self.family(), signal.SIGKILL, by_group),
-                       self.plan.options.timeout):
-                log("what did not end within %g s was killed" % self.plan.options.timeout)
+                       self.patience):
+                log("what did not end within %g s was killed" % self.patience)
         finally:
             if self.host.is_owner:
                 finish(self.start.opened, self.pid)
@@ -2045,7 +2082,7 @@ class Daemon:
     def accept(self) -> None:
         """Take a command's call; anybody's but ours and root's is hung up."""
         try:
-            end = self.control.accept()[0]
+            end = self.host.control.accept()[0]
         except (BlockingIOError, ConnectionError):      # it hung up; or the heir was faster
             return
         # Its mode 0600 does that on Linux; older BSDs ignore the mode of a socket (unix(7)).
@@ -2068,8 +2105,10 @@ class Daemon:
             return
         try:
             self.verbs.get(event, self.hang_up)(talk)
-        except OSError:                 # it hung up in mid-sentence
-            self.hang_up(talk)
+        except BaseException as error:
+            self.hang_up(talk)          # at once: who asked shall not wait for what never comes
+            if not isinstance(error, OSError):      # then it had hung up in mid-sentence
+                self.host.complain("unable to answer %s: %s" % (event, because(error)))
 
     def hang_up(self, talk: Channel) -> None:
         """End a conversation; the heir's tells the host that there will be none."""
@@ -2156,11 +2195,17 @@ def dial(files: Files) -> Channel:
     return Channel(end)
 
 
+# What a command does not close (see above).  By number, since a socket object closes at its end;
+# in a list, for a starter gets copies of all by fork(2), which it can close: they are not the last
+# ones, and so nothing lingers.
+LET_GO: List[int] = []
+
+
 def listener_of(files: Files) -> Tuple[Optional[int], Optional[int]]:
     """Return (pid, uid) of who listens at the control socket; raise OSError if nobody does."""
     end = dial(files).end
     listener = peer_of(end)
-    end.detach()                                # not closed: see above
+    LET_GO.append(end.detach())
     return listener
 
 
@@ -2184,7 +2229,7 @@ def ask(files: Files, pid: int, verb: str, seconds: float = ANSWER,
     talk = call_daemon(files, pid)
     talk.send(verb, fds)
     message = talk.receive(seconds)
-    talk.end.detach()                           # not closed: see above
+    LET_GO.append(talk.end.detach())
     if message["event"] in (ENDED, LATE):
         raise TimeoutError(errno.ETIMEDOUT, "it does not answer")
     return message
@@ -2209,6 +2254,7 @@ class Target:
         record = lock.record()
         with contextlib.suppress(OSError, TypeError):       # it is dead; there is no pidfd_open
             self.pidfd = pidfd_open(pid)
+            LET_GO.append(self.pidfd)           # no heir or worker is to have it
         # The uid is the kernel's word: the process itself cannot choose it.
         process, self.identity = look_at(pid), identity_of(pid)
         # Asked after the handle was opened: so all mean one process, or we have nobody.
@@ -2258,9 +2304,8 @@ def as_user(identity: Optional[Identity], action: Callable[[], Any]) -> None:
         try:
             os.setgroups(user.groups)
             set_ids(user.uid, user.gid)
-            action()
-        except ProcessLookupError:
-            pass
+            with contextlib.suppress(ProcessLookupError):
+                action()
         except OSError as error:
             sys.exit(error.errno)
     child = fork(lambda channel: act(identity))
@@ -2301,7 +2346,7 @@ class Program(Host):
     def bring_up(self) -> None:
         """Start it; it has started once it was executed, and lives a moment later."""
         # In the daemon, and not in the command: a start that is interrupted ends with both.
-        self.run()
+        self.spawn()
         child, = self.children
         if not wait_until(lambda: child.wait(os.WNOHANG) is not None, ALIVE):
             return
@@ -2312,7 +2357,7 @@ class Program(Host):
         raise Fatal("unable to start: it %s before it was ready%s" % (
             describe(child.result or 0), cure))
 
-    def run(self) -> None:
+    def spawn(self) -> None:
         """Start it, and wait until it is executed."""
         child = self.fork(self.execute)
         # exec(2) closes its end: then there is nothing to read but the end.
@@ -2327,7 +2372,7 @@ class Program(Host):
         # First: whatever follows may take its time, and the daemon may be killed meanwhile.
         die_with_parent()
         # execve(2) resets handlers, but what is ignored stays so; `yes | head` relies on SIGPIPE.
-        handle({signal.SIGPIPE, signal.SIGXFSZ}, signal.SIG_DFL)
+        set_handlers({signal.SIGPIPE, signal.SIGXFSZ}, signal.SIG_DFL)
         os.environ.setdefault("PYTHONUNBUFFERED", "1")      # what it prints is in the log at once
         # In the jail, and as the user: what counts is what that user may execute there.
         path = find_program(self.plan.command[0])
@@ -2347,7 +2392,7 @@ class Program(Host):
         """Start it again, when its pause is over."""
         if not self.children and not self.is_over and time.monotonic() >= self.next_start:
             self.next_start = time.monotonic() + BACKOFF[1]     # if even this fails
-            self.run()
+            self.spawn()
             self.restarts += 1
 
     def reload(self, new_log: List[int]) -> str:
@@ -2407,11 +2452,11 @@ def start(plan: Plan) -> int:
         if pid is None:
             launch(plan, turn, Inherited(inherited_sockets()))
         else:
-            tell_running(plan, turn.record(), pid)
+            say_running(plan, turn.record(), pid)
     return 0
 
 
-def tell_running(plan: Plan, record: Optional[Record], pid: int) -> None:
+def say_running(plan: Plan, record: Optional[Record], pid: int) -> None:
     """Say that it runs already; and what is not as it was asked for.
 
     Another program under that name is a failure: who is told "already running" believes that
@@ -2420,9 +2465,9 @@ def tell_running(plan: Plan, record: Optional[Record], pid: int) -> None:
     if record and (record.kind, record.hosted) != (plan.kind, plan.hosted):
         raise Fatal("unable to start %s: the name is held by pid %d, which hosts %s\n"
                     "try: --name" % (plan.hosted, pid, record.hosted))
-    tell(plan, "%s is already running with pid %d" % (plan.name, pid))
+    say(plan, "%s is already running with pid %d" % (plan.name, pid))
     if record and (record.words, record.arguments) != (plan.words, plan.arguments):
-        tell(plan, "it was started with other options\ntry: %s" % command_line("restart", plan))
+        say(plan, "it was started with other options\ntry: %s" % command_line("restart", plan))
 
 
 def command_line(action: str, plan: Plan) -> str:
@@ -2436,13 +2481,14 @@ def command_line(action: str, plan: Plan) -> str:
     return " ".join(map(shlex.quote, words))
 
 
-def launch(plan: Plan, turn: Turn, inherited: Inherited) -> None:
+def launch(plan: Plan, turn: Lock, inherited: Inherited) -> None:
     """Start the daemon, and see it to its place.  The picture is in section 7."""
     # First the list of what is not there yet: only that may be removed, if this fails.
     made = Made(plan, turn)
     try:
         made.make_log_folder()
-        made.starter = fork(lambda report: be_starter(plan, report, turn, inherited))
+        with undisturbed():             # until we know whom to undo
+            made.starter = fork(lambda report: be_starter(plan, report, turn, inherited))
         facts = expect([made.starter], "ready", plan.options.start_timeout)
         # Before "go": a full disk can still be undone.  And afterwards this alone proves who a
         # script is that closes the lock's fd.
@@ -2456,10 +2502,13 @@ def launch(plan: Plan, turn: Turn, inherited: Inherited) -> None:
     # The point of no return.  What interrupts us now leaves the new daemon where it is.
     try:
         expect([made.starter], "done", 2 * ANSWER)
-    except Late:
-        raise Late("unable to tell whether %s has started\ntry: daemonize.py status" % plan.name)
-    except Fatal as error:              # it says so itself, or is dead: that can be undone
-        raise made.undo(error)
+    except Fatal as error:
+        # It says so itself, or is dead: that can be undone.  But its starter ends well, and in
+        # silence, only when it has its place: nothing undoes that.
+        if made.starter.result != 0 and not isinstance(error, Late):
+            raise made.undo(error)
+        raise Unknown("unable to tell whether %s has started\ntry: daemonize.py status" % plan.name,
+                      trace=log_since(plan, made.logged))
     # Before the turn is given back: until it is gone the starter holds byte 2.  And greeted last:
     # who reads that may type the next command.
     made.starter.wait()
@@ -2473,7 +2522,7 @@ class Made:
     safe: all this happens under the turn.
     """
 
-    def __init__(self, plan: Plan, turn: Turn) -> None:
+    def __init__(self, plan: Plan, turn: Lock) -> None:
         files = plan.files
         self.plan, self.turn, self.logfile = plan, turn, files.logfile
         self.starter: Optional[Child] = None
@@ -2500,7 +2549,7 @@ class Made:
 
     def undo(self, error: BaseException) -> BaseException:
         """Take all back; return why the start failed, with what the log says of it."""
-        handle(ENDINGS | {signal.SIGHUP}, do_nothing)   # an impatient second Ctrl-C
+        set_handlers(ENDINGS | {signal.SIGHUP}, do_nothing)   # an impatient second Ctrl-C
         # The processes before the files: they still write.
         if self.starter is not None:
             self.end_starter(self.starter)
@@ -2549,7 +2598,7 @@ def greet(plan: Plan, facts: Message) -> None:
     pid = str(facts.get("pid"))
     # replace(), and not "%": a message of somebody's may have another % in it, or none.
     text = plan.startmsg or "%s is running with pid %s%s" % (plan.name, pid, where)
-    tell(plan, text.replace("%s", pid))
+    say(plan, text.replace("%s", pid))
     if facts.get("greeting"):
         emit(1, str(facts["greeting"]).rstrip("\n") + "\n")
 
@@ -2575,12 +2624,12 @@ def log_since(plan: Plan, size: int) -> str:
 def stop(plan: Plan) -> int:
     """End the daemon and what it started; return when nothing of it is left."""
     if is_unknown(plan):
-        tell_stopped(plan)
+        say_stopped(plan)
         return 0
     with Turn(plan) as turn:
         pid = turn.holder()
         if pid is None:
-            tell_stopped(plan)
+            say_stopped(plan)
         else:
             stop_daemon(plan, turn, pid)
         # The names last, when nobody holds the lock any more: as long as something of it lives,
@@ -2594,20 +2643,20 @@ def stop(plan: Plan) -> int:
 
 def is_unknown(plan: Plan) -> bool:
     """Tell whether nothing was ever started by that name: then nothing is made to find that out."""
-    if exists(plan.files.lock):
-        return False
-    return not check_orphan(plan, lambda: exists(plan.files.lock))
+    if not exists(plan.files.lock):
+        check_orphan(plan, lambda: exists(plan.files.lock))
+    return not exists(plan.files.lock)
 
 
-def tell_stopped(plan: Plan) -> None:
+def say_stopped(plan: Plan) -> None:
     """Say that it does not run, and where we have looked.
 
     Who meant another user's daemon of that name sees it from the path.
     """
-    tell(plan, "%s is not running (%s)" % (plan.name, plan.files.pidfile))
+    say(plan, "%s is not running (%s)" % (plan.name, plan.files.pidfile))
 
 
-def stop_daemon(plan: Plan, turn: Turn, pid: int) -> None:
+def stop_daemon(plan: Plan, turn: Lock, pid: int) -> None:
     """End the daemon, and whoever else holds its lock; say so, once it is so.
 
     "Stopped" is a promise to the next command line (`stop && rm -r ...`, `stop && start`).
@@ -2624,7 +2673,7 @@ def stop_daemon(plan: Plan, turn: Turn, pid: int) -> None:
     if was_killed:
         emit(1, "%s did not end within %g s: killed\n" % (plan.name, plan.options.timeout))
     else:
-        tell(plan, "%s is stopped" % plan.name)
+        say(plan, "%s is stopped" % plan.name)
 
 
 # -- 13.3 status and reload ---------------------------------------------------
@@ -2683,9 +2732,8 @@ def running_facts(plan: Plan, pid: int, record: Optional[Record]) -> Message:
         except OSError as error:
             facts["note"] = "unable to ask it: %s" % because(error)
     user = ""
-    if ids:
-        with contextlib.suppress(KeyError):
-            user = pwd.getpwuid(ids[0]).pw_name
+    with contextlib.suppress(KeyError, TypeError):      # it has no name; nobody tells its ids
+        user = pwd.getpwuid(ids[0]).pw_name
     known = {"name": plan.name, "state": "running", "pid": pid, "uid": ids and ids[0],
              "user": user, "uptime": age_of(look_at(pid))}
     return dict(known, **dict(facts, **known))      # the kernel's first, and not to be overruled
@@ -2737,7 +2785,7 @@ def reload(plan: Plan) -> int:
     """Have the daemon read its files again, with its own rights; say why if it refuses."""
     pid, record = holder_of(plan)
     if pid is None:
-        tell_stopped(plan)
+        say_stopped(plan)
         return 3
     if record is not None and record.kind == "library":
         reason = hang_up_on(plan, pid)
@@ -2745,11 +2793,10 @@ def reload(plan: Plan) -> int:
         # We open the log for it: it may have no right to do so (root's folder, another's jail).
         # As whom it runs the kernel says, where its log is the record: not the daemon, which may be
         # hostile, and not the options that --uid or --logfile would have today.
-        fd = open_log(record.logfile, identity_of(pid)) if record and record.logfile else None
+        fds = [open_log(record.logfile, identity_of(pid))] if record and record.logfile else []
         # As long as a start may take: fresh workers have to prove themselves.
         try:
-            message = ask(plan.files, pid, "reload", plan.options.start_timeout,
-                          [] if fd is None else [fd])
+            message = ask(plan.files, pid, "reload", plan.options.start_timeout, fds)
             reason = str(message.get("reason", "it talks nonsense"))
         except OSError as error:
             reason = "%s\ntry: daemonize.py restart" % because(error)
@@ -2757,7 +2804,7 @@ def reload(plan: Plan) -> int:
         cure = command_line("restart", plan)
         raise Fatal("unable to reload %s: %s" % (plan.name, reason.replace(
             "\ndaemonize:", "\n  daemonize:").replace("try: daemonize.py restart", "try: " + cure)))
-    tell(plan, "%s is reloaded" % plan.name)
+    say(plan, "%s is reloaded" % plan.name)
     return 0
 
 
@@ -2802,13 +2849,15 @@ def run(plan: Plan) -> int:
             lock = hold_undoing(plan)
             server = HOSTS[plan.kind][0](plan, inherited)
             opened = open_files(plan, lock, None)
+            # Now, though it may still fail: in its place it has no right to, and no turn.  So a
+            # run counts as a start as soon as all is bound and opened.
             turn.note(plan, os.getpid())
         except BaseException as error:
             take_back(server)
             raise made.undo(error)
     # That closed the turn's fd, and so dropped all our locks: for this moment, which is shorter
     # than any start, another command may begin.  It will be told that we run, or we that it does.
-    reset_signals(spared=(signal.SIGHUP, signal.SIGINT))
+    unignore_signals(spared=(signal.SIGHUP, signal.SIGINT))
     keep_orphans()
     return begin(Start(plan, opened, inherited, server, notifier=notifier))
 
@@ -2823,6 +2872,42 @@ def open_notifier() -> Optional[socket.socket]:
         # "@" is for the zero byte of Linux' abstract names: an environment variable holds none.
         notifier.connect("\0" + address[1:] if address.startswith("@") else address)
     return notifier
+
+
+def adopt(fd: int) -> Optional[socket.socket]:
+    """Return the listening stream socket that was passed to us as fd; None for anything else.
+
+    Asked of the kernel: systemd passes what a .socket file says, a hostile daemon what it likes.
+    """
+    # What systemd passes is inheritable: each child of ours would hold the port, too.
+    os.set_inheritable(fd, False)
+    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+        return None
+    passed = socket.socket(fileno=fd)
+    kind = passed.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
+    if kind != socket.SOCK_STREAM or not passed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        passed.detach()
+        return None
+    if sys.version_info < (3, 7) and IS_LINUX:          # 3.6 guesses AF_INET
+        domain = passed.getsockopt(socket.SOL_SOCKET, getattr(socket, "SO_DOMAIN"))
+        passed = socket.socket(domain, kind, 0, passed.detach())
+    return passed
+
+
+def inherited_sockets() -> List[socket.socket]:
+    """Return the sockets that systemd passed to this very process.  See: sd_listen_fds(3)."""
+    # Popped: a child that knows the protocol would take fds 3, 4, ... of ours for its own.
+    # Ours only if the pid is: a shell between systemd and us has passed on what was its own.
+    is_ours = os.environ.pop("LISTEN_PID", "") == str(os.getpid())
+    number = os.environ.pop("LISTEN_FDS", "")
+    os.environ.pop("LISTEN_FDNAMES", None)
+    fds = range(3, 3 + int(number)) if is_ours and number.isdecimal() else range(0)
+    with trying_to("take over the %s fds of LISTEN_FDS" % number):
+        found = [(fd, adopt(fd)) for fd in fds]
+        for fd, passed in found:
+            if passed is None:
+                os.close(fd)
+        return [passed for _, passed in found if passed is not None]
 
 
 # -- 14. The library call ----------------------------------------------------
@@ -2846,10 +2931,12 @@ def startstop(stdout: str = "/dev/null", stderr: Optional[str] = None, stdin: st
         if action not in ("start", "stop", "restart", "reload", "status"):
             raise Fatal("usage: %s start|stop|restart|reload|status" % sys.argv[0], 2)
         open_stdio()
+        # As in main(): who ignores SIGCHLD cannot wait for a child.  No more of main() than that,
+        # for what else this process handles, and its umask, is the script's affair.
+        set_handlers({signal.SIGCHLD}, signal.SIG_DFL)
         plan = library_plan(action, pidfile, stdout, more)._replace(
             stdin=absolute(stdin, caller_folder()), startmsg=startmsg,
             stderr=absolute(stderr, caller_folder()) if stderr else None)
-        # A script has no sockets that we know of: stop, then start.
         if action == "restart":
             stop(plan)
         result = COMMANDS[plan.action](plan)
@@ -2880,7 +2967,7 @@ def library_plan(action: str, pidfile: str, logfile: str, more: Dict[str, Any]) 
 def live_in_script(start: Start) -> NoReturn:
     """Be the daemon of a script: take the place, and go back to where it called startstop()."""
     take_place(start)
-    say_done(start)
+    report_done(start)
     reset_handlers()
     # By atexit: after the last thread, and after all that the script itself registers from now on.
     atexit.register(finish, start.opened, os.getpid())
@@ -3010,42 +3097,6 @@ def options_for(module: ModuleType, plan: Plan, inherited: Inherited) -> argpars
     return argparse.Namespace(**dict(own, **ours))
 
 
-def adopt(fd: int) -> Optional[socket.socket]:
-    """Return the listening stream socket that was passed to us as fd; None for anything else.
-
-    Asked of the kernel: systemd passes what a .socket file says, a hostile daemon what it likes.
-    """
-    # What systemd passes is inheritable: each child of ours would hold the port, too.
-    os.set_inheritable(fd, False)
-    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
-        return None
-    passed = socket.socket(fileno=fd)
-    kind = passed.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
-    if kind != socket.SOCK_STREAM or not passed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-        passed.detach()
-        return None
-    if sys.version_info < (3, 7) and IS_LINUX:          # 3.6 guesses AF_INET
-        domain = passed.getsockopt(socket.SOL_SOCKET, getattr(socket, "SO_DOMAIN"))
-        passed = socket.socket(domain, kind, 0, passed.detach())
-    return passed
-
-
-def inherited_sockets() -> List[socket.socket]:
-    """Return the sockets that systemd passed to this very process.  See: sd_listen_fds(3)."""
-    # Popped: a child that knows the protocol would take fds 3, 4, ... of ours for its own.
-    # Ours only if the pid is: a shell between systemd and us has passed on what was its own.
-    is_ours = os.environ.pop("LISTEN_PID", "") == str(os.getpid())
-    number = os.environ.pop("LISTEN_FDS", "")
-    os.environ.pop("LISTEN_FDNAMES", None)
-    fds = range(3, 3 + int(number)) if is_ours and number.isdecimal() else range(0)
-    with trying_to("take over the %s fds of LISTEN_FDS" % number):
-        found = [(fd, adopt(fd)) for fd in fds]
-        for fd, passed in found:
-            if passed is None:
-                os.close(fd)
-        return [passed for _, passed in found if passed is not None]
-
-
 # -- 16. Workers -------------------------------------------------------------
 #
 #   DAEMON                          WORKER (a thread of it listens)
@@ -3122,7 +3173,8 @@ class Service(Host):
         """
         import threading
         raise_at_end()
-        handle({signal.SIGHUP, signal.SIGUSR1}, do_nothing, spares_ignored=True)    # the daemon's
+        # These are for the daemon.
+        set_handlers({signal.SIGHUP, signal.SIGUSR1}, do_nothing, spares_ignored=True)
         # A thread, since the main one belongs to serve_forever(), and may never look up.
         threading.Thread(target=obey, args=(self.server, channel), daemon=True).start()
         channel.send("able")
@@ -3271,8 +3323,7 @@ class Service(Host):
         self.heir = talk                # first: if it is gone already, we are the daemon again
         sockets = list(getattr(self.server, "sockets", []))[:MAX_FDS - 2]
         legacy = getattr(self.server, "legacy", None)
-        assert self.opened.control is not None
-        fds = [self.opened.control.fileno()] + [passed.fileno() for passed in sockets]
+        fds = [self.control.fileno()] + [passed.fileno() for passed in sockets]
         talk.send("sockets", fds + [legacy] * (legacy is not None))
 
     def leave(self, talk: Channel) -> None:
@@ -3290,8 +3341,7 @@ class Service(Host):
         """Be the daemon again in all: the heir hung up, and has not told us to leave."""
         if self.is_owner:
             write_pidfile(self.opened.pidfile, os.getpid())
-            assert self.opened.control is not None
-            self.opened.control.listen(MAX_TALKS)
+            self.control.listen(MAX_TALKS)
 
 
 def obey(server: Any, channel: Channel) -> None:
@@ -3310,10 +3360,7 @@ def obey(server: Any, channel: Channel) -> None:
             os.close(fd)
             channel.send("reopened")
         elif event == "drain":
-            if hasattr(server, "drain"):
-                server.drain()
-            else:
-                end_main_thread()
+            getattr(server, "drain", end_main_thread)()
             channel.send("draining")
 
 
@@ -3412,7 +3459,7 @@ def repeat(plan: Plan, record: Optional[Record]) -> Plan:
     return again._replace(files=again.files._replace(pidfile=plan.files.pidfile))
 
 
-def replace(plan: Plan, turn: Turn, pid: int, has_sockets: bool) -> None:
+def replace(plan: Plan, turn: Lock, pid: int, has_sockets: bool) -> None:
     """Start the new daemon on the old one's sockets, then see the old one out; or in reverse.
 
     In reverse where there is nothing to hand over; and where the old one is mute: hung, stopped,
@@ -3433,7 +3480,7 @@ def replace(plan: Plan, turn: Turn, pid: int, has_sockets: bool) -> None:
         see_out(plan, target, "end")
     try:
         launch(plan, turn, inherited)
-    except Late:                        # then it cannot be told who runs
+    except Unknown:                     # the old one may serve, the new one, or nobody
         raise
     except (Exception, KeyboardInterrupt) as error:
         raise with_outcome(error, pid, lock_holder(turn.fd, INSTANCE))
@@ -3447,8 +3494,7 @@ def replace(plan: Plan, turn: Turn, pid: int, has_sockets: bool) -> None:
 
 def with_outcome(error: BaseException, pid: int, holder: Optional[int]) -> BaseException:
     """Return why a restart failed, with what that means for who is served: whom the lock names."""
-    is_old = holder == pid
-    outcome = "the old one keeps serving with pid %d" % pid if is_old else "nothing runs now"
+    outcome = "the old one keeps serving with pid %d" % pid if holder == pid else "nothing runs now"
     if isinstance(error, Exception):
         fatal = as_fatal(error)
         return Fatal("%s\ndaemonize: fatal: %s" % (fatal, outcome), fatal.status, fatal.trace)
@@ -3472,7 +3518,7 @@ def take_over(plan: Plan, pid: int) -> Inherited:
     talk.send("sockets")
     message = talk.receive(ANSWER)
     if message["event"] != "sockets":
-        talk.end.detach()                       # not closed: see section 10
+        LET_GO.append(talk.end.detach())        # see section 10
         raise TimeoutError(errno.ETIMEDOUT, "it does not answer")
     sockets, control, legacy = [], None, None   # type: Any, Any, Any
     # By what the kernel says of each, whatever the daemon calls it.
@@ -3495,11 +3541,10 @@ def is_control(passed: socket.socket, files: Files) -> bool:
 
     listen(2) makes SO_PEERCRED name who called it: so whoever dials there now must meet us.
     """
-    if passed.family != socket.AF_UNIX:
-        return False
     with contextlib.suppress(OSError):
-        passed.listen(MAX_TALKS)
-        return listener_of(files)[0] in (None, os.getpid())
+        if passed.family == socket.AF_UNIX:
+            passed.listen(MAX_TALKS)
+            return listener_of(files)[0] in (None, os.getpid())
     return False
 
 
@@ -3706,7 +3751,7 @@ def expand(typed: List[str], folder: str) -> Tuple[List[str], List[str]]:
     """
     noted, spoken = [], []              # type: List[str], List[str]
     for word in typed:
-        read = [word]
+        named = read = [word]
         if word.startswith("@"):
             path = absolute(word[1:], folder)
             try:
@@ -3714,8 +3759,8 @@ def expand(typed: List[str], folder: str) -> Tuple[List[str], List[str]]:
                     read = split_words(stream.read())
             except (OSError, ValueError) as error:
                 raise Fatal("unable to read %s: %s" % (path, because(error)), 2)
-            word = "@" + path
-        noted += [word] if os.path.isfile(word[1:]) and word.startswith("@") else read
+            named = ["@" + path] if os.path.isfile(path) else read
+        noted += named
         spoken += read
     return noted, spoken
 
@@ -3759,7 +3804,7 @@ def wanted_files(action: str, name: str, options: argparse.Namespace, folder: st
     except Fatal:
         if options.pidfile is None:
             raise
-        files = Files("", "", "")       # a start without --logfile is refused later: launch()
+        files = Files("", "", "")       # without --logfile make_log_folder() refuses a start
     files = files._replace(logfile=None) if action == "run" else files
     if options.logfile is not None:
         files = files._replace(logfile=log_path(action, options.logfile, folder))
@@ -3771,10 +3816,9 @@ def wanted_files(action: str, name: str, options: argparse.Namespace, folder: st
 def log_path(action: str, logfile: str, folder: str) -> Optional[str]:
     """Return the log's path; None for the caller's own streams, by any of their names.
 
-    Containers collect what is printed, and images link their logs to /dev/stdout.
+    Containers collect what is printed: nginx' image has links to /dev/stdout for logs.
     """
     streams = ("-", "/dev/stdout", "/dev/stderr", "/proc/self/fd/1", "/proc/self/fd/2")
-    # nginx' image has links to /dev/stdout for logs.
     if logfile not in streams and not (os.path.islink(logfile) and os.readlink(logfile) in streams):
         return absolute(logfile, folder)
     if action == "run":
@@ -3794,12 +3838,12 @@ def cut(argv: List[str]) -> Tuple[List[str], Optional[List[str]]]:
 def parse(argv: List[str], folder: Optional[str] = None) -> Plan:
     """Step 1.  Return what is to be done; the application's own options wait until it is loaded.
 
-    In the starter, so that stop, status and reload load nothing: broken new code must not prevent
-    them.  Words that we do not know are the application's there, and here foreign.
+    That is in the starter: stop, status and reload load nothing, for broken new code must not
+    prevent them.  Words that we do not know are the application's there, and here foreign.
     """
     folder = caller_folder() if folder is None else folder
     argv, arguments = cut(argv)
-    action = (argv + [""])[0]
+    action = argv[0] if argv else ""
     if action not in COMMANDS:
         refuse("expected one of %s, not %r" % (", ".join(COMMANDS), action))
     parser, (words, spoken) = build_parser(), expand(argv[1:], folder)
@@ -3818,12 +3862,12 @@ def parse(argv: List[str], folder: Optional[str] = None) -> Plan:
         is_name = len(foreign) == 1 and foreign[0][0] != "-" and not is_program
         refuse("unrecognized arguments: %s" % " ".join(foreign),
                "daemonize.py %s --name %s" % (action, foreign[0]) if is_name else "daemonize.py -h")
-    plan = settle(Plan(action, words, spoken, arguments, folder, is_bare, options))
+    plan = resolve(Plan(action, words, spoken, arguments, folder, is_bare, options))
     is_known = action in ("start", "run") or options.name or options.app or is_program
     return plan if is_known or not options.pidfile else renamed(plan)
 
 
-def settle(plan: Plan) -> Plan:
+def resolve(plan: Plan) -> Plan:
     """Look up every path and name: after step 1 nothing is relative.
 
     All of them are outside paths, as the caller sees them, with --chroot as well.
@@ -3857,11 +3901,10 @@ def renamed(plan: Plan) -> Plan:
     "authserver is stopped", said of somebody's sleep, frightens at three in the morning.
     """
     name = os.path.splitext(os.path.basename(plan.files.pidfile))[0]
-    with contextlib.suppress(Fatal):        # whatever it is, the command itself will say so
-        if exists(plan.files.lock):
-            with Lock(plan, os.O_RDONLY) as lock:
-                record = lock.record()
-                name = record.name if record else name
+    # Whatever fails, the command itself will say so.
+    with contextlib.suppress(Fatal), Lock(plan, os.O_RDONLY) as lock:
+        record = lock.record()
+        name = record.name if record else name
     return plan._replace(name=name)
 
 
@@ -3887,13 +3930,13 @@ def main(argv: List[str]) -> int:
 
     0 done, 1 failed, 2 usage, 130 interrupted; `status` has the numbers of LSB.
     """
-    action, (words, arguments) = argv[0] if argv else "start", cut(argv)
+    action, (words, arguments) = argv[0] if argv else "", cut(argv)
     try:
         open_stdio()            # before we open anything that could become fd 1
         # Ignored signals survive exec: without SIGCHLD no child of ours could be waited for.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        handle({signal.SIGTERM}, signal.default_int_handler)        # a start tidies up
-        handle({signal.SIGHUP}, signal.default_int_handler, spares_ignored=True)
+        set_handlers({signal.SIGTERM}, signal.default_int_handler)        # a start tidies up
+        set_handlers({signal.SIGHUP}, signal.default_int_handler, spares_ignored=True)
         os.umask(0o077)         # what we make is private until a line gives it a mode
         os.environ.setdefault("PATH", PATH)
         # Before parse(): who asks for help has the rest of the line not right yet.
@@ -3902,7 +3945,8 @@ def main(argv: List[str]) -> int:
         elif {"-h", "--help"} & set(words):
             show_help(action, words, arguments is not None)
         else:
-            return COMMANDS[action](parse(argv)) if action in COMMANDS else parse(argv) and 2
+            plan = parse(argv)          # which refuses what is no action
+            return COMMANDS[plan.action](plan)
         return 0
     except KeyboardInterrupt:
         return 130

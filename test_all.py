@@ -7819,7 +7819,7 @@ def bind(options):
         """Files that belong to the daemon's user in the place of root's: `it belongs to uid`."""
         for name, mode in (("d.pid", 0o644), ("d.pid.lock", 0o600)):
             path = self.box.write("theirs/" + name, "", mode, NOBODY)
-            self.assertIn("%s: it belongs to uid %d\ntry: --pidfile\n" % (name, NOBODY), self.box.start("--uid", str(NOBODY), app=APP, want=1).err)
+            self.assertIn("%s: it belongs to uid %d\ntry: as that user, or another --pidfile\n" % (name, NOBODY), self.box.start("--uid", str(NOBODY), app=APP, want=1).err)
             os.unlink(path)
 
     def test_root_signals_as_the_user(self) -> None:
@@ -8438,6 +8438,227 @@ Server.drain = lambda self: wait_for("drained") or drain_well(self)
         self.assertEqual(first.wait(PATIENCE), 1)
         self.box.command("stop")
         self.assertEqual(self.box.processes(), [])
+
+
+class Moments(BoxTest):
+    """What comes at a bad moment, which a change to daemonize makes certain; what is odd, or left open"""
+    SLOW = PointOfNoReturn.SLOW
+
+    def run_with(self, hook: str, action: str, *options: str, **keys: Any) -> Result:
+        """Run a command, in whose processes lines of Python (`hook`) have changed daemonize (`d`)."""
+        code = "import os, signal, sys; sys.path.insert(0, %r); import daemonize as d\n%s\nsys.exit(d.main(sys.argv[1:]))"
+        argv = [PYTHON, "-c", code % (HERE, hook), action, "--pidfile", self.box.pidfile, *options]
+        return run(argv, env=self.box.env, cwd=self.box.folder, **keys)
+
+    def app(self, text: str) -> List[str]:
+        """Return the options that host an application."""
+        return ["--logfile", self.box.log, "--app", self.box.write("app.py", text)]
+
+    SIGNAL = ("real = d.%s\ndef signalled(*args):\n    %s\n    os.kill(os.getpid(), signal.SIG%s)\n"
+              "d.%s = signalled\n")
+
+    def test_a_signal_as_soon_as_the_pidfile_names_it(self) -> None:
+        """HUP, USR1, TERM to a daemon that has just been named, or to an heir for which the old one has left: obeyed."""
+        for action, moment in (("start", "write_pidfile"), ("restart", "replace_predecessor")):
+            for number in ("HUP", "USR1", "TERM"):
+                with self.subTest(action, number=number):
+                    if action == "restart":
+                        self.box.start(app=APP)
+                    hook, old = self.SIGNAL % (moment, "real(*args)", number, moment), self.box.pid()
+                    self.run_with(hook, action, *self.app(APP), want=0)
+                    if number == "TERM":
+                        until(lambda: not self.box.processes(), "its end")
+                        self.assertEqual(read(self.box.pidfile), "")
+                    else:
+                        self.assertTrue(self.box.status()["pid"] == self.box.pid() != old)
+                        until(lambda: number != "HUP" or ": reloaded" in read(self.box.log), "a reload")
+                        self.box.command("stop")
+                    remove(self.box.log)
+
+    def test_an_heir_that_dies_in_its_place(self) -> None:
+        """kill -9 once nothing is undone any more: exit 1, and neither "keeps serving" nor "nothing runs" is claimed."""
+        for before, is_served in (("real(*args)", False), ("pass", True)):
+            with self.subTest(before):
+                address = self.box.address(self.box.start(app=APP))
+                old, hook = self.box.pid(), self.SIGNAL % ("replace_predecessor", before, "KILL", "replace_predecessor")
+                said = self.run_with(hook, "restart", want=1).err
+                self.assertTrue(said.endswith("\ndaemonize: fatal: unable to tell whether app has started\n"
+                                              "try: daemonize.py status\n"), said)
+                until(lambda: len(self.box.processes()) == 2 * is_served, "the end of the others")
+                if is_served:
+                    self.assertEqual((ask(address)["pid"], self.box.pid()), (old, old))
+                    self.box.command("stop")
+
+    def test_who_gives_up_waiting_leaves_the_lock(self) -> None:
+        """A start that found no lock file, and never had the turn, removes nobody's; the one that has it succeeds."""
+        first = self.box.spawn(*self.box.argv("start"), *self.app(self.SLOW))
+        until(lambda: "listening" in read(self.box.log), "a worker")
+        hook = "real = d.exists\nd.exists = lambda path: not path.endswith('.lock') and real(path)"
+        said = self.run_with(hook, "start", "--logfile", self.box.log, "--start-timeout", "0", "--timeout", "0",
+                             "--", "sleep", "600", want=1).err
+        self.assertIn("pid %d is still busy with it" % first.pid, said)
+        self.box.write("ready", "")
+        self.assertEqual(first.wait(PATIENCE), 0)
+        self.assertEqual(self.box.status()["pid"], self.box.pid())
+
+    def test_who_waited_for_a_start_that_failed_leaves_nothing_either(self) -> None:
+        """Two first starts, and both fail: the second one's lock file is its own, and goes."""
+        hosted = self.app(APP + "time.sleep(0.5)\nbind = 1 / 0\n")
+        first = self.box.spawn(*self.box.argv("start"), *hosted)
+        until(lambda: os.path.exists(self.box.pidfile + ".lock"), "its lock")
+        self.box.daemonize("start", "--pidfile", self.box.pidfile, *hosted, want=1)
+        self.assertEqual(first.wait(PATIENCE), 1)
+        self.assertEqual([name for name in os.listdir(self.box.folder) if name[:2] == "d."], [])
+
+    def test_a_turn_that_is_given_back_between_two_looks(self) -> None:
+        """lockf(2) says that another one has it, and F_GETLK says that nobody has: it is not ours yet."""
+        hook = ("import fcntl\nreal, asked = fcntl.lockf, []\ndef lockf(fd, how, *rest):\n    asked.append(how)\n"
+                "    if len(asked) == 1:\n        raise BlockingIOError(11, 'taken')\n    return real(fd, how, *rest)\n"
+                "fcntl.lockf = lockf\nd.launch = lambda *args: print(len(asked))")
+        self.assertEqual(self.run_with(hook, "start", "--logfile", "l", "--", "sleep", "600", want=0).out, "2\n")
+
+    def test_who_is_leaving_answers_no_calls(self) -> None:
+        """While the old one drains every call on the control socket is the new one's."""
+        self.box.write("ready", "")
+        self.box.start(app=self.SLOW)
+        old = self.box.pid()
+        child = self.box.spawn(*self.box.argv("restart"))
+        until(lambda: self.box.pid() not in (0, old), "a new daemon")
+        for _ in range(30):
+            with socket.socket(socket.AF_UNIX) as control:
+                control.settimeout(PATIENCE)
+                control.connect(self.box.pidfile + ".sock")
+                control.sendall(b'{"event": "status"}\n')
+                workers = json.loads(control.recv(65536).decode())["said"]["workers"]
+                self.assertEqual([parent(pid) for pid in workers], [self.box.pid()])
+        self.assertTrue(is_alive(old))
+        self.box.write("drained", "")
+        self.assertEqual(child.wait(PATIENCE), 0)
+
+    def test_a_signal_while_a_process_is_forked(self) -> None:
+        """SIGTERM to the command, or to its starter, in fork(2) itself: the child is ended, and nothing is left."""
+        hook = ("real, me = os.fork, os.getpid()\ndef fork():\n    pid = real()\n    if pid and (%s):\n"
+                "        os.kill(os.getpid(), signal.SIGTERM)\n    return pid\nos.fork = fork\n")
+        bind = self.SLOW + "bind_slowly = bind\ndef bind(options):\n    wait_for('bound')\n    return bind_slowly(options)\n"
+        deaf = ["--logfile", self.box.log, "--", "sh", "-c", "trap '' TERM; sleep 600 & sleep 600"]
+        for who, hosted, want in (("os.getpid() == me", self.app(bind), 130),
+                                  ("os.getpid() == me", deaf, 130),
+                                  ("os.getppid() == me and os.getsid(0) == os.getpid()", deaf, 1)):
+            with self.subTest(who, hosted=hosted[-1]):
+                said = self.run_with(hook % who, "start", *hosted, want=want).err
+                self.assertEqual(self.box.processes(), [], said)
+                self.assertEqual([name for name in os.listdir(self.box.folder) if name[:2] == "d." or name == "passwords"], [])
+
+    def test_an_heir_that_is_late(self) -> None:
+        """A restart that gives up waiting says who serves."""
+        self.box.write("ready", "")
+        address = self.box.address(self.box.start(app=self.SLOW))
+        os.unlink(self.box.path("ready"))
+        said = self.box.command("restart", *self.app(self.SLOW), "--start-timeout", "0.5", want=1).err
+        self.assertIn("not ready after 0.5 s\ndaemonize: fatal: the old one keeps serving with pid %d\n"
+                      % self.box.pid(), said)
+        self.assertEqual(ask(address)["pid"], self.box.pid())
+
+    def test_a_failed_start_is_told_at_once(self) -> None:
+        """What is left of a program, or of an application, that failed, and is deaf to SIGTERM, keeps nobody waiting."""
+        deaf = "trap '' TERM; echo deaf; exec sleep 600"
+        app = APP + "Server.probe = lambda self: subprocess.Popen(['sh', '-c', %r], stdout=1) and 1 / 0\n" % deaf
+        for hosted in (["--logfile", self.box.log, "--", "sh", "-c", "(%s) & exit 3" % deaf], self.app(app)):
+            with self.subTest(hosted[-1]):
+                self.assertLess(self.box.daemonize("start", "--pidfile", self.box.pidfile, *hosted, want=1).seconds, SOON)
+                self.assertEqual(self.box.processes(), [])
+
+    def fds(self, pid: int) -> List[str]:
+        """Return of what kinds the descriptors of a process and of its children are, and which files."""
+        return sorted(re.sub(r"\d+", "", fd) for one in family(pid) for fd in fds_of(one))
+
+    @needs_linux
+    def test_what_a_command_left_open_reaches_nobody(self) -> None:
+        """A daemon, and all below it, has after a restart no more descriptors than after a start; a script neither."""
+        for hosted in (self.app(APP), ["--logfile", self.box.log, "--", "sleep", "600"]):
+            with self.subTest(hosted[-1]):
+                self.box.daemonize("start", "--pidfile", self.box.pidfile, *hosted)
+                fds = until(lambda: self.fds(self.box.pid()), "its descriptors")
+                self.box.command("restart")
+                self.assertEqual(self.fds(self.box.pid()), fds)
+                self.box.command("stop")
+        script = self.box.write("script.py", "import sys, time\nsys.path.insert(0, %r)\nfrom daemonize import startstop\n"
+                                "startstop(stdout='out', pidfile=%r)\nprint('main', flush=True)\ntime.sleep(600)\n"
+                                % (HERE, self.box.pidfile))
+        found = []
+        for action in ("start", "restart"):
+            run([PYTHON, script, action], 0, env=self.box.env, cwd=self.box.folder)
+            found.append(self.fds(self.box.pid()))
+        self.assertEqual(*found)
+
+    def test_a_script_under_an_ignored_SIGCHLD(self) -> None:
+        """Each verb of startstop() does as ever where its caller ignores SIGCHLD."""
+        script = self.box.write("script.py", "import sys, time\nsys.path.insert(0, %r)\nfrom daemonize import startstop\n"
+                                "startstop(stdout='out', pidfile=%r%s)\ntime.sleep(600)\n"
+                                % (HERE, self.box.pidfile, ", uid=%d" % NOBODY * ROOT))
+        for action in ("start", "status", "restart", "stop"):
+            result = run([PYTHON, script, action], 0, env=self.box.env, cwd=self.box.folder,
+                         preexec_fn=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN))
+            self.assertEqual(result.err, "")
+        self.assertEqual(self.box.processes(), [])
+
+    def test_an_exit_status_that_is_none(self) -> None:
+        """sys.exit() with a number beyond all: what Python makes of it, in bind() and in a worker; the daemon lives on."""
+        for status in (1 << 70, -1 << 70, -1, 256 + 7):
+            with self.subTest(status):
+                want = run([PYTHON, "-c", "import sys; sys.exit(%d)" % status]).code
+                leave = "sys.exit(%d)\n" % status
+                said = self.box.start(app=APP + "def bind(options): " + leave, want=1).err
+                self.assertIn("it exited with status %d\n" % want, said)
+                app = APP + "Server.serve_forever = lambda self: time.sleep(0.4) or " + leave
+                self.box.start(app=app + "del Server.probe\n")
+                until(lambda: "exited with status %d\n" % want in read(self.box.log), "a death")
+                self.assertNotIn("Traceback", read(self.box.log))
+                self.box.command("stop")
+                remove(self.box.log)
+
+    def test_a_status_that_JSON_does_not_know(self) -> None:
+        """A time is said as text; what cannot be said costs one answer, at once, and a line in the log."""
+        odd = self.box.path("odd")
+        self.box.start(app=APP + "import datetime\nclass Loud:\n    def __str__(self): raise SystemExit('loud')\nself = []\n"
+                       "self.append(self)\nServer.status = lambda self: eval(open(%r).read() or '{}')\n" % odd)
+        for text, said in (("{'when': datetime.date(2003, 4, 5)}", "2003-04-05"), ("{'when': {1: b'x'}}", "{'1': \"b'x'\"}"),
+                           ("{(1, 2): 3}", ""), ("{'when': globals()['self']}", ""), ("{'when': Loud()}", "")):
+            with self.subTest(text):
+                self.box.write("odd", text)
+                result = self.box.command("status")
+                self.assertIn("when       " + said if said else "it does not answer", result.out)
+                self.assertLess(result.seconds, 4)      # of 5 for an answer
+                self.box.write("odd", "")
+                facts = self.box.status()
+                self.assertEqual("unable to answer" in facts.pop("last_error"), not said)
+                self.assertNotIn("note", facts)
+                self.box.command("reload")
+
+    @needs_other_user
+    def test_a_daemon_of_another_users(self) -> None:
+        """root's stop by the pidfile of a user's daemon is refused: that user can, and is named."""
+        folder = self.box.make("theirs", 0o755, NOBODY)
+        self.box.pidfile = os.path.join(folder, "d.pid")
+        self.box.daemonize("start", "--pidfile", self.box.pidfile, "--logfile", os.path.join(folder, "log"), "--",
+                           "sleep", "600", preexec_fn=drop(NOBODY))
+        said = self.box.command("stop", want=1).err
+        self.assertIn("it belongs to uid %d\ntry: as that user, or another --pidfile\n" % NOBODY, said)
+        self.box.command("stop", preexec_fn=drop(NOBODY))
+        self.assertEqual(self.box.processes(), [])
+
+    def test_who_only_reads_makes_no_file(self) -> None:
+        """A log, or a lock file, that was removed meanwhile is not made by a failed start, or by status."""
+        bad = APP + "def bind(options):\n    os.unlink(%r)\n    raise OSError('boom')\n" % self.box.log
+        self.box.write("d.log", "old\n")
+        self.assertIn("boom", self.box.start(app=bad, want=1).err)
+        self.assertFalse(os.path.exists(self.box.log))
+        self.box.start("--", "sleep", "600")
+        hook = "d.is_unknown = lambda plan: os.rename(plan.files.lock, plan.files.lock + '.moved')"
+        self.assertIn("d.pid.lock: No such file", self.run_with(hook, "status", want=4).err)
+        self.assertFalse(os.path.exists(self.box.pidfile + ".lock"))
+        os.rename(self.box.pidfile + ".lock.moved", self.box.pidfile + ".lock")
+        self.box.command("stop")
 
 
 FREE_PROGRAM = r'''
