@@ -5495,10 +5495,9 @@ def descriptors():
     found = {}
     for fd in range(256):
         with contextlib.suppress(OSError):
-            mode = os.fstat(fd).st_mode
-            kind = "folder" if stat.S_ISDIR(mode) else "other"
-            found[fd] = kind
-            found[fd] = os.readlink("/proc/self/fd/%d" % fd) if kind == "other" else kind
+            found[fd] = "folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "other"
+            if found[fd] == "other":
+                found[fd] = os.readlink("/proc/self/fd/%d" % fd)
     return found
 
 
@@ -5858,14 +5857,6 @@ class Start(SharedBoxTest):
                          [self.pid, os.getuid(), "hello", [self.address]])
         self.assertLess(report["uptime"], 60)
 
-    def test_status_says_whatever_the_application_says(self) -> None:
-        """Facts with the names that we use ourselves do no harm."""
-        box = Box()
-        self.addCleanup(box.close)
-        box.start(app=APP + "Server.status = lambda self: dict(event='a', self='b', addresses=['c'])\n")
-        report = box.status()
-        self.assertEqual([report[name] for name in ("event", "self", "addresses")], ["a", "b", ["c"]])
-
 
 class Starting(BoxTest):
     """Ways to call `start`"""
@@ -6195,6 +6186,12 @@ class Status(BoxTest):
         self.assertIsInstance(json.loads(self.box.command("status", "--json", want=1).out), dict)
         self.stops()
 
+    def test_status_says_whatever_the_application_says(self) -> None:
+        """Facts with the names that we use ourselves do no harm."""
+        self.box.start(app=APP + "Server.status = lambda self: dict(event='a', self='b', addresses=['c'])\n")
+        report = self.box.status()
+        self.assertEqual([report[name] for name in ("event", "self", "addresses")], ["a", "b", ["c"]])
+
     def control(self) -> socket.socket:
         """Return a connection to the daemon's control socket."""
         here = os.getcwd()
@@ -6267,13 +6264,6 @@ class Restart(BoxTest):
                                "    print(daemonize.parse(['restart', '--pidfile', 'p'] + options.split()).is_bare)\n",
                                "", "--quiet --timeout 10", "--umask 027", "--log-keep 5").out
         self.assertEqual(said.split(), ["True", "True", "False", "False"])
-
-    def test_restart_finds_the_application_from_another_folder(self) -> None:
-        """daemonize.py called by a relative name finds what lies beside it, though start was elsewhere."""
-        passwords = self.box.write("passwords", ha1_line("jim", "secret"), 0o600)
-        self.box.start("--bind", "127.0.0.1:0", "--passwords", passwords, cwd=self.box.folder)
-        run([PYTHON, os.path.basename(DAEMONIZE), "restart", "--pidfile", self.box.pidfile], 0,
-            env=self.box.env, cwd=HERE)
 
     def test_restart_of_nothing_is_start(self) -> None:
         """Not running: the same as start, also with the options of the last start."""
@@ -6424,17 +6414,18 @@ class Reload(BoxTest):
         self.assertEqual(sorted(self.box.processes()), before)
 
     def test_reload_again_and_again(self) -> None:
-        """Five reloads, after a start and after a restart: each has fresh workers, and leaves no descriptor behind."""
+        """Five reloads, after a start and after a restart: each in the same daemon, with fresh workers, no descriptor left behind."""
         for workers, again in ((1, False), (2, False), (1, True), (2, True), (3, True)):
             address = self.box.host("--workers", str(workers))
             if again:
                 self.box.command("restart")
-            first = len(fds_of(self.box.pid()))
+            pid, first = self.box.pid(), len(fds_of(self.box.pid()))
             for number in range(5):
                 with self.subTest(workers, again=again, number=number):
                     self.box.command("reload")
+                    facts = ask(address)        # at once: who answers is a fresh one already
+                    self.assertEqual((facts["reloads"], facts["pid"], self.box.pid()), (number + 1, pid, pid))
                     until(lambda: len(self.box.processes()) == 1 + workers, "the end of the old workers")
-                    self.assertEqual(ask(address)["reloads"], number + 1)
             self.assertEqual(self.box.status()["restarts"], 0)
             until(lambda: len(fds_of(self.box.pid())) <= first, "as few descriptors as at first")
             self.box.command("stop")
@@ -7106,13 +7097,6 @@ class Logfile(BoxTest):
         ask(address, "print again")
         self.assertIn("again\n", read(self.box.log))
 
-    def test_the_log_is_appended_to(self) -> None:
-        """A second start goes on in the same log."""
-        for word in ("one", "two"):
-            ask(self.box.host(), "print " + word)
-            self.box.command("stop")
-        self.assertRegex(read(self.box.log), r"(?s)one\n.*two\n")
-
     @needs_root
     def test_roots_reload_makes_the_log_where_the_user_may_not(self) -> None:
         """logrotate in /var/log: rename, then root's reload makes the file, the user's, and hands it over; no line is lost."""
@@ -7133,20 +7117,6 @@ class Logfile(BoxTest):
         text += read(self.box.log)
         self.assertEqual([text.count("raw %s\n" % word) for word in words], [1] * len(words))
         self.assertGreater(len(words), 5)
-
-    @needs_root
-    @needs("logrotate")
-    def test_a_real_logrotate(self) -> None:
-        """The distribution's own, with compression at once: nothing is written to a file that it compresses."""
-        self.box.move("sealed")
-        address = self.box.host(*AS_NOBODY)
-        reload = " ".join('"%s"' % word for word in self.box.argv("reload"))
-        config = self.box.write("conf", '"%s" {\n size 1\n rotate 9\n compress\n postrotate\n %s\n endscript\n}\n' % (self.box.log, reload))
-        for number in range(3):
-            ask(address, "print word-%d" % number)
-            run(["logrotate", "-f", "-s", self.box.path("state"), config], 0, env=self.box.env)
-        texts = [gzip.open(path, "rt").read() for path in glob.glob(glob.escape(self.box.log) + ".*")]
-        self.assertEqual([sum("raw word-%d\n" % number in text for text in texts) for number in range(3)], [1] * 3)
 
     def test_a_rotation_that_fails_is_said_and_tried_no_more(self) -> None:
         """A folder where the oldest log should go: the log grows on, status has the reason."""
@@ -7308,62 +7278,17 @@ def bind(options):
             self.all_commands(*actions)
         self.assertFalse(os.path.exists(executed))
 
-    def speaking(self, speech: Callable[[socket.socket], None]) -> None:
-        """Start the daemon and put a listener that answers with `speech` in the place of its socket."""
-        self.box.host(*AS_NOBODY)
-        path, = [entry.path for entry in os.scandir(self.box.path("theirs")) if stat.S_ISSOCK(entry.stat().st_mode)]
-        peers: List[socket.socket] = []         # never closed, but by the end of who has them
-
-        def listen(path: str) -> None:
-            os.chdir(os.path.dirname(path))
-            server = socket.socket(socket.AF_UNIX)
-            server.bind(os.path.basename(path))
-            server.listen(16)
-
-            def serve() -> None:
-                while True:
-                    peers.append(server.accept()[0])
-                    threading.Thread(target=speech, args=peers[-1:], daemon=True).start()
-            threading.Thread(target=serve, daemon=True).start()
-        self.replace(path, listen)
-
-    def test_a_control_socket_that_never_answers_is_given_up(self) -> None:
-        """A socket that accepts and says nothing delays root, but not for ever; stop still stops."""
-        self.speaking(lambda peer: time.sleep(600))
-        pid = self.box.pid()
-        self.all_commands("status", "reload", "stop")
-        self.assertFalse(is_alive(pid))
-
-    def test_a_control_socket_that_talks_nonsense_is_contained(self) -> None:
-        """Endless bytes, escape sequences, wrong JSON: bounded, escaped, no traceback."""
-        def babble(peer: socket.socket) -> None:
-            with contextlib.suppress(OSError):
-                peer.sendall(b'{"pid": 1, "word": "\x1b[31m\\u001b[31m", "addresses": ["\\u001b]0;x"]}\n')
-                while True:
-                    peer.sendall(b"\x1b[2J\x00{]" * 4096)
-        self.speaking(babble)
-        pid = self.box.pid()
-        self.all_commands("status", "reload", "restart", "stop")
-        self.assertFalse(is_alive(pid))
-
-    def test_a_control_socket_that_hands_over_strange_descriptors_is_contained(self) -> None:
-        """64 and more descriptors that are no listening sockets are closed, and root binds afresh."""
-        def hand_over(peer: socket.socket) -> None:
-            with contextlib.suppress(OSError), open("/dev/null") as null:
-                fds = array.array("i", [null.fileno()] * 200)
-                while True:
-                    peer.recv(4096)
-                    peer.sendmsg([b'{"ok": true}\n'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
-        self.speaking(hand_over)
-        self.all_commands("restart", "stop")
-
-    def test_a_listener_of_the_users_does_not_stop_root(self) -> None:
-        """Somebody of the daemon's user who listens at the dead daemon's socket keeps root from nothing."""
-        self.speaking(lambda peer: time.sleep(600))
-        self.box.command("stop")
-        os.unlink(self.box.pidfile + ".lock")
-        self.box.command("status", want=3)
-        self.box.start(*AS_NOBODY, app=APP)
+    def test_what_another_says_on_the_control_socket_is_contained(self) -> None:
+        """Who listens in its place says nothing, or more than can be: commands end, stop stops, and the next start starts."""
+        for speech, actions in (("silence", ()), ("babble", ["restart"]), ("descriptors", ["restart"]), ("nonsense", ["restart"])):
+            with self.subTest(speech):
+                self.box.host(*AS_NOBODY)
+                pid, attack = self.box.pid(), USURPER + "usurp(%r, %r)\n" % (self.box.path("theirs"), speech)
+                self.as_nobody(lambda: exec(attack, {}))
+                self.all_commands("status", "reload", *actions, "stop")
+                self.assertFalse(is_alive(pid))
+                os.unlink(self.box.pidfile + ".lock")
+                self.box.command("status", want=3)
 
     def test_a_lock_of_roots_that_was_moved_names_nobody(self) -> None:
         """Another daemon's lock file, root's and 0600, under this pidfile's name: its pid is not signalled."""
@@ -7428,7 +7353,7 @@ def bind(options):
         self.taken_over()
         memory = "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
         before = self.box.python(memory).out
-        self.possess("usurp endless")
+        self.possess("endless")
         said = self.box.python("daemonize.main(sys.argv[1:])\n" + memory, "reload", "--pidfile", self.box.pidfile).out
         self.assertLess(int(said.split()[-1]), int(before) + 6000)
 
@@ -7464,7 +7389,7 @@ def bind(options):
         for speech in ("nonsense", "reset", "endless", "descriptors"):
             with self.subTest(speech):
                 self.taken_over()
-                self.possess("usurp " + speech)
+                self.possess(speech)
                 pid = self.box.pid()
                 self.all_commands("status")
                 result = self.box.command("restart", "--logfile", self.box.log, *AS_NOBODY, "--app", self.box.path("app.py"),
@@ -7476,22 +7401,21 @@ def bind(options):
                 self.assertEqual(self.box.processes(), [self.stranger.pid])
 
 
-TAKEN_OVER = r'''
-import array, fcntl
-
-
-def do_hold(self, rest):
-    lock, = [fd for fd, name in descriptors().items() if name.endswith(".lock")]
-    fcntl.lockf(lock, fcntl.LOCK_SH, 1, 0)
-    return True
+# A part of APP, or what another process executes: it listens in the place of a daemon's control socket.
+USURPER = r'''
+import array, contextlib, os, socket, threading, time
 
 
 def talk(peer, speech):
     with contextlib.suppress(OSError), peer:
+        if speech == "silence":
+            time.sleep(600)
         if speech == "nonsense":
             peer.recv(4096)
             peer.sendall(b'{"event": 7, "said": "\x1b[31m"}\n')
-        while speech == "endless":
+        if speech == "babble":
+            peer.sendall(b'{"pid": 1, "word": "\x1b[31m\\u001b[31m", "addresses": ["\\u001b]0;x"]}\n')
+        while speech in ("babble", "endless"):
             peer.sendall(b"\x1b[2J\x00{]" * 4096)
         while speech == "descriptors":
             peer.recv(4096)
@@ -7499,8 +7423,8 @@ def talk(peer, speech):
             peer.sendmsg([b'{"event": "sockets"}\n'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
 
 
-def do_usurp(self, rest):
-    os.chdir("%s")
+def usurp(folder, speech):
+    os.chdir(folder)
     path, = [name for name in os.listdir(".") if name.endswith(".sock")]
     os.unlink(path)
     server = socket.socket(socket.AF_UNIX)
@@ -7509,17 +7433,26 @@ def do_usurp(self, rest):
 
     def serve():
         while True:
-            threading.Thread(target=talk, args=(server.accept()[0], rest), daemon=True).start()
+            threading.Thread(target=talk, args=(server.accept()[0], speech), daemon=True).start()
     threading.Thread(target=serve, daemon=True).start()
-    return True
+'''
+TAKEN_OVER = USURPER + r'''
+import fcntl
+
+
+def hold():
+    lock, = [fd for fd, name in descriptors().items() if name.endswith(".lock")]
+    fcntl.lockf(lock, fcntl.LOCK_SH, 1, 0)
 
 
 def status(self, well=Server.status):
     with contextlib.suppress(FileNotFoundError):
         order = open("%s/order").read()
         os.unlink("%s/order")
-        word, _, rest = order.partition(" ")
-        {"hold": do_hold, "usurp": do_usurp}[word](self, rest)
+        if order == "hold":
+            hold()
+        else:
+            usurp("%s", order)
     return well(self)
 Server.status = status
 '''
@@ -7550,15 +7483,6 @@ class Workers(BoxTest):
             until(lambda: ask(address)["worker"] != old, "a new worker")
         self.assertEqual((self.box.pid(), ask(address)["pid"]), (pid, pid))
         self.assertIn(str(old), read(self.box.log))
-
-    def test_reload_brings_fresh_workers(self) -> None:
-        """reload runs once in the daemon, then its workers are replaced; no connection is lost."""
-        address, pid = self.box.host("--workers", "1"), self.box.pid()
-        old = ask(address)["worker"]
-        self.box.command("reload")
-        facts = ask(address)
-        self.assertNotEqual(facts["worker"], old)
-        self.assertEqual((facts["pid"], facts["reloads"], self.box.pid()), (pid, 1, pid))
 
     def test_the_application_says_how_many(self) -> None:
         """Without --workers the server's own wish decides."""
@@ -8240,38 +8164,36 @@ class SystemCalls(BoxTest):
 
     def test_each_call_in_each_command(self) -> None:
         """One call after the other fails for good: no traceback, the right words, the daemon as it was."""
-        files = ["--pidfile", self.box.pidfile, "--logfile", self.box.log]
-        start = ["start"] + files + ["--app", self.box.write("app.py", APP)]
+        argv = {action: self.box.argv(action)[2:] for action in ("start", "status", "reload", "restart", "stop")}
+        argv["start"] += ["--logfile", self.box.log, "--app", self.box.write("app.py", APP)]
         helper = self.box.spawn(PYTHON, self.box.write("failing.py", FAILING), stdin=subprocess.PIPE,
                                 stdout=subprocess.PIPE, stderr=None)
         self.addCleanup(helper.communicate)
 
-        def command(words: List[str], call: str = "") -> Tuple[int, str]:
+        def command(action: str, call: str = "") -> Tuple[int, str]:
             """Return the exit status of a command in a fork of the helper, where `call` fails, and its stderr."""
             assert helper.stdin and helper.stdout
-            helper.stdin.write(json.dumps([call, words]).encode() + b"\n")
+            helper.stdin.write(json.dumps([call, argv[action]]).encode() + b"\n")
             helper.stdin.flush()
             status = int(helper.stdout.readline())
             return (os.WEXITSTATUS(status) if os.WIFEXITED(status) else -status), read(self.box.path("said"))
         for call in self.CALLS:
-            for action in ("start", "status", "reload", "restart", "stop"):
+            for action in argv:
                 if action == "status":
-                    self.assertEqual(command(start)[0], 0)
+                    self.assertEqual(command("start")[0], 0)
                 before = set(os.listdir(self.box.folder)) | {"d.log", "said"}
                 with self.subTest(call + " " + action):
-                    code, said = command(start if action == "start" else [action] + files[:2], call)
+                    code, said = command(action, call)
                     self.assertTrue("Traceback" not in said or "app.py" in said, said)
                     self.assertIn(code, (0, 4) if action == "status" else (0, 1), said)
                     if code:
                         self.assertRegex(said, r"(?m)^daemonize: fatal: unable to \w+ \S.*: \S")
                     if code and action == "start" and call[:9] != "os.unlink":
-                        self.assertEqual((self.box.processes(), set(os.listdir(self.box.folder)) - before),
-                                         ([helper.pid], set()))
+                        self.assertEqual((self.box.processes(), set(os.listdir(self.box.folder)) - before), ([helper.pid], set()))
                     if action not in ("start", "stop"):
-                        self.assertEqual(command(["status"] + files[:2])[0], 0)
-                    if "unable to start" in said:
-                        self.assertIn(action, ("start", "restart"))
-            self.assertEqual(command(["stop"] + files[:2])[0], 0)
+                        self.assertEqual(command("status")[0], 0)
+                    self.assertTrue("unable to start" not in said or action in ("start", "restart"), said)
+            self.assertEqual(command("stop")[0], 0)
 
     @needs_root
     @needs("setpriv")
@@ -8354,12 +8276,13 @@ class Deployment(BoxTest):
             os.unlink(self.box.log)
 
     def test_a_link_to_daemonize(self) -> None:
-        """Called by a link from another folder it hosts the authserver.py that lies beside itself."""
+        """Called by a link from another folder, or by a relative name, it hosts the authserver.py that lies beside itself."""
         os.symlink(DAEMONIZE, self.box.path("daemonize"))
         passwords = self.box.write("passwords", ha1_line("jim", "secret"), 0o600)
-        run([PYTHON, self.box.path("daemonize"), *self.box.argv("start")[2:], "--logfile", self.box.log, "--bind", "127.0.0.1:0",
-             "--passwords", passwords], 0, env=self.box.env)
+        start = self.box.argv("start", "--logfile", self.box.log, "--bind", "127.0.0.1:0", "--passwords", passwords)
+        run([PYTHON, self.box.path("daemonize"), *start[2:]], 0, env=self.box.env, cwd=self.box.folder)
         self.assertEqual(self.box.status()["name"], "authserver")
+        run([PYTHON, "daemonize.py", *self.box.argv("restart")[2:]], 0, env=self.box.env, cwd=HERE)
 
     def test_a_name_goes_before_a_number(self) -> None:
         """--uid 4711 is the user who is called so, as for chown(1); else the number."""
@@ -9167,21 +9090,20 @@ class DefaultFilesTest(BoxTest):
 class FirstStart(DefaultFilesTest):
     """The very first start"""
 
-    def test_the_first_start_makes_a_user_and_says_the_password_once(self) -> None:
-        """start prints user, password and a curl line; they work; a second start does not repeat it."""
-        result = self.action("start", "--bind", "127.0.0.1:0")
+    def test_the_command_that_changes_it_knows_the_realm(self) -> None:
+        """What the first start says changes that user, in that realm, and reloads the daemon of that name; a restart keeps the first."""
+        result = self.action("start", "--bind", "127.0.0.1:0", "--realm", "a b")
         address = self.box.address(result)
-        told = re.search(r"(?m)^user: admin\npassword: (\S+)\nkept in: .+\nchange it: .+\ntry: curl --digest -u admin http://%s/example/foo$"
-                         % re.escape(address), result.out)
-        self.assertTrue(told, result.out)
-        password = told.group(1) if told else ""
-        for scheme in ("digest", "basic"):
-            fetch(address, scheme, "admin", password)
-        self.assertEqual(os.stat(self.passwords).st_mode & 0o777, 0o600)
-        self.assertNotIn(password, read(self.passwords) + self.action("start", "--bind", "127.0.0.1:0").out)
+        self.assertTrue(result.out.endswith("\ntry: curl --digest -u admin http://%s/example/foo\n" % address), result.out)
+        password, change, reload = re.findall(r"(?m)^password: (.+)\n.*\nchange it: (.+) && (.+)$", result.out)[0]
         self.action("restart")
         fetch(address, "digest", "admin", password)
-        self.action("stop")
+        self.assertIn("changed", run(["sh", "-c", change + " --stdin"], 0, b"new\n").out)
+        self.assertIn("reloaded", run(["sh", "-c", reload], 0).out)
+        for scheme in ("digest", "basic"):
+            fetch(address, scheme, "admin", "new")
+        self.assertRegex(self.box.daemonize("start", "--quiet", "--name", self.name + "2", "--realm", "c", want=2).err,
+                         "(?m)^try: .* --realm c$")
 
     @needs_root
     def test_the_file_is_for_the_daemons_group(self) -> None:
@@ -9203,15 +9125,6 @@ class FirstStart(DefaultFilesTest):
             result = self.action(*argv, "--bind", "127.0.0.1:0", want=2)
             self.assertRegex(result.err, r"(?m)^try: .*authserver\.py passwd \S+ \S+$")
             self.assertFalse(os.path.exists(self.passwords))
-
-    def test_the_command_that_changes_it_knows_the_realm(self) -> None:
-        """What the first start says changes that user, in that realm, and reloads the daemon of that name."""
-        said = self.action("start", "--bind", "127.0.0.1:0", "--realm", "a b").out
-        change, reload = re.findall(r"(?m)^change it: (.+) && (.+)$", said)[0]
-        self.assertIn("changed", run(["sh", "-c", change + " --stdin"], 0, b"new\n").out)
-        self.assertIn("reloaded", run(["sh", "-c", reload], 0).out)
-        self.assertRegex(self.box.daemonize("start", "--quiet", "--name", self.name + "2", "--realm", "c", want=2).err,
-                         "(?m)^try: .* --realm c$")
 
     def test_restart_on_a_unix_socket_is_a_first_start(self) -> None:
         """restart of what never ran is start: with unix:PATH it prints a curl line with --unix-socket."""
@@ -9236,14 +9149,14 @@ class FirstMinute(DefaultFilesTest):
 
     @needs("curl")
     def test_what_it_says_can_be_pasted(self) -> None:
-        """user, password, kept in, change it, try: in these lines; the commands work as they stand."""
+        """user, password, kept in, change it, try: in these lines; the commands work as they stand; the password is said once."""
         said = self.start("--bind", "127.0.0.1:0")
         url = "http://%s/" % self.box.address(said)
         found = re.search("(?m)^user: admin\npassword: (\\S{12,})\nkept in: (.*)\nchange it: (python3 .* passwd .* admin "
                           "&& python3 .* reload.*)\ntry: (curl --digest -u admin %s)\n\\Z" % url, said.out)
         self.assertTrue(found, said.out)
         password, path, change, again = found.groups() if found else ("",) * 4
-        self.assertEqual((shlex.split(path), said.err), ([self.passwords], ""))
+        self.assertEqual((shlex.split(path), said.err, os.stat(self.passwords).st_mode & 0o777), ([self.passwords], "", 0o600))
         for new in ("", "another one"):
             if new:  # asked twice, on the terminal, and there is none
                 run(["sh", "-c", change], 0, ((new + "\n") * 2).encode(), env=self.box.env, start_new_session=True, cwd="/")
