@@ -6106,18 +6106,15 @@ class Stop(BoxTest):
     """`stop` returns when nothing of the daemon is left"""
 
     def test_children_and_grandchildren_end_with_the_daemon(self) -> None:
-        """stop ends the daemon, its children and theirs, at once, and the pidfile; the application is told."""
-        ask(self.box.host(app=APP + "Server.server_close = lambda self: print('closed', flush=True)\n"), "run two")
-        until(lambda: self.box.processes()[4:], "five")
-        self.stops()
-        self.assertIn("closed\n", read(self.box.log))
-
-    def test_the_port_is_free_when_stop_returns(self) -> None:
-        """start on the same port works right after stop."""
+        """stop ends the daemon, its children and theirs, at once, and the pidfile; the application is told; its port is free."""
+        app = APP + "Server.server_close = lambda self: print('closed', flush=True)\n"
         address = "127.0.0.1:%d" % free_port()
-        for _ in range(2):
-            self.assertEqual(self.box.host("--bind", address), address)
-            self.box.command("stop")
+        for number in (1, 2):
+            self.assertEqual(self.box.host("--bind", address, app=app), address)
+            ask(address, "run two")
+            until(lambda: self.box.processes()[4:], "five")
+            self.stops()
+            self.assertEqual(read(self.box.log).count("closed\n"), number)
 
     def test_a_daemon_that_ignores_TERM_is_killed_after_the_timeout(self) -> None:
         """What does not end is killed after --timeout, and stop says so."""
@@ -7696,27 +7693,18 @@ class Programs(BoxTest):
         self.assertEqual((self.box.processes(), os.path.exists(self.box.pidfile)), ([], False))
         self.box.daemonize(*shlex.split(said.rpartition("try: daemonize.py ")[2]))
 
-    def test_a_program_is_the_daemons_child(self) -> None:
-        """The daemon has the pid in the pidfile; the program leads a group of its own; stop ends its children."""
-        self.box.start("--", "sh", "-c", "sleep 6000 & sleep 6000 & echo $$; wait")
-        pid, child = self.box.pid(), int(self.box.logged("\n"))
-        self.assertEqual((parent(child), os.getpgid(child), os.getpgid(pid)), (pid, child, pid))
-        self.assertEqual(self.box.status()["program_pid"], [child])
-        self.stops()
-
     @needs_linux
-    def test_a_program_inherits_nothing(self) -> None:
-        """It has /dev/null and the log twice, nothing else, no signal ignored or blocked; status says pid, uid, uptime."""
-        self.box.start("--", "sleep", "600")
-        report = self.box.status()
-        self.assertEqual((report["pid"], report["uid"]), (self.box.pid(), os.getuid()))
-        self.assertLess(report["uptime"], 60)
-        child, = report["program_pid"]
-        proc = "/proc/%d/" % child
+    def test_a_program_is_the_daemons_child(self) -> None:
+        """It leads a group of its own, in /, with /dev/null and the log twice, no signal ignored or blocked; stop ends its children."""
+        self.box.start("--", "sh", "-c", "sleep 6000 & sleep 6000 & echo $$; wait")
+        pid, child, report = self.box.pid(), int(self.box.logged("\n")), self.box.status()
+        self.assertEqual((parent(child), os.getpgid(child), os.getpgid(pid)), (pid, child, pid))
+        self.assertEqual((report["pid"], report["uid"], report["program_pid"], report["uptime"] < 60), (pid, os.getuid(), [child], True))
         self.assertEqual(fds_of(child), ["/dev/null", self.box.log, self.box.log])
-        masks = re.findall(r"Sig(?:Blk|Ign):\s*(\w+)", read(proc + "status"))
+        masks = re.findall(r"Sig(?:Blk|Ign):\s*(\w+)", read("/proc/%d/status" % child))
         self.assertEqual([int(mask, 16) & 0x7fffffff for mask in masks], [0, 0])  # 32 is the C library's
-        self.assertEqual((os.readlink(proc + "cwd"), read(proc + "comm")), ("/", "sleep\n"))
+        self.assertEqual((os.readlink("/proc/%d/cwd" % child), read("/proc/%d/comm" % child)), ("/", "sh\n"))
+        self.stops()
 
 
 class PointOfNoReturn(BoxTest):
