@@ -719,7 +719,7 @@ def open_log(path: str, identity: Optional[Identity]) -> int:
     with careful(path, identity) as is_safe:
         fd = open_regular(path, os.O_WRONLY | os.O_APPEND, 0o640, is_log=True)
     if not is_safe and os.fstat(fd).st_uid not in (0, owner, os.geteuid()):
-        raise Fatal("unable to open %s: it belongs to uid %d\ntry: --logfile" % (
+        raise Fatal("unable to open %s: it belongs to uid %d\ntry: another --logfile" % (
             path, os.fstat(fd).st_uid))
     if is_new and is_safe and identity is not None:
         with trying_to("give %s to uid %d" % (path, owner), NEEDS_CAPABILITIES):
