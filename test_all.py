@@ -739,6 +739,25 @@ class HeaderParsing(AuthTestCase):
             'Digest a="b\nc"', "Digest a=b, A=c", 'Digest a="1", b=2, a="1"', "Digest a=\xe9",
             "Digest a=b,\n", "Digest " + "a" * 20000, 'Digest a="' + "\\\\" * 9000 + '"')
 
+    def test_refuses_a_whole_field_for_one_fault(self) -> None:
+        """Nothing is missing in it, so nothing else is the reason: each fault alone, beside all that Digest asks for."""
+        self.digest(self.GOOD + ", ,\t,")
+        self.malformed(self.digest, *[self.GOOD + fault for fault in (
+            ",x", ",x=", ",x=y z=w", ';x=y', ',x="y', ',x=y"', ",=y", ',x="y"z', ',x="\x00"', ",x=\xe9", ",\n", "=", ",x=y=",
+            ',nc=00000001', ',NC="00000001"', ',x="", X=y')])
+
+    def test_what_is_as_long_as_it_may_be_is_read(self) -> None:
+        """A field, a name with its password, realm and nonce and cnonce together; one character more is refused."""
+        basics = [lambda n: authserver.decode_basic(base64.b64encode(b"a:" + b"b" * (n - 2)).decode())]
+        texts = [lambda n, name=name: self.digest(self.GOOD.replace(  # type: ignore[misc]
+            '%s="%s"' % (name, name[0]), '%s="%s"' % (name, "x" * (n - 2)))) for name in ("realm", "nonce", "cnonce")]
+        whole = [lambda n: self.digest(self.GOOD + ",x=".ljust(n - len("Digest " + self.GOOD), "y"))]
+        for limit, functions in ((authserver.MAX_TEXT, basics + texts), (authserver.MAX_CREDENTIALS, whole)):
+            for function in functions:
+                function(limit)
+                with self.assertRaises(authserver.Malformed):
+                    function(limit + 1)
+
     def test_a_field_takes_no_longer_than_its_length(self) -> None:
         """Of blanks, commas or letters: sixteen times the length costs sixteen times the CPU, not its square."""
         def cost(size: int, start: str, filling: str, end: str) -> float:
@@ -1686,6 +1705,25 @@ class DigestScheme(AuthTestCase):
         field = client.field(drop=["username"], username_star="UTF-8''m%C3%BCller")
         self.assertEqual("müller", client.ask(field).username)
 
+    def test_what_is_escaped_is_hashed_without_its_escapes(self) -> None:
+        """Realm, nonce and cnonce in quoted pairs, digits of the response in capitals: right, in each as in all."""
+        for changed in (["realm"], ["nonce"], ["cnonce"], ["response"], ["realm", "nonce", "cnonce", "response"]):
+            client = Client(make())
+            field = client.field()
+            for name in changed:
+                field = re.sub('( %s=")([^"]*)' % name, lambda found: found.group(1) + (
+                    found.group(2).upper() if name == "response" else "\\" + found.group(2)), field)
+            with self.subTest(field):
+                self.assertEqual(200, client.ask(field).status)
+
+    def test_a_right_field_of_any_length_is_right(self) -> None:
+        """Up to MAX_CREDENTIALS, and again: whether it can be remembered changes nothing."""
+        for size in (authserver.MAX_TEXT, authserver.MAX_TEXT + 1, authserver.MAX_CREDENTIALS):
+            client = Client(make())
+            for status in (200, 200):
+                field = client.field() + ", x="
+                self.assertEqual(status, client.ask(field.ljust(size, "y")).status, size)
+
     def test_proof_is_for_one_target_as_sent(self) -> None:
         """Another path, another query, a cleaned-up path: 400, `uri mismatch`."""
         for target in ("/y", "/x?a=1", "//x", "/x/", "/X", "*", "http://host/y", "http://host/x?a"):
@@ -2004,6 +2042,33 @@ class Fuzz(AuthTestCase):
                     authenticator.passwords.granted = granted
                     verdict = attempt(authenticator, field, target=change.get("uri", "/x"))
                     self.assertEqual((verdict.status, is_stale(verdict)), (status, False))
+
+    def test_who_was_right_is_recalled(self) -> None:
+        """In any order of parameters, and for Basic: the second time nothing is parsed, nor is a password looked at."""
+        for order in (1, -1):
+            authenticator = make(algorithms=["MD5", "SHA-256"])
+            clients = [Client(authenticator, algorithm=name) for name in ("MD5", "SHA-256")]
+            fields = [lambda client=client: "Digest " + ", ".join(client.field()[7:].split(", ")[::order])  # type: ignore[misc]
+                      for client in clients]
+            for field in fields + [lambda: JIM, lambda: JIM.replace("Basic", "basic")]:
+                said = [attempt(authenticator, field())]
+                with mock.patch.object(authserver, "parse_authorization", side_effect=AssertionError):
+                    said.append(attempt(authenticator, field()))
+                self.assertEqual([verdict[:4] for verdict in said], [(200, "jim", "jim", "")] * 2)
+
+    def test_nothing_in_a_frame_is_passed_over(self) -> None:
+        """In whatever order parameters stand: one that changes, or changes places with another, is another frame."""
+        client, chance = Client(make()), Random(SEED)
+        for _ in range(20):
+            params = client.field()[7:].split(", ")
+            chance.shuffle(params)
+            frames = []
+            for change, text in [(-1, "")] + list(enumerate(params)):
+                if not text.startswith(("uri=", "cnonce=", "nc=", "response=")):
+                    field = params[:max(0, change)] + [text[:-1] + "x" + text[-1:]] * bool(text) + params[change + 1:]
+                    frames.append(authserver.frame_of(authserver.split_frame("Digest " + ", ".join(field))))
+            frames.append(authserver.frame_of(authserver.split_frame("Digest " + ", ".join(params[1:] + params[:1]))))
+            self.assertEqual(len(set(frames)), len(frames), params)
 
     def test_who_was_right_is_right_in_the_same_way_only(self) -> None:
         """With a scheme that is not offered here, beside a second field, or locked out: refused as anybody."""
@@ -2909,6 +2974,25 @@ class HttpSyntax(HttpTest):
         known = len(reader._known)
         reader.read(octets[:-2] + b"X: %s\r\n\r\n" % (b"a" * 5000))     # too long to be kept
         self.assertEqual(len(reader._known), known)
+
+    def test_what_is_remembered_of_a_head(self) -> None:
+        """From its third time a block of fields is not parsed; no credentials are kept; method and version count each time."""
+        reader, parsed = authserver.HeadReader(), mock.Mock(side_effect=authserver.parse_head)
+        with mock.patch.object(authserver, "parse_head", parsed):
+            for number in range(5):
+                found = reader.read(b"GET /%d HTTP/1.1\r\nHost: a\r\nAuthorization: Basic %d \t\r\n\r\n" % (number, number))
+                self.assertEqual((found.path, [*found.authorization]), ("/%d" % number, ["Basic %d" % number]))
+            for number in range(5):
+                reader.read(b"GET /%s HTTP/1.0\r\n\r\n" % (b"long" * 50 * number))
+        self.assertEqual(parsed.call_count, 4)
+        self.assertNotIn(b"Basic", b"".join(reader._known))
+        for method, minor, status in (("GET", 0, None), ("POST", 0, 411), ("PUT", 0, 411), ("PATCH", 0, 411), ("POST", 1, 400)):
+            octets = b"%s / HTTP/1.%d\r\n\r\n" % (method.encode(), minor)
+            for read in (reader.read, authserver.parse_head):
+                with self.subTest(octets), contextlib.suppress() if status is None else self.assertRaises(
+                        authserver.BadRequest) as caught:
+                    read(octets)
+                self.assertEqual(caught and caught.exception.status, status)
 
     def test_a_field_that_looks_like_credentials_deceives_nobody(self) -> None:
         """A proof that was right once is 401 again, whatever nc stands in a field beside Authorization."""
