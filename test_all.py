@@ -1848,6 +1848,38 @@ class Challenges(AuthTestCase):
             self.assertEqual((401, None, None), verdict[:3])
         self.assertEqual(200, attempt(authenticator, JIM, client="192.0.2.1").status)
 
+    def test_offers_basic_where_nobody_listens_or_somebody_asked_for_it(self) -> None:
+        """By itself Basic is offered on safe addresses only; where schemes were chosen, those are, everywhere."""
+        for schemes, safe, unsafe in ((None, ("digest", "basic"), ("digest",)), (["basic"], ("basic",), ("basic",)),
+                                      (["digest", "basic"],) + (("digest", "basic"),) * 2):
+            authenticator = make(schemes=schemes)
+            self.assertEqual([tuple(authenticator.offered(is_safe)) for is_safe in (True, False)], [safe, unsafe])
+
+    def test_counts_what_it_says(self) -> None:
+        """Each answer adds to the counter that status shows for it, and to no other."""
+        authenticator = make(max_failures=(2, 60.0))
+        client = Client(authenticator)
+        field = client.field()
+        for fields, now, counted in (([], NOW, "challenges"), ([field], NOW, ""), ([field], NOW, "replays"),
+                ([client.field()], NOW + 900, "stale"), (["Basic ="], NOW, "malformed"), ([JIM, JIM], NOW, "malformed"),
+                ([WRONG], NOW, "failures"), ([client.field(response='"%s"' % ("0" * 32))], NOW, "failures lockouts"),
+                ([JIM], NOW, ""), (["Bearer x"], NOW, "")):
+            before = authenticator.table.statistics()
+            attempt(authenticator, *fields, client="192.0.2.1", now=now)
+            after = authenticator.table.statistics()
+            self.assertEqual({name: after[name] - before[name] for name in after if after[name] != before[name]},
+                             dict.fromkeys(counted.split(), 1), fields)
+
+    def test_refuses_what_somebody_could_not_answer_or_would_crash_on(self) -> None:
+        """Digest with an entry that has no HA1 of it; a challenge that is one character too long for wget."""
+        passwords = Passwords(None, "files", {"jim": authserver.Entry("jim", 1, {}, SHA)})
+        self.refuses("cannot answer Digest MD5", make, passwords=passwords)
+        make(passwords=passwords, schemes=["basic"])
+        longest = authserver.MAX_CHALLENGE - len(authserver.challenges("", "n" * 36, stale=True)[0])
+        authenticator = make(passwords=Passwords({"jim": "x"}, realm="r" * longest))
+        self.assertEqual(max(len(value) for _, value in authenticator.challenge(NOW, stale=True)), authserver.MAX_CHALLENGE)
+        self.refuses("1 characters too long", make, passwords=Passwords({"jim": "x"}, realm="r" * (longest + 1)))
+
     def test_refuses_to_offer_what_does_not_exist(self) -> None:
         """Unknown, doubled, none at all, or lacking in this Python: a start-up error that names it."""
         with mock.patch.dict(authserver.HASHES):
@@ -2993,6 +3025,39 @@ class HttpSyntax(HttpTest):
                         authserver.BadRequest) as caught:
                     read(octets)
                 self.assertEqual(caught and caught.exception.status, status)
+
+    def test_what_a_head_means(self) -> None:
+        """Path, length, chunks, and whether the connection stays; each bound is met exactly, one more is refused."""
+        post, line = b"POST / HTTP/1.%d\r\n", b"GET /%s HTTP/1.1\r\n"
+        long = authserver.MAX_LINE - len(line % b"") + 2
+        filled = authserver.MAX_HEAD - len(G + b"X: \r\n\r\n")
+        for octets, want in (
+                (b"GET http://h?b HTTP/1.1\r\nHost: h\r\n", ("/?b", -1, False, True, False)),
+                (b"GET http://h/?b HTTP/1.1\r\nHost: h\r\n", ("/?b", -1, False, True, False)),
+                (b"GET http://h//a//b HTTP/1.1\r\nHost: h\r\n", ("/a//b", -1, False, True, False)),
+                (b"GET http://h[/ HTTP/1.1\r\nHost: h\r\n", 400), (b"GET http://h:8o/ HTTP/1.1\r\nHost: h\r\n", 400),
+                (b"GET / HTTP/1.0\r\nHost: a\r\nHost: a\r\n", 400), (b"GET / HTTP/1.0\r\n", ("/", -1, False, False, False)),
+                (b"GET / HTTP/1.0\r\nConnection: x\r\n", ("/", -1, False, False, False)),
+                (b"GET / HTTP/1.0\r\nConnection: x, Keep-Alive\r\n", ("/", -1, False, True, False)),
+                (G + b"Connection: x\r\n", ("/", -1, False, True, False)),
+                (post % 0 + b"Content-Length: 1\r\nExpect: 100-continue\r\n", ("/", 1, False, False, False)),
+                (post % 0 + b"Content-Length: 0\r\n", ("/", 0, False, False, False)), (post % 0, 411),
+                (P + b"Expect: 100-Continue\r\nTransfer-Encoding: Chunked\r\n", ("/", -1, True, True, True)),
+                (P + b"Content-Length: 000000000000001\r\n", ("/", 1, False, True, False)),
+                (P + b"Content-Length: 0000000000000001\r\n", 413),
+                (G + b"X: y\r\n" * (authserver.MAX_FIELDS - 1), ("/", -1, False, True, False)),
+                (G + b"X: y\r\n" * authserver.MAX_FIELDS, 431),
+                (line % (b"x" * long) + b"Host: a\r\n", ("/" + "x" * long, -1, False, True, False)),
+                (line % (b"x" * long + b"x") + b"Host: a\r\n", 414), (line % (b"x" * authserver.MAX_HEAD), 414),
+                (G + b"X: " + b"y" * filled + b"\r\n", ("/", -1, False, True, False)),
+                (G + b"X: y" + b"y" * filled + b"\r\n", 431)):
+            with self.subTest(octets[:60]):
+                try:
+                    found = authserver.parse_head(octets + b"\r\n")
+                    self.assertEqual((found.path,) + found.fields[1:5], want)
+                    self.assertEqual(found.has_body(), found.fields.chunked or found.fields.length == 1)
+                except authserver.BadRequest as error:
+                    self.assertEqual(error.status, want)
 
     def test_a_field_that_looks_like_credentials_deceives_nobody(self) -> None:
         """A proof that was right once is 401 again, whatever nc stands in a field beside Authorization."""
