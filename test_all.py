@@ -2472,6 +2472,48 @@ class FilesPathTests(FilesTest):
         self.assertEqual(self.get("/plain", files).body, b"plain")
         self.assertEqual(self.links("/", files), ["plain"])
 
+    def test_a_secret_that_is_changed_where_it_lies(self) -> None:
+        """It stays one: outside the tree with a link in it, also when its own path is gone; a new one is never listed."""
+        outside, inside = self.write("passwords", b"OUTSIDE"), self.path("tree/users")
+        os.link(outside, self.path("tree/hard"))
+        files = self.serve(secrets=(os.path.relpath(outside), inside))
+        for act in (lambda: None, lambda: self.write("passwords", b"OUTSIDE+", OLD + 1), lambda: os.unlink(outside)):
+            act()
+            self.check_statuses({"/hard": 404}, files)
+            self.assertEqual(self.links("/", files), [])
+        self.write("tree/users", b"OUTSIDE")
+        self.assertEqual(self.links("/", files), [])
+        os.rename(self.write("tree/new", b"OUTSIDE", OLD + 3), inside)
+        self.assertEqual(self.links("/", files), [])
+        # One that is a page now, in an inode that was once of a secret inside.
+        found = os.stat(self.write("tree/plain", b"plain"))
+        files.known[found.st_dev, found.st_ino] = "users", 0
+        self.assertEqual(self.get("/plain", files).body, b"plain")
+
+    def test_the_folder_by_other_names(self) -> None:
+        """Served by a link, with secrets named by one: links in it are followed, no secret is; opened anew, nothing is left."""
+        os.symlink("tree", self.path("link"))
+        real = self.write("tree/users", b"OUTSIDE")
+        self.write("tree/a.txt", b"inside")
+        for name, text in (("one", self.root), ("two", self.path("link"))):
+            os.symlink(text + "/a.txt", self.path("tree/" + name))
+        for root in (self.root, self.path("link")):
+            for secret in (real, self.path("link/users")):
+                files = self.serve(root, secrets=(secret,))
+                self.assertEqual((files.exposed, files.inside), ([secret], ["users"]))
+                self.check_statuses({"/users": 404, "/one": 200, "/two": 200 if root != self.root else 404}, files)
+        for chroot in (self.folder, self.root, self.path("link")):
+            self.assertEqual(self.serve(self.path("link"), chroot=chroot).path, "/tree" if chroot == self.folder else "/.")
+        with self.assertRaisesRegex(Refusal, "not below --chroot"):
+            self.serve(self.path("link"), chroot=self.outside)
+        self.assertRaises(Refusal, self.serve, self.path("none"))
+        before = os.listdir("/proc/self/fd")
+        for _ in range(3):
+            files.open()
+        self.assertEqual(os.listdir("/proc/self/fd"), before)
+        files.close()
+        self.assertEqual(len(os.listdir("/proc/self/fd")), len(before) - 1)
+
     def test_a_secret_that_is_being_written(self) -> None:
         """What `passwd` writes beside the file, before it takes its place, is neither listed nor served."""
         path, seen = self.write("tree/users", b"#"), []     # type: str, List[Any]
