@@ -2084,9 +2084,19 @@ class Fuzz(AuthTestCase):
                       for client in clients]
             for field in fields + [lambda: JIM, lambda: JIM.replace("Basic", "basic")]:
                 said = [attempt(authenticator, field())]
-                with mock.patch.object(authserver, "parse_authorization", side_effect=AssertionError):
-                    said.append(attempt(authenticator, field()))
-                self.assertEqual([verdict[:4] for verdict in said], [(200, "jim", "jim", "")] * 2)
+                for again in fields[:fields.index(field) + 1] if field in fields else [field]:
+                    with mock.patch.object(authserver, "parse_authorization", side_effect=AssertionError):
+                        said.append(attempt(authenticator, again()))
+                self.assertEqual({verdict[:4] for verdict in said}, {(200, "jim", "jim", "")})
+
+    def test_a_thread_is_for_slow_hashes_only(self) -> None:
+        """The judge asks for one where a hash takes long, for strangers too where it does for anybody; else it answers."""
+        for slow, field in [(slow, basic(user, word)) for slow in (True, False) for user in ("jim", "nobody") for word in ("x", "secret")]:
+            with mock.patch.object(Passwords, "is_slow", lambda *_: slow), self.subTest(field, slow=slow):
+                authenticator = make()
+                story = authenticator.judge(authserver.Attempt("GET", "/x", [field], None, NOW, authenticator.schemes))
+                with contextlib.suppress() if slow else self.assertRaises(StopIteration):
+                    self.assertTrue(callable(story.send(None)))
 
     def test_nothing_in_a_frame_is_passed_over(self) -> None:
         """In whatever order parameters stand: one that changes, or changes places with another, is another frame."""
@@ -2541,6 +2551,19 @@ class FilesPathTests(FilesTest):
                 self.assertEqual(self.get("/a.txt").status, 503)
         with mock.patch.object(os, "open", side_effect=OSError(errno.EIO, "")):
             self.assertRaises(OSError, self.get, "/a.txt")
+
+    def test_an_index_that_may_not_be_read(self) -> None:
+        """403, or 503 where it could not be opened just now: whoever put it there did not mean a listing."""
+        self.write("tree/index.html")
+        real = os.open
+        for number, status in ((errno.EACCES, 403), (errno.EPERM, 403), (errno.EMFILE, 503), (errno.ESTALE, 503),
+                               (errno.ENOENT, 200), (errno.ENXIO, 200)):
+            def refuse(name: Any, *rest: Any, **keys: Any) -> int:
+                if name == b"index.html":
+                    raise OSError(number, "")
+                return real(name, *rest, **keys)
+            with mock.patch.object(os, "open", refuse):
+                self.assertEqual(self.get("/").status, status, number)
 
     def test_no_descriptor_is_left_open(self) -> None:
         """After answers of all kinds as many files are open as before."""
