@@ -1716,6 +1716,24 @@ class DigestScheme(AuthTestCase):
             with self.subTest(field):
                 self.assertEqual(200, client.ask(field).status)
 
+    def test_a_cnonce_is_given_back_as_it_was_meant(self) -> None:
+        """With a quotation mark or a backslash in it: in quoted pairs, and under the right proof."""
+        for cnonce in ('a"b', "a\\b", 'a"b\\', "a'b"):
+            client = Client(make())
+            client.values["cnonce"] = cnonce
+            quoted = '"%s"' % cnonce.replace("\\", "\\\\").replace('"', '\\"')
+            verdict = client.ask(client.field(cnonce=quoted))
+            self.assertEqual((verdict.status, dict(verdict.fields)), (200, {
+                "Authentication-Info": 'rspauth="%s", qop=auth, nc=00000001, cnonce=%s' % (respond(client.values, ""), quoted)}))
+
+    def test_what_is_signed_is_never_taken_for_what_is_not(self) -> None:
+        """A proof without the body in credentials that promise it: refused, though a right one came before."""
+        authenticator = make(qop=["auth", "auth-int"])
+        client = Client(authenticator, qop="auth-int")
+        self.assertEqual(200, client.ask(client.field(body=b"")).status)
+        proof = respond(client.values, nc="00000002")
+        self.assertEqual("bad response", client.ask(client.field(body=b"", response='"%s"' % proof)).reason)
+
     def test_a_right_field_of_any_length_is_right(self) -> None:
         """Up to MAX_CREDENTIALS, and again: whether it can be remembered changes nothing."""
         for size in (authserver.MAX_TEXT, authserver.MAX_TEXT + 1, authserver.MAX_CREDENTIALS):
@@ -1853,6 +1871,7 @@ class Challenges(AuthTestCase):
         for schemes, safe, unsafe in ((None, ("digest", "basic"), ("digest",)), (["basic"], ("basic",), ("basic",)),
                                       (["digest", "basic"],) + (("digest", "basic"),) * 2):
             authenticator = make(schemes=schemes)
+            self.assertNotIn("stale", str(authenticator.challenge(NOW)))
             self.assertEqual([tuple(authenticator.offered(is_safe)) for is_safe in (True, False)], [safe, unsafe])
 
     def test_counts_what_it_says(self) -> None:
@@ -1998,6 +2017,15 @@ class LockOut(AuthTestCase):
         """0 = off; None is never locked out."""
         self.assertEqual(401, self.guess(make(max_failures=(0, 60.0)), 50))
         self.assertEqual(401, self.guess(make(max_failures=(1, 60.0)), 50, None))
+
+    def test_off_is_off_whatever_was_counted_before(self) -> None:
+        """0, on the table of one that counted: nobody is locked out, and no lock-out is counted."""
+        before = make(max_failures=(1, 60.0))
+        self.guess(before, 1)
+        self.assertEqual(429, self.status(before, "192.0.2.1"))
+        heir = Authenticator(before.passwords, table=before.table, max_failures=(0, 60.0))
+        self.assertEqual([200, 401, 200], [self.status(heir, "192.0.2.1"), self.guess(heir, 3), self.status(heir, "192.0.2.1")])
+        self.assertEqual(1, heir.table.statistics()["lockouts"])
 
     def test_the_option_is_read_strictly(self) -> None:
         """N/SECONDS or 0."""
@@ -2542,6 +2570,13 @@ class FilesPathTests(FilesTest):
         wanted = {"/shut.txt": 403, "/search/a.txt": 200, "/search/": 403, "/shut/a.txt": 403, "/shut/": 403}
         self.assertTrue(works_elsewhere(
             lambda: {path: self.get(path).status for path in wanted} == wanted and self.links() == []))
+
+    def test_what_its_owner_alone_may_read_is_listed_for_its_owner(self) -> None:
+        """The mode says no to everybody; access(2), for the one who asks it, yes."""
+        self.write("tree/sub/a.txt")
+        for name, mode in (("sub/a.txt", 0o600), ("sub", 0o700)):
+            self.chmod("tree/" + name, mode)
+        self.assertEqual((self.links("/"), self.links("/sub/")), (["sub/"], ["../", "a.txt"]))
 
     def test_errors_of_the_system(self) -> None:
         """No descriptors left is 503; what nobody foresaw is raised."""
