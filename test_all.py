@@ -915,6 +915,34 @@ class Nonces(AuthTestCase):
         self.assertEqual(["200", "200", "replay", "replay", "200"],
                          self.used(client, 1, top, 2, top - authserver.NC_WINDOW, top - 50))
 
+    def test_no_shift_is_longer_than_the_window(self) -> None:
+        """Whatever two counts a client chooses: to shift by their distance would take half a gigabyte."""
+        class Short(int):
+            def __lshift__(self, places: int) -> int:
+                assert places < authserver.NC_WINDOW
+                return int(self) << places
+        for highest, nonce_count, want in ((0, 1 << 32, (1 << 32, 1)), (5, 5 + 64, (69, 1)), (5, 5 + 63, (68, 1 << 63 | 1)),
+                                           (1 << 32, 1, None), (69, 5, None), (68, 5, (68, 1 << 63 | 1))):
+            self.assertEqual(authserver.advance_window(highest, Short(1), nonce_count), want)
+
+    def test_where_memory_has_no_descriptor(self) -> None:
+        """A file without a name takes its place, written to its end, so that a full disk is found now; it works as well."""
+        for error in (AttributeError, OSError(errno.ENOSYS, "")):
+            with mock.patch.object(os, "memfd_create", side_effect=error, create=True):
+                authenticator = make()
+            found = os.fstat(authenticator.table.fd)
+            self.assertEqual((found.st_nlink, found.st_size), (0, authserver.TABLE_SIZE))
+            self.assertGreaterEqual(found.st_blocks * 512, authserver.TABLE_SIZE)
+            self.assertEqual(["200", "replay"], self.used(Client(authenticator), 1, 1))
+
+    @needs_linux
+    def test_nobody_makes_the_memory_smaller(self) -> None:
+        """Sealed: a page that is cut off under a process would kill it."""
+        if not hasattr(os, "memfd_create"):
+            self.skipTest("needs memfd_create (Python 3.8)")
+        with self.assertRaises(PermissionError):
+            os.ftruncate(make().table.fd, 0)
+
     def test_window_agrees_with_a_set(self) -> None:
         """Against a plain set of used counts, 5,000 random uses give the same answers."""
         chance, client = Random(SEED), Client(make())
@@ -1034,6 +1062,22 @@ class Nonces(AuthTestCase):
                 sign = authserver.find_mac()
                 made = {sign(key, data) for key in (b"k", b"l") for data in (b"", b"x")}
                 self.assertEqual([len(mac) for mac in made], [12] * 4)
+
+    def test_a_lock_is_given_back(self) -> None:
+        """What one process has used and counted, another can at once; where the lock cannot be had, nothing is changed."""
+        client = Client(make(max_failures=(1, 60.0)))
+        self.assertEqual(["200"], self.used(client, 1))
+        client.ask(WRONG, client="192.0.2.1")
+        child = os.fork()
+        if not child:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(5)
+            said = self.used(client, 1, 2) + [str(client.ask(WRONG, client="192.0.2.2").status)]
+            os._exit(said != ["replay", "200", "401"])
+        self.assertEqual(os.waitpid(child, 0)[1], 0)
+        with mock.patch("fcntl.lockf", side_effect=[OSError(errno.ENOLCK, ""), None]), self.assertRaises(OSError):
+            self.used(client, 3)
+        self.assertEqual(["200"], self.used(client, 3))
 
     def test_a_lock_that_fails_is_held_by_nobody(self) -> None:
         """When the kernel refuses the lock of a file, the one between threads is free again."""
