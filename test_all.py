@@ -1063,6 +1063,44 @@ class Nonces(AuthTestCase):
                 made = {sign(key, data) for key in (b"k", b"l") for data in (b"", b"x")}
                 self.assertEqual([len(mac) for mac in made], [12] * 4)
 
+    def test_a_clock_that_is_right_begins_no_era(self) -> None:
+        """Within CLOCK_SKEW of the time of day what was used stays used, and the nonce good; beyond, all are stale once."""
+        client = Client(make())
+        table, told = client.authenticator.table, []
+        for ahead in (0.0, authserver.CLOCK_SKEW - 1, 1 - authserver.CLOCK_SKEW):
+            table.set_clock(table.now() + ahead)
+            told += self.used(client, len(told) + 1)
+        self.assertEqual(told + self.used(client, 1), ["200", "200", "200", "replay"])
+        for ahead in (authserver.CLOCK_SKEW + 1, -authserver.CLOCK_SKEW - 1):
+            client = Client(client.authenticator)
+            table.set_clock(table.now() + ahead)
+            self.assertEqual(self.used(client, 1), ["stale"])
+
+    @needs_linux
+    def test_a_table_is_closed_with_its_last_user(self) -> None:
+        """No descriptor is left of those that are gone."""
+        gc.collect()
+        before = os.listdir("/proc/self/fd")
+        for _ in range(3):
+            make()
+        gc.collect()
+        self.assertEqual(os.listdir("/proc/self/fd"), before)
+
+    def test_nonces_of_one_moment_have_places_of_their_own(self) -> None:
+        """Of 300 that are made at once hardly any two want the same: else one of them is stale."""
+        authenticator = make()
+        clients = [Client(authenticator) for _ in range(300)]
+        self.assertLess(sum(is_stale(client.ask()) for client in clients), 20)
+
+    def test_an_era_begins_with_every_place_free(self) -> None:
+        """When the clock was set back: what is new now is older than what was used, and good all the same."""
+        with self.crowded(1):
+            client = Client(make())
+            self.assertEqual(self.used(client, 1), ["200"])
+            table = client.authenticator.table
+            table.set_clock(table.now() - 3600)
+            self.assertEqual(Client(client.authenticator, now=NOW - 3600).ask(now=NOW - 3600).status, 200)
+
     def test_a_lock_is_given_back(self) -> None:
         """What one process has used and counted, another can at once; where the lock cannot be had, nothing is changed."""
         client = Client(make(max_failures=(1, 60.0)))
@@ -2062,6 +2100,17 @@ class LockOut(AuthTestCase):
         self.assertEqual(401, self.guess(make(max_failures=(0, 60.0)), 50))
         self.assertEqual(401, self.guess(make(max_failures=(1, 60.0)), 50, None))
 
+    def test_a_lock_out_has_one_beginning_and_one_end(self) -> None:
+        """Failures count from the first of them; the last allowed one begins it, and what is told then does not prolong it."""
+        authenticator = make(max_failures=(3, 60.0))
+        for seconds, guesses, status in ((0, 1, 200), (40, 1, 200), (61, 1, 200), (62, 1, 200), (63, 1, 429), (122, 1, 429),
+                                         (122.5, 5, 429), (123.5, 0, 200), (123.5, 2, 200), (184, 2, 200), (184.5, 1, 429), (244, 0, 429), (245, 0, 200)):
+            self.guess(authenticator, guesses, now=NOW + seconds) if guesses else None
+            self.assertEqual(self.status(authenticator, "192.0.2.1", NOW + seconds), status, seconds)
+        self.assertEqual(authenticator.table.statistics()["lockouts"], 2)
+        authenticator.table.set_clock(NOW - 3600)       # a time that lies ahead of now began no lock-out
+        self.assertEqual(self.status(authenticator, "192.0.2.1", NOW - 3600), 200)
+
     def test_off_is_off_whatever_was_counted_before(self) -> None:
         """0, on the table of one that counted: nobody is locked out, and no lock-out is counted."""
         before = make(max_failures=(1, 60.0))
@@ -3027,6 +3076,35 @@ class HttpSyntax(HttpTest):
     def test_a_body_is_never_taken_for_a_request(self) -> None:
         """Skipped where its end is near and known, else the connection ends with the refusal."""
         self.check(BODIES)
+
+    def test_where_a_chunked_body_ends(self) -> None:
+        """At the empty line after its trailer; each fault alone is refused, as is what is too long, also before its end."""
+        line = b"x" * authserver.MAX_LINE
+        for octets, want in ((b"", b""), (b"0\r\n\r\n", b""), (b"a\r\n0123456789\r\n00 \t;x\r\nX: y\r\n\r\n", b"0123456789"),
+                (b"F;x=\"y\"\r\n" + b"z" * 15 + b"\r\n0\r\n", b"z" * 15), (b"1;" + line[3:] + b"\r\na", b"a"),
+                (b"1;" + line[1:] + b"\r\n", 400), (b"1;" + line[:-2], b""), (b"1;" + line, 400), (line + b"x", 400),
+                (b"1\r\nab\r\n", 400), (b"1\r\n" + b"ab" + line, 400), (b"1\r\na\r\n\r\n", 400), (b"\r\n", 400), (b" 1\r\n", 400), (b"-1\r\n", 400),
+                (b"+1\r\n", 400), (b"0x1\r\n", 400), (b"1_0\r\n", 400), (b"1 x\r\n", 400), (b"1\x00\r\n", 400), (b"1;\x00\r\n", 400),
+                (b"g\r\n", 400), (b"0000000000000001\r\n", 400), (b"%x\r\n" % authserver.MAX_BODY, b""),
+                (b"%x\r\n" % (authserver.MAX_BODY + 1), 413), (b"0\r\nX\r\n", 400), (b"0\r\nX : y\r\n", 400),
+                (b"0\r\n" + b"X: y\r\n" * (authserver.MAX_HEAD // 6), b""), (b"0\r\n" + b"X: y\r\n" * (authserver.MAX_HEAD // 6 + 1), 400)):
+            size = 1 + len(octets) // 99
+            for pieces in ([octets], [octets[i:i + size] for i in range(0, len(octets), size)]):
+                with self.subTest(octets[:40], pieces=len(pieces)):
+                    body = authserver.Body(0, True)
+                    try:
+                        self.assertEqual((b"".join(map(body.feed, pieces)), body.take_rest() and b"", body.done),
+                                         (want, b"", octets.endswith(b"\r\n\r\n")))
+                    except authserver.BadRequest as error:
+                        self.assertEqual(error.status, want)
+        body = authserver.Body(0, True)
+        for _ in range(2):
+            body.feed(b"%x\r\n" % (authserver.MAX_BODY // 2))
+            body.left = 0           # as if that had come
+            body.feed(b"\r\n")
+        with self.assertRaises(authserver.BadRequest):
+            body.feed(b"1\r\n")
+        self.assertEqual((authserver.Body(-1, False).done, authserver.Body(0, False).done, authserver.Body(1, False).done), (True, True, False))
 
     def test_methods_that_the_resource_has_not(self) -> None:
         """405 with Allow for a known method, 501 for an unknown one; strangers learn neither."""
