@@ -1101,6 +1101,27 @@ class Nonces(AuthTestCase):
             table.set_clock(table.now() - 3600)
             self.assertEqual(Client(client.authenticator, now=NOW - 3600).ask(now=NOW - 3600).status, 200)
 
+    def test_each_process_counts_in_a_row_of_its_own(self) -> None:
+        """For as long as it lives; the sum is of all who ever counted."""
+        table, rows, pids = authserver.SharedTable(), [], []    # type: Any, List[int], List[int]
+        told, tell = os.pipe()
+        for _ in range(3):
+            pids.append(os.fork())
+            if not pids[-1]:
+                for _ in range(5):
+                    table.add("busy")
+                os.write(tell, b"%d\n" % table._own_row())
+                signal.pause()
+            rows.append(int(os.read(told, 9)))
+        table.add("busy", 2)
+        self.assertEqual(len({*rows, table._own_row()}), 4)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        self.assertEqual((table.statistics()["busy"], sum(table.statistics().values())), (17, 17))
+        for fd in (told, tell):
+            os.close(fd)
+
     def test_a_lock_is_given_back(self) -> None:
         """What one process has used and counted, another can at once; where the lock cannot be had, nothing is changed."""
         client = Client(make(max_failures=(1, 60.0)))
@@ -2110,6 +2131,16 @@ class LockOut(AuthTestCase):
         self.assertEqual(authenticator.table.statistics()["lockouts"], 2)
         authenticator.table.set_clock(NOW - 3600)       # a time that lies ahead of now began no lock-out
         self.assertEqual(self.status(authenticator, "192.0.2.1", NOW - 3600), 200)
+
+    def test_who_shares_one_place_is_free_when_either_is(self) -> None:
+        """Locked out is who has two full buckets: another's, which is over, frees the one that lies beside."""
+        table = authserver.SharedTable()
+        buckets = [authserver.BUCKETS + authserver.BUCKET.size * number for number in range(3)]
+        table._buckets_of = {"192.0.2.1": buckets[:2], "192.0.2.2": buckets[::2], "192.0.2.3": buckets[2:0:-1]}.__getitem__
+        for client, now, left in (("192.0.2.1", NOW, 60), ("192.0.2.2", NOW + 30, 30), ("192.0.2.3", NOW + 30, 30)):
+            self.assertTrue(table.count_failure(client, now, 1, 60.0))
+            self.assertEqual(table.lock_left(client, now, 1, 60.0), left)
+        self.assertEqual([table.lock_left("192.0.2.%d" % number, NOW + 60, 1, 60.0) for number in (1, 2, 3)], [0, 0, 0])
 
     def test_off_is_off_whatever_was_counted_before(self) -> None:
         """0, on the table of one that counted: nobody is locked out, and no lock-out is counted."""
