@@ -3170,6 +3170,21 @@ class HttpSyntax(HttpTest):
             self.assertEqual(honest.recv(12), b"HTTP/1.1 200")
             self.assertLess(server.answered - before, 5)
 
+    def test_what_is_sent_first(self) -> None:
+        """No byte of a file before the whole head; a file that was cut, or a client that has left, ends the connection."""
+        for sent, took, called in ((2, 0, ["send", "wait_to_write"]), (3, 0, ["send", "send_part", "wait_to_write"]),
+                (3, 4, ["send", "send_part", "wait_to_write"]), (3, 5, ["send", "send_part"]),
+                (3, EOFError(), ["send", "send_part", "close"]), (3, ConnectionResetError(), ["send", "send_part", "close"]),
+                (BrokenPipeError(), 0, ["send", "close"])):
+            file = mock.Mock()
+            channel = mock.Mock(output=b"abc", part=authserver.FilePart(file, 7, 5), closing=False, writes=False)
+            channel.send.side_effect, channel.send_part.side_effect = [sent], [took]
+            authserver.Channel.flush(channel)
+            self.assertEqual([call[0] for call in channel.method_calls], called)
+            self.assertEqual(file.close.called, took == 5)
+            if took == 4:
+                self.assertEqual((channel.part[1:], channel.wait_to_write.call_args[0]), ((11, 1), (7,)))
+
     def test_pipelined_requests_are_answered_in_order(self) -> None:
         """Requests that are sent together are answered one after the other, however many."""
         self.assertEqual(statuses(self.say(head() * 500)), [200] * 500)
