@@ -1268,6 +1268,18 @@ class PasswordFiles(AuthTestCase):
             self.assertFalse(passwords.check_password(user, password))
         self.assertNotIn("hunter2", repr(vars(users(ann="hunter2"))))
 
+    def test_what_only_a_program_can_pass_is_wrong(self) -> None:
+        """Lone surrogates, NUL, what is not composed: no exception, whatever the hash, by each way in."""
+        passwords = Passwords.read(self.write("%s\nsha:%s\n" % (LINE, SHA)), "files")
+        for user in ("jim", "sha", "nobody", "\ud800"):
+            for password in ("\ud800", "secret\ud800", "\0", "secret\0", "a" * 5000, ""):
+                self.assertEqual((passwords.check_password(user, password), passwords.verify(user, password)), (False, False))
+        self.assertTrue(users(**{"ju\u0308": "pa\u0308ss"}).check_password("j\xfc", "p\xe4ss"))
+        self.assertTrue(users(**{"j\xfc": "p\xe4ss"}).check_password("ju\u0308", "pa\u0308ss"))
+        with mock.patch.object(hashlib, "new", side_effect=ValueError), mock.patch.object(
+                hashlib, "sha512_256", None, create=True), mock.patch.object(hashlib, "nosuch", side_effect=TypeError, create=True):
+            self.assertIsNone(authserver.find_hash("sha512_256", "sha512-256", "nosuch"))
+
     def test_offering_digest_over_a_basic_only_entry_is_refused_at_start(self) -> None:
         """The mistake of the second article: named by line, user, scheme and cure."""
         path = self.write("%s\n\ncarol:%s\n" % (LINE, SHA))
