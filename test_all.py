@@ -1402,6 +1402,14 @@ class SlowHashes(AuthTestCase):
                 self.assertEqual([True, False, False, False], [passwords.check_password(*pair) for pair in (
                     ("u0", "secret"), ("u0", "Secret"), ("u0", "secret\0x"), ("u1", "secret"))])
 
+    def test_only_bcrypt_stops_reading(self) -> None:
+        """A password of 200 bytes is right where all of it is hashed, and wrong without its last one."""
+        for setting in ("$6$rounds=1000$saltsalt$", "$5$rounds=1000$saltsalt$", "{SHA}", "plain"):
+            stored = ("plain:" + "p" * 200 if setting == "plain" else crypted("p" * 200, setting) if setting[0] == "$" else
+                      setting + base64.b64encode(hashlib.sha1(b"p" * 200).digest()).decode())
+            passwords = Passwords.read(self.write("u0:" + stored), "files")
+            self.assertEqual([passwords.check_password("u0", "p" * size) for size in (200, 199, 72)], [True, False, False], setting)
+
     def test_a_bad_salt_is_the_fault_of_its_line_alone(self) -> None:
         """Another hash of that form, before or after it, is verified; also once the file has been mended."""
         good = crypted("secret", "$2y$04$abcdefghijklmnopqrstuu")
@@ -3196,6 +3204,30 @@ class HttpSyntax(HttpTest):
             self.assertEqual(file.close.called, took == 5)
             if took == 4:
                 self.assertEqual((channel.part[1:], channel.wait_to_write.call_args[0]), ((11, 1), (7,)))
+
+    def test_how_long_a_client_is_waited_for(self) -> None:
+        """The deadline moves by what was taken, no further than a whole one; who may still be sending is heard to its end."""
+        pace = authserver.PACE_SECONDS / authserver.IN_MEMORY
+        for writes, sent, deadline in ((True, 0, 100.0), (True, 1000, 100.0 + 1000 * pace),
+                                       (True, 10 ** 9, 95.0 + authserver.WAITS["write"]), (False, 0, 100.0)):
+            channel = mock.Mock(writes=writes, deadline=100.0, server=mock.Mock(clock=95.0))
+            authserver.Channel.wait_to_write(channel, sent)
+            self.assertEqual(channel.deadline, deadline)
+            self.assertEqual([call[0] for call in channel.method_calls], [] if writes else ["watch", "wait"])
+        for stage, lingers, buffer, error, called in (
+                ("linger", True, b"x", None, []), ("write", False, b"", None, ["close"]), ("write", True, b"", None, ["shut", "watch", "wait"]),
+                ("write", False, b"x", None, ["shut", "watch", "wait"]), ("write", True, b"", OSError, ["shut", "close"])):
+            channel = mock.Mock(stage=stage, lingers=lingers, buffer=buffer)
+            channel.shut.side_effect = error
+            authserver.Channel.hang_up(channel)
+            self.assertEqual([call[0] for call in channel.method_calls], called)
+            self.assertEqual(channel.buffer, buffer if stage == "linger" or error else b"")
+        for stage, draining in (("idle", False), ("idle", True), ("first", False), ("first", True), ("head", True), ("write", True)):
+            channel = mock.Mock(server=mock.Mock(clock=95.0, draining=draining))
+            authserver.Channel.wait(channel, stage)
+            soon = draining and stage in ("idle", "first")
+            self.assertEqual((channel.stage, channel.deadline), (
+                stage, 95.0 + (authserver.DRAIN_SECONDS if soon else authserver.WAITS[stage])))
 
     def test_pipelined_requests_are_answered_in_order(self) -> None:
         """Requests that are sent together are answered one after the other, however many."""
