@@ -1276,6 +1276,8 @@ class PasswordFiles(AuthTestCase):
                 self.assertEqual((passwords.check_password(user, password), passwords.verify(user, password)), (False, False))
         self.assertTrue(users(**{"ju\u0308": "pa\u0308ss"}).check_password("j\xfc", "p\xe4ss"))
         self.assertTrue(users(**{"j\xfc": "p\xe4ss"}).check_password("ju\u0308", "pa\u0308ss"))
+        with mock.patch.object(authserver, "load_crypt", lambda: (lambda *_: None, threading.Semaphore(1))):
+            self.assertFalse(authserver.matches(authserver.Entry("u", 1, {}, "$6$s$x"), "files", "too long for it"))
         with mock.patch.object(hashlib, "new", side_effect=ValueError), mock.patch.object(
                 hashlib, "sha512_256", None, create=True), mock.patch.object(hashlib, "nosuch", side_effect=TypeError, create=True):
             self.assertIsNone(authserver.find_hash("sha512_256", "sha512-256", "nosuch"))
