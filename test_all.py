@@ -3231,6 +3231,33 @@ class HttpSyntax(HttpTest):
             self.assertEqual((channel.stage, channel.deadline), (
                 stage, 95.0 + (authserver.DRAIN_SECONDS if soon else authserver.WAITS[stage])))
 
+    def test_a_lock_out_is_of_the_address_that_connected(self) -> None:
+        """Or, where that is a trusted proxy, of the one that it names; nobody else shares it, with the same head neither."""
+        with socket.socket() as sock:
+            listener = authserver.Listener(sock, ("basic",), logs=False)
+            with AuthServer(("127.0.0.1", 0), authserver.example, authenticator=make(max_failures=(2, 60.0)),
+                            listeners=[listener]) as server:
+                server.proxies = authserver.TrustedProxies(["192.0.2.9"])
+                for peer, forwarded, auth, want in (
+                        ("192.0.2.1", "", WRONG, 401), ("192.0.2.1", "", WRONG, 401), ("192.0.2.1", "", WRONG, 429),
+                        ("192.0.2.2", "", WRONG, 401), ("192.0.2.2", "", JIM, 200), ("192.0.2.1", "", JIM, 429),
+                        ("192.0.2.9", "192.0.2.1", JIM, 429), ("192.0.2.9", "192.0.2.3", JIM, 200), ("192.0.2.9", "", JIM, 200),
+                        ("192.0.2.3", "192.0.2.1", JIM, 200), ("192.0.2.1", "192.0.2.3", JIM, 429), ("127.0.0.1", "", WRONG, 401),
+                        ("127.0.0.1", "", WRONG, 401), ("127.0.0.1", "", JIM, 200)):
+                    connection = authserver.Connection(server, listener, None, (peer, 4711))
+                    octets = head("/", "GET", auth, *["X-Forwarded-For: " + forwarded] * bool(forwarded))
+                    self.assertEqual(list(connection.answer(octets)), [])
+                    self.assertEqual((statuses(connection.output), connection.host), ([want], peer), (peer, forwarded))
+
+    def test_nothing_is_kept_of_who_has_been_refused(self) -> None:
+        """It is read, so that it can read the answer; what it sends is dropped, and not our memory filled."""
+        for closing, kept in ((True, b""), (False, b"ab")):
+            connection = mock.Mock(writes=False, closing=closing, buffer=b"", server=mock.Mock(later={}))
+            connection.receive.side_effect = [b"a", b"b", None, b""]
+            for _ in range(4):
+                authserver.Connection.ready(connection, 1)
+            self.assertEqual((connection.buffer, connection.close.call_count), (kept, 1))
+
     def test_pipelined_requests_are_answered_in_order(self) -> None:
         """Requests that are sent together are answered one after the other, however many."""
         self.assertEqual(statuses(self.say(head() * 500)), [200] * 500)
