@@ -1376,6 +1376,17 @@ class Limits(AuthTestCase):
                 self.assertFalse(passwords.check_password(name, "secret"), (name, line))
 
     @needs_crypt
+    def test_strangers_take_the_slowest_way(self) -> None:
+        """Wherever the slow entry stands in the file, it is what stands in for who is not there."""
+        slow = "u0:" + crypted("hunter2", "$6$rounds=1000$salt$")
+        for lines in ([slow, LINE], [LINE, slow], ["ann:" + SHA, slow, LINE]):
+            passwords, seen = Passwords.read(self.write("\n".join(lines)), "files"), []     # type: Any, List[bool]
+            self.assertTrue(passwords.is_slow("nobody"))
+            with mock.patch.object(authserver, "matches", lambda entry, *_: seen.append(entry.is_slow) or True):
+                self.assertFalse(passwords.verify("nobody", "hunter2"))
+            self.assertEqual(seen, [True])
+
+    @needs_crypt
     def test_strangers_take_as_long(self) -> None:
         """is_slow() holds for strangers too, when it does for anybody."""
         text = "u0:%s\n%s" % (crypted("hunter2", "$6$rounds=1000$salt$"), LINE)
@@ -4758,6 +4769,45 @@ class Processes(GuardTest):
         self.children[0].wait()
         self.start("unique three")("")
         self.assertFalse(os.path.exists(path))
+
+    def test_each_trap_alone(self) -> None:
+        """A link to a folder of ours, somebody else's folder, a link in place of the file; and who is first waits for nobody."""
+        for trap in ("folder", "file", "owner", ""):
+            base = self.folder()
+            path, own = os.path.join(base, "authserver-%d" % os.geteuid()), os.path.join(base, "own")
+            os.mkdir(own, 0o700)
+            os.mkdir(path, 0o700) if trap != "folder" else os.symlink("own", path)
+            if trap == "owner" and ROOT:
+                os.chown(path, NOBODY, NOBODY)
+            if trap == "file":
+                os.symlink("../own/x", os.path.join(path, "name"))
+            with self.subTest(trap), mock.patch("os.access", return_value=False), mock.patch("tempfile.gettempdir", lambda: base):
+                if trap and (ROOT or trap != "owner"):
+                    self.assertRaises(OSError, authserver.open_shared_file, "name", 4096)
+                else:
+                    folder = os.open(path, os.O_RDONLY)
+                    fcntl.flock(folder, fcntl.LOCK_EX)
+                    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                        opened = pool.submit(authserver.open_shared_file, "name", 4096)
+                        self.assertEqual(concurrent.futures.wait([opened], 0.2).done, set())
+                        os.close(folder)
+                    self.assertEqual(os.fstat(opened.result()).st_size, 4096)
+                    os.close(opened.result())
+            self.assertEqual(os.listdir(own), [])
+
+    def test_two_dictionaries_in_one_process(self) -> None:
+        """To open the second one's file gives back no lock of the first; a disk that is full is found, not mapped."""
+        first = authserver.shared_table(users(first=TOKEN))
+        row = first._own_row()
+        second = authserver.shared_table(users(second=TOKEN))
+        child = os.fork()
+        if not child:
+            os._exit(first._own_row() == row)
+        self.assertEqual(os.waitpid(child, 0)[1], 0)
+        self.assertIsNot(first, second)
+        self.assertIs(first, authserver.shared_table(users(first=TOKEN)))
+        with mock.patch("os.pwrite", return_value=5), self.assertRaises(OSError):
+            authserver.shared_table(users(third=TOKEN))
 
     def test_a_trap_is_not_stepped_into(self) -> None:
         """A folder that others may enter, a symlink in its place: nothing is shared, and the log says so."""
