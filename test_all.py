@@ -3260,6 +3260,20 @@ class HttpSyntax(HttpTest):
                     self.assertEqual(list(connection.answer(octets)), [])
                     self.assertEqual((statuses(connection.output), connection.host), ([want], peer), (peer, forwarded))
 
+    def test_nothing_that_a_client_says_ends_a_quotation_in_the_log(self) -> None:
+        """Neither target, Referer and User-Agent, nor what a proxy says that its client asked for."""
+        with socket.socket() as sock:
+            listener = authserver.Listener(sock, ("basic",))
+            with AuthServer(("127.0.0.1", 0), authserver.example, authenticator=make(), listeners=[listener]) as server:
+                server.proxies, server.forward_auth = authserver.TrustedProxies(["192.0.2.9"]), "/auth"
+                for path, fields, said in (
+                        ("/a\\", ['Referer: "\xe9', "User-Agent: \\\x80\t"], ('"GET /a\\x5c HTTP/1.1" 404', '"\\x22\\xe9" "\\x5c\\x80"')),
+                        ("/auth", ["X-Original-Method: GET", 'X-Original-URI: /b"\xe9'], ('"GET /b\\x22\\xe9 HTTP/1.1" 200', '"-" "-"'))):
+                    connection = authserver.Connection(server, listener, None, ("192.0.2.9", 4711))
+                    self.assertEqual(list(connection.answer(head(path, "GET", JIM, *fields))), [])
+                    line = server.log.waiting[1].pop()
+                    self.assertRegex(line, r"\A192.0.2.9 - jim \[[^]]+\] %s \d+ %s\n\Z" % tuple(map(re.escape, said)))
+
     def test_nothing_is_kept_of_who_has_been_refused(self) -> None:
         """It is read, so that it can read the answer; what it sends is dropped, and not our memory filled."""
         for closing, kept in ((True, b""), (False, b"ab")):
