@@ -3274,6 +3274,18 @@ class HttpSyntax(HttpTest):
                     line = server.log.waiting[1].pop()
                     self.assertRegex(line, r"\A192.0.2.9 - jim \[[^]]+\] %s \d+ %s\n\Z" % tuple(map(re.escape, said)))
 
+    def test_what_was_read_of_a_signed_body_is_that_body(self) -> None:
+        """As it came, for the handler to read again: with its chunks, without the next request."""
+        for octets, length in ((b"1\r\na\r\n0\r\n\r\n", 0), (b"a", 1)):
+            body = authserver.Body(length, not length)
+            connection = mock.Mock(buffer=octets + SMUGGLED, output=b"")
+            connection.take_buffer.side_effect = [connection.buffer]
+            fields = authserver.NO_FIELDS._replace(length=length or -1, chunked=not length, expects=True)
+            with self.assertRaises(StopIteration) as caught:
+                next(authserver.Connection.read(connection, fields, body))
+            self.assertEqual((caught.exception.value, body.taken, body.take_rest(), body.is_read, connection.output),
+                             (b"a", octets, SMUGGLED, True, b""))
+
     def test_nothing_is_kept_of_who_has_been_refused(self) -> None:
         """It is read, so that it can read the answer; what it sends is dropped, and not our memory filled."""
         for closing, kept in ((True, b""), (False, b"ab")):
@@ -4570,6 +4582,33 @@ class Callers(GuardTest):
                     self.ask(application, wrong, REMOTE_ADDR=peer, HTTP_X_FORWARDED_FOR=his)
                 found = self.ask(application, JIM, REMOTE_ADDR=peer, HTTP_X_FORWARDED_FOR=mine)[0]
                 self.assertEqual(found, status)
+
+    def test_the_log_has_refusals_and_nothing_else(self) -> None:
+        """Who gets in and who has shown nothing yet is no news; a table that a program brings is the one that counts."""
+        table = authserver.SharedTable()
+        application = protect_wsgi(echo, users(), table=table)
+        self.said.clear()
+        for field, said in ((JIM, []), (None, []), (WRONG, ["127.0.0.1: refused jim: bad password"])):
+            self.ask(application, field, REMOTE_ADDR="127.0.0.1")
+            self.assertEqual(self.said, said)
+        self.assertEqual(table.statistics()["failures"], 1)
+
+    def test_a_head_is_refused_once_and_before_it_is_endless(self) -> None:
+        """On stock servers as well: nobody waits for the end of a long one, and what http.server refuses has one answer."""
+        for name, address in self.hosts()[:2]:
+            for octets, status in ((G + b"X: y\r\n" * 6000, 431), (b"GET / HTTP/2.0\r\nHost: a\r\n\r\n", 505)):
+                with self.subTest(name, status=status), Wire(address) as wire:
+                    wire.sendall(octets)
+                    self.assertEqual(statuses(wire.hear()), [status])
+
+    def test_each_request_waits_for_itself(self) -> None:
+        """After one that waits for 100 Continue, one that does not is not told so, on the same connection."""
+        address = self.hosts()[0][1]
+        with Wire(address) as wire:
+            wire.sendall(head("/", "POST", JIM, "Content-Length: 1", "Expect: 100-continue"))
+            self.assertTrue(wire.recv(12).startswith(b"HTTP/1.1 100"))
+            wire.sendall(b"x" + head("/", "POST", JIM, "Content-Length: 1") + b"y" + head("/", "GET", JIM, CLOSE))
+            self.assertEqual(statuses(wire.hear()), [200, 200, 200])
 
     def test_a_stranger_fills_no_memory(self) -> None:
         """Of X-Forwarded-For no more than its end is looked at, or remembered, on each host."""
