@@ -4601,6 +4601,29 @@ class Callers(GuardTest):
                     wire.sendall(octets)
                     self.assertEqual(statuses(wire.hear()), [status])
 
+    def test_a_stock_server_reads_no_more_than_it_was_sent(self) -> None:
+        """A signed request without a body, one that waits for 100 Continue, chunks; a refused HEAD has no body either."""
+        address = self.hosts(qop=["auth", "auth-int"])[0][1]
+        answer = request(address, "/", "GET", digest(address, "/", body=b""))
+        self.assertEqual((answer.status, (answer.field("Authentication-Info") or "")[:9]), (200, 'rspauth="'))
+        self.assertEqual(request(address, "/", "POST", digest(address, "/", "POST", body=b"x"), CHUNKED,
+                                 data=b"1\r\nx\r\n0\r\n\r\n").status, 411)
+        with Wire(address) as wire:
+            wire.sendall(head("/", "POST", digest(address, "/", "POST", body=b"x"), "Content-Length: 1", "Expect: 100-continue"))
+            self.assertTrue(wire.recv(12).startswith(b"HTTP/1.1 100"))
+            wire.sendall(b"x")
+            self.assertEqual(statuses(wire.hear()), [200])
+        said = talk(address, head("/", "HEAD", "") + head("/", "GET", JIM, CLOSE), True)
+        self.assertEqual((statuses(said), said.partition(b"HTTP/1.1 200")[0][-4:]), ([401, 200], b"\r\n\r\n"))
+
+    def test_a_partial_of_a_handler_is_one_that_is_protected(self) -> None:
+        """As http.server tells a handler its folder: the password is asked for, and the argument arrives."""
+        folder = self.folder()
+        handler = protect(functools.partial(http.server.SimpleHTTPRequestHandler, folder), users())
+        self.assertEqual((handler.args, issubclass(handler.func, http.server.SimpleHTTPRequestHandler)), ((folder,), True))
+        with self.assertRaises(TypeError):
+            protect(functools.partial(handler.func), users())
+
     def test_each_request_waits_for_itself(self) -> None:
         """After one that waits for 100 Continue, one that does not is not told so, on the same connection."""
         address = self.hosts()[0][1]
