@@ -862,6 +862,36 @@ class HeaderParsing(AuthTestCase):
             'Digest a="b\nc"', "Digest a=b, A=c", 'Digest a="1", b=2, a="1"', "Digest a=\xe9",
             "Digest a=b,\n", "Digest " + "a" * 20000, 'Digest a="' + "\\\\" * 9000 + '"')
 
+    def test_refuses_a_whole_field_for_one_fault(self) -> None:
+        """Nothing is missing in it, so nothing else is the reason: each fault alone, beside all that Digest asks for."""
+        self.digest(self.GOOD + ", ,\t,")
+        self.malformed(self.digest, *[self.GOOD + fault for fault in (
+            ",x", ",x=", ",x=y z=w", ';x=y', ',x="y', ',x=y"', ",=y", ',x="y"z', ',x="\x00"', ",x=\xe9", ",\n", "=", ",x=y=",
+            ',nc=00000001', ',NC="00000001"', ',x="", X=y')])
+
+    def test_refuses_what_a_pattern_nearly_fits(self) -> None:
+        """Controls and a last backslash in a quotation, a digit too many, a comma in a token: each at its place."""
+        self.malformed(self.digest, *[self.GOOD + fault for fault in (',x="\\"', ',x="\n"', ',x="\x7f"', ',x="\x08"', ',x="\\\x00"')])
+        self.malformed(self.digest, self.GOOD.replace("nc=00000001", "nc=123456789"), self.GOOD.replace("0" * 32, "0" * 96),
+                       self.GOOD.replace('username="a"', "username*=UTF-8''a'b"))
+        self.malformed(authserver.parse_authorization, "Basic YTpi,YTpi", "Basic YTpi YTpi")
+        for host in ("a/b", "u@b", "[]", "[::1]]", "[g]", "a:8o", "a:80:80"):
+            self.assertRaises(authserver.BadRequest, authserver.parse_head, ("GET / HTTP/1.1\r\nHost: %s\r\n\r\n" % host).encode())
+        for host in ("", "a", "[::1]", "[::1]:80", "a:", "127.0.0.1:80", "a_b.c-d~%20"):
+            authserver.parse_head(("GET / HTTP/1.1\r\nHost: %s\r\n\r\n" % host).encode())
+
+    def test_what_is_as_long_as_it_may_be_is_read(self) -> None:
+        """A field, a name with its password, realm and nonce and cnonce together; one character more is refused."""
+        basics = [lambda n: authserver.decode_basic(base64.b64encode(b"a:" + b"b" * (n - 2)).decode())]
+        texts: List[Any] = [lambda n, name=name: self.digest(self.GOOD.replace(
+            '%s="%s"' % (name, name[0]), '%s="%s"' % (name, "x" * (n - 2)))) for name in ("realm", "nonce", "cnonce")]
+        whole = [lambda n: self.digest(self.GOOD + ",x=".ljust(n - len("Digest " + self.GOOD), "y"))]
+        for limit, functions in ((authserver.MAX_TEXT, basics + texts), (authserver.MAX_CREDENTIALS, whole)):
+            for function in functions:
+                function(limit)
+                with self.assertRaises(authserver.Malformed):
+                    function(limit + 1)
+
     def test_a_field_takes_no_longer_than_its_length(self) -> None:
         """Of blanks, commas or letters: sixteen times the length costs sixteen times the CPU, not its square."""
         def cost(size: int, start: str, filling: str, end: str) -> float:
@@ -1019,6 +1049,35 @@ class Nonces(AuthTestCase):
         self.assertEqual(["200", "200", "replay", "replay", "200"],
                          self.used(client, 1, top, 2, top - authserver.NC_WINDOW, top - 50))
 
+    def test_no_shift_is_longer_than_the_window(self) -> None:
+        """Whatever two counts a client chooses: to shift by their distance would take half a gigabyte."""
+        class Short(int):
+            def __lshift__(self, places: int) -> int:
+                assert places < authserver.NC_WINDOW
+                return int(self) << places
+        for highest, nonce_count, want in ((0, 1 << 32, (1 << 32, 1)), (5, 5 + 64, (69, 1)), (5, 5 + 63, (68, 1 << 63 | 1)),
+                                           (1 << 32, 1, None), (69, 5, None), (68, 5, (68, 1 << 63 | 1))):
+            self.assertEqual(authserver.advance_window(highest, Short(1), nonce_count), want)
+
+    def test_where_memory_has_no_descriptor(self) -> None:
+        """A file without a name takes its place, written to its end, so that a full disk is found now; it works as well."""
+        for error in (AttributeError, OSError(errno.ENOSYS, "")):
+            with mock.patch.object(os, "memfd_create", side_effect=error, create=True):
+                authenticator = make()
+            found = os.fstat(authenticator.table.fd)
+            self.assertEqual((found.st_nlink, found.st_size), (0, authserver.TABLE_SIZE))
+            self.assertGreaterEqual(found.st_blocks * 512, authserver.TABLE_SIZE)
+            self.assertEqual(["200", "replay"], self.used(Client(authenticator), 1, 1))
+
+    @needs_linux
+    def test_nobody_makes_the_memory_smaller(self) -> None:
+        """Sealed: a page that is cut off under a process would kill it."""
+        if not hasattr(os, "memfd_create"):
+            self.skipTest("needs memfd_create (Python 3.8)")
+        table = authserver.SharedTable()
+        with self.assertRaises(PermissionError):
+            os.ftruncate(table.fd, 0)
+
     def test_window_agrees_with_a_set(self) -> None:
         """Against a plain set of used counts, 5,000 random uses give the same answers."""
         chance, client = Random(SEED), Client(make())
@@ -1138,6 +1197,81 @@ class Nonces(AuthTestCase):
                 sign = authserver.find_mac()
                 made = {sign(key, data) for key in (b"k", b"l") for data in (b"", b"x")}
                 self.assertEqual([len(mac) for mac in made], [12] * 4)
+
+    def test_a_clock_that_is_right_begins_no_era(self) -> None:
+        """Within CLOCK_SKEW of the time of day what was used stays used, and the nonce good; beyond, all are stale once."""
+        client = Client(make())
+        table, told = client.authenticator.table, []    # type: Any, List[str]
+        for ahead in (0.0, authserver.CLOCK_SKEW - 1, 1 - authserver.CLOCK_SKEW):
+            table.set_clock(table.now() + ahead)
+            told += self.used(client, len(told) + 1)
+        self.assertEqual(told + self.used(client, 1), ["200", "200", "200", "replay"])
+        for ahead in (authserver.CLOCK_SKEW + 1, -authserver.CLOCK_SKEW - 1):
+            client = Client(client.authenticator)
+            table.set_clock(table.now() + ahead)
+            self.assertEqual(self.used(client, 1), ["stale"])
+
+    @needs_linux
+    def test_a_table_is_closed_with_its_last_user(self) -> None:
+        """No descriptor is left of those that are gone."""
+        gc.collect()
+        before = os.listdir("/proc/self/fd")
+        for _ in range(3):
+            make()
+        gc.collect()
+        self.assertEqual(os.listdir("/proc/self/fd"), before)
+
+    def test_nonces_of_one_moment_have_places_of_their_own(self) -> None:
+        """Of 300 that are made at once hardly any two want the same: else one of them is stale."""
+        authenticator = make()
+        clients = [Client(authenticator) for _ in range(300)]
+        self.assertLess(sum(is_stale(client.ask()) for client in clients), 20)
+
+    def test_an_era_begins_with_every_place_free(self) -> None:
+        """When the clock was set back: what is new now is older than what was used, and good all the same."""
+        with self.crowded(1):
+            client = Client(make())
+            self.assertEqual(self.used(client, 1), ["200"])
+            table = client.authenticator.table
+            table.set_clock(table.now() - 3600)
+            self.assertEqual(Client(client.authenticator, now=NOW - 3600).ask(now=NOW - 3600).status, 200)
+
+    def test_each_process_counts_in_a_row_of_its_own(self) -> None:
+        """For as long as it lives; the sum is of all who ever counted."""
+        table, rows, pids = authserver.SharedTable(), [], []    # type: Any, List[int], List[int]
+        told, tell = os.pipe()
+        for _ in range(3):
+            pids.append(os.fork())
+            if not pids[-1]:
+                for _ in range(5):
+                    table.add("busy")
+                os.write(tell, b"%d\n" % table._own_row())
+                signal.pause()
+            rows.append(int(os.read(told, 9)))
+        table.add("busy", 2)
+        self.assertEqual(len({*rows, table._own_row()}), 4)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        self.assertEqual((table.statistics()["busy"], sum(table.statistics().values())), (17, 17))
+        for fd in (told, tell):
+            os.close(fd)
+
+    def test_a_lock_is_given_back(self) -> None:
+        """What one process has used and counted, another can at once; where the lock cannot be had, nothing is changed."""
+        client = Client(make(max_failures=(1, 60.0)))
+        self.assertEqual(["200"], self.used(client, 1))
+        client.ask(WRONG, client="192.0.2.1")
+        child = os.fork()
+        if not child:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(5)
+            said = self.used(client, 1, 2) + [str(client.ask(WRONG, client="192.0.2.2").status)]
+            os._exit(said != ["replay", "200", "401"])
+        self.assertEqual(os.waitpid(child, 0)[1], 0)
+        with mock.patch("fcntl.lockf", side_effect=[OSError(errno.ENOLCK, ""), None]), self.assertRaises(OSError):
+            self.used(client, 3)
+        self.assertEqual(["200"], self.used(client, 3))
 
     def test_a_lock_that_fails_is_held_by_nobody(self) -> None:
         """When the kernel refuses the lock of a file, the one between threads is free again."""
@@ -1271,6 +1405,20 @@ class PasswordFiles(AuthTestCase):
             self.assertFalse(passwords.check_password(user, password))
         self.assertNotIn("hunter2", repr(vars(users(ann="hunter2"))))
 
+    def test_what_only_a_program_can_pass_is_wrong(self) -> None:
+        """Lone surrogates, NUL, what is not composed: no exception, whatever the hash, by each way in."""
+        passwords = Passwords.read(self.write("%s\nsha:%s\n" % (LINE, SHA)), "files")
+        for user in ("jim", "sha", "nobody", "\ud800"):
+            for password in ("\ud800", "secret\ud800", "\0", "secret\0", "a" * 5000, ""):
+                self.assertEqual((passwords.check_password(user, password), passwords.verify(user, password)), (False, False))
+        for one, other in ((("ju\u0308", "pa\u0308ss"), ("j\xfc", "p\xe4ss")), (("j\xfc", "p\xe4ss"), ("ju\u0308", "pa\u0308ss"))):
+            self.assertTrue(Passwords(dict([one]), realm="files").check_password(*other))
+        with mock.patch.object(authserver, "load_crypt", lambda: (lambda *_: None, threading.Semaphore(1))):
+            self.assertFalse(authserver.matches(authserver.Entry("u", 1, {}, "$6$s$x"), "files", "too long for it"))
+        with mock.patch.object(hashlib, "new", side_effect=ValueError), mock.patch.object(
+                hashlib, "sha512_256", None, create=True), mock.patch.object(hashlib, "nosuch", side_effect=TypeError, create=True):
+            self.assertIsNone(authserver.find_hash("sha512_256", "sha512-256", "nosuch"))
+
     def test_offering_digest_over_a_basic_only_entry_is_refused_at_start(self) -> None:
         """The mistake of the second article: named by line, user, scheme and cure."""
         path = self.write("%s\n\ncarol:%s\n" % (LINE, SHA))
@@ -1365,6 +1513,17 @@ class Limits(AuthTestCase):
                 self.assertFalse(passwords.check_password(name, "secret"), (name, line))
 
     @needs_crypt
+    def test_strangers_take_the_slowest_way(self) -> None:
+        """Wherever the slow entry stands in the file, it is what stands in for who is not there."""
+        slow = "u0:" + crypted("hunter2", "$6$rounds=1000$salt$")
+        for lines in ([slow, LINE], [LINE, slow], ["ann:" + SHA, slow, LINE]):
+            passwords = Passwords.read(self.write("\n".join(lines)), "files")
+            self.assertTrue(passwords.is_slow("nobody"))
+            with mock.patch.object(authserver, "matches", return_value=True) as looked:
+                self.assertFalse(passwords.verify("nobody", "hunter2"))
+            self.assertEqual([call[0][0].is_slow for call in looked.call_args_list], [True])
+
+    @needs_crypt
     def test_strangers_take_as_long(self) -> None:
         """is_slow() holds for strangers too, when it does for anybody."""
         text = "u0:%s\n%s" % (crypted("hunter2", "$6$rounds=1000$salt$"), LINE)
@@ -1392,6 +1551,14 @@ class SlowHashes(AuthTestCase):
                 passwords = self.passwords(setting)
                 self.assertEqual([True, False, False, False], [passwords.check_password(*pair) for pair in (
                     ("u0", "secret"), ("u0", "Secret"), ("u0", "secret\0x"), ("u1", "secret"))])
+
+    def test_only_bcrypt_stops_reading(self) -> None:
+        """A password of 200 bytes is right where all of it is hashed, and wrong without its last one."""
+        for setting in ("$6$rounds=1000$saltsalt$", "$5$rounds=1000$saltsalt$", "{SHA}", "plain"):
+            stored = ("plain:" + "p" * 200 if setting == "plain" else crypted("p" * 200, setting) if setting[0] == "$" else
+                      setting + base64.b64encode(hashlib.sha1(b"p" * 200).digest()).decode())
+            passwords = Passwords.read(self.write("u0:" + stored), "files")
+            self.assertEqual([passwords.check_password("u0", "p" * size) for size in (200, 199, 72)], [True, False, False], setting)
 
     def test_a_bad_salt_is_the_fault_of_its_line_alone(self) -> None:
         """Another hash of that form, before or after it, is verified; also once the file has been mended."""
@@ -1812,6 +1979,43 @@ class DigestScheme(AuthTestCase):
         field = client.field(drop=["username"], username_star="UTF-8''m%C3%BCller")
         self.assertEqual("müller", client.ask(field).username)
 
+    def test_what_is_escaped_is_hashed_without_its_escapes(self) -> None:
+        """Realm, nonce and cnonce in quoted pairs, digits of the response in capitals: right, in each as in all."""
+        for changed in (["realm"], ["nonce"], ["cnonce"], ["response"], ["realm", "nonce", "cnonce", "response"]):
+            client = Client(make())
+            field = client.field()
+            for name in changed:
+                field = re.sub('( %s=")([^"]*)' % name, lambda found: found.group(1) + (
+                    found.group(2).upper() if name == "response" else "\\" + found.group(2)), field)
+            with self.subTest(field):
+                self.assertEqual(200, client.ask(field).status)
+
+    def test_a_cnonce_is_given_back_as_it_was_meant(self) -> None:
+        """With a quotation mark or a backslash in it: in quoted pairs, and under the right proof."""
+        for cnonce in ('a"b', "a\\b", 'a"b\\', "a'b"):
+            client = Client(make())
+            client.values["cnonce"] = cnonce
+            quoted = '"%s"' % cnonce.replace("\\", "\\\\").replace('"', '\\"')
+            verdict = client.ask(client.field(cnonce=quoted))
+            self.assertEqual((verdict.status, dict(verdict.fields)), (200, {
+                "Authentication-Info": 'rspauth="%s", qop=auth, nc=00000001, cnonce=%s' % (respond(client.values, ""), quoted)}))
+
+    def test_what_is_signed_is_never_taken_for_what_is_not(self) -> None:
+        """A proof without the body in credentials that promise it: refused, though a right one came before."""
+        authenticator = make(qop=["auth", "auth-int"])
+        client = Client(authenticator, qop="auth-int")
+        self.assertEqual(200, client.ask(client.field(body=b"")).status)
+        proof = respond(client.values, nc="00000002")
+        self.assertEqual("bad response", client.ask(client.field(body=b"", response='"%s"' % proof)).reason)
+
+    def test_a_right_field_of_any_length_is_right(self) -> None:
+        """Up to MAX_CREDENTIALS, and again: whether it can be remembered changes nothing."""
+        for size in (authserver.MAX_TEXT, authserver.MAX_TEXT + 1, authserver.MAX_CREDENTIALS):
+            client = Client(make())
+            for status in (200, 200):
+                field = client.field() + ", x="
+                self.assertEqual(status, client.ask(field.ljust(size, "y")).status, size)
+
     def test_proof_is_for_one_target_as_sent(self) -> None:
         """Another path, another query, a cleaned-up path: 400, `uri mismatch`."""
         for target in ("/y", "/x?a=1", "//x", "/x/", "/X", "*", "http://host/y", "http://host/x?a"):
@@ -1936,6 +2140,39 @@ class Challenges(AuthTestCase):
             self.assertEqual((401, None, None), verdict[:3])
         self.assertEqual(200, attempt(authenticator, JIM, client="192.0.2.1").status)
 
+    def test_offers_basic_where_nobody_listens_or_somebody_asked_for_it(self) -> None:
+        """By itself Basic is offered on safe addresses only; where schemes were chosen, those are, everywhere."""
+        for schemes, safe, unsafe in ((None, ("digest", "basic"), ("digest",)), (["basic"], ("basic",), ("basic",)),
+                                      (["digest", "basic"],) + (("digest", "basic"),) * 2):
+            authenticator = make(schemes=schemes)
+            self.assertNotIn("stale", str(authenticator.challenge(NOW)))
+            self.assertEqual([tuple(authenticator.offered(is_safe)) for is_safe in (True, False)], [safe, unsafe])
+
+    def test_counts_what_it_says(self) -> None:
+        """Each answer adds to the counter that status shows for it, and to no other."""
+        authenticator = make(max_failures=(2, 60.0))
+        client = Client(authenticator)
+        field = client.field()
+        for fields, now, counted in (([], NOW, "challenges"), ([field], NOW, ""), ([field], NOW, "replays"),
+                ([client.field()], NOW + 900, "stale"), (["Basic ="], NOW, "malformed"), ([JIM, JIM], NOW, "malformed"),
+                ([WRONG], NOW, "failures"), ([client.field(response='"%s"' % ("0" * 32))], NOW, "failures lockouts"),
+                ([JIM], NOW, ""), (["Bearer x"], NOW, "")):
+            before = authenticator.table.statistics()
+            attempt(authenticator, *fields, client="192.0.2.1", now=now)
+            after = authenticator.table.statistics()
+            self.assertEqual({name: after[name] - before[name] for name in after if after[name] != before[name]},
+                             dict.fromkeys(counted.split(), 1), fields)
+
+    def test_refuses_what_somebody_could_not_answer_or_would_crash_on(self) -> None:
+        """Digest with an entry that has no HA1 of it; a challenge that is one character too long for wget."""
+        passwords = Passwords(None, "files", {"jim": authserver.Entry("jim", 1, {}, SHA)})
+        self.refuses("cannot answer Digest MD5", make, passwords=passwords)
+        make(passwords=passwords, schemes=["basic"])
+        longest = authserver.MAX_CHALLENGE - len(authserver.challenges("", "n" * 36, stale=True)[0])
+        authenticator = make(passwords=Passwords({"jim": "x"}, realm="r" * longest))
+        self.assertEqual(max(len(value) for _, value in authenticator.challenge(NOW, stale=True)), authserver.MAX_CHALLENGE)
+        self.refuses("1 characters too long", make, passwords=Passwords({"jim": "x"}, realm="r" * (longest + 1)))
+
     def test_refuses_to_offer_what_does_not_exist(self) -> None:
         """Unknown, doubled, none at all, or lacking in this Python: a start-up error that names it."""
         with mock.patch.dict(authserver.HASHES):
@@ -2055,6 +2292,45 @@ class LockOut(AuthTestCase):
         self.assertEqual(401, self.guess(make(max_failures=(0, 60.0)), 50))
         self.assertEqual(401, self.guess(make(max_failures=(1, 60.0)), 50, None))
 
+    def test_a_lock_out_has_one_beginning_and_one_end(self) -> None:
+        """Failures count from the first of them; the last allowed one begins it, and what is told then does not prolong it."""
+        authenticator = make(max_failures=(3, 60.0))
+        for seconds, guesses, status in ((0, 1, 200), (40, 1, 200), (61, 1, 200), (62, 1, 200), (63, 1, 429), (122, 1, 429),
+                                         (122.5, 5, 429), (123.5, 0, 200), (123.5, 2, 200), (184, 2, 200), (184.5, 1, 429), (244, 0, 429), (245, 0, 200)):
+            self.guess(authenticator, guesses, now=NOW + seconds) if guesses else None
+            self.assertEqual(self.status(authenticator, "192.0.2.1", NOW + seconds), status, seconds)
+        self.assertEqual(authenticator.table.statistics()["lockouts"], 2)
+        authenticator.table.set_clock(NOW - 3600)       # a time that lies ahead of now began no lock-out
+        self.assertEqual(self.status(authenticator, "192.0.2.1", NOW - 3600), 200)
+
+    def test_who_shares_one_place_is_free_when_either_is(self) -> None:
+        """Locked out is who has two full buckets: another's, which is over, frees the one that lies beside."""
+        table = authserver.SharedTable()
+        buckets = [authserver.BUCKETS + authserver.BUCKET.size * number for number in range(3)]
+        places = {"192.0.2.1": buckets[:2], "192.0.2.2": buckets[::2], "192.0.2.3": buckets[2:0:-1]}
+        patch = mock.patch.object(authserver, "find_buckets", lambda salt, client: places[client])
+        patch.start()
+        self.addCleanup(patch.stop)
+        for client, now, left in (("192.0.2.1", NOW, 60), ("192.0.2.2", NOW + 30, 30), ("192.0.2.3", NOW + 30, 30)):
+            self.assertTrue(table.count_failure(client, now, 1, 60.0))
+            self.assertEqual(table.lock_left(client, now, 1, 60.0), left)
+        self.assertEqual([table.lock_left("192.0.2.%d" % number, NOW + 60, 1, 60.0) for number in (1, 2, 3)], [0, 0, 0])
+
+    def test_what_stands_left_of_what_nobody_can_read(self) -> None:
+        """Is not read, of a unix socket's proxy either; a network may be named by any address in it."""
+        self.assertEqual(authserver.TrustedProxies(["unix:"]).find_client("", "6.6.6.6, unknown"), ("", None))
+        self.assertTrue(authserver.TrustedProxies(["10.1.2.3/8"]).trusts(authserver.parse_address("10.9.9.9")))
+        self.assertIsNone(authserver.parse_address("["))
+
+    def test_off_is_off_whatever_was_counted_before(self) -> None:
+        """0, on the table of one that counted: nobody is locked out, and no lock-out is counted."""
+        before = make(max_failures=(1, 60.0))
+        self.guess(before, 1)
+        self.assertEqual(429, self.status(before, "192.0.2.1"))
+        heir = Authenticator(before.passwords, table=before.table, max_failures=(0, 60.0))
+        self.assertEqual([200, 401, 200], [self.status(heir, "192.0.2.1"), self.guess(heir, 3), self.status(heir, "192.0.2.1")])
+        self.assertEqual(1, heir.table.statistics()["lockouts"])
+
     def test_the_option_is_read_strictly(self) -> None:
         """N/SECONDS or 0."""
         self.assertEqual((5, 300.0), authserver.parse_max_failures("5/300"))
@@ -2130,6 +2406,47 @@ class Fuzz(AuthTestCase):
                     authenticator.passwords.granted = granted
                     verdict = attempt(authenticator, field, target=change.get("uri", "/x"))
                     self.assertEqual((verdict.status, is_stale(verdict)), (status, False))
+
+    def test_who_was_right_is_recalled(self) -> None:
+        """In any order of parameters, and for Basic: the second time nothing is parsed, nor is a password looked at."""
+        for order in (1, -1):
+            authenticator = make(algorithms=["MD5", "SHA-256"])
+            clients = [Client(authenticator, algorithm=name) for name in ("MD5", "SHA-256")]
+            fields: List[Any] = [
+                lambda client=client: "Digest " + ", ".join(client.field()[7:].split(", ")[::order]) for client in clients]
+            for field in fields + [lambda: JIM, lambda: JIM.replace("Basic", "basic")]:
+                said = [attempt(authenticator, field())]
+                for again in fields[:fields.index(field) + 1] if field in fields else [field]:
+                    with mock.patch.object(authserver, "parse_authorization", side_effect=AssertionError):
+                        said.append(attempt(authenticator, again()))
+                self.assertEqual({verdict[:4] for verdict in said}, {(200, "jim", "jim", "")})
+
+    def test_a_thread_is_for_slow_hashes_only(self) -> None:
+        """The judge asks for one where a hash takes long, for strangers too where it does for anybody; else it answers."""
+        for slow, field in [(slow, basic(user, word)) for slow in (True, False) for user in ("jim", "nobody") for word in ("x", "secret")]:
+            with mock.patch.object(Passwords, "is_slow", lambda *_: slow), self.subTest(field, slow=slow):
+                authenticator = make()
+                story = authenticator.judge(authserver.Attempt("GET", "/x", [field], None, NOW, authenticator.schemes))
+                ends: Any = contextlib.ExitStack() if slow else self.assertRaises(StopIteration)
+                with ends:
+                    self.assertTrue(callable(story.send(None)))
+
+    def test_nothing_in_a_frame_is_passed_over(self) -> None:
+        """In whatever order parameters stand: one that changes, or changes places with another, is another frame."""
+        client, chance = Client(make()), Random(SEED)
+
+        def frame(params: List[str]) -> Any:
+            return client.authenticator._frame_of(authserver.split_frame("Digest " + ", ".join(params)))
+        for _ in range(20):
+            params = client.field()[7:].split(", ")
+            chance.shuffle(params)
+            frames = []
+            for change, text in [(-1, "")] + list(enumerate(params)):
+                if not text.startswith(("uri=", "cnonce=", "nc=", "response=")):
+                    field = params[:max(0, change)] + [text[:-1] + "x" + text[-1:]] * bool(text) + params[change + 1:]
+                    frames.append(frame(field))
+            frames.append(frame(params[1:] + params[:1]))
+            self.assertEqual(len(set(frames)), len(frames), params)
 
     def test_who_was_right_is_right_in_the_same_way_only(self) -> None:
         """With a scheme that is not offered here, beside a second field, or locked out: refused as anybody."""
@@ -2537,6 +2854,48 @@ class FilesPathTests(FilesTest):
         self.assertEqual(self.get("/plain", files).body, b"plain")
         self.assertEqual(self.links("/", files), ["plain"])
 
+    def test_a_secret_that_is_changed_where_it_lies(self) -> None:
+        """It stays one: outside the tree with a link in it, also when its own path is gone; a new one is never listed."""
+        outside, inside = self.write("passwords", b"OUTSIDE"), self.path("tree/users")
+        os.link(outside, self.path("tree/hard"))
+        files = self.serve(secrets=(os.path.relpath(outside), inside))
+        for act in (lambda: None, lambda: self.write("passwords", b"OUTSIDE+", OLD + 1), lambda: os.unlink(outside)):
+            act()
+            self.check_statuses({"/hard": 404}, files)
+            self.assertEqual(self.links("/", files), [])
+        self.write("tree/users", b"OUTSIDE")
+        self.assertEqual(self.links("/", files), [])
+        os.rename(self.write("tree/new", b"OUTSIDE", OLD + 3), inside)
+        self.assertEqual(self.links("/", files), [])
+        # One that is a page now, in an inode that was once of a secret inside.
+        found = os.stat(self.write("tree/plain", b"plain"))
+        files.known[found.st_dev, found.st_ino] = "users", 0
+        self.assertEqual(self.get("/plain", files).body, b"plain")
+
+    def test_the_folder_by_other_names(self) -> None:
+        """Served by a link, with secrets named by one: links in it are followed, no secret is; opened anew, nothing is left."""
+        os.symlink("tree", self.path("link"))
+        real = self.write("tree/users", b"OUTSIDE")
+        self.write("tree/a.txt", b"inside")
+        for name, text in (("one", self.root), ("two", self.path("link"))):
+            os.symlink(text + "/a.txt", self.path("tree/" + name))
+        for root in (self.root, self.path("link")):
+            for secret in (real, self.path("link/users")):
+                files = self.serve(root, secrets=(secret,))
+                self.assertEqual((files.exposed, files.inside), ([secret], ["users"]))
+                self.check_statuses({"/users": 404, "/one": 200, "/two": 200 if root != self.root else 404}, files)
+        for chroot in (self.folder, self.root, self.path("link")):
+            self.assertEqual(self.serve(self.path("link"), chroot=chroot).path, "/tree" if chroot == self.folder else "/.")
+        with self.assertRaisesRegex(Refusal, "not below --chroot"):
+            self.serve(self.path("link"), chroot=self.outside)
+        self.assertRaises(Refusal, self.serve, self.path("none"))
+        before = os.listdir("/proc/self/fd")
+        for _ in range(3):
+            files.open()
+        self.assertEqual(os.listdir("/proc/self/fd"), before)
+        files.close()
+        self.assertEqual(len(os.listdir("/proc/self/fd")), len(before) - 1)
+
     def test_a_secret_that_is_being_written(self) -> None:
         """What `passwd` writes beside the file, before it takes its place, is neither listed nor served."""
         path, seen = self.write("tree/users", b"#"), []     # type: str, List[Any]
@@ -2556,6 +2915,13 @@ class FilesPathTests(FilesTest):
         self.assertTrue(works_elsewhere(
             lambda: {path: self.get(path).status for path in wanted} == wanted and self.links() == []))
 
+    def test_what_its_owner_alone_may_read_is_listed_for_its_owner(self) -> None:
+        """The mode says no to everybody; access(2), for the one who asks it, yes."""
+        self.write("tree/sub/a.txt")
+        for name, mode in (("sub/a.txt", 0o600), ("sub", 0o700)):
+            self.chmod("tree/" + name, mode)
+        self.assertEqual((self.links("/"), self.links("/sub/")), (["sub/"], ["../", "a.txt"]))
+
     def test_errors_of_the_system(self) -> None:
         """No descriptors left is 503; what nobody foresaw is raised."""
         self.get("/")       # opens the root
@@ -2564,6 +2930,19 @@ class FilesPathTests(FilesTest):
                 self.assertEqual(self.get("/a.txt").status, 503)
         with mock.patch.object(os, "open", side_effect=OSError(errno.EIO, "")):
             self.assertRaises(OSError, self.get, "/a.txt")
+
+    def test_an_index_that_may_not_be_read(self) -> None:
+        """403, or 503 where it could not be opened just now: whoever put it there did not mean a listing."""
+        self.write("tree/index.html")
+        real = os.open
+        for number, status in ((errno.EACCES, 403), (errno.EPERM, 403), (errno.EMFILE, 503), (errno.ESTALE, 503),
+                               (errno.ENOENT, 200), (errno.ENXIO, 200)):
+            def refuse(name: Any, *rest: Any, **keys: Any) -> int:
+                if name == b"index.html":
+                    raise OSError(number, "")
+                return real(name, *rest, **keys)
+            with mock.patch.object(os, "open", refuse):
+                self.assertEqual(self.get("/").status, status, number)
 
     def test_no_descriptor_is_left_open(self) -> None:
         """After answers of all kinds as many files are open as before."""
@@ -2949,6 +3328,35 @@ class HttpSyntax(HttpTest):
         """Skipped where its end is near and known, else the connection ends with the refusal."""
         self.check(BODIES)
 
+    def test_where_a_chunked_body_ends(self) -> None:
+        """At the empty line after its trailer; each fault alone is refused, as is what is too long, also before its end."""
+        line = b"x" * authserver.MAX_LINE
+        for octets, want in ((b"", b""), (b"0\r\n\r\n", b""), (b"a\r\n0123456789\r\n00 \t;x\r\nX: y\r\n\r\n", b"0123456789"),
+                (b"F;x=\"y\"\r\n" + b"z" * 15 + b"\r\n0\r\n", b"z" * 15), (b"1;" + line[3:] + b"\r\na", b"a"),
+                (b"1;" + line[1:] + b"\r\n", 400), (b"1;" + line[:-2], b""), (b"1;" + line, 400), (line + b"x", 400),
+                (b"1\r\nab\r\n", 400), (b"1\r\n" + b"ab" + line, 400), (b"1\r\na\r\n\r\n", 400), (b"\r\n", 400), (b" 1\r\n", 400), (b"-1\r\n", 400),
+                (b"+1\r\n", 400), (b"0x1\r\n", 400), (b"1_0\r\n", 400), (b"1 x\r\n", 400), (b"1\x00\r\n", 400), (b"1;\x00\r\n", 400),
+                (b"g\r\n", 400), (b"0000000000000001\r\n", 400), (b"%x\r\n" % authserver.MAX_BODY, b""),
+                (b"%x\r\n" % (authserver.MAX_BODY + 1), 413), (b"0\r\nX\r\n", 400), (b"0\r\nX : y\r\n", 400),
+                (b"0\r\n" + b"X: y\r\n" * (authserver.MAX_HEAD // 6), b""), (b"0\r\n" + b"X: y\r\n" * (authserver.MAX_HEAD // 6 + 1), 400)):
+            size = 1 + len(octets) // 99
+            for pieces in ([octets], [octets[i:i + size] for i in range(0, len(octets), size)]):
+                with self.subTest(octets[:40], pieces=len(pieces)):
+                    body = authserver.Body(0, True)
+                    try:
+                        self.assertEqual((b"".join(map(body.feed, pieces)), body.take_rest() and b"", body.done),
+                                         (want, b"", octets.endswith(b"\r\n\r\n")))
+                    except authserver.BadRequest as error:
+                        self.assertEqual(error.status, want)
+        body = authserver.Body(0, True)
+        for _ in range(2):
+            body.feed(b"%x\r\n" % (authserver.MAX_BODY // 2))
+            body.left = 0           # as if that had come
+            body.feed(b"\r\n")
+        with self.assertRaises(authserver.BadRequest):
+            body.feed(b"1\r\n")
+        self.assertEqual((authserver.Body(-1, False).done, authserver.Body(0, False).done, authserver.Body(1, False).done), (True, True, False))
+
     def test_methods_that_the_resource_has_not(self) -> None:
         """405 with Allow for a known method, 501 for an unknown one; strangers learn neither."""
         for method, status in (("POST", 405), ("DELETE", 405), ("TRACE", 405), ("BREW", 501)):
@@ -2956,6 +3364,98 @@ class HttpSyntax(HttpTest):
                 answer = wire.ask("/", method, JIM, EMPTY)
                 self.assertEqual((answer.status, answer.field("Allow")), (status, "GET, HEAD, OPTIONS"))
                 self.assertEqual(wire.ask("/", method, "").status, 401)
+
+    def test_what_is_sent_first(self) -> None:
+        """No byte of a file before the whole head; a file that was cut, or a client that has left, ends the connection."""
+        for sent, took, called in ((2, 0, ["send", "wait_to_write"]), (3, 0, ["send", "send_part", "wait_to_write"]),
+                (3, 4, ["send", "send_part", "wait_to_write"]), (3, 5, ["send", "send_part"]),
+                (3, EOFError(), ["send", "send_part", "close"]), (3, ConnectionResetError(), ["send", "send_part", "close"]),
+                (BrokenPipeError(), 0, ["send", "close"])):
+            file = mock.Mock()
+            channel = mock.Mock(output=b"abc", part=authserver.FilePart(file, 7, 5), closing=False, writes=False)
+            channel.send.side_effect, channel.send_part.side_effect = [sent], [took]
+            authserver.Channel.flush(channel)
+            self.assertEqual([call[0] for call in channel.method_calls], called)
+            self.assertEqual(file.close.called, took == 5)
+            if took == 4:
+                self.assertEqual((channel.part[1:], channel.wait_to_write.call_args[0]), ((11, 1), (7,)))
+
+    def test_how_long_a_client_is_waited_for(self) -> None:
+        """The deadline moves by what was taken, no further than a whole one; who may still be sending is heard to its end."""
+        pace = authserver.PACE_SECONDS / authserver.IN_MEMORY
+        for writes, sent, deadline in ((True, 0, 100.0), (True, 1000, 100.0 + 1000 * pace),
+                                       (True, 10 ** 9, 95.0 + authserver.WAITS["write"]), (False, 0, 100.0)):
+            channel = mock.Mock(writes=writes, deadline=100.0, server=mock.Mock(clock=95.0))
+            authserver.Channel.wait_to_write(channel, sent)
+            self.assertEqual(channel.deadline, deadline)
+            self.assertEqual([call[0] for call in channel.method_calls], [] if writes else ["watch", "wait"])
+        for stage, lingers, buffer, error, called in (
+                ("linger", True, b"x", None, []), ("write", False, b"", None, ["close"]), ("write", True, b"", None, ["shut", "watch", "wait"]),
+                ("write", False, b"x", None, ["shut", "watch", "wait"]), ("write", True, b"", OSError, ["shut", "close"])):
+            channel = mock.Mock(stage=stage, lingers=lingers, buffer=buffer)
+            channel.shut.side_effect = error
+            authserver.Channel.hang_up(channel)
+            self.assertEqual([call[0] for call in channel.method_calls], called)
+            self.assertEqual(channel.buffer, buffer if stage == "linger" or error else b"")
+        for stage, draining in (("idle", False), ("idle", True), ("first", False), ("first", True), ("head", True), ("write", True)):
+            channel = mock.Mock(server=mock.Mock(clock=95.0, draining=draining))
+            authserver.Channel.wait(channel, stage)
+            soon = draining and stage in ("idle", "first")
+            self.assertEqual((channel.stage, channel.deadline), (
+                stage, 95.0 + (authserver.DRAIN_SECONDS if soon else authserver.WAITS[stage])))
+
+    def test_a_lock_out_is_of_the_address_that_connected(self) -> None:
+        """Or, where that is a trusted proxy, of the one that it names; nobody else shares it, with the same head neither."""
+        with socket.socket() as sock:
+            listener = authserver.Listener(sock, ("basic",), logs=False)
+            with AuthServer(("127.0.0.1", 0), authserver.example, authenticator=make(max_failures=(2, 60.0)),
+                            listeners=[listener]) as server:
+                server.proxies = authserver.TrustedProxies(["192.0.2.9"])
+                for peer, forwarded, auth, want in (
+                        ("192.0.2.1", "", WRONG, 401), ("192.0.2.1", "", WRONG, 401), ("192.0.2.1", "", WRONG, 429),
+                        ("192.0.2.2", "", WRONG, 401), ("192.0.2.2", "", JIM, 200), ("192.0.2.1", "", JIM, 429),
+                        ("192.0.2.9", "192.0.2.1", JIM, 429), ("192.0.2.9", "192.0.2.3", JIM, 200), ("192.0.2.9", "", JIM, 200),
+                        ("192.0.2.3", "192.0.2.1", JIM, 200), ("192.0.2.1", "192.0.2.3", JIM, 429), ("127.0.0.1", "", WRONG, 401),
+                        ("127.0.0.1", "", WRONG, 401), ("127.0.0.1", "", JIM, 200)):
+                    connection = authserver.Connection(server, listener, None, (peer, 4711))
+                    octets = head("/", "GET", auth, *["X-Forwarded-For: " + forwarded] * bool(forwarded))
+                    self.assertEqual(list(connection.answer(octets)), [])
+                    self.assertEqual((statuses(connection.output), connection.host), ([want], peer), (peer, forwarded))
+
+    def test_nothing_that_a_client_says_ends_a_quotation_in_the_log(self) -> None:
+        """Neither target, Referer and User-Agent, nor what a proxy says that its client asked for."""
+        with socket.socket() as sock:
+            listener = authserver.Listener(sock, ("basic",))
+            with AuthServer(("127.0.0.1", 0), authserver.example, authenticator=make(), listeners=[listener]) as server:
+                server.proxies, server.forward_auth = authserver.TrustedProxies(["192.0.2.9"]), "/auth"
+                for path, fields, said in (
+                        ("/a\\", ['Referer: "\xe9', "User-Agent: \\\x80\t"], ('"GET /a\\x5c HTTP/1.1" 404', '"\\x22\\xe9" "\\x5c\\x80"')),
+                        ("/auth", ["X-Original-Method: GET", 'X-Original-URI: /b"\xe9'], ('"GET /b\\x22\\xe9 HTTP/1.1" 200', '"-" "-"'))):
+                    connection = authserver.Connection(server, listener, None, ("192.0.2.9", 4711))
+                    self.assertEqual(list(connection.answer(head(path, "GET", JIM, *fields))), [])
+                    line = server.log.waiting[1].pop()
+                    self.assertRegex(line, r"\A192.0.2.9 - jim \[[^]]+\] %s \d+ %s\n\Z" % tuple(map(re.escape, said)))
+
+    def test_what_was_read_of_a_signed_body_is_that_body(self) -> None:
+        """As it came, for the handler to read again: with its chunks, without the next request."""
+        for octets, length in ((b"1\r\na\r\n0\r\n\r\n", 0), (b"a", 1)):
+            body = authserver.Body(length, not length)
+            connection = mock.Mock(buffer=octets + SMUGGLED, output=b"")
+            connection.take_buffer.side_effect = [connection.buffer]
+            fields = authserver.NO_FIELDS._replace(length=length or -1, chunked=not length, expects=True)
+            with self.assertRaises(StopIteration) as caught:
+                next(authserver.Connection.read_body(connection, fields, body))
+            self.assertEqual((caught.exception.value, body.taken, body.take_rest(), body.is_read, connection.output),
+                             (b"a", octets, SMUGGLED, True, b""))
+
+    def test_nothing_is_kept_of_who_has_been_refused(self) -> None:
+        """It is read, so that it can read the answer; what it sends is dropped, and not our memory filled."""
+        for closing, kept in ((True, b""), (False, b"ab")):
+            connection = mock.Mock(writes=False, closing=closing, buffer=b"", server=mock.Mock(later={}))
+            connection.receive.side_effect = [b"a", b"b", None, b""]
+            for _ in range(4):
+                authserver.Connection.ready(connection, 1)
+            self.assertEqual((connection.buffer, connection.close.call_count), (kept, 1))
 
     def test_pipelined_requests_are_answered_in_order(self) -> None:
         """Requests that are sent together are answered one after the other, however many."""
@@ -3046,6 +3546,60 @@ class HttpSyntax(HttpTest):
         known = len(reader._known)
         reader.read(octets[:-2] + b"X: %s\r\n\r\n" % (b"a" * 5000))     # too long to be kept
         self.assertEqual(len(reader._known), known)
+
+    def test_what_is_remembered_of_a_head(self) -> None:
+        """From its third time a block of fields is not parsed; no credentials are kept; method and version count each time."""
+        reader, parsed = authserver.HeadReader(), mock.Mock(side_effect=authserver.parse_head)
+        with mock.patch.object(authserver, "parse_head", parsed):
+            for number in range(5):
+                found = reader.read(b"GET /%d HTTP/1.1\r\nHost: a\r\nAuthorization: Basic %d \t\r\n\r\n" % (number, number))
+                self.assertEqual((found.path, [*found.authorization]), ("/%d" % number, ["Basic %d" % number]))
+            for number in range(5):
+                reader.read(b"GET /%s HTTP/1.0\r\n\r\n" % (b"long" * 50 * number))
+        self.assertEqual(parsed.call_count, 4)
+        self.assertNotIn(b"Basic", b"".join(reader._known))
+        for method, minor, status in (("GET", 0, None), ("POST", 0, 411), ("PUT", 0, 411), ("PATCH", 0, 411), ("POST", 1, 400)):
+            octets = b"%s / HTTP/1.%d\r\n\r\n" % (method.encode(), minor)
+            for read in (reader.read, authserver.parse_head):
+                said = None
+                try:
+                    read(octets)
+                except authserver.BadRequest as error:
+                    said = error.status
+                self.assertEqual(said, status, octets)
+
+    def test_what_a_head_means(self) -> None:
+        """Path, length, chunks, and whether the connection stays; each bound is met exactly, one more is refused."""
+        post, line = b"POST / HTTP/1.%d\r\n", b"GET /%s HTTP/1.1\r\n"
+        long = authserver.MAX_LINE - len(line % b"") + 2
+        filled = authserver.MAX_HEAD - len(G + b"X: \r\n\r\n")
+        for octets, want in (
+                (b"GET http://h?b HTTP/1.1\r\nHost: h\r\n", ("/?b", -1, False, True, False)),
+                (b"GET http://h/?b HTTP/1.1\r\nHost: h\r\n", ("/?b", -1, False, True, False)),
+                (b"GET http://h//a//b HTTP/1.1\r\nHost: h\r\n", ("/a//b", -1, False, True, False)),
+                (b"GET http://h[/ HTTP/1.1\r\nHost: h\r\n", 400), (b"GET http://h:8o/ HTTP/1.1\r\nHost: h\r\n", 400),
+                (b"GET / HTTP/1.0\r\nHost: a\r\nHost: a\r\n", 400), (b"GET / HTTP/1.0\r\n", ("/", -1, False, False, False)),
+                (b"GET / HTTP/1.0\r\nConnection: x\r\n", ("/", -1, False, False, False)),
+                (b"GET / HTTP/1.0\r\nConnection: x, Keep-Alive\r\n", ("/", -1, False, True, False)),
+                (G + b"Connection: x\r\n", ("/", -1, False, True, False)),
+                (post % 0 + b"Content-Length: 1\r\nExpect: 100-continue\r\n", ("/", 1, False, False, False)),
+                (post % 0 + b"Content-Length: 0\r\n", ("/", 0, False, False, False)), (post % 0, 411),
+                (P + b"Expect: 100-Continue\r\nTransfer-Encoding: Chunked\r\n", ("/", -1, True, True, True)),
+                (P + b"Content-Length: 000000000000001\r\n", ("/", 1, False, True, False)),
+                (P + b"Content-Length: 0000000000000001\r\n", 413),
+                (G + b"X: y\r\n" * (authserver.MAX_FIELDS - 1), ("/", -1, False, True, False)),
+                (G + b"X: y\r\n" * authserver.MAX_FIELDS, 431),
+                (line % (b"x" * long) + b"Host: a\r\n", ("/" + "x" * long, -1, False, True, False)),
+                (line % (b"x" * long + b"x") + b"Host: a\r\n", 414), (line % (b"x" * authserver.MAX_HEAD), 414),
+                (G + b"X: " + b"y" * filled + b"\r\n", ("/", -1, False, True, False)),
+                (G + b"X: y" + b"y" * filled + b"\r\n", 431)):
+            with self.subTest(octets[:60]):
+                try:
+                    found = authserver.parse_head(octets + b"\r\n")
+                    self.assertEqual((found.path,) + found.fields[1:5], want)
+                    self.assertEqual(found.has_body(), found.fields.chunked or found.fields.length == 1)
+                except authserver.BadRequest as error:
+                    self.assertEqual(error.status, want)
 
     def test_a_field_that_looks_like_credentials_deceives_nobody(self) -> None:
         """A proof that was right once is 401 again, whatever nc stands in a field beside Authorization."""
@@ -4321,6 +4875,56 @@ class Callers(GuardTest):
                 found = called_page(application, JIM, REMOTE_ADDR=peer, HTTP_X_FORWARDED_FOR=mine)[0]
                 self.assertEqual(found, status)
 
+    def test_the_log_has_refusals_and_nothing_else(self) -> None:
+        """Who gets in and who has shown nothing yet is no news; a table that a program brings is the one that counts."""
+        table = authserver.SharedTable()
+        application = protect_wsgi(echo, users(), table=table)
+        self.said.clear()
+        for field, said in ((JIM, []), (None, []), (WRONG, ["127.0.0.1: refused jim: bad password"])):
+            called_page(application, field, REMOTE_ADDR="127.0.0.1")
+            self.assertEqual(self.said, said)
+        self.assertEqual(table.statistics()["failures"], 1)
+
+    def test_a_head_is_refused_once_and_before_it_is_endless(self) -> None:
+        """On stock servers as well: nobody waits for the end of a long one, and what http.server refuses has one answer."""
+        for name, address in self.hosts()[:2]:
+            for octets, status in ((G + b"X: y\r\n" * 6000, 431), (G + b"X: y\r\n" * 150 + b"\r\n", 431)):
+                with self.subTest(name, size=len(octets)), Wire(address) as wire:
+                    wire.sendall(octets)
+                    self.assertEqual(statuses(wire.hear()), [status])
+
+    def test_a_stock_server_reads_no_more_than_it_was_sent(self) -> None:
+        """A signed request without a body, one that waits for 100 Continue, chunks; a refused HEAD has no body either."""
+        address = self.hosts(qop=["auth", "auth-int"])[0][1]
+        answer = request(address, "/", "GET", digest(address, "/", body=b""))
+        self.assertEqual((answer.status, (answer.field("Authentication-Info") or "")[:9]), (200, 'rspauth="'))
+        self.assertEqual(request(address, "/", "POST", digest(address, "/", "POST", body=b"x"), CHUNKED,
+                                 data=b"1\r\nx\r\n0\r\n\r\n").status, 411)
+        with Wire(address) as wire:
+            wire.sendall(head("/", "POST", digest(address, "/", "POST", body=b"x"), "Content-Length: 1", "Expect: 100-continue"))
+            self.assertTrue(wire.recv(12).startswith(b"HTTP/1.1 100"))
+            wire.sendall(b"x")
+            self.assertEqual(statuses(wire.hear()), [200])
+        said = talk(address, head("/", "HEAD", "") + head("/", "GET", JIM, CLOSE), True)
+        self.assertEqual((statuses(said), said.partition(b"HTTP/1.1 200")[0][-4:]), ([401, 200], b"\r\n\r\n"))
+
+    def test_a_partial_of_a_handler_is_one_that_is_protected(self) -> None:
+        """As http.server tells a handler its folder: the password is asked for, and the argument arrives."""
+        folder = self.folder()
+        handler = protect(functools.partial(Simple, folder), users())
+        self.assertEqual((handler.args, issubclass(handler.func, http.server.SimpleHTTPRequestHandler)), ((folder,), True))
+        with self.assertRaises(TypeError):
+            protect(functools.partial(handler.func), users())
+
+    def test_each_request_waits_for_itself(self) -> None:
+        """After one that waits for 100 Continue, one that does not is not told so, on the same connection."""
+        address = self.hosts()[0][1]
+        with Wire(address) as wire:
+            wire.sendall(head("/", "POST", JIM, "Content-Length: 1", "Expect: 100-continue"))
+            self.assertTrue(wire.recv(12).startswith(b"HTTP/1.1 100"))
+            wire.sendall(b"x" + head("/", "POST", JIM, "Content-Length: 1") + b"y" + head("/", "GET", JIM, CLOSE))
+            self.assertEqual(statuses(wire.hear()), [200, 200, 200])
+
     def test_a_stranger_fills_no_memory(self) -> None:
         """Of X-Forwarded-For no more than its end is looked at, or remembered, on each host."""
         seen: List[int] = []
@@ -4533,6 +5137,45 @@ class Processes(GuardTest):
         self.children[0].wait()
         self.start("unique three")("")
         self.assertFalse(os.path.exists(path))
+
+    def test_each_trap_alone(self) -> None:
+        """A link to a folder of ours, somebody else's folder, a link in place of the file; and who is first waits for nobody."""
+        for trap in ("folder", "file", "owner", ""):
+            base = self.folder()
+            path, own = os.path.join(base, "authserver-%d" % os.geteuid()), os.path.join(base, "own")
+            os.mkdir(own, 0o700)
+            os.mkdir(path, 0o700) if trap != "folder" else os.symlink("own", path)
+            if trap == "owner" and ROOT:
+                os.chown(path, NOBODY, NOBODY)
+            if trap == "file":
+                os.symlink("../own/x", os.path.join(path, "name"))
+            with self.subTest(trap), mock.patch("os.access", return_value=False), mock.patch("tempfile.gettempdir", lambda: base):
+                if trap and (ROOT or trap != "owner"):
+                    self.assertRaises(OSError, authserver.open_shared_file, "name", 4096)
+                else:
+                    folder = os.open(path, os.O_RDONLY)
+                    fcntl.flock(folder, fcntl.LOCK_EX)
+                    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                        opened = pool.submit(authserver.open_shared_file, "name", 4096)
+                        self.assertEqual(concurrent.futures.wait([opened], 0.2).done, set())
+                        os.close(folder)
+                    self.assertEqual(os.fstat(opened.result()).st_size, 4096)
+                    os.close(opened.result())
+            self.assertEqual(os.listdir(own), [])
+
+    def test_two_dictionaries_in_one_process(self) -> None:
+        """To open the second one's file gives back no lock of the first; a disk that is full is found, not mapped."""
+        first = authserver.shared_table(users(first=TOKEN))
+        row = first._own_row()
+        second = authserver.shared_table(users(second=TOKEN))
+        child = os.fork()
+        if not child:
+            os._exit(first._own_row() == row)
+        self.assertEqual(os.waitpid(child, 0)[1], 0)
+        self.assertIsNot(first, second)
+        self.assertIs(first, authserver.shared_table(users(first=TOKEN)))
+        with mock.patch("os.pwrite", return_value=5), self.assertRaises(OSError):
+            authserver.shared_table(users(third=TOKEN))
 
     def test_a_trap_is_not_stepped_into(self) -> None:
         """A folder that others may enter, a symlink in its place: nothing is shared, and the log says so."""
