@@ -5827,6 +5827,15 @@ class Start(SharedBoxTest):
         """No descriptor of the daemon is a folder: one would undo a jail."""
         self.assertNotIn("folder", self.facts["fds"].values())
 
+    @needs_linux
+    def test_the_lock_is_the_daemons_to_read(self) -> None:
+        """The daemon has its lock open once, and cannot write it; a worker has neither lock nor pidfile."""
+        files = "/proc/%d/fd/" % self.pid
+        lock, = [fd for fd in os.listdir(files) if os.readlink(files + fd) == self.box.pidfile + ".lock"]
+        flags = re.findall(r"flags:\s+(\d+)", read("/proc/%d/fdinfo/%s" % (self.pid, lock)))
+        self.assertEqual(int(flags[0], 8) & os.O_ACCMODE, os.O_RDONLY)
+        self.assertEqual([name for name in self.facts["fds"].values() if name.startswith(self.box.pidfile)], [])
+
     def test_start_again_says_so_and_changes_nothing(self) -> None:
         """A second start: exit status 0, "already running with pid N", the same daemon; silent with --quiet."""
         result = self.box.start(app=APP)
@@ -6254,6 +6263,13 @@ class Stop(BoxTest):
         self.assertEqual(ask(address)["pid"], self.box.pid())
         self.assertIn(self.box.command("status", want=None, preexec_fn=drop(NOBODY)).code, (0, 4))
 
+    def test_a_child_in_our_own_group_is_signalled_alone(self) -> None:
+        """Between fork(2) and its setpgid(2) a child is in its parent's group: the parent lives on."""
+        said = run([PYTHON, "-c", "import os, daemonize, signal\nos.setsid()\nchild = os.fork() or signal.pause()\n"
+                    "daemonize.signal_each([daemonize.look_at(child)], 9, True)\nprint(os.wait() == (child, 9))\n"],
+                   0, env=self.box.env, cwd=HERE).out
+        self.assertEqual(said, "True\n")
+
 
 class Status(BoxTest):
     """`status` has the exit codes of LSB"""
@@ -6353,6 +6369,16 @@ class Status(BoxTest):
             self.assertEqual([end.recv(1) for end in ends[:2]], [b""] * 2)
             self.assertEqual(self.box.command("restart").err, "")
             self.assertIn("word", self.box.status())
+
+    @needs_linux
+    def test_descriptors_that_nobody_asked_for_are_closed(self) -> None:
+        """They came with a question, or half of one: when the caller is gone, so are they, and no child got any."""
+        self.box.start(app=APP)
+        before = len(fds_of(self.box.pid()))
+        for said in (b'{"event": "status"}\n', b"{", b"tea\n"):
+            with self.control() as control:
+                control.sendmsg([said], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0] * 20))])
+        until(lambda: len(fds_of(self.box.pid())) == before, "as few descriptors as before")
 
 
 class Restart(BoxTest):
@@ -6998,6 +7024,24 @@ class Pidfile(BoxTest):
         self.box.write("d.pid.lock", "{}", 0o644)
         self.assertIn("d.pid.lock: others can read it", self.box.start(app=APP, want=1).err)
         self.assertEqual(self.box.processes(), [self.stranger.pid])
+
+    def test_a_pid_is_never_half_written(self) -> None:
+        """Over a longer text: whoever reads in between finds the new pid in the first line, and then it alone."""
+        said = run([PYTHON, "-c", "import os, sys, daemonize\nfd = os.open(sys.argv[1], os.O_RDWR)\nreal = os.ftruncate\n"
+                    "os.ftruncate = lambda *to: print(os.pread(fd, 9, 0).split()[:1]) or real(*to)\ndaemonize.write_pidfile(fd, 77)",
+                    self.box.write("d.pid", "99999999999\n")], 0, env=self.box.env, cwd=HERE).out
+        self.assertEqual((said, read(self.box.pidfile)), ("[b'77']\n", "77\n"))
+
+    def test_a_pidfile_of_another_tool_is_taken_over(self) -> None:
+        """Of another mode, with a pid in it: it gets ours, so that monitors can read it."""
+        self.box.write("d.pid", "4711\n", 0o600)
+        self.box.start("--", "sleep", "600")
+        self.assertEqual((os.stat(self.box.pidfile).st_mode & 0o777, read(self.box.pidfile)), (0o644, "%d\n" % self.box.pid()))
+
+    def test_what_is_no_pid_is_shown_in_short(self) -> None:
+        """status of a pidfile that is a megabyte long: a line or two."""
+        self.box.write("d.pid", "x" * 1000000)
+        self.assertLess(len(self.box.command("status", want=1).out), 1000)
 
 
 class Lock(BoxTest):
@@ -7804,6 +7848,90 @@ def bind(options):
     def test_a_daemon_that_itself_hands_over_strange_descriptors_is_contained(self) -> None:
         """More descriptors than allowed, no sockets, from the daemon's own pid: closed; it is replaced."""
         self.endures("descriptors")
+
+    def says(self, code: str) -> List[str]:
+        """Return what root, with groups of its own, prints that has daemonize.py and a `user` at hand."""
+        begin = ("import os, signal, sys\nsys.path.insert(0, %r)\nimport daemonize\nos.setgroups([0, 4, 27])\n"
+                 "user = daemonize.Identity(%d, %d, '', '/', [%d])\n" % (HERE, NOBODY, OTHER, OTHER))
+        return run([PYTHON, "-c", begin + code], 0, env=self.box.env).out.splitlines()
+
+    def test_root_acts_as_the_user_in_each_id_and_then_no_more(self) -> None:
+        """uid, gid and groups: effective ones for the user's files, and root's again; all three for a signal."""
+        said = self.says("def say(): print(os.getresuid(), os.getresgid(), os.getgroups(), flush=True)\n"
+                         "with daemonize.acting_as(user): say()\nsay()\ndaemonize.as_user(user, say)\n")
+        self.assertEqual(said, ["%s %s %s" % ids for ids in (
+            ((0, NOBODY, 0), (0, OTHER, 0), [OTHER]), ((0,) * 3, (0,) * 3, [0, 4, 27]),
+            ((NOBODY,) * 3, (OTHER,) * 3, [OTHER]))])
+
+    def test_a_signal_that_the_user_may_not_send_is_refused(self) -> None:
+        """As the user root's process gets none, which is said; that nobody is left to get it is as good."""
+        said = self.says("def gone(): raise ProcessLookupError(3, '')\ndaemonize.as_user(user, gone)\n"
+                         "try: daemonize.as_user(user, lambda: os.kill(%d, 15))\nexcept PermissionError: print('refused')"
+                         % self.stranger.pid)
+        self.assertEqual(said, ["refused"])
+
+    def test_who_does_not_hold_the_lock_is_not_signalled(self) -> None:
+        """A pid that holds no lock any more when its handle is there: no TERM, no KILL."""
+        self.says("class Lock: record = holder = lambda self: None\ntarget = daemonize.Target(Lock(), %d)\n"
+                  "target.send(15)\ntarget.send_all(9)" % self.stranger.pid)
+
+    def test_root_that_comes_back_is_noticed(self) -> None:
+        """Where setuid(0) still succeeds after root was given up, nothing starts."""
+        said = self.says("os.setuid = lambda uid: None\ntry: daemonize.switch_user(user)\n"
+                         "except daemonize.Fatal as error: print(error)")
+        self.assertEqual(said, ["unable to give up root: setuid(0) still succeeds"])
+
+    def test_a_log_of_a_third_user_in_a_sticky_folder_is_refused(self) -> None:
+        """In a folder as /tmp is others may have made the log's name: it is opened with the user's rights."""
+        self.box.make("sticky", 0o1777)
+        self.box.pidfile, self.box.log = self.box.path("d.pid"), self.box.write("sticky/d.log", "", 0o666, OTHER)
+        said = self.box.start("--uid", str(NOBODY), app=APP, want=1).err
+        self.assertIn("d.log: it belongs to uid %d\ntry: --logfile\n" % OTHER, said)
+
+    def test_only_what_root_has_made_changes_its_owner(self) -> None:
+        """A log that was there keeps owner and group; a new one is the user's; the pidfile is root's."""
+        self.box.pidfile, self.box.log = self.box.path("d.pid"), self.box.write("d.log", "", 0o640)
+        self.box.start("--uid", str(NOBODY), "--gid", str(OTHER), app=APP)
+        self.box.command("reload")
+        self.box.command("stop")
+        self.box.start("--uid", str(NOBODY), "--gid", str(OTHER), "--logfile", self.box.path("new.log"), app=APP)
+        owners = [(facts.st_uid, facts.st_gid) for facts in map(os.stat, map(self.box.path, ("d.log", "new.log", "d.pid")))]
+        self.assertEqual(owners, [(0, 0), (NOBODY, OTHER), (0, 0)])
+
+    def test_a_stranger_who_reaches_the_control_socket_is_hung_up(self) -> None:
+        """Where the socket's mode keeps nobody out (older BSDs): the daemon talks to root and its user alone."""
+        self.start_as_nobody()
+        os.chmod(self.sockets()[0], 0o666)
+        here = os.getcwd()
+        self.addCleanup(os.chdir, here)
+        os.chdir(self.box.path("theirs"))
+        for uid, heard in ((OTHER, b""), (NOBODY, b"{"), (0, b"{")):
+            self.addCleanup(os.seteuid, 0)
+            os.seteuid(uid)
+            with self.subTest(uid), connect("unix:d.pid.sock") as end:
+                os.seteuid(0)
+                if heard:
+                    end.sendall(b'{"event": "status"}\n')
+                self.assertEqual(end.recv(1), heard)
+
+    def test_the_log_of_a_failed_start_is_read_as_the_user(self) -> None:
+        """The log's folder became a link to root's during bind: what is in root's file there is not shown."""
+        logs, sealed = self.box.path("theirs", "logs"), self.box.make("sealed", 0o700)
+        self.box.write("sealed/d.log", "TOP SECRET\n", 0o600)
+        self.box.pidfile, self.box.log = self.box.path("d.pid"), os.path.join(logs, "d.log")
+        os.mkdir(logs)
+        os.chown(logs, NOBODY, NOBODY)
+        app = "import shutil\ndef bind(options):\n    shutil.rmtree(%r)\n    os.symlink(%r, %r)\n    sys.exit('on purpose')\n"
+        said = self.box.start("--uid", str(NOBODY), app=APP + app % (logs, sealed, logs), want=1).err
+        self.assertEqual(("on purpose" in said, "SECRET" in said), (True, False))
+
+    def test_a_way_to_the_pidfile_that_others_could_change_is_refused(self) -> None:
+        """The folder may be the user's, but not what is above it; and a link is no way there."""
+        self.box.make("theirs/sub", 0o755, NOBODY)
+        os.symlink(self.box.path("theirs"), self.box.path("link"))
+        for folder in ("theirs/sub", "link"):
+            self.box.pidfile = self.box.path(folder, "d.pid")
+            self.assertIn("unable to trust", self.box.start("--uid", str(NOBODY), app=APP, want=1).err)
 
 
 TAKEN_OVER = r'''
