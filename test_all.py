@@ -5973,6 +5973,13 @@ Server.probe = first("probe", Server.probe)
         self.box.command("stop", cwd="/")
         self.assertEqual(sorted(set(os.listdir(self.box.folder)) & {"d.pid", "d.log"}), ["d.log"])
 
+    def test_the_application_knows_our_own_files(self) -> None:
+        """options.private_files: pidfile, lock, socket, and the log with each name that a rotation gives it."""
+        app = APP + "def bind(options):\n    print(*options.private_files, sep='\\n', flush=True)\n    return Server(options)\n"
+        said = self.box.start("--log-keep", "2", app=app).out.splitlines()
+        self.assertEqual(said[:6], [self.box.pidfile + end for end in ("", ".lock", ".sock")]
+                         + [self.box.log + end for end in ("", ".1", ".2")])
+
     def test_a_stop_is_obeyed_though_the_caller_blocked_its_signals(self) -> None:
         """A daemon started with TERM ignored and blocked ends on `stop` as quickly as any."""
         def careless() -> None:
@@ -6379,6 +6386,18 @@ class Status(BoxTest):
             with self.control() as control:
                 control.sendmsg([said], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0] * 20))])
         until(lambda: len(fds_of(self.box.pid())) == before, "as few descriptors as before")
+
+    def test_the_daemon_overrules_nothing_that_the_kernel_says(self) -> None:
+        """An answer that claims another pid, state or uid, or is no answer: status says what is so."""
+        self.box.start("--name", "n", "--", "sleep", "600")
+        for said in ({"pid": 1, "state": "dead", "name": "x", "uid": 77, "user": "x", "uptime": 1e9}, [7], 7, "x", None):
+            code = "import sys, daemonize\ndaemonize.ask = lambda *a: {'said': %r}\nsys.exit(daemonize.main(sys.argv[1:]))" % (said,)
+            with self.subTest(said=said):
+                facts = json.loads(run([PYTHON, "-c", code, "status", "--json", "--pidfile", self.box.pidfile], 0,
+                                       env=self.box.env, cwd=HERE).out)
+                self.assertEqual([facts[name] for name in ("pid", "state", "name", "uid")],
+                                 [self.box.pid(), "running", "n", os.getuid()])
+                self.assertLess(facts["uptime"], 1000)
 
 
 class Restart(BoxTest):
@@ -7094,6 +7113,17 @@ class Lock(BoxTest):
                 "daemonize.Lock.record = lambda self: None\nsys.exit(daemonize.main(sys.argv[1:]))" % HERE)
         run([PYTHON, "-c", code, "status", "--pidfile", self.box.pidfile], 0, env=self.box.env)
 
+    @needs_linux
+    def test_a_daemon_is_no_second_one(self) -> None:
+        """Who finds the instance lock with another than the one that it replaces gives its own back, and fails."""
+        with open(self.box.write("lock", ""), "rb") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_SH, 1, 1)
+            code = ("import sys, os, daemonize\nfor old in None, 1, int(sys.argv[1]):\n    fd = os.open(%r, 0)\n"
+                    "    try: daemonize.take_instance(fd, old)\n    except daemonize.Fatal as error: print(error)\n"
+                    "    print(' %%d ' %% os.getpid() in open('/proc/locks').read())" % lock.name)
+            said = run([PYTHON, "-c", code, str(os.getpid())], 0, env=self.box.env, cwd=HERE).out.splitlines()
+        self.assertEqual(said, ["unable to start: already running with pid %d" % os.getpid(), "False"] * 2 + ["True"])
+
     def test_who_waited_for_a_first_start_leaves_its_lock(self) -> None:
         """A start that found no lock file, waited for another, and is refused: that one's stays."""
         self.box.start(app=APP)
@@ -7115,6 +7145,17 @@ class Lock(BoxTest):
                 self.assertRegex(said, "unable to lock .*: pid %d is still busy with it" % os.getpid())
             self.box.command("status")
         self.box.command("stop")
+
+    @needs_other_user
+    def test_root_that_is_busy_is_waited_for(self) -> None:
+        """The turn of a user's own daemon, held by a command of root's: the user's commands wait for it, too."""
+        self.box.make("theirs", 0o755, NOBODY)
+        self.box.pidfile, self.box.log = self.box.path("theirs", "d.pid"), self.box.path("theirs", "d.log")
+        self.box.start("--", "sleep", "600", preexec_fn=drop(NOBODY), cwd="/")
+        with open(self.box.pidfile + ".lock", "rb+") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX, 1, 0)
+            said = self.box.command("stop", "--timeout", "0.1", "--start-timeout", "0.1", want=1, preexec_fn=drop(NOBODY), cwd="/").err
+            self.assertRegex(said, "unable to lock .*: pid %d is still busy with it" % os.getpid())
 
 
 @needs_root
@@ -8216,6 +8257,16 @@ class Library(BoxTest):
         self.action("start")
         until(lambda: "open" in read(self.box.path("out.log")), "its word")
 
+    def test_what_the_script_printed_before_is_printed_once(self) -> None:
+        """Text in a buffer when startstop() forks, of a start that fails and of one that does not."""
+        self.box.make("folder")
+        for log, want in (("folder", 1), ("out.log", 0)):
+            self.script("time.sleep(600)\n", "stdout=%r" % log)
+            text = read(self.box.path("recipe.py")).replace("    startstop", "    print('but once')\n    startstop")
+            self.box.write("recipe.py", text)
+            with self.subTest(log):
+                self.assertEqual(self.action("start", want=want).out.count("but once"), 1)
+
     def test_a_recycled_pid_is_nobody(self) -> None:
         """A record whose pid lives, but was born at another time, names nobody: stop signals no stranger."""
         self.script("os.closerange(3, 256)\ntime.sleep(600)\n")
@@ -8310,6 +8361,16 @@ class Programs(BoxTest):
         masks = re.findall(r"Sig(?:Blk|Ign):\s*(\w+)", read(proc + "status"))
         self.assertEqual([int(mask, 16) & 0x7fffffff for mask in masks], [0, 0])  # 32 is the C library's
         self.assertEqual((os.readlink(proc + "cwd"), read(proc + "comm")), ("/", "sleep\n"))
+
+    @needs_linux
+    def test_no_signal_stays_blocked(self) -> None:
+        """What the caller blocked of those that we do not handle: in no daemon, worker or program."""
+        for app, hosted in ((APP, []), ("", ["--", "sleep", "600"])):
+            self.box.start(*hosted, app=app, preexec_fn=lambda: signal.pthread_sigmask(
+                signal.SIG_BLOCK, [signal.SIGUSR2, signal.SIGWINCH]))
+            masks = [re.findall(r"SigBlk:\s*(\w+)", read("/proc/%d/status" % pid)) for pid in self.box.processes()]
+            self.assertEqual([int(mask, 16) & 0x7fffffff for mask, in masks], [0, 0])
+            self.box.command("stop")
 
 
 class PointOfNoReturn(BoxTest):
@@ -8441,6 +8502,22 @@ Server.drain = lambda self: wait_for("drained") or drain_well(self)
         self.assertEqual(first.wait(PATIENCE), 1)
         self.box.command("stop")
         self.assertEqual(self.box.processes(), [])
+
+    def test_what_is_taken_back_is_not_cut_short(self) -> None:
+        """Ctrl-C, twice, while abandon() is at work, after a failure and after a first Ctrl-C: it comes to its end."""
+        app = self.box.write("app.py", APP + "def abandon(self):\n    open(BEGUN, 'w').close()\n    time.sleep(0.5)\n    os.unlink(BEGUN)\n"
+                             "Server.abandon = abandon\nServer.probe = lambda self: time.sleep(600)\nBEGUN = %r\n" % self.box.path("begun"))
+        for log, interrupts in ((self.box.make("folder"), 2), (self.box.log, 3)):
+            child = self.box.spawn(*self.box.argv("start"), "--logfile", log, "--app", app)
+            for number in range(interrupts):
+                until(lambda: os.path.exists(self.box.path("begun")) or (
+                    number + interrupts == 3 and "listening" in read(log)), "its work")
+                child.send_signal(signal.SIGINT)
+                select.select([], [], [], 0.05)
+            with self.subTest(log):
+                self.assertEqual(child.wait(PATIENCE), 130)
+                self.assertEqual((self.box.processes(), os.path.exists(self.box.path("begun"))), ([], False))
+                self.assertEqual(glob.glob(glob.escape(self.box.pidfile) + "*"), [])
 
 
 FREE_PROGRAM = r'''
@@ -8647,6 +8724,14 @@ class CannotTell(BoxTest):
         self.assertFalse(os.path.exists(pidfile))
         os.kill(pid, signal.SIGTERM)
 
+    @needs_root
+    def test_a_users_daemon_whose_lock_was_removed(self) -> None:
+        """In a folder of root's nobody else could listen there: the user's daemon is believed."""
+        self.box.start("--uid", str(NOBODY), "--", "sleep", "600")
+        os.unlink(self.box.pidfile + ".lock")
+        for action, want in (("status", 4), ("stop", 1)):
+            self.assertIn("but its lock was removed", self.box.command(action, want=want).err)
+
     def test_a_torn_record(self) -> None:
         """A lock file that is empty, torn, or somebody else's: found, stopped; a bare restart refuses to guess."""
         for text in ("", '{"pidfile": "', "[]", "{}", json.dumps({"pid": 1}), "\0" * 100):
@@ -8783,6 +8868,17 @@ class SystemCalls(BoxTest):
                 self.assertEqual(glob.glob("/run/%s*" % name) + glob.glob("/var/log/%s*" % name), [])
         result = self.box.daemonize("start", "--name", name, "--uid", str(NOBODY), "--app", app)
         self.assertNotIn("warning", result.err)
+        self.box.daemonize("stop", "--name", name)
+
+    @needs_root
+    def test_the_folder_of_the_default_log_is_the_users(self) -> None:
+        """Root makes /var/log/NAME for the daemon's user, 0750: who rotates has to rename there."""
+        name = TOKEN + "-" + self.box.mark
+        for place in ("/run/%s.pid", "/run/%s.pid.lock", "/run/%s.pid.sock", "/var/log/%s"):
+            self.addCleanup(remove, place % name)
+        self.box.daemonize("start", "--name", name, "--uid", str(NOBODY), "--gid", str(OTHER), "--", "sleep", "600")
+        facts = os.stat("/var/log/" + name)
+        self.assertEqual((facts.st_mode & 0o7777, facts.st_uid, facts.st_gid), (0o750, NOBODY, OTHER))
         self.box.daemonize("stop", "--name", name)
 
     @needs_root
@@ -8927,6 +9023,22 @@ def bind(options, seals=SEALS, kind=KIND):
                     remove(self.box.path("file"))
                 self.assertEqual(self.box.status()["generation"], generation)
                 self.box.command("stop")
+
+    @needs_linux
+    def test_a_strange_descriptor_is_not_kept(self) -> None:
+        """What the old daemon hands over besides, a file: neither the heir nor a worker of it has it."""
+        path = self.box.path("strange")
+        app = APP + "def bind(o):\n    server = Server(o)\n    if not o.sockets:\n        server.legacy = os.open(%r, os.O_RDWR | os.O_CREAT)\n    return server\n"
+        address = self.box.address(self.box.start(app=APP + app[len(APP):] % path))
+        self.assertIn(path, fds_of(self.box.pid()))
+        self.box.command("restart")
+        self.assertNotIn(path, fds_of(self.box.pid()) + list(ask(address)["fds"].values()))
+
+    def test_what_comes_over_a_channel_is_not_inherited(self) -> None:
+        """A descriptor that was received: no program that another thread executes at that moment gets it."""
+        said = run([PYTHON, "-c", "import daemonize, os, socket\none, two = map(daemonize.Channel, socket.socketpair())\n"
+                    "one.send('x', [0])\ntwo.receive(1)\nprint(*map(os.get_inheritable, two.fds))"], 0, env=self.box.env, cwd=HERE).out
+        self.assertEqual(said, "False\n")
 
 POOR_SYSTEM = r'''
 import os, signal, socket, sys
