@@ -6277,6 +6277,13 @@ class Stop(BoxTest):
                    0, env=self.box.env, cwd=HERE).out
         self.assertEqual(said, "True\n")
 
+    def test_one_timeout_is_for_all(self) -> None:
+        """What the daemon has used up of --timeout its children do not get again."""
+        said = run([PYTHON, "-c", "import daemonize, time\nclass Target:\n    pid, leader, members = 0, 0, 0\n    send = send_all = print\n"
+                    "seconds = []\ndaemonize.end_all = lambda members, kill, timeout: seconds.append(timeout) or time.sleep(0.3)\n"
+                    "daemonize.end_daemon(Target(), 1)\nprint(seconds[0] == 1, 0 < seconds[1] <= 0.7, end='')"], 0, env=self.box.env, cwd=HERE).out
+        self.assertEqual(said.splitlines()[-1][-9:], "True True")
+
 
 class Status(BoxTest):
     """`status` has the exit codes of LSB"""
@@ -6628,6 +6635,17 @@ class Reload(BoxTest):
             self.assertEqual(self.box.status()["restarts"], 0)
             until(lambda: len(fds_of(self.box.pid())) <= first, "as few descriptors as at first")
             self.box.command("stop")
+
+    @needs_linux
+    def test_fresh_workers_have_what_the_first_had(self) -> None:
+        """No end of the conversation that asked for the reload: its caller would wait for that worker's end."""
+        address = self.box.address(self.box.start("--workers", "1", app=APP))
+
+        def sockets() -> int:
+            return sum("socket:" in name for name in ask(address)["fds"].values())
+        first = sockets()
+        self.box.command("reload")
+        self.assertEqual(sockets(), first)
 
     def test_an_application_without_reload_is_not_disturbed(self) -> None:
         """Without a reload() of its own an application only gets its log opened again."""
@@ -7124,6 +7142,24 @@ class Lock(BoxTest):
             said = run([PYTHON, "-c", code, str(os.getpid())], 0, env=self.box.env, cwd=HERE).out.splitlines()
         self.assertEqual(said, ["unable to start: already running with pid %d" % os.getpid(), "False"] * 2 + ["True"])
 
+    def test_the_lock_of_a_file_that_is_gone_is_no_turn(self) -> None:
+        """A failed start removes its lock file between our open(2) and our lock: we lock the new one."""
+        code = ("import sys, os, daemonize, fcntl\nreal, gone = fcntl.lockf, []\ndef lockf(*words):\n    if not gone:\n"
+                "        gone.append(os.unlink(sys.argv[1] + '.lock'))\n    return real(*words)\nfcntl.lockf = lockf\n"
+                "with daemonize.Turn(daemonize.parse(['stop', '--pidfile', sys.argv[1]])) as turn:\n"
+                "    print(os.fstat(turn.fd).st_nlink, gone)")
+        said = run([PYTHON, "-c", code, self.box.pidfile], 0, env=self.box.env, cwd=HERE).out
+        self.assertEqual(said, "1 [None]\n")
+
+    def test_who_takes_back_is_waited_for(self) -> None:
+        """A starter whose command is dead undoes what it made, and holds byte 2 until it is done."""
+        self.box.start("--", "sleep", "600")
+        with open(self.box.pidfile + ".lock", "rb") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_SH, 1, 2)
+            said = self.box.command("stop", "--timeout", "0.1", "--start-timeout", "0.1", want=1).err
+            self.assertRegex(said, "unable to lock .*: pid %d is still busy with it" % os.getpid())
+        self.box.command("stop")
+
     def test_who_waited_for_a_first_start_leaves_its_lock(self) -> None:
         """A start that found no lock file, waited for another, and is refused: that one's stays."""
         self.box.start(app=APP)
@@ -7284,6 +7320,15 @@ class User(BoxTest):
         """A program after -- runs with the user's ids, too."""
         self.box.start("--uid", str(NOBODY), "--gid", str(OTHER), "--", "sh", "-c", "id -u; id -g; sleep 600")
         until(lambda: "%d\n%d\n" % (NOBODY, OTHER) in read(self.box.log), "its ids in the log")
+
+    def test_the_groups_are_those_of_the_user_in_the_group_asked_for(self) -> None:
+        """A user with another --gid, and a number that nobody has: not the group of its entry, and none of the caller's."""
+        of_user = sorted(os.getgrouplist(pwd.getpwuid(NOBODY).pw_name, OTHER))
+        for uid, gid, groups in ((NOBODY, OTHER, of_user), (54321, 54322, [54322])):
+            with self.subTest(uid):
+                result = self.box.start("--uid", str(uid), "--gid", str(gid), app=APP, preexec_fn=lambda: os.setgroups([0, 4, 27]))
+                self.assertEqual(sorted(ask(self.box.address(result))["groups"]), groups)
+                self.box.command("stop")
 
 
 @needs_root
