@@ -5671,6 +5671,16 @@ class CommandLine(BoxTest):
         self.assertIn("authserver.py", self.box.daemonize("-h").out)
         self.assertIn("no COMMAND after --", self.refused("start", "--pidfile", "d.pid", "--").err)
 
+    def test_a_name_is_a_files_name(self) -> None:
+        """No folder, no blank, nothing that a shell minds; nor a number that is none."""
+        for name in (".", "..", "...", "", "a b", "a/b", "a\n", "\u00e9", "$x"):
+            with self.subTest(name):
+                self.assertIn("unable to name it", self.refused("start", "--pidfile", "d.pid", "--name", name, "--", "sleep", "9").err)
+        for word in ("--timeout=nan", "--timeout=-1", "--timeout=inf", "--start-timeout=1e7", "--workers=0", "--workers=1025",
+                     "--umask=1000", "--log-bytes=-1", "--log-keep=1001"):
+            with self.subTest(word):
+                self.assertIn("invalid number value", self.refused("start", "--pidfile", "d.pid", word, "--", "sleep", "9").err)
+
     def test_a_script_is_a_program(self) -> None:
         """--app of what has no top-level bind: refused before it runs, with the line that runs it."""
         files = ["--pidfile", "d.pid", "--logfile", "l"]
@@ -6196,6 +6206,11 @@ class StartFailure(BoxTest):
         self.box.write("d.pid", "4711\n")
         self.fails(APP + "bind = 1 / 0\n")
 
+    def test_what_a_killed_daemon_has_started_is_ended(self) -> None:
+        """kill -9 before it is ready: a child of its worker, which knows nothing of it, is not left behind."""
+        self.fails(APP + "Server.serve_forever = lambda self: subprocess.call(['sleep', '600'])\n"
+                         "Server.probe = lambda self: time.sleep(0.3) or os.kill(os.getppid(), 9)\n")
+
 
 class Stop(BoxTest):
     """`stop` returns when nothing of the daemon is left"""
@@ -6283,6 +6298,15 @@ class Stop(BoxTest):
                     "seconds = []\ndaemonize.end_all = lambda members, kill, timeout: seconds.append(timeout) or time.sleep(0.3)\n"
                     "daemonize.end_daemon(Target(), 1)\nprint(seconds[0] == 1, 0 < seconds[1] <= 0.7, end='')"], 0, env=self.box.env, cwd=HERE).out
         self.assertEqual(said.splitlines()[-1][-9:], "True True")
+
+    def test_who_forks_while_it_is_looked_for_is_found(self) -> None:
+        """A child that stands in the list before its parent, a session's orphan; and each look is followed by a kill."""
+        said = run([PYTHON, "-c", "import os, daemonize\nme = os.getpid()\nfamily = [(14, 13, 9), (13, 12, 9), (12, 11, 9), (11, me, 9), (15, 1, 7), "
+                    "(7, 1, 7), (16, 1, 8), (me, 1, 7)]\ndaemonize.processes = lambda: [daemonize.Process(p, pp, p, s, '') for p, pp, s in family]\n"
+                    "print(*[[p.pid for p in daemonize.family(s)] for s in (None, 7)])\nleft = [1]\n"
+                    "print(daemonize.end_all(lambda: left, lambda: left.append(left.pop() + 1) if left[0] < 3 else left.clear(), 0))"],
+                   0, env=self.box.env, cwd=HERE).out
+        self.assertEqual(said, "[14, 13, 12, 11] [14, 13, 12, 11, 15]\nTrue\n")
 
 
 class Status(BoxTest):
@@ -6406,6 +6430,35 @@ class Status(BoxTest):
                                  [self.box.pid(), "running", "n", os.getuid()])
                 self.assertLess(facts["uptime"], 1000)
 
+    SLOW = APP + "Server.probe = lambda self: [time.sleep(0.01) for _ in iter(lambda: os.path.exists(WAIT), False)]\nWAIT = "
+
+    def test_silent_conversations_do_not_drive_the_heir_out(self) -> None:
+        """Nine silent callers during a restart: the heir's conversation is kept, and the old one leaves."""
+        wait = self.box.path("wait")
+        self.box.start(app=self.SLOW + repr(wait))
+        old = self.box.pid()
+        self.box.write("wait", "")
+        child = self.box.spawn(*self.box.argv("restart"))
+        until(lambda: len(self.box.processes()) >= 6, "an heir, its worker, its prober")
+        with contextlib.ExitStack() as stack:
+            for _ in range(9):
+                stack.enter_context(self.control())
+            os.unlink(wait)
+            self.assertEqual((child.wait(PATIENCE), is_alive(old), strays(self.box)), (0, False, []))
+        self.assertNotIn("warning", read(self.box.output))
+
+    @needs_linux
+    def test_an_heir_that_fails_late_leaves_the_old_one_in_its_place(self) -> None:
+        """It had the control socket, and the pidfile; then it hung up: both are the old daemon's again."""
+        self.box.start(app=APP)
+        pid = self.box.pid()
+        code = ("import sys, os, daemonize\ndaemonize.take_over(daemonize.parse(['restart', '--pidfile', sys.argv[1]]), %d)\n"
+                "daemonize.write_pidfile(os.open(sys.argv[1], os.O_RDWR), 1)" % pid)
+        run([PYTHON, "-c", code, self.box.pidfile], 0, env=self.box.env, cwd=HERE)
+        until(lambda: self.box.pid() == pid, "its pid")
+        with self.control() as end:
+            self.assertEqual(struct.unpack("3i", end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0], pid)
+
 
 class Restart(BoxTest):
     """`restart` with new code, on the old one's sockets"""
@@ -6482,6 +6535,15 @@ class Restart(BoxTest):
             self.box.command("restart")
             self.assertEqual(json.loads(sock.makefile().readline()), old)
         self.assertNotEqual(ask(address)["pid"], old)
+
+    def test_the_new_one_begins_when_the_old_one_has_stopped(self) -> None:
+        """No client meets both in turn: release() comes after each drain() of the old daemon's workers."""
+        app = APP + ("Server.hold = lambda self: print('held', flush=True)\nServer.release = lambda self: print('released', flush=True)\n"
+                     "well = Server.drain\nServer.drain = lambda self: time.sleep(0.5) or print('drained', flush=True) or well(self)\n")
+        self.box.start("--workers", "2", app=app)
+        self.box.command("restart")
+        until(lambda: read(self.box.log).count("released") == 2, "both released")
+        self.assertEqual(re.findall("held|drained|released", read(self.box.log)), ["held"] + ["drained"] * 2 + ["released"] * 2)
 
     def test_no_connection_is_lost_under_load(self) -> None:
         """Clients that connect all the time through three restarts see no failure."""
@@ -7068,6 +7130,28 @@ class Pidfile(BoxTest):
                     "os.ftruncate = lambda *to: print(os.pread(fd, 9, 0).split()[:1]) or real(*to)\ndaemonize.write_pidfile(fd, 77)",
                     self.box.write("d.pid", "99999999999\n")], 0, env=self.box.env, cwd=HERE).out
         self.assertEqual((said, read(self.box.pidfile)), ("[b'77']\n", "77\n"))
+
+    def test_a_pid_of_anothers_is_not_emptied(self) -> None:
+        """The daemon ends, and its pidfile names somebody else by now: that stays."""
+        self.box.start("--", "sleep", "600")
+        pid = self.box.pid()
+        self.box.write("d.pid", "4711\n")
+        os.kill(pid, signal.SIGTERM)
+        until(lambda: not is_alive(pid), "its end")
+        self.assertEqual(read(self.box.pidfile), "4711\n")
+
+    def test_who_comes_second_writes_no_pid(self) -> None:
+        """Somebody took the instance lock while our probe was at work: the pidfile is that one's."""
+        mine, wait = "%d\n" % os.getpid(), self.box.write("wait", "")
+        self.box.write("d.pid", mine)
+        app = self.box.write("app.py", Status.SLOW + repr(wait))
+        child = self.box.spawn(*self.box.argv("start", "--logfile", self.box.log, "--app", app))
+        until(lambda: "listening" in read(self.box.log), "a worker")
+        with open(self.box.pidfile + ".lock", "rb") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_SH, 1, 1)
+            os.unlink(wait)
+            self.assertEqual((child.wait(PATIENCE), read(self.box.pidfile)), (1, mine))
+        self.assertIn("already running with pid " + mine, read(self.box.output))
 
     def test_a_pidfile_of_another_tool_is_taken_over(self) -> None:
         """Of another mode, with a pid in it: it gets ours, so that monitors can read it."""
@@ -8417,6 +8501,12 @@ class Programs(BoxTest):
             self.assertEqual([int(mask, 16) & 0x7fffffff for mask, in masks], [0, 0])
             self.box.command("stop")
 
+    def test_a_program_is_told_once(self) -> None:
+        """stop: one SIGTERM, though its clean-up needs a moment."""
+        self.box.start("--", "sh", "-c", "trap 'echo told; sleep 0.3; end=1' TERM; until [ $end ]; do sleep 0.05; done; sleep 0.3")
+        self.box.command("stop")
+        self.assertEqual(read(self.box.log).count("told"), 1)
+
 
 class PointOfNoReturn(BoxTest):
     """Before it all that a start has made is undone, after it nothing is; whatever interrupts the command"""
@@ -8521,6 +8611,23 @@ Server.drain = lambda self: wait_for("drained") or drain_well(self)
         self.assertEqual((ask(address)["pid"], self.box.pid()), (pid, pid))
         self.box.command("restart")
         self.assertEqual(self.box.status()["word"], "old")
+
+    def test_a_killed_command_leaves_no_pid_of_an_earlier_life(self) -> None:
+        """kill -9 of a start over a stale pidfile: whoever undoes it empties that, too."""
+        self.box.write("d.pid", "4711\n")
+        child = self.calling("start")
+        until(lambda: "listening" in read(self.box.log), "a worker")
+        child.kill()
+        until(lambda: not self.box.processes(), "the end of all")
+        self.assertEqual(read(self.box.pidfile), "")
+
+    def test_who_cannot_be_told_is_not_told(self) -> None:
+        """A restart that hears no "done": it does not claim that the old one serves, or that nobody does."""
+        said = run([PYTHON, "-c", "import daemonize\ndaemonize.Target = lambda *words: None\n"
+                    "daemonize.take_over = lambda *words: daemonize.Inherited(talk=1)\ndef launch(*words): raise daemonize.Late('cannot tell')\n"
+                    "daemonize.launch = launch\ntry: daemonize.replace(daemonize.parse(['restart', '--pidfile', '/x']), None, 1, True)\n"
+                    "except daemonize.Fatal as error: print(error)"], 0, env=self.box.env, cwd=HERE).out
+        self.assertEqual(said, "cannot tell\n")
 
     def test_a_hang_up_while_it_drains(self) -> None:
         """SIGHUP, USR1 and a second TERM to a daemon that is leaving: it forks nobody, and leaves."""
@@ -9084,6 +9191,40 @@ def bind(options, seals=SEALS, kind=KIND):
         said = run([PYTHON, "-c", "import daemonize, os, socket\none, two = map(daemonize.Channel, socket.socketpair())\n"
                     "one.send('x', [0])\ntwo.receive(1)\nprint(*map(os.get_inheritable, two.fds))"], 0, env=self.box.env, cwd=HERE).out
         self.assertEqual(said, "False\n")
+
+    @needs_linux
+    def test_what_is_taken_over_is_what_the_kernel_says(self) -> None:
+        """Only a listening stream socket is served; only the one at the path is the control socket."""
+        code = """
+import os, socket, sys, daemonize
+def made(kind, family=socket.AF_INET, listens=False):
+    sock = socket.socket(family, kind)
+    sock.bind(("127.0.0.1", 0) if family == socket.AF_INET else "")
+    if listens: sock.listen(1)
+    os.set_inheritable(sock.fileno(), True)
+    return sock
+socks = [made(socket.SOCK_DGRAM), made(socket.SOCK_STREAM), made(socket.SOCK_SEQPACKET, socket.AF_UNIX, True),
+         made(socket.SOCK_STREAM, listens=True), made(socket.SOCK_STREAM, socket.AF_UNIX, True)]
+adopted = [daemonize.adopt(sock.fileno()) for sock in socks]
+print([passed is not None for passed in adopted], [os.get_inheritable(sock.fileno()) for sock in socks])
+files = daemonize.Files(sys.argv[1], None, "")
+control = daemonize.bind_control(files.control)
+print([daemonize.is_control(sock, files) for sock in (socks[3], socks[4], control)])
+if hasattr(os, "memfd_create"):
+    memory = os.memfd_create("x", 2)
+    daemonize.fcntl.fcntl(memory, 1033, 2)
+    print([os.ftruncate(memory, size) or daemonize.is_legacy(memory) for size in (64 << 20, (64 << 20) + 1)])
+os._exit(0)
+"""
+        said = run([PYTHON, "-uc", code, self.box.pidfile], 0, env=self.box.env, cwd=HERE).out.splitlines()
+        self.assertEqual(said, ["[False, False, False, True, True] " + str([False] * 5), "[False, False, True]", "[True, False]"]
+                         [:2 + hasattr(os, "memfd_create")])
+
+    def test_a_failure_that_is_told_has_the_status_of_a_failure(self) -> None:
+        """Who says "fatal" may have been taken over: 1, or 2 for usage; never what another answer means."""
+        said = run([PYTHON, "-c", "import daemonize\nfor status in (0, 1, 2, 3, 4, 130, '2', None):\n"
+                    "    print(daemonize.failure(None, {'event': 'fatal', 'status': status}).status, end=' ')"], 0, env=self.box.env, cwd=HERE).out
+        self.assertEqual(said, "1 1 2 1 1 1 1 1 ")
 
 POOR_SYSTEM = r'''
 import os, signal, socket, sys
