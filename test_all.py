@@ -5990,6 +5990,15 @@ Server.probe = first("probe", Server.probe)
         self.assertEqual(said[:6], [self.box.pidfile + end for end in ("", ".lock", ".sock")]
                          + [self.box.log + end for end in ("", ".1", ".2")])
 
+    def test_what_bind_makes_is_private(self) -> None:
+        """A file that the import makes has --umask, and so has a worker's; one that bind() makes is 0600."""
+        app = "made = lambda name: open(%r + name, 'w').close()\n" % self.box.path("made-")
+        app += "made('import')\nwell = bind\ndef bind(options):\n    made('bind')\n    return well(options)\nServer.reload = lambda self: made('reload')\n"
+        self.box.start("--umask", "002", app=APP + app)
+        self.box.command("reload")
+        modes = [os.stat(self.box.path("made-" + name)).st_mode & 0o777 for name in ("import", "bind", "reload")]
+        self.assertEqual(modes, [0o664, 0o600, 0o664])
+
     def test_a_stop_is_obeyed_though_the_caller_blocked_its_signals(self) -> None:
         """A daemon started with TERM ignored and blocked ends on `stop` as quickly as any."""
         def careless() -> None:
@@ -7158,6 +7167,14 @@ class Pidfile(BoxTest):
         self.box.write("d.pid", "4711\n", 0o600)
         self.box.start("--", "sleep", "600")
         self.assertEqual((os.stat(self.box.pidfile).st_mode & 0o777, read(self.box.pidfile)), (0o644, "%d\n" % self.box.pid()))
+
+    @needs_other_user
+    def test_a_pidfile_of_roots_that_a_user_may_write(self) -> None:
+        """Prepared by root for a user: taken as it is."""
+        self.box.make("theirs", 0o755, NOBODY)
+        self.box.pidfile, self.box.log = self.box.write("theirs/d.pid", "", 0o666), self.box.path("theirs", "d.log")
+        self.box.start("--", "sleep", "600", preexec_fn=drop(NOBODY), cwd="/")
+        self.assertEqual((os.stat(self.box.pidfile).st_mode & 0o777, bool(self.box.pid())), (0o666, True))
 
     def test_what_is_no_pid_is_shown_in_short(self) -> None:
         """status of a pidfile that is a megabyte long: a line or two."""
