@@ -5983,6 +5983,15 @@ Server.probe = first("probe", Server.probe)
         self.box.command("stop", cwd="/")
         self.assertEqual(sorted(set(os.listdir(self.box.folder)) & {"d.pid", "d.log"}), ["d.log"])
 
+    @needs_linux
+    def test_what_a_shell_left_open_is_closed(self) -> None:
+        """Descriptors 3, 4 and 9 of the caller: in no daemon, worker or program."""
+        file, app = self.box.write("file", ""), self.box.write("app.py", APP)
+        for hosted in (["--app", app], ["--", "sleep", "600"]):
+            run(["sh", "-c", 'exec "$@" 3<"$0" 4<"$0" 9<"$0"', file, *self.box.argv("start"), "--logfile", self.box.log] + hosted, 0, env=self.box.env)
+            self.assertEqual([file in fds_of(pid) for pid in self.box.processes()], [False, False])
+            self.box.command("stop")
+
     def test_the_application_knows_our_own_files(self) -> None:
         """options.private_files: pidfile, lock, socket, and the log with each name that a rotation gives it."""
         app = APP + "def bind(options):\n    print(*options.private_files, sep='\\n', flush=True)\n    return Server(options)\n"
@@ -6220,6 +6229,13 @@ class StartFailure(BoxTest):
         self.fails(APP + "Server.serve_forever = lambda self: subprocess.call(['sleep', '600'])\n"
                          "Server.probe = lambda self: time.sleep(0.3) or os.kill(os.getppid(), 9)\n")
 
+    def test_usage_is_a_word_for_bind(self) -> None:
+        """A worker or a probe that raises with status 2: exit 1, for the command line was right."""
+        for place in ("Server.probe", "Server.serve_forever"):
+            with self.subTest(place):
+                self.assertIn("too odd", self.fails(APP + "class Odd(ValueError): status = 2\n"
+                                                    "def fail(self): raise Odd('unable to go on: too odd')\n%s = fail\n" % place))
+
 
 class Stop(BoxTest):
     """`stop` returns when nothing of the daemon is left"""
@@ -6307,6 +6323,15 @@ class Stop(BoxTest):
                     "seconds = []\ndaemonize.end_all = lambda members, kill, timeout: seconds.append(timeout) or time.sleep(0.3)\n"
                     "daemonize.end_daemon(Target(), 1)\nprint(seconds[0] == 1, 0 < seconds[1] <= 0.7, end='')"], 0, env=self.box.env, cwd=HERE).out
         self.assertEqual(said.splitlines()[-1][-9:], "True True")
+
+    def test_an_heir_ends_as_quickly_as_any(self) -> None:
+        """The sockets of who was restarted are its own, not systemd's: stop waits for no answer."""
+        self.box.start(app=APP)
+        self.box.command("restart")
+        with connect(self.box.address()) as sock:
+            sock.sendall(b"sleep 600\n")
+            until(lambda: "sleeping" in read(self.box.log), "a busy worker")
+            self.assertLess(self.box.command("stop", "--timeout", "15").seconds, SOON)
 
     def test_who_forks_while_it_is_looked_for_is_found(self) -> None:
         """A child that stands in the list before its parent, a session's orphan; and each look is followed by a kill."""
@@ -6426,6 +6451,22 @@ class Status(BoxTest):
             with self.control() as control:
                 control.sendmsg([said], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0] * 20))])
         until(lambda: len(fds_of(self.box.pid())) == before, "as few descriptors as before")
+
+    def test_who_asks_and_reads_nothing_holds_nobody_up(self) -> None:
+        """Questions without end, no answer read: the caller is hung up, and the next one is heard."""
+        code = "import sys, daemonize\ndaemonize.ANSWER = 0.3\nsys.exit(daemonize.main(sys.argv[1:]))"
+        run([PYTHON, "-c", code] + self.box.argv("start")[2:] + ["--logfile", self.box.log, "--", "sleep", "600"], 0, env=self.box.env, cwd=HERE)
+
+        def is_hung_up() -> bool:
+            try:
+                end.send(b'{"event": "status"}\n')
+            except OSError as error:
+                return not isinstance(error, BlockingIOError)
+            return False
+        with self.control() as end:
+            end.setblocking(False)
+            until(is_hung_up, "a hang-up")
+        self.assertNotIn("note", self.box.status())
 
     def test_the_daemon_overrules_nothing_that_the_kernel_says(self) -> None:
         """An answer that claims another pid, state or uid, or is no answer: status says what is so."""
@@ -6809,6 +6850,21 @@ class Run(BoxTest):
         result = self.box.daemonize("run", "--pidfile", self.box.pidfile, "--app", app, want=1)
         self.assertIn("ZeroDivisionError", result.err)
         self.assertEqual(read(self.box.pidfile), "")
+
+    def test_what_bind_made_is_taken_back(self) -> None:
+        """A pidfile that is a FIFO, seen after bind(): abandon() is called, and the lock is gone."""
+        os.mkfifo(self.box.pidfile)
+        app = self.box.write("app.py", APP + "Server.abandon = lambda self: open(%r, 'w')\n" % self.box.path("taken back"))
+        self.box.command("run", "--app", app, want=1)
+        self.assertEqual([os.path.exists(path) for path in (self.box.path("taken back"), self.box.pidfile + ".lock")], [True, False])
+
+    @needs_linux
+    def test_with_closed_streams(self) -> None:
+        """Descriptors 0, 1 and 2 closed: its program has /dev/null there."""
+        self.box.spawn("sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *self.box.argv("run", "--", "sleep", "600"))
+        until(self.box.pid, "a pidfile")
+        for pid in self.box.status()["program_pid"] + [self.box.pid()]:
+            self.assertEqual(fds_of(pid)[:3], ["/dev/null"] * 3)
 
     def test_a_second_one_is_refused(self) -> None:
         """run beside a running daemon does not start a second one: it names the first's pid."""
@@ -8062,6 +8118,13 @@ def bind(options):
         self.says("class Lock: record = holder = lambda self: None\ntarget = daemonize.Target(Lock(), %d)\n"
                   "target.send(15)\ntarget.send_all(9)" % self.stranger.pid)
 
+    def test_who_has_the_daemons_number_by_now_is_not_signalled(self) -> None:
+        """No pidfd, and another birth under the number that was proved: no TERM, no KILL."""
+        said = self.says("class Lock:\n    record = lambda self: None\n    holder = lambda self: %d\ntarget = daemonize.Target(Lock(), %d)\n"
+                         "print(len(target.leader()))\ntarget.birth, target.pidfd = 'other', -1\ntarget.send(15)\ntarget.send_all(9)\n"
+                         "print(target.leader(), target.members())" % ((self.stranger.pid,) * 2))
+        self.assertEqual(said, ["1", "[] []"])
+
     def test_root_that_comes_back_is_noticed(self) -> None:
         """Where setuid(0) still succeeds after root was given up, nothing starts."""
         said = self.says("os.setuid = lambda uid: None\ntry: daemonize.switch_user(user)\n"
@@ -8203,6 +8266,25 @@ class Workers(BoxTest):
             until(lambda: ask(address)["worker"] != old, "a new worker")
         self.assertEqual((self.box.pid(), ask(address)["pid"]), (pid, pid))
         self.assertIn(str(old), read(self.box.log))
+
+    def test_a_pause_is_for_who_dies_young(self) -> None:
+        """It doubles, up to 30 s; none after SIGKILL, which comes from outside, or after a second of life."""
+        said = run([PYTHON, "-c", "import daemonize, time\nhost = daemonize.Host.__new__(daemonize.Host)\nhost.plan = daemonize.Plan('', [], [], None, '', False, None)\n"
+                    "host.pause, host.complain = 0, len\nclass Child: pid = 7\ndef pause(status, age):\n    Child.born = time.monotonic() - age\n"
+                    "    daemonize.Host.on_death(host, Child, status)\n    return round(host.next_start - time.monotonic(), 1)\n"
+                    "print([pause(*row) for row in [(1 << 8, 0)] * 3 + [(15, 0), (9, 0), (0, 0), (1 << 8, 2)] + [(11, 0)] * 10])"],
+                   0, env=self.box.env, cwd=HERE).out
+        self.assertEqual(json.loads(said.replace("-0.0", "0.0")), [0.1, 0.2, 0.4, 0.8, 0, 0.1, 0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 30])
+
+    def test_a_signal_to_a_fresh_worker_is_its_own(self) -> None:
+        """It does not wake the daemon up by a descriptor that is not the worker's."""
+        address = self.box.address(self.box.start("--workers", "1", app=APP))
+        self.box.command("reload")
+        worker = ask(address)["worker"]
+        for number in (signal.SIGHUP, signal.SIGUSR1):
+            os.kill(worker, number)
+        self.assertEqual(ask(address)["worker"], worker)
+        self.assertNotIn("wakeup", read(self.box.log))
 
     def test_reload_brings_fresh_workers(self) -> None:
         """reload runs once in the daemon, then its workers are replaced; no connection is lost."""
