@@ -6333,6 +6333,19 @@ class Stop(BoxTest):
             until(lambda: "sleeping" in read(self.box.log), "a busy worker")
             self.assertLess(self.box.command("stop", "--timeout", "15").seconds, SOON)
 
+    def test_no_name_of_it_stays(self) -> None:
+        """stop of a daemon that lives, or was killed: pidfile and socket are gone; a folder in their place is let be."""
+        names = [self.box.pidfile, self.box.pidfile + ".sock"]
+        for number in (0, signal.SIGKILL):
+            self.box.start("--", "sleep", "600")
+            os.kill(self.box.pid(), number)
+            self.box.command("stop")
+            self.assertEqual([os.path.exists(name) for name in names], [False, False])
+        for name in names:
+            os.mkdir(name)
+        self.box.command("stop")
+        self.assertEqual([os.path.isdir(name) for name in names], [True, True])
+
     def test_who_forks_while_it_is_looked_for_is_found(self) -> None:
         """A child that stands in the list before its parent, a session's orphan; and each look is followed by a kill."""
         said = run([PYTHON, "-c", "import os, daemonize\nme = os.getpid()\nfamily = [(14, 13, 9), (13, 12, 9), (12, 11, 9), (11, me, 9), (15, 1, 7), "
@@ -6758,6 +6771,15 @@ class Reload(BoxTest):
         first = sockets()
         self.box.command("reload")
         self.assertEqual(sockets(), first)
+
+    def test_a_reason_looks_like_no_word_of_ours(self) -> None:
+        """What a daemon gives as its reason: lines that begin as ours do are set apart; a cure names this daemon."""
+        self.box.start("--", "sleep", "600")
+        code = ("import sys, daemonize\ndaemonize.ask = lambda *words: {'reason': 'no\\ndaemonize: fatal: lost\\ntry: daemonize.py restart'}\n"
+                "sys.exit(daemonize.main(sys.argv[1:]))")
+        said = run([PYTHON, "-c", code, "reload", "--pidfile", self.box.pidfile], 1, env=self.box.env, cwd=HERE).err
+        self.assertEqual(said, "daemonize: fatal: unable to reload sleep: no\n  daemonize: fatal: lost\n"
+                               "try: daemonize.py restart --pidfile '%s'\n" % self.box.pidfile)
 
     def test_an_application_without_reload_is_not_disturbed(self) -> None:
         """Without a reload() of its own an application only gets its log opened again."""
@@ -8286,6 +8308,17 @@ class Workers(BoxTest):
         self.assertEqual(ask(address)["worker"], worker)
         self.assertNotIn("wakeup", read(self.box.log))
 
+    def test_a_second_TERM_does_not_cut_the_end_short(self) -> None:
+        """A worker that is told twice, and by SIGINT: each `finally` of the application comes to its end."""
+        self.box.start("--workers", "1", app=APP + "def serve(self):\n    try: time.sleep(600)\n    finally:\n        print('ending', flush=True)\n"
+                       "        time.sleep(0.3)\n        print('cleaned', flush=True)\nServer.serve_forever = serve\n")
+        worker, = self.box.status()["workers"]
+        os.kill(worker, signal.SIGTERM)
+        until(lambda: "ending" in read(self.box.log), "its end")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(worker, number)
+        until(lambda: "cleaned" in read(self.box.log), "the end of its clean-up", 5)
+
     def test_reload_brings_fresh_workers(self) -> None:
         """reload runs once in the daemon, then its workers are replaced; no connection is lost."""
         address = self.box.address(self.box.start("--workers", "1", app=APP))
@@ -8727,6 +8760,15 @@ Server.drain = lambda self: wait_for("drained") or drain_well(self)
                     "daemonize.launch = launch\ntry: daemonize.replace(daemonize.parse(['restart', '--pidfile', '/x']), None, 1, True)\n"
                     "except daemonize.Fatal as error: print(error)"], 0, env=self.box.env, cwd=HERE).out
         self.assertEqual(said, "cannot tell\n")
+
+    def test_who_took_the_place_and_says_nothing_keeps_it(self) -> None:
+        """A new daemon that has its place, and never says "done": exit 1, `try: status`; it is not undone."""
+        code = ("import sys, daemonize\ndaemonize.ANSWER = 0.3\ndaemonize.say_done = lambda start: None\n"
+                "sys.exit(daemonize.main(sys.argv[1:]))")
+        said = run([PYTHON, "-c", code] + self.box.argv("start")[2:] + ["--logfile", self.box.log, "--", "sleep", "600"],
+                   1, env=self.box.env, cwd=HERE).err
+        self.assertEqual(said, "daemonize: fatal: unable to tell whether sleep has started\ntry: daemonize.py status\n")
+        self.box.command("status")
 
     def test_a_hang_up_while_it_drains(self) -> None:
         """SIGHUP, USR1 and a second TERM to a daemon that is leaving: it forks nobody, and leaves."""
