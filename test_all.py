@@ -6493,6 +6493,13 @@ class Status(BoxTest):
                                  [self.box.pid(), "running", "n", os.getuid()])
                 self.assertLess(facts["uptime"], 1000)
 
+    def test_what_an_application_says_looks_like_no_line_of_ours(self) -> None:
+        """A line end in a fact, in a list, in an address: escaped, so that each row is one line."""
+        self.box.start(app=APP + "Server.status = lambda self: {'one': 'a\\nb', 'two': ['c\\nd', 'e'], 'addresses': ['f\\ng']}\n")
+        first, *rows = self.box.command("status").out.splitlines()
+        self.assertIn("on f\\ng", first)
+        self.assertEqual([row.split(None, 1)[1] for row in rows if row.split()[0] in ("one", "two")], ["a\\nb", "c\\nd e"])
+
     SLOW = APP + "Server.probe = lambda self: [time.sleep(0.01) for _ in iter(lambda: os.path.exists(WAIT), False)]\nWAIT = "
 
     def test_silent_conversations_do_not_drive_the_heir_out(self) -> None:
@@ -8769,6 +8776,17 @@ Server.drain = lambda self: wait_for("drained") or drain_well(self)
                    1, env=self.box.env, cwd=HERE).err
         self.assertEqual(said, "daemonize: fatal: unable to tell whether sleep has started\ntry: daemonize.py status\n")
         self.box.command("status")
+
+    def test_a_terminals_signal_reaches_both(self) -> None:
+        """Ctrl-C, or a hang-up, for command and starter at once, while bind() is at work: its `finally` runs."""
+        made = self.box.path("made")
+        app = self.box.write("app.py", APP + "def bind(options):\n    open(%r, 'w').close()\n    try: time.sleep(600)\n    finally: os.unlink(%r)\n" % (made, made))
+        for number in (signal.SIGINT, signal.SIGHUP):
+            child = self.box.spawn(*self.box.argv("start"), "--logfile", self.box.log, "--app", app, start_new_session=True)
+            until(lambda: os.path.exists(made), "bind()")
+            os.killpg(child.pid, number)
+            with self.subTest(number):
+                self.assertEqual((child.wait(PATIENCE), os.path.exists(made), self.box.processes()), (130, False, []))
 
     def test_a_hang_up_while_it_drains(self) -> None:
         """SIGHUP, USR1 and a second TERM to a daemon that is leaving: it forks nobody, and leaves."""
