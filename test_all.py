@@ -5846,6 +5846,12 @@ class Start(SharedBoxTest):
         self.assertEqual(int(flags[0], 8) & os.O_ACCMODE, os.O_RDONLY)
         self.assertEqual([name for name in self.facts["fds"].values() if name.startswith(self.box.pidfile)], [])
 
+    @needs_linux
+    def test_the_log_is_open_but_twice(self) -> None:
+        """As stdout and stderr, in daemon and worker: a third descriptor would keep the space of a log that is gone."""
+        for names in (fds_of(self.pid), list(self.facts["fds"].values())):
+            self.assertEqual((names.count(self.box.log), names.count("/dev/null")), (2, 1))
+
     def test_start_again_says_so_and_changes_nothing(self) -> None:
         """A second start: exit status 0, "already running with pid N", the same daemon; silent with --quiet."""
         result = self.box.start(app=APP)
@@ -5991,6 +5997,11 @@ Server.probe = first("probe", Server.probe)
             run(["sh", "-c", 'exec "$@" 3<"$0" 4<"$0" 9<"$0"', file, *self.box.argv("start"), "--logfile", self.box.log] + hosted, 0, env=self.box.env)
             self.assertEqual([file in fds_of(pid) for pid in self.box.processes()], [False, False])
             self.box.command("stop")
+
+    def test_an_application_may_write_to_closed_streams(self) -> None:
+        """bind() uses sys.stdin, stdout and stderr, all of which the caller has closed."""
+        app = self.box.write("app.py", APP + "def bind(options):\n    sys.stdout.write('x' + sys.stdin.read())\n    sys.stderr.write('y')\n    return Server(options)\n")
+        run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *self.box.argv("start"), "--logfile", self.box.log, "--app", app], 0, env=self.box.env)
 
     def test_the_application_knows_our_own_files(self) -> None:
         """options.private_files: pidfile, lock, socket, and the log with each name that a rotation gives it."""
@@ -6235,6 +6246,15 @@ class StartFailure(BoxTest):
             with self.subTest(place):
                 self.assertIn("too odd", self.fails(APP + "class Odd(ValueError): status = 2\n"
                                                     "def fail(self): raise Odd('unable to go on: too odd')\n%s = fail\n" % place))
+
+    def test_a_prober_that_hangs_up_is_ended(self) -> None:
+        """It closes its end, and goes on: that is seen at once, and nobody is left."""
+        self.fails(APP + "Server.probe = lambda self: os.closerange(3, 256) or time.sleep(600)\n")
+
+    def test_a_traceback_without_end_is_cut(self) -> None:
+        """Of a hundred KiB the end is told, which says most."""
+        text = "def one(n): two(n)\ndef two(n): one(n)\nbind = one\n" + "#" * 60
+        self.assertIn("RecursionError", self.fails(APP + "sys.setrecursionlimit(3000)\n" + text))
 
 
 class Stop(BoxTest):
@@ -8326,6 +8346,42 @@ class Workers(BoxTest):
             os.kill(worker, number)
         until(lambda: "cleaned" in read(self.box.log), "the end of its clean-up", 5)
 
+    def test_bad_code_is_not_tried_without_a_pause(self) -> None:
+        """Workers that die as they begin: a handful of starts in a second, not hundreds."""
+        broken = self.box.path("broken")
+        self.box.start("--workers", "1", app=APP + "well = Server.serve_forever\nServer.serve_forever = lambda self: os.path.exists(%r) or well(self)\n" % broken)
+        self.box.write("broken", "")
+        os.kill(self.box.status()["workers"][0], signal.SIGKILL)
+        until(lambda: self.box.status()["restarts"] >= 3, "three more lives")
+        self.assertLess(self.box.status()["restarts"], 8)
+
+    def test_a_worker_that_talks_without_end_is_heard_no_longer(self) -> None:
+        """Words that nobody waits for do not renew the deadline of the one that is waited for."""
+        code = ("import daemonize, time\ndef talk(channel):\n    while channel.tell('noise'): time.sleep(0.02)\nchild = daemonize.fork(talk)\n"
+                "began = time.monotonic()\nprint(child.hear('word', 0.3) == daemonize.LATE, time.monotonic() - began < 2)\nchild.kill()")
+        self.assertEqual(run([PYTHON, "-c", code], 0, env=self.box.env, cwd=HERE).out, "True True\n")
+
+    def test_a_fork_has_no_moment_with_its_parents_handlers(self) -> None:
+        """Blocked while it forks; then parent and child get them, each by handlers of its own."""
+        code = """
+import os, signal, daemonize
+def say(*words): print(*words, daemonize.HANDLED & set(signal.pthread_sigmask(signal.SIG_BLOCK, [])) == daemonize.HANDLED,
+                       bool(daemonize.HANDLED & set(signal.pthread_sigmask(signal.SIG_BLOCK, []))), flush=True)
+signal.signal(signal.SIGUSR1, print)
+real = os.fork
+os.fork = lambda: say("at") or real()
+daemonize.fork(lambda channel: say(signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL)).wait()
+say("after")
+"""
+        self.assertEqual(run([PYTHON, "-c", code], 0, env=self.box.env, cwd=HERE).out, "at True True\nTrue False False\nafter False False\n")
+
+    def test_a_workers_last_word_is_in_the_log(self) -> None:
+        """Without a line's end, too."""
+        self.box.start("--workers", "1", app=APP + "well = Server.serve_forever\ndef serve(self):\n    well(self)\n    print('last word', end='')\n"
+                                                   "Server.serve_forever = serve\n")
+        self.box.command("reload")
+        until(lambda: "last word" in read(self.box.log), "its last word")
+
     def test_reload_brings_fresh_workers(self) -> None:
         """reload runs once in the daemon, then its workers are replaced; no connection is lost."""
         address = self.box.address(self.box.start("--workers", "1", app=APP))
@@ -8646,6 +8702,14 @@ class Programs(BoxTest):
         self.box.command("stop")
         self.assertEqual(read(self.box.log).count("told"), 1)
 
+    def test_a_program_that_is_gone_is_not_tried_each_moment(self) -> None:
+        """--respawn of a program that removed itself: said once, and tried again after half a minute."""
+        program = self.box.write("program", "#!/bin/sh\nsleep 0.5\nrm \"$0\"\n", 0o755)
+        self.box.start("--respawn", "--", program)
+        until(lambda: "no such program" in read(self.box.log), "a word on it")
+        until(lambda: self.box.status()["uptime"] > 4, "a moment")
+        self.assertEqual(read(self.box.log).count("unable to act"), 1)
+
 
 class PointOfNoReturn(BoxTest):
     """Before it all that a start has made is undone, after it nothing is; whatever interrupts the command"""
@@ -8787,6 +8851,16 @@ Server.drain = lambda self: wait_for("drained") or drain_well(self)
             os.killpg(child.pid, number)
             with self.subTest(number):
                 self.assertEqual((child.wait(PATIENCE), os.path.exists(made), self.box.processes()), (130, False, []))
+
+    def test_the_next_command_waits_for_who_takes_back(self) -> None:
+        """kill -9 of a start, and stop at once: it returns when the starter has undone all."""
+        app = APP + "Server.abandon = lambda self: time.sleep(0.7)\nServer.probe = lambda self: time.sleep(600)\n"
+        child = self.box.spawn(*self.box.argv("start"), "--logfile", self.box.log, "--app", self.box.write("app.py", app))
+        until(lambda: "listening" in read(self.box.log), "a worker")
+        child.kill()
+        child.wait()
+        self.box.command("stop")
+        self.assertEqual(self.box.processes(), [])
 
     def test_a_hang_up_while_it_drains(self) -> None:
         """SIGHUP, USR1 and a second TERM to a daemon that is leaving: it forks nobody, and leaves."""
