@@ -6241,11 +6241,9 @@ class StartFailure(BoxTest):
                          "Server.probe = lambda self: time.sleep(0.3) or os.kill(os.getppid(), 9)\n")
 
     def test_usage_is_a_word_for_bind(self) -> None:
-        """A worker or a probe that raises with status 2: exit 1, for the command line was right."""
-        for place in ("Server.probe", "Server.serve_forever"):
-            with self.subTest(place):
-                self.assertIn("too odd", self.fails(APP + "class Odd(ValueError): status = 2\n"
-                                                    "def fail(self): raise Odd('unable to go on: too odd')\n%s = fail\n" % place))
+        """A probe that raises with status 2: exit 1, for the command line was right."""
+        self.assertIn("too odd", self.fails(APP + "class Odd(ValueError): status = 2\n"
+                                            "def fail(self): raise Odd('unable to go on: too odd')\nServer.probe = fail\n"))
 
     def test_a_prober_that_hangs_up_is_ended(self) -> None:
         """It closes its end, and goes on: that is seen at once, and nobody is left."""
@@ -6914,6 +6912,18 @@ class Run(BoxTest):
         until(self.box.pid, "a pidfile")
         for pid in self.box.status()["program_pid"] + [self.box.pid()]:
             self.assertEqual(fds_of(pid)[:3], ["/dev/null"] * 3)
+
+    def test_a_second_TERM_waits_for_no_answer(self) -> None:
+        """With sockets of systemd the first TERM drains; the second one ends it, long before --timeout."""
+        child, address = self.activated("$$")
+        self.address()
+        with connect(address) as busy:
+            busy.sendall(b"sleep 600\n")
+            until(lambda: "sleeping" in read(self.box.output), "a busy worker")
+            child.send_signal(signal.SIGTERM)
+            until(lambda: self.box.status()["workers"] == [], "a drain")
+            child.send_signal(signal.SIGTERM)
+            self.assertEqual(child.wait(SOON), 0)
 
     def test_a_second_one_is_refused(self) -> None:
         """run beside a running daemon does not start a second one: it names the first's pid."""
