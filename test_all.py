@@ -6633,6 +6633,25 @@ class Restart(BoxTest):
         until(lambda: read(self.box.log).count("released") == 2, "both released")
         self.assertEqual(re.findall("held|drained|released", read(self.box.log)), ["held"] + ["drained"] * 2 + ["released"] * 2)
 
+    def test_who_leaves_removes_nothing(self) -> None:
+        """server_close() is for the end of the last: what it removes, a socket's name, is the heir's by now."""
+        self.box.start(app=APP + "Server.server_close = lambda self: print('closed', flush=True)\n")
+        self.box.command("restart")
+        self.assertNotIn("closed", read(self.box.log))
+        self.box.command("stop")
+        self.assertEqual(read(self.box.log).count("closed"), 1)
+
+    @needs_linux
+    def test_who_drains_is_the_daemon_no_more(self) -> None:
+        """While its last answer takes long the old one has no lock: the heir's workers need not wait for its end."""
+        address, old = self.box.address(self.box.start(app=APP)), self.box.pid()
+        with connect(address) as busy:
+            busy.sendall(b"sleep 600\n")
+            until(lambda: "sleeping" in read(self.box.log), "a busy worker")
+            self.box.spawn(*self.box.argv("restart", "--timeout", "60"))
+            until(lambda: " %d " % old not in read("/proc/locks"), "an end of its lock", SOON)
+            self.assertTrue(is_alive(old))
+
     def test_no_connection_is_lost_under_load(self) -> None:
         """Clients that connect all the time through three restarts see no failure."""
         address = self.box.address(self.box.start(app=APP))
@@ -7650,6 +7669,32 @@ class Logfile(BoxTest):
         # printed, and raw; but the first may fill a log of its own, which the second then drives out
         self.assertIn(sum("1 1 1" in line for line in self.lines()), (1, 2))
         self.assertEqual(sum("0 0 0" in line for line in self.lines()), 0)
+
+    def test_no_rotated_log_is_kept(self) -> None:
+        """--log-keep 0: a log that is full is removed, and a new one begun."""
+        address = self.started("--log-bytes", "500", "--log-keep", "0")
+        ask(address, "print " + "x" * 600)
+        until(lambda: os.path.exists(self.box.log) and os.stat(self.box.log).st_size < 500, "a new log")
+        self.assertEqual(os.listdir(self.box.path("logs")), ["d.log"])
+
+    def test_the_elder_has_the_higher_number(self) -> None:
+        """Three rotations, two kept: the last one is .1, the one before is .2."""
+        address = self.started("--log-bytes", "500", "--log-keep", "2")
+        for number in range(3):
+            ask(address, "print " + "%d " % number * 400)
+            until(lambda: "%d %d %d" % ((number,) * 3) in read(self.box.log + ".1") and os.path.exists(self.box.log)
+                  and os.stat(self.box.log).st_size < 500, "rotation %d" % number)
+        names = ["0 0 0", "1 1 1", "2 2 2"]
+        first = [min([n for n in range(3) if names[n] in read(self.box.log + end)] or [-1]) for end in (".1", ".2")]
+        self.assertIn(first, ([2, 1], [2, 2]))      # printed, and raw: each may fill a log
+
+    def test_a_reload_that_is_refused_opens_the_log_all_the_same(self) -> None:
+        """logrotate has renamed it, and may compress it: nothing more is written there."""
+        address = self.started(app=APP + "Server.reload = lambda self: 1 / 0\n")
+        os.rename(self.box.log, self.box.path("logs", "old"))
+        self.box.command("reload", want=1)
+        ask(address, "print after")
+        self.assertEqual(["after\n" in read(path) for path in (self.box.log, self.box.path("logs", "old"))], [True, False])
 
     def test_after_a_rename_USR1_opens_the_log_again(self) -> None:
         """logrotate's rename and USR1: print and raw writes of every worker go to the new file."""
