@@ -6633,6 +6633,26 @@ class Restart(BoxTest):
         until(lambda: read(self.box.log).count("released") == 2, "both released")
         self.assertEqual(re.findall("held|drained|released", read(self.box.log)), ["held"] + ["drained"] * 2 + ["released"] * 2)
 
+    def test_a_program_in_an_applications_place_has_no_port(self) -> None:
+        """restart with a COMMAND: the application's sockets go with it."""
+        address = self.box.address(self.box.start("--name", "n", app=APP))
+        self.box.command("restart", "--name", "n", "--logfile", self.box.log, "--", "sleep", "600")
+        with socket.socket() as sock:
+            self.assertNotEqual(sock.connect_ex(("127.0.0.1", int(address.rpartition(":")[2]))), 0)
+
+    def test_the_pidfile_is_the_one_that_was_typed(self) -> None:
+        """The old words name it through a link, which leads elsewhere by now."""
+        for name in ("real", "other"):
+            self.box.make(name)
+        os.symlink("real", self.box.path("link"))
+        self.box.start("--pidfile", self.box.path("link", "d.pid"), app=APP)
+        os.unlink(self.box.path("link"))
+        os.symlink("other", self.box.path("link"))
+        old = read(self.box.path("real", "d.pid"))
+        self.box.daemonize("restart", "--pidfile", self.box.path("real", "d.pid"))
+        self.assertNotIn(read(self.box.path("real", "d.pid")), ("", old))
+        self.assertEqual(os.listdir(self.box.path("other")), [])
+
     def test_who_leaves_removes_nothing(self) -> None:
         """server_close() is for the end of the last: what it removes, a socket's name, is the heir's by now."""
         self.box.start(app=APP + "Server.server_close = lambda self: print('closed', flush=True)\n")
