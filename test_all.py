@@ -5847,6 +5847,11 @@ class Start(SharedBoxTest):
         self.assertEqual([name for name in self.facts["fds"].values() if name.startswith(self.box.pidfile)], [])
 
     @needs_linux
+    def test_a_worker_has_no_end_of_the_daemons(self) -> None:
+        """Its listener, a pair of its own, this connection, its channel: nobody waits for an EOF that it keeps."""
+        self.assertEqual(sum("socket:" in name for name in self.facts["fds"].values()), 5)
+
+    @needs_linux
     def test_the_log_is_open_but_twice(self) -> None:
         """As stdout and stderr, in daemon and worker: a third descriptor would keep the space of a log that is gone."""
         for names in (fds_of(self.pid), list(self.facts["fds"].values())):
@@ -8667,6 +8672,19 @@ class Library(BoxTest):
             with self.subTest(log):
                 self.assertEqual(self.action("start", want=want).out.count("but once"), 1)
 
+    def test_at_its_end_only_its_own_pidfile_is_emptied(self) -> None:
+        """Not by a child of it that ends; nor is another file that has the pidfile's descriptor by now, and the pid in it."""
+        self.script("if not os.fork(): sys.exit()\nos.wait()\nprint('alone', flush=True)\nwhile not os.path.exists(%r): time.sleep(0.01)\n"
+                    "os.closerange(3, 256)\nfor n in range(12): os.write(os.open('%s/data%%d' %% n, os.O_RDWR | os.O_CREAT), b'%%d\\n' %% os.getpid())\n"
+                    % (self.box.path("end"), self.box.folder))
+        self.action("start")
+        until(lambda: "alone" in read(self.box.path("out.log")), "its child's end")
+        text = read(self.box.path("pid.txt"))
+        self.assertRegex(text, r"\A\d+\n\Z")
+        self.box.write("end", "")
+        until(lambda: not self.box.processes(), "its end")
+        self.assertEqual({read(self.box.path("data%d" % n)) for n in range(12)}, {text})
+
     def test_a_recycled_pid_is_nobody(self) -> None:
         """A record whose pid lives, but was born at another time, names nobody: stop signals no stranger."""
         self.script("os.closerange(3, 256)\ntime.sleep(600)\n")
@@ -8916,6 +8934,15 @@ Server.drain = lambda self: wait_for("drained") or drain_well(self)
                    1, env=self.box.env, cwd=HERE).err
         self.assertEqual(said, "daemonize: fatal: unable to tell whether sleep has started\ntry: daemonize.py status\n")
         self.box.command("status")
+
+    def test_no_place_is_taken_without_a_word(self) -> None:
+        """The command died between "ready" and "go": the daemon takes neither lock nor pidfile."""
+        code = ("import daemonize, socket\ndaemonize.take_instance = print\none, two = socket.socketpair()\nplan = daemonize.parse(['start', '--', 'x'])\n"
+                "opened = daemonize.Opened([], -1, None, -1, None, '')\nstart = daemonize.Start(plan, opened, daemonize.Inherited(), report=daemonize.Channel(one))\n"
+                "%s\ntry: daemonize.take_place(start)\nexcept daemonize.Fatal as error: print(error)")
+        for last in ("two.shutdown(socket.SHUT_WR)", "two.send(b'{\"event\": \"no\"}\\n')"):
+            said = run([PYTHON, "-c", code % last], 0, env=self.box.env, cwd=HERE).out
+            self.assertEqual(said, "unable to start: the command that asked for it is gone\n")
 
     def test_a_terminals_signal_reaches_both(self) -> None:
         """Ctrl-C, or a hang-up, for command and starter at once, while bind() is at work: its `finally` runs."""
