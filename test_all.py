@@ -6356,6 +6356,12 @@ class Stop(BoxTest):
             until(lambda: "sleeping" in read(self.box.log), "a busy worker")
             self.assertLess(self.box.command("stop", "--timeout", "15").seconds, SOON)
 
+    def test_who_was_stopped_goes_on_to_its_end(self) -> None:
+        """SIGSTOP, then stop: SIGCONT lets it obey, and nobody is killed."""
+        self.box.start("--", "sleep", "600")
+        os.kill(self.box.pid(), signal.SIGSTOP)
+        self.assertRegex(self.box.command("stop", "--timeout", "8").out, r"\A\w+ is stopped")
+
     def test_no_name_of_it_stays(self) -> None:
         """stop of a daemon that lives, or was killed: pidfile and socket are gone; a folder in their place is let be."""
         names = [self.box.pidfile, self.box.pidfile + ".sock"]
@@ -7334,6 +7340,12 @@ class Pidfile(BoxTest):
         self.box.pidfile, self.box.log = self.box.write("theirs/d.pid", "", 0o666), self.box.path("theirs", "d.log")
         self.box.start("--", "sleep", "600", preexec_fn=drop(NOBODY), cwd="/")
         self.assertEqual((os.stat(self.box.pidfile).st_mode & 0o777, bool(self.box.pid())), (0o666, True))
+
+    def test_a_link_is_not_read(self) -> None:
+        """status of a pidfile that is a link: said, and nothing of what it leads to."""
+        os.symlink(self.box.write("secret", "SECRET"), self.box.pidfile)
+        said = self.box.command("status", want=1).out
+        self.assertEqual(("SECRET" in said, "is a symbolic link" in said), (False, True))
 
     def test_what_is_no_pid_is_shown_in_short(self) -> None:
         """status of a pidfile that is a megabyte long: a line or two."""
