@@ -23,6 +23,7 @@ Not tested:
     browsers other than Chromium (their header fields are replayed)
 """
 import argparse
+import array
 import ast
 import atexit
 import base64
@@ -6503,6 +6504,16 @@ class CommandLine(BoxTest):
         for argv in (["--version"], ["stop", "--version"]):
             self.assertRegex(self.box.daemonize(*argv).out, r"\Adaemonize\.py \d+\.\d+\n\Z")
 
+    def test_a_name_is_a_files_name(self) -> None:
+        """No folder, no blank, nothing that a shell minds; nor a number that is none."""
+        for name in (".", "..", "...", "", "a b", "a/b", "a\n", "\u00e9", "$x"):
+            with self.subTest(name):
+                self.assertIn("unable to name it", self.refused("start", "--pidfile", "d.pid", "--name", name, "--", "sleep", "9").err)
+        for word in ("--timeout=nan", "--timeout=-1", "--timeout=inf", "--start-timeout=1e7", "--workers=0", "--workers=1025",
+                     "--umask=1000", "--log-bytes=-1", "--log-keep=1001"):
+            with self.subTest(word):
+                self.assertIn("invalid number value", self.refused("start", "--pidfile", "d.pid", word, "--", "sleep", "9").err)
+
     def test_a_script_is_a_program(self) -> None:
         """--app of what has no top-level bind: refused before it runs, with the line that runs it."""
         files = ["start", "--pidfile", "d.pid", "--logfile", "l", "--app"]
@@ -6608,6 +6619,26 @@ class Start(SharedBoxTest):
         self.assertNotIn("folder", fds.values())    # one would undo a jail
         if LINUX:
             self.assertEqual([fds[number] for number in "012"], ["/dev/null", self.box.log, self.box.log])
+
+    @needs_linux
+    def test_the_lock_is_the_daemons_to_read(self) -> None:
+        """The daemon has its lock open once, and cannot write it; a worker has neither lock nor pidfile."""
+        files = "/proc/%d/fd/" % self.pid
+        lock, = [fd for fd in os.listdir(files) if os.readlink(files + fd) == self.box.pidfile + ".lock"]
+        flags = re.findall(r"flags:\s+(\d+)", read("/proc/%d/fdinfo/%s" % (self.pid, lock)))
+        self.assertEqual(int(flags[0], 8) & os.O_ACCMODE, os.O_RDONLY)
+        self.assertEqual([name for name in self.facts["fds"].values() if name.startswith(self.box.pidfile)], [])
+
+    @needs_linux
+    def test_a_worker_has_no_end_of_the_daemons(self) -> None:
+        """Its listener, a pair of its own, this connection, its channel: nobody waits for an EOF that it keeps."""
+        self.assertEqual(sum("socket:" in name for name in self.facts["fds"].values()), 5)
+
+    @needs_linux
+    def test_the_log_is_open_but_twice(self) -> None:
+        """As stdout and stderr, in daemon and worker: a third descriptor would keep the space of a log that is gone."""
+        for names in (fds_of(self.pid), list(self.facts["fds"].values())):
+            self.assertEqual((names.count(self.box.log), names.count("/dev/null")), (2, 1))
 
     def test_start_again_says_so_and_changes_nothing(self) -> None:
         """A second start: exit status 0, "already running with pid N", the same daemon; silent with --quiet."""
@@ -6727,6 +6758,47 @@ Server.probe = first("probe", Server.probe)
         self.assertEqual(ask(self.box.address(result))["cwd"], self.box.path("sub"))
         self.box.command("stop", cwd="/")
         self.assertEqual(sorted(set(os.listdir(self.box.folder)) & {"d.pid", "d.log"}), ["d.log"])
+
+    @needs_linux
+    def test_what_a_shell_left_open_is_closed(self) -> None:
+        """Descriptors 3, 4 and 9 of the caller: in no daemon, worker or program."""
+        file, app = self.box.write("file", ""), self.box.write("app.py", APP)
+        for hosted in (["--app", app], ["--", "sleep", "600"]):
+            run(["sh", "-c", 'exec "$@" 3<"$0" 4<"$0" 9<"$0"', file, *self.box.argv("start"), "--logfile", self.box.log] + hosted, 0, env=self.box.env)
+            self.assertEqual([file in fds_of(pid) for pid in self.box.processes()], [False, False])
+            self.box.command("stop")
+
+    def test_an_application_may_write_to_closed_streams(self) -> None:
+        """bind() uses sys.stdin, stdout and stderr, all of which the caller has closed."""
+        app = self.box.write("app.py", APP + "def bind(options):\n    sys.stdout.write('x' + sys.stdin.read())\n    sys.stderr.write('y')\n    return Server(options)\n")
+        run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *self.box.argv("start"), "--logfile", self.box.log, "--app", app], 0, env=self.box.env)
+
+    def test_the_application_knows_our_own_files(self) -> None:
+        """options.private_files: pidfile, lock, socket, and the log with each name that a rotation gives it."""
+        app = APP + "def bind(options):\n    print(*options.private_files, sep='\\n', flush=True)\n    return Server(options)\n"
+        said = self.box.start("--log-keep", "2", app=app).out.splitlines()
+        self.assertEqual(said[:6], [self.box.pidfile + end for end in ("", ".lock", ".sock")]
+                         + [self.box.log + end for end in ("", ".1", ".2")])
+
+    def test_what_bind_makes_is_private(self) -> None:
+        """A file that the import makes has --umask, and so has a worker's; one that bind() makes is 0600."""
+        app = "made = lambda name: open(%r + name, 'w').close()\n" % self.box.path("made-")
+        app += "made('import')\nwell = bind\ndef bind(options):\n    made('bind')\n    return well(options)\nServer.reload = lambda self: made('reload')\n"
+        self.box.start("--umask", "002", app=APP + app)
+        self.box.command("reload")
+        modes = [os.stat(self.box.path("made-" + name)).st_mode & 0o777 for name in ("import", "bind", "reload")]
+        self.assertEqual(modes, [0o664, 0o600, 0o664])
+
+    def test_a_stop_is_obeyed_though_the_caller_blocked_its_signals(self) -> None:
+        """A daemon started with TERM ignored and blocked ends on `stop` as quickly as any."""
+        def careless() -> None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        self.box.start(app=APP, preexec_fn=careless)
+        pid = self.box.pid()
+        self.assertTrue(is_alive(pid))
+        self.assertLess(self.box.command("stop").seconds, SOON)
+        self.assertFalse(is_alive(pid))
 
     @needs_home
     def test_the_default_files_depend_on_user_and_name_only(self) -> None:
@@ -6873,6 +6945,25 @@ class StartFailure(BoxTest):
             self.assertRegex(said, "^daemonize: fatal: .*" + words)
             self.assertNotIn("Traceback", said)
 
+    def test_what_a_killed_daemon_has_started_is_ended(self) -> None:
+        """kill -9 before it is ready: a child of its worker, which knows nothing of it, is not left behind."""
+        self.fails(APP + "Server.serve_forever = lambda self: subprocess.call(['sleep', '600'])\n"
+                         "Server.probe = lambda self: time.sleep(0.3) or os.kill(os.getppid(), 9)\n")
+
+    def test_usage_is_a_word_for_bind(self) -> None:
+        """A probe that raises with status 2: exit 1, for the command line was right."""
+        self.assertIn("too odd", self.fails(APP + "class Odd(ValueError): status = 2\n"
+                                            "def fail(self): raise Odd('unable to go on: too odd')\nServer.probe = fail\n"))
+
+    def test_a_prober_that_hangs_up_is_ended(self) -> None:
+        """It closes its end, and goes on: that is seen at once, and nobody is left."""
+        self.fails(APP + "Server.probe = lambda self: os.closerange(3, 256) or time.sleep(600)\n")
+
+    def test_a_traceback_without_end_is_cut(self) -> None:
+        """Of a hundred KiB the end is told, which says most."""
+        text = "def one(n): two(n)\ndef two(n): one(n)\nbind = one\n" + "#" * 60
+        self.assertIn("RecursionError", self.fails(APP + "sys.setrecursionlimit(3000)\n" + text))
+
 
 class Stop(BoxTest):
     """`stop` returns when nothing of the daemon is left"""
@@ -6929,6 +7020,57 @@ class Stop(BoxTest):
         self.assertRegex(self.box.command("stop", want=1, preexec_fn=drop(NOBODY)).err, "(?i)permi")
         self.assertEqual(ask(address)["pid"], self.box.pid())
         self.assertIn(self.box.command("status", want=None, preexec_fn=drop(NOBODY)).code, (0, 4))
+
+    def test_a_child_in_our_own_group_is_signalled_alone(self) -> None:
+        """Between fork(2) and its setpgid(2) a child is in its parent's group: the parent lives on."""
+        said = run([PYTHON, "-c", "import os, daemonize, signal\nos.setsid()\nchild = os.fork() or signal.pause()\n"
+                    "daemonize.signal_each([daemonize.look_at(child)], 9, True)\nprint(os.wait() == (child, 9))\n"],
+                   0, env=self.box.env, cwd=HERE).out
+        self.assertEqual(said, "True\n")
+
+    def test_one_timeout_is_for_all(self) -> None:
+        """What the daemon has used up of --timeout its children do not get again."""
+        said = run([PYTHON, "-c", "import daemonize, time\nclass Target:\n    pid, leader, members = 0, 0, 0\n    send = send_all = print\n"
+                    "seconds = []\ndaemonize.end_all = lambda members, kill, timeout: seconds.append(timeout) or time.sleep(0.3)\n"
+                    "daemonize.end_daemon(Target(), 1)\nprint(seconds[0] == 1, 0 < seconds[1] <= 0.7, end='')"], 0, env=self.box.env, cwd=HERE).out
+        self.assertEqual(said.splitlines()[-1][-9:], "True True")
+
+    def test_an_heir_ends_as_quickly_as_any(self) -> None:
+        """The sockets of who was restarted are its own, not systemd's: stop waits for no answer."""
+        self.box.start(app=APP)
+        self.box.command("restart")
+        with connect(self.box.address()) as sock:
+            sock.sendall(b"sleep 600\n")
+            until(lambda: "sleeping" in read(self.box.log), "a busy worker")
+            self.assertLess(self.box.command("stop", "--timeout", "15").seconds, SOON)
+
+    def test_who_was_stopped_goes_on_to_its_end(self) -> None:
+        """SIGSTOP, then stop: SIGCONT lets it obey, and nobody is killed."""
+        self.box.start("--", "sleep", "600")
+        os.kill(self.box.pid(), signal.SIGSTOP)
+        self.assertRegex(self.box.command("stop", "--timeout", "8").out, r"\A\w+ is stopped")
+
+    def test_no_name_of_it_stays(self) -> None:
+        """stop of a daemon that lives, or was killed: pidfile and socket are gone; a folder in their place is let be."""
+        names = [self.box.pidfile, self.box.pidfile + ".sock"]
+        for number in (0, signal.SIGKILL):
+            self.box.start("--", "sleep", "600")
+            os.kill(self.box.pid(), number)
+            self.box.command("stop")
+            self.assertEqual([os.path.exists(name) for name in names], [False, False])
+        for name in names:
+            os.mkdir(name)
+        self.box.command("stop")
+        self.assertEqual([os.path.isdir(name) for name in names], [True, True])
+
+    def test_who_forks_while_it_is_looked_for_is_found(self) -> None:
+        """A child that stands in the list before its parent, a session's orphan; and each look is followed by a kill."""
+        said = run([PYTHON, "-c", "import os, daemonize\nme = os.getpid()\nfamily = [(14, 13, 9), (13, 12, 9), (12, 11, 9), (11, me, 9), (15, 1, 7), "
+                    "(7, 1, 7), (16, 1, 8), (me, 1, 7)]\ndaemonize.processes = lambda: [daemonize.Process(p, pp, p, s, '') for p, pp, s in family]\n"
+                    "print(*[[p.pid for p in daemonize.family(s)] for s in (None, 7)])\nleft = [1]\n"
+                    "print(daemonize.end_all(lambda: left, lambda: left.append(left.pop() + 1) if left[0] < 3 else left.clear(), 0))"],
+                   0, env=self.box.env, cwd=HERE).out
+        self.assertEqual(said, "[14, 13, 12, 11] [14, 13, 12, 11, 15]\nTrue\n")
 
 
 class Status(BoxTest):
@@ -7008,6 +7150,80 @@ class Status(BoxTest):
             self.assertEqual(self.box.command("restart").err, "")
             self.assertIn("word", self.box.status())
 
+    @needs_linux
+    def test_descriptors_that_nobody_asked_for_are_closed(self) -> None:
+        """They came with a question, or half of one: when the caller is gone, so are they, and no child got any."""
+        self.box.start(app=APP)
+        before = len(fds_of(self.box.pid()))
+        for said in (b'{"event": "status"}\n', b"{", b"tea\n"):
+            with self.control() as control:
+                control.sendmsg([said], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0] * 20))])
+        until(lambda: len(fds_of(self.box.pid())) == before, "as few descriptors as before")
+
+    def test_who_asks_and_reads_nothing_holds_nobody_up(self) -> None:
+        """Questions without end, no answer read: the caller is hung up, and the next one is heard."""
+        code = "import sys, daemonize\ndaemonize.ANSWER = 0.3\nsys.exit(daemonize.main(sys.argv[1:]))"
+        run([PYTHON, "-c", code] + self.box.argv("start")[2:] + ["--logfile", self.box.log, "--", "sleep", "600"], 0, env=self.box.env, cwd=HERE)
+
+        def is_hung_up() -> bool:
+            try:
+                end.send(b'{"event": "status"}\n')
+            except OSError as error:
+                return not isinstance(error, BlockingIOError)
+            return False
+        with self.control() as end:
+            end.setblocking(False)
+            until(is_hung_up, "a hang-up")
+        self.assertNotIn("note", self.box.status())
+
+    def test_the_daemon_overrules_nothing_that_the_kernel_says(self) -> None:
+        """An answer that claims another pid, state or uid, or is no answer: status says what is so."""
+        self.box.start("--name", "n", "--", "sleep", "600")
+        for said in ({"pid": 1, "state": "dead", "name": "x", "uid": 77, "user": "x", "uptime": 1e9}, [7], 7, "x", None):
+            code = "import sys, daemonize\ndaemonize.ask = lambda *a: {'said': %r}\nsys.exit(daemonize.main(sys.argv[1:]))" % (said,)
+            with self.subTest(said=said):
+                facts = json.loads(run([PYTHON, "-c", code, "status", "--json", "--pidfile", self.box.pidfile], 0,
+                                       env=self.box.env, cwd=HERE).out)
+                self.assertEqual([facts[name] for name in ("pid", "state", "name", "uid")],
+                                 [self.box.pid(), "running", "n", os.getuid()])
+                self.assertLess(facts["uptime"], 1000)
+
+    def test_what_an_application_says_looks_like_no_line_of_ours(self) -> None:
+        """A line end in a fact, in a list, in an address: escaped, so that each row is one line."""
+        self.box.start(app=APP + "Server.status = lambda self: {'one': 'a\\nb', 'two': ['c\\nd', 'e'], 'addresses': ['f\\ng']}\n")
+        first, *rows = self.box.command("status").out.splitlines()
+        self.assertIn("on f\\ng", first)
+        self.assertEqual([row.split(None, 1)[1] for row in rows if row.split()[0] in ("one", "two")], ["a\\nb", "c\\nd e"])
+
+    SLOW = APP + "Server.probe = lambda self: [time.sleep(0.01) for _ in iter(lambda: os.path.exists(WAIT), False)]\nWAIT = "
+
+    def test_silent_conversations_do_not_drive_the_heir_out(self) -> None:
+        """Nine silent callers during a restart: the heir's conversation is kept, and the old one leaves."""
+        wait = self.box.path("wait")
+        self.box.start(app=self.SLOW + repr(wait))
+        old = self.box.pid()
+        self.box.write("wait", "")
+        child = self.box.spawn(*self.box.argv("restart"))
+        until(lambda: len(self.box.processes()) >= 6, "an heir, its worker, its prober")
+        with contextlib.ExitStack() as stack:
+            for _ in range(9):
+                stack.enter_context(self.control())
+            os.unlink(wait)
+            self.assertEqual((child.wait(PATIENCE), is_alive(old), strays(self.box)), (0, False, []))
+        self.assertNotIn("warning", read(self.box.output))
+
+    @needs_linux
+    def test_an_heir_that_fails_late_leaves_the_old_one_in_its_place(self) -> None:
+        """It had the control socket, and the pidfile; then it hung up: both are the old daemon's again."""
+        self.box.start(app=APP)
+        pid = self.box.pid()
+        code = ("import sys, os, daemonize\ndaemonize.take_over(daemonize.parse(['restart', '--pidfile', sys.argv[1]]), %d)\n"
+                "daemonize.write_pidfile(os.open(sys.argv[1], os.O_RDWR), 1)" % pid)
+        run([PYTHON, "-c", code, self.box.pidfile], 0, env=self.box.env, cwd=HERE)
+        until(lambda: self.box.pid() == pid, "its pid")
+        with self.control() as end:
+            self.assertEqual(struct.unpack("3i", end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0], pid)
+
 
 class Restart(BoxTest):
     """`restart` with new code, on the old one's sockets"""
@@ -7067,6 +7283,54 @@ class Restart(BoxTest):
             self.box.command("restart")
             self.assertEqual(json.loads(sock.makefile().readline()), old)
         self.assertNotEqual(ask(address)["pid"], old)
+
+    def test_the_new_one_begins_when_the_old_one_has_stopped(self) -> None:
+        """No client meets both in turn: release() comes after each drain() of the old daemon's workers."""
+        app = APP + ("Server.hold = lambda self: print('held', flush=True)\nServer.release = lambda self: print('released', flush=True)\n"
+                     "well = Server.drain\nServer.drain = lambda self: time.sleep(0.5) or print('drained', flush=True) or well(self)\n")
+        self.box.start("--workers", "2", app=app)
+        self.box.command("restart")
+        until(lambda: read(self.box.log).count("released") == 2, "both released")
+        self.assertEqual(re.findall("held|drained|released", read(self.box.log)), ["held"] + ["drained"] * 2 + ["released"] * 2)
+
+    def test_a_program_in_an_applications_place_has_no_port(self) -> None:
+        """restart with a COMMAND: the application's sockets go with it."""
+        address = self.box.address(self.box.start("--name", "n", app=APP))
+        self.box.command("restart", "--name", "n", "--logfile", self.box.log, "--", "sleep", "600")
+        with socket.socket() as sock:
+            self.assertNotEqual(sock.connect_ex(("127.0.0.1", int(address.rpartition(":")[2]))), 0)
+
+    def test_the_pidfile_is_the_one_that_was_typed(self) -> None:
+        """The old words name it through a link, which leads elsewhere by now."""
+        for name in ("real", "other"):
+            self.box.make(name)
+        os.symlink("real", self.box.path("link"))
+        self.box.start("--pidfile", self.box.path("link", "d.pid"), app=APP)
+        os.unlink(self.box.path("link"))
+        os.symlink("other", self.box.path("link"))
+        old = read(self.box.path("real", "d.pid"))
+        self.box.daemonize("restart", "--pidfile", self.box.path("real", "d.pid"))
+        self.assertNotIn(read(self.box.path("real", "d.pid")), ("", old))
+        self.assertEqual(os.listdir(self.box.path("other")), [])
+
+    def test_who_leaves_removes_nothing(self) -> None:
+        """server_close() is for the end of the last: what it removes, a socket's name, is the heir's by now."""
+        self.box.start(app=APP + "Server.server_close = lambda self: print('closed', flush=True)\n")
+        self.box.command("restart")
+        self.assertNotIn("closed", read(self.box.log))
+        self.box.command("stop")
+        self.assertEqual(read(self.box.log).count("closed"), 1)
+
+    @needs_linux
+    def test_who_drains_is_the_daemon_no_more(self) -> None:
+        """While its last answer takes long the old one has no lock: the heir's workers need not wait for its end."""
+        address, old = self.box.address(self.box.start(app=APP)), self.box.pid()
+        with connect(address) as busy:
+            busy.sendall(b"sleep 600\n")
+            until(lambda: "sleeping" in read(self.box.log), "a busy worker")
+            self.box.spawn(*self.box.argv("restart", "--timeout", "60"))
+            until(lambda: " %d " % old not in read("/proc/locks"), "an end of its lock", SOON)
+            self.assertTrue(is_alive(old))
 
     def test_no_connection_is_lost_under_load(self) -> None:
         """Clients that connect all the time through three restarts see no failure."""
@@ -7192,6 +7456,26 @@ class Reload(BoxTest):
             self.box.command("stop")
         self.assertEqual(read(self.box.log).count("reloaded\n"), 25)
 
+    @needs_linux
+    def test_fresh_workers_have_what_the_first_had(self) -> None:
+        """No end of the conversation that asked for the reload: its caller would wait for that worker's end."""
+        address = self.box.address(self.box.start("--workers", "1", app=APP))
+
+        def sockets() -> int:
+            return sum("socket:" in name for name in ask(address)["fds"].values())
+        first = sockets()
+        self.box.command("reload")
+        self.assertEqual(sockets(), first)
+
+    def test_a_reason_looks_like_no_word_of_ours(self) -> None:
+        """What a daemon gives as its reason: lines that begin as ours do are set apart; a cure names this daemon."""
+        self.box.start("--", "sleep", "600")
+        code = ("import sys, daemonize\ndaemonize.ask = lambda *words: {'reason': 'no\\ndaemonize: fatal: lost\\ntry: daemonize.py restart'}\n"
+                "sys.exit(daemonize.main(sys.argv[1:]))")
+        said = run([PYTHON, "-c", code, "reload", "--pidfile", self.box.pidfile], 1, env=self.box.env, cwd=HERE).err
+        self.assertEqual(said, "daemonize: fatal: unable to reload sleep: no\n  daemonize: fatal: lost\n"
+                               "try: daemonize.py restart --pidfile '%s'\n" % self.box.pidfile)
+
     def test_an_application_without_reload_is_not_disturbed(self) -> None:
         """Without a reload() of its own an application only gets its log opened again."""
         address, pid = self.box.host(app=APP + "del Server.reload\n"), self.box.pid()
@@ -7291,6 +7575,33 @@ class Run(BoxTest):
             argv = self.argv(app=APP + end)
             self.assertRegex(run(argv, 1, env=dict(self.box.env, NOTIFY_SOCKET=notify)).err, words)
             self.assertEqual((read(self.box.pidfile), os.path.exists(self.box.pidfile) and bool(notify)), ("", False))
+
+    def test_what_bind_made_is_taken_back(self) -> None:
+        """A pidfile that is a FIFO, seen after bind(): abandon() is called, and the lock is gone."""
+        os.mkfifo(self.box.pidfile)
+        app = self.box.write("app.py", APP + "Server.abandon = lambda self: open(%r, 'w')\n" % self.box.path("taken back"))
+        self.box.command("run", "--app", app, want=1)
+        self.assertEqual([os.path.exists(path) for path in (self.box.path("taken back"), self.box.pidfile + ".lock")], [True, False])
+
+    @needs_linux
+    def test_with_closed_streams(self) -> None:
+        """Descriptors 0, 1 and 2 closed: its program has /dev/null there."""
+        self.box.spawn("sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *self.box.argv("run", "--", "sleep", "600"))
+        until(self.box.pid, "a pidfile")
+        for pid in self.box.status()["program_pid"] + [self.box.pid()]:
+            self.assertEqual(fds_of(pid)[:3], ["/dev/null"] * 3)
+
+    def test_a_second_TERM_waits_for_no_answer(self) -> None:
+        """With sockets of systemd the first TERM drains; the second one ends it, long before --timeout."""
+        child, address = self.activated(*self.argv())
+        self.address()
+        with connect(address) as busy:
+            busy.sendall(b"sleep 600\n")
+            until(lambda: "sleeping" in read(self.box.output), "a busy worker")
+            child.send_signal(signal.SIGTERM)
+            until(lambda: self.box.status()["workers"] == [], "a drain")
+            child.send_signal(signal.SIGTERM)
+            self.assertEqual(child.wait(SOON), 0)
 
     def test_a_second_one_is_refused(self) -> None:
         """run beside a running daemon does not start a second one: it names the first's pid."""
@@ -7549,6 +7860,60 @@ class Pidfile(BoxTest):
         self.assertIn("d.pid.lock: others can read it", self.box.start(app=APP, want=1).err)
         self.assertEqual(self.box.processes(), [self.stranger.pid])
 
+    def test_a_pid_is_never_half_written(self) -> None:
+        """Over a longer text: whoever reads in between finds the new pid in the first line, and then it alone."""
+        said = run([PYTHON, "-c", "import os, sys, daemonize\nfd = os.open(sys.argv[1], os.O_RDWR)\nreal = os.ftruncate\n"
+                    "os.ftruncate = lambda *to: print(os.pread(fd, 9, 0).split()[:1]) or real(*to)\ndaemonize.write_pidfile(fd, 77)",
+                    self.box.write("d.pid", "99999999999\n")], 0, env=self.box.env, cwd=HERE).out
+        self.assertEqual((said, read(self.box.pidfile)), ("[b'77']\n", "77\n"))
+
+    def test_a_pid_of_anothers_is_not_emptied(self) -> None:
+        """The daemon ends, and its pidfile names somebody else by now: that stays."""
+        self.box.start("--", "sleep", "600")
+        pid = self.box.pid()
+        self.box.write("d.pid", "4711\n")
+        os.kill(pid, signal.SIGTERM)
+        until(lambda: not is_alive(pid), "its end")
+        self.assertEqual(read(self.box.pidfile), "4711\n")
+
+    def test_who_comes_second_writes_no_pid(self) -> None:
+        """Somebody took the instance lock while our probe was at work: the pidfile is that one's."""
+        mine, wait = "%d\n" % os.getpid(), self.box.write("wait", "")
+        self.box.write("d.pid", mine)
+        app = self.box.write("app.py", Status.SLOW + repr(wait))
+        child = self.box.spawn(*self.box.argv("start", "--logfile", self.box.log, "--app", app))
+        until(lambda: "listening" in read(self.box.log), "a worker")
+        with open(self.box.pidfile + ".lock", "rb") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_SH, 1, 1)
+            os.unlink(wait)
+            self.assertEqual((child.wait(PATIENCE), read(self.box.pidfile)), (1, mine))
+        self.assertIn("already running with pid " + mine, read(self.box.output))
+
+    def test_a_pidfile_of_another_tool_is_taken_over(self) -> None:
+        """Of another mode, with a pid in it: it gets ours, so that monitors can read it."""
+        self.box.write("d.pid", "4711\n", 0o600)
+        self.box.start("--", "sleep", "600")
+        self.assertEqual((os.stat(self.box.pidfile).st_mode & 0o777, read(self.box.pidfile)), (0o644, "%d\n" % self.box.pid()))
+
+    @needs_other_user
+    def test_a_pidfile_of_roots_that_a_user_may_write(self) -> None:
+        """Prepared by root for a user: taken as it is."""
+        self.box.make("theirs", 0o755, NOBODY)
+        self.box.pidfile, self.box.log = self.box.write("theirs/d.pid", "", 0o666), self.box.path("theirs", "d.log")
+        self.box.start("--", "sleep", "600", preexec_fn=drop(NOBODY), cwd="/")
+        self.assertEqual((os.stat(self.box.pidfile).st_mode & 0o777, bool(self.box.pid())), (0o666, True))
+
+    def test_a_link_is_not_read(self) -> None:
+        """status of a pidfile that is a link: said, and nothing of what it leads to."""
+        os.symlink(self.box.write("secret", "SECRET"), self.box.pidfile)
+        said = self.box.command("status", want=1).out
+        self.assertEqual(("SECRET" in said, "is a symbolic link" in said), (False, True))
+
+    def test_what_is_no_pid_is_shown_in_short(self) -> None:
+        """status of a pidfile that is a megabyte long: a line or two."""
+        self.box.write("d.pid", "x" * 1000000)
+        self.assertLess(len(self.box.command("status", want=1).out), 1000)
+
 
 class Lock(BoxTest):
     """The lock decides who is the daemon"""
@@ -7589,6 +7954,35 @@ class Lock(BoxTest):
                         "daemonize.Lock.record = lambda self: None\nsys.exit(daemonize.main(sys.argv[1:]))",
                         "status", "--pidfile", self.box.pidfile)
 
+    @needs_linux
+    def test_a_daemon_is_no_second_one(self) -> None:
+        """Who finds the instance lock with another than the one that it replaces gives its own back, and fails."""
+        with open(self.box.write("lock", ""), "rb") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_SH, 1, 1)
+            code = ("import sys, os, daemonize\nfor old in None, 1, int(sys.argv[1]):\n    fd = os.open(%r, 0)\n"
+                    "    try: daemonize.take_instance(fd, old)\n    except daemonize.Fatal as error: print(error)\n"
+                    "    print(' %%d ' %% os.getpid() in open('/proc/locks').read())" % lock.name)
+            said = run([PYTHON, "-c", code, str(os.getpid())], 0, env=self.box.env, cwd=HERE).out.splitlines()
+        self.assertEqual(said, ["unable to start: already running with pid %d" % os.getpid(), "False"] * 2 + ["True"])
+
+    def test_the_lock_of_a_file_that_is_gone_is_no_turn(self) -> None:
+        """A failed start removes its lock file between our open(2) and our lock: we lock the new one."""
+        code = ("import sys, os, daemonize, fcntl\nreal, gone = fcntl.lockf, []\ndef lockf(*words):\n    if not gone:\n"
+                "        gone.append(os.unlink(sys.argv[1] + '.lock'))\n    return real(*words)\nfcntl.lockf = lockf\n"
+                "with daemonize.Turn(daemonize.parse(['stop', '--pidfile', sys.argv[1]])) as turn:\n"
+                "    print(os.fstat(turn.fd).st_nlink, gone)")
+        said = run([PYTHON, "-c", code, self.box.pidfile], 0, env=self.box.env, cwd=HERE).out
+        self.assertEqual(said, "1 [None]\n")
+
+    def test_who_takes_back_is_waited_for(self) -> None:
+        """A starter whose command is dead undoes what it made, and holds byte 2 until it is done."""
+        self.box.start("--", "sleep", "600")
+        with open(self.box.pidfile + ".lock", "rb") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_SH, 1, 2)
+            said = self.box.command("stop", "--timeout", "0.1", "--start-timeout", "0.1", want=1).err
+            self.assertRegex(said, "unable to lock .*: pid %d is still busy with it" % os.getpid())
+        self.box.command("stop")
+
     def test_who_waited_for_a_first_start_leaves_its_lock(self) -> None:
         """A start that found no lock file, waited for another, and is refused: that one's stays."""
         self.box.start(app=APP)
@@ -7609,6 +8003,17 @@ class Lock(BoxTest):
                 self.assertRegex(said, "unable to lock .*: pid %d is still busy with it" % os.getpid())
             self.box.command("status")
         self.box.command("stop")
+
+    @needs_other_user
+    def test_root_that_is_busy_is_waited_for(self) -> None:
+        """The turn of a user's own daemon, held by a command of root's: the user's commands wait for it, too."""
+        self.box.make("theirs", 0o755, NOBODY)
+        self.box.pidfile, self.box.log = self.box.path("theirs", "d.pid"), self.box.path("theirs", "d.log")
+        self.box.start("--", "sleep", "600", preexec_fn=drop(NOBODY), cwd="/")
+        with open(self.box.pidfile + ".lock", "rb+") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX, 1, 0)
+            said = self.box.command("stop", "--timeout", "0.1", "--start-timeout", "0.1", want=1, preexec_fn=drop(NOBODY), cwd="/").err
+            self.assertRegex(said, "unable to lock .*: pid %d is still busy with it" % os.getpid())
 
 
 @needs_root
@@ -7705,6 +8110,15 @@ class User(BoxTest):
         self.box.start(*AS_NOBODY, "--gid", str(OTHER), "--", "sh", "-c", "id -u; id -g; sleep 600")
         self.box.logged("%d\n%d\n" % (NOBODY, OTHER))
 
+    def test_the_groups_are_those_of_the_user_in_the_group_asked_for(self) -> None:
+        """A user with another --gid, and a number that nobody has: not the group of its entry, and none of the caller's."""
+        of_user = sorted(os.getgrouplist(pwd.getpwuid(NOBODY).pw_name, OTHER))
+        for uid, gid, groups in ((NOBODY, OTHER, of_user), (54321, 54322, [54322])):
+            with self.subTest(uid):
+                result = self.box.start("--uid", str(uid), "--gid", str(gid), app=APP, preexec_fn=lambda: os.setgroups([0, 4, 27]))
+                self.assertEqual(sorted(ask(self.box.address(result))["groups"]), groups)
+                self.box.command("stop")
+
 
 @needs_root
 class Chroot(BoxTest):
@@ -7791,6 +8205,32 @@ class Logfile(BoxTest):
         # printed, and raw; but the first may fill a log of its own, which the second then drives out
         self.assertIn(sum("1 1 1" in line for line in self.lines()), (1, 2))
         self.assertEqual(sum("0 0 0" in line for line in self.lines()), 0)
+
+    def test_no_rotated_log_is_kept(self) -> None:
+        """--log-keep 0: a log that is full is removed, and a new one begun."""
+        address = self.started("--log-bytes", "500", "--log-keep", "0")
+        ask(address, "print " + "x" * 600)
+        until(lambda: os.path.exists(self.box.log) and os.stat(self.box.log).st_size < 500, "a new log")
+        self.assertEqual(os.listdir(self.box.path("logs")), ["d.log"])
+
+    def test_the_elder_has_the_higher_number(self) -> None:
+        """Three rotations, two kept: the last one is .1, the one before is .2."""
+        address = self.started("--log-bytes", "500", "--log-keep", "2")
+        for number in range(3):
+            ask(address, "print " + "%d " % number * 400)
+            until(lambda: "%d %d %d" % ((number,) * 3) in read(self.box.log + ".1") and os.path.exists(self.box.log)
+                  and os.stat(self.box.log).st_size < 500, "rotation %d" % number)
+        names = ["0 0 0", "1 1 1", "2 2 2"]
+        first = [min([n for n in range(3) if names[n] in read(self.box.log + end)] or [-1]) for end in (".1", ".2")]
+        self.assertIn(first, ([2, 1], [2, 2]))      # printed, and raw: each may fill a log
+
+    def test_a_reload_that_is_refused_opens_the_log_all_the_same(self) -> None:
+        """logrotate has renamed it, and may compress it: nothing more is written there."""
+        address = self.started(app=APP + "Server.reload = lambda self: 1 / 0\n")
+        os.rename(self.box.log, self.box.path("logs", "old"))
+        self.box.command("reload", want=1)
+        ask(address, "print after")
+        self.assertEqual(["after\n" in read(path) for path in (self.box.log, self.box.path("logs", "old"))], [True, False])
 
     def test_after_a_rename_USR1_opens_the_log_again(self) -> None:
         """logrotate's rename and USR1: print and raw writes of every worker go to the new file."""
@@ -8150,6 +8590,97 @@ def bind(options):
                 self.all_commands("stop")
                 self.assertEqual(self.box.processes(), [self.stranger.pid])
 
+    def says(self, code: str) -> List[str]:
+        """Return what root, with groups of its own, prints that has daemonize.py and a `user` at hand."""
+        begin = ("import os, signal, sys\nsys.path.insert(0, %r)\nimport daemonize\nos.setgroups([0, 4, 27])\n"
+                 "user = daemonize.Identity(%d, %d, '', '/', [%d])\n" % (HERE, NOBODY, OTHER, OTHER))
+        return run([PYTHON, "-c", begin + code], 0, env=self.box.env).out.splitlines()
+
+    def test_root_acts_as_the_user_in_each_id_and_then_no_more(self) -> None:
+        """uid, gid and groups: effective ones for the user's files, and root's again; all three for a signal."""
+        said = self.says("def say(): print(os.getresuid(), os.getresgid(), os.getgroups(), flush=True)\n"
+                         "with daemonize.acting_as(user): say()\nsay()\ndaemonize.as_user(user, say)\n")
+        self.assertEqual(said, ["%s %s %s" % ids for ids in (
+            ((0, NOBODY, 0), (0, OTHER, 0), [OTHER]), ((0,) * 3, (0,) * 3, [0, 4, 27]),
+            ((NOBODY,) * 3, (OTHER,) * 3, [OTHER]))])
+
+    def test_a_signal_that_the_user_may_not_send_is_refused(self) -> None:
+        """As the user root's process gets none, which is said; that nobody is left to get it is as good."""
+        said = self.says("def gone(): raise ProcessLookupError(3, '')\ndaemonize.as_user(user, gone)\n"
+                         "try: daemonize.as_user(user, lambda: os.kill(%d, 15))\nexcept PermissionError: print('refused')"
+                         % self.stranger.pid)
+        self.assertEqual(said, ["refused"])
+
+    def test_who_does_not_hold_the_lock_is_not_signalled(self) -> None:
+        """A pid that holds no lock any more when its handle is there: no TERM, no KILL."""
+        self.says("class Lock: record = holder = lambda self: None\ntarget = daemonize.Target(Lock(), %d)\n"
+                  "target.send(15)\ntarget.send_all(9)" % self.stranger.pid)
+
+    def test_who_has_the_daemons_number_by_now_is_not_signalled(self) -> None:
+        """No pidfd, and another birth under the number that was proved: no TERM, no KILL."""
+        said = self.says("class Lock:\n    record = lambda self: None\n    holder = lambda self: %d\ntarget = daemonize.Target(Lock(), %d)\n"
+                         "print(len(target.leader()))\ntarget.birth, target.pidfd = 'other', -1\ntarget.send(15)\ntarget.send_all(9)\n"
+                         "print(target.leader(), target.members())" % ((self.stranger.pid,) * 2))
+        self.assertEqual(said, ["1", "[] []"])
+
+    def test_root_that_comes_back_is_noticed(self) -> None:
+        """Where setuid(0) still succeeds after root was given up, nothing starts."""
+        said = self.says("os.setuid = lambda uid: None\ntry: daemonize.switch_user(user)\n"
+                         "except daemonize.Fatal as error: print(error)")
+        self.assertEqual(said, ["unable to give up root: setuid(0) still succeeds"])
+
+    def test_a_log_of_a_third_user_in_a_sticky_folder_is_refused(self) -> None:
+        """In a folder as /tmp is others may have made the log's name: it is opened with the user's rights."""
+        self.box.make("sticky", 0o1777)
+        self.box.pidfile, self.box.log = self.box.path("d.pid"), self.box.write("sticky/d.log", "", 0o666, OTHER)
+        said = self.box.start("--uid", str(NOBODY), app=APP, want=1).err
+        self.assertIn("d.log: it belongs to uid %d\ntry: another --logfile\n" % OTHER, said)
+
+    def test_only_what_root_has_made_changes_its_owner(self) -> None:
+        """A log that was there keeps owner and group; a new one is the user's; the pidfile is root's."""
+        self.box.pidfile, self.box.log = self.box.path("d.pid"), self.box.write("d.log", "", 0o640)
+        self.box.start("--uid", str(NOBODY), "--gid", str(OTHER), app=APP)
+        self.box.command("reload")
+        self.box.command("stop")
+        self.box.start("--uid", str(NOBODY), "--gid", str(OTHER), "--logfile", self.box.path("new.log"), app=APP)
+        owners = [(facts.st_uid, facts.st_gid) for facts in map(os.stat, map(self.box.path, ("d.log", "new.log", "d.pid")))]
+        self.assertEqual(owners, [(0, 0), (NOBODY, OTHER), (0, 0)])
+
+    def test_a_stranger_who_reaches_the_control_socket_is_hung_up(self) -> None:
+        """Where the socket's mode keeps nobody out (older BSDs): the daemon talks to root and its user alone."""
+        self.box.host(*AS_NOBODY)
+        os.chmod(self.box.path("theirs", "d.pid.sock"), 0o666)
+        here = os.getcwd()
+        self.addCleanup(os.chdir, here)
+        os.chdir(self.box.path("theirs"))
+        for uid, heard in ((OTHER, b""), (NOBODY, b"{"), (0, b"{")):
+            self.addCleanup(os.seteuid, 0)
+            os.seteuid(uid)
+            with self.subTest(uid), connect("unix:d.pid.sock") as end:
+                os.seteuid(0)
+                if heard:
+                    end.sendall(b'{"event": "status"}\n')
+                self.assertEqual(end.recv(1), heard)
+
+    def test_the_log_of_a_failed_start_is_read_as_the_user(self) -> None:
+        """The log's folder became a link to root's during bind: what is in root's file there is not shown."""
+        logs, sealed = self.box.path("theirs", "logs"), self.box.make("sealed", 0o700)
+        self.box.write("sealed/d.log", "TOP SECRET\n", 0o600)
+        self.box.pidfile, self.box.log = self.box.path("d.pid"), os.path.join(logs, "d.log")
+        os.mkdir(logs)
+        os.chown(logs, NOBODY, NOBODY)
+        app = "import shutil\ndef bind(options):\n    shutil.rmtree(%r)\n    os.symlink(%r, %r)\n    sys.exit('on purpose')\n"
+        said = self.box.start("--uid", str(NOBODY), app=APP + app % (logs, sealed, logs), want=1).err
+        self.assertEqual(("on purpose" in said, "SECRET" in said), (True, False))
+
+    def test_a_way_to_the_pidfile_that_others_could_change_is_refused(self) -> None:
+        """The folder may be the user's, but not what is above it; and a link is no way there."""
+        self.box.make("theirs/sub", 0o755, NOBODY)
+        os.symlink(self.box.path("theirs"), self.box.path("link"))
+        for folder in ("theirs/sub", "link"):
+            self.box.pidfile = self.box.path(folder, "d.pid")
+            self.assertIn("unable to trust", self.box.start("--uid", str(NOBODY), app=APP, want=1).err)
+
 
 # A part of APP, or what another process executes: it listens in the place of a daemon's control socket.
 USURPER = r'''
@@ -8233,6 +8764,73 @@ class Workers(BoxTest):
             until(lambda: ask(address)["worker"] != old, "a new worker")
         self.assertEqual((self.box.pid(), ask(address)["pid"]), (pid, pid))
         self.assertIn(str(old), read(self.box.log))
+
+    def test_a_pause_is_for_who_dies_young(self) -> None:
+        """It doubles, up to 30 s; none after SIGKILL, which comes from outside, or after a second of life."""
+        said = run([PYTHON, "-c", "import daemonize, time\nhost = daemonize.Host.__new__(daemonize.Host)\nhost.plan = daemonize.Plan('', [], [], None, '', False, None)\n"
+                    "host.pause, host.complain = 0, len\nclass Child: pid = 7\ndef pause(status, age):\n    Child.born = time.monotonic() - age\n"
+                    "    daemonize.Host.on_death(host, Child, status)\n    return round(host.next_start - time.monotonic(), 1)\n"
+                    "print([pause(*row) for row in [(1 << 8, 0)] * 3 + [(15, 0), (9, 0), (0, 0), (1 << 8, 2)] + [(11, 0)] * 10])"],
+                   0, env=self.box.env, cwd=HERE).out
+        self.assertEqual(json.loads(said.replace("-0.0", "0.0")), [0.1, 0.2, 0.4, 0.8, 0, 0.1, 0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 30])
+
+    def test_a_signal_to_a_fresh_worker_is_its_own(self) -> None:
+        """It does not wake the daemon up by a descriptor that is not the worker's."""
+        address = self.box.address(self.box.start("--workers", "1", app=APP))
+        self.box.command("reload")
+        worker = ask(address)["worker"]
+        for number in (signal.SIGHUP, signal.SIGUSR1):
+            os.kill(worker, number)
+        self.assertEqual(ask(address)["worker"], worker)
+        self.assertNotIn("wakeup", read(self.box.log))
+
+    def test_a_second_TERM_does_not_cut_the_end_short(self) -> None:
+        """A worker that is told twice, and by SIGINT: each `finally` of the application comes to its end."""
+        self.box.start("--workers", "1", app=APP + "def serve(self):\n    try: time.sleep(600)\n    finally:\n        print('ending', flush=True)\n"
+                       "        time.sleep(0.3)\n        print('cleaned', flush=True)\nServer.serve_forever = serve\n")
+        worker, = self.box.status()["workers"]
+        os.kill(worker, signal.SIGTERM)
+        until(lambda: "ending" in read(self.box.log), "its end")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(worker, number)
+        until(lambda: "cleaned" in read(self.box.log), "the end of its clean-up", 5)
+
+    def test_bad_code_is_not_tried_without_a_pause(self) -> None:
+        """Workers that die as they begin: a handful of starts in a second, not hundreds."""
+        broken = self.box.path("broken")
+        self.box.start("--workers", "1", app=APP + "well = Server.serve_forever\nServer.serve_forever = lambda self: os.path.exists(%r) or well(self)\n" % broken)
+        self.box.write("broken", "")
+        os.kill(self.box.status()["workers"][0], signal.SIGKILL)
+        began = time.monotonic()
+        until(lambda: self.box.status()["restarts"] >= 3 and time.monotonic() - began > 1.5, "three more lives")
+        self.assertLess(self.box.status()["restarts"], 8)
+
+    def test_a_worker_that_talks_without_end_is_heard_no_longer(self) -> None:
+        """Words that nobody waits for do not renew the deadline of the one that is waited for."""
+        code = ("import daemonize, time\ndef talk(channel):\n    while channel.tell('noise'): time.sleep(0.02)\nchild = daemonize.fork(talk)\n"
+                "began = time.monotonic()\nprint(child.hear('word', 0.3) == daemonize.LATE, time.monotonic() - began < 2)\nchild.kill()")
+        self.assertEqual(run([PYTHON, "-c", code], 0, env=self.box.env, cwd=HERE).out, "True True\n")
+
+    def test_a_fork_has_no_moment_with_its_parents_handlers(self) -> None:
+        """Blocked while it forks; then parent and child get them, each by handlers of its own."""
+        code = """
+import os, signal, daemonize
+def say(*words): print(*words, daemonize.HANDLED & set(signal.pthread_sigmask(signal.SIG_BLOCK, [])) == daemonize.HANDLED,
+                       bool(daemonize.HANDLED & set(signal.pthread_sigmask(signal.SIG_BLOCK, []))), flush=True)
+signal.signal(signal.SIGUSR1, print)
+real = os.fork
+os.fork = lambda: say("at") or real()
+daemonize.fork(lambda channel: say(signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL)).wait()
+say("after")
+"""
+        self.assertEqual(run([PYTHON, "-c", code], 0, env=self.box.env, cwd=HERE).out, "at True True\nTrue False False\nafter False False\n")
+
+    def test_a_workers_last_word_is_in_the_log(self) -> None:
+        """Without a line's end, too."""
+        self.box.start("--workers", "1", app=APP + "well = Server.serve_forever\ndef serve(self):\n    well(self)\n    print('last word', end='')\n"
+                                                   "Server.serve_forever = serve\n")
+        self.box.command("reload")
+        until(lambda: "last word" in read(self.box.log), "its last word")
 
     def test_the_application_says_how_many(self) -> None:
         """Without --workers the server's own wish decides."""
@@ -8410,6 +9008,29 @@ class Library(BoxTest):
         self.action("start")
         self.box.logged("open")
 
+    def test_what_the_script_printed_before_is_printed_once(self) -> None:
+        """Text in a buffer when startstop() forks, of a start that fails and of one that does not."""
+        self.box.make("folder")
+        for log, want in (("folder", 1), ("out.log", 0)):
+            self.script("time.sleep(600)\n", "stdout=%r" % log)
+            text = read(self.box.path("recipe.py")).replace("    startstop", "    print('but once')\n    startstop")
+            self.box.write("recipe.py", text)
+            with self.subTest(log):
+                self.assertEqual(self.action("start", want=want).out.count("but once"), 1)
+
+    def test_at_its_end_only_its_own_pidfile_is_emptied(self) -> None:
+        """Not by a child of it that ends; nor is another file that has the pidfile's descriptor by now, and the pid in it."""
+        self.script("if not os.fork(): sys.exit()\nos.wait()\nprint('alone', flush=True)\nwhile not os.path.exists(%r): time.sleep(0.01)\n"
+                    "os.closerange(3, 256)\nfor n in range(12): os.write(os.open('%s/data%%d' %% n, os.O_RDWR | os.O_CREAT), b'%%d\\n' %% os.getpid())\n"
+                    % (self.box.path("end"), self.box.folder))
+        self.action("start")
+        until(lambda: "alone" in read(self.box.path("out.log")), "its child's end")
+        text = read(self.box.path("pid.txt"))
+        self.assertRegex(text, r"\A\d+\n\Z")
+        self.box.write("end", "")
+        until(lambda: not self.box.processes(), "its end")
+        self.assertEqual({read(self.box.path("data%d" % n)) for n in range(12)}, {text})
+
     def test_a_recycled_pid_is_nobody(self) -> None:
         """A record whose pid lives, but was born at another time, names nobody: stop signals no stranger."""
         self.script("os.closerange(3, 256)\ntime.sleep(600)\n")
@@ -8490,6 +9111,30 @@ class Programs(BoxTest):
         self.assertEqual([int(mask, 16) & 0x7fffffff for mask in masks], [0, 0])  # 32 is the C library's
         self.assertEqual((os.readlink("/proc/%d/cwd" % child), read("/proc/%d/comm" % child)), ("/", "sh\n"))
         self.stops()
+
+    @needs_linux
+    def test_no_signal_stays_blocked(self) -> None:
+        """What the caller blocked of those that we do not handle: in no daemon, worker or program."""
+        for app, hosted in ((APP, []), ("", ["--", "sleep", "600"])):
+            self.box.start(*hosted, app=app, preexec_fn=lambda: signal.pthread_sigmask(
+                signal.SIG_BLOCK, [signal.SIGUSR2, signal.SIGWINCH]))
+            masks = [re.findall(r"SigBlk:\s*(\w+)", read("/proc/%d/status" % pid)) for pid in self.box.processes()]
+            self.assertEqual([int(mask, 16) & 0x7fffffff for mask, in masks], [0, 0])
+            self.box.command("stop")
+
+    def test_a_program_is_told_once(self) -> None:
+        """stop: one SIGTERM, though its clean-up needs a moment."""
+        self.box.start("--", "sh", "-c", "trap 'echo told; sleep 0.3; end=1' TERM; until [ $end ]; do sleep 0.05; done; sleep 0.3")
+        self.box.command("stop")
+        self.assertEqual(read(self.box.log).count("told"), 1)
+
+    def test_a_program_that_is_gone_is_not_tried_each_moment(self) -> None:
+        """--respawn of a program that removed itself: said once, and tried again after half a minute."""
+        program = self.box.write("program", "#!/bin/sh\nsleep 0.5\nrm \"$0\"\n", 0o755)
+        self.box.start("--respawn", "--", program)
+        until(lambda: "no such program" in read(self.box.log), "a word on it")
+        until(lambda: self.box.status()["uptime"] > 4, "a moment")
+        self.assertEqual(read(self.box.log).count("unable to act"), 1)
 
 
 class PointOfNoReturn(BoxTest):
@@ -8592,6 +9237,63 @@ Server.drain = lambda self: wait_for("drained") or drain_well(self)
         self.assertEqual((ask(address)["pid"], self.box.pid()), (pid, pid))
         self.box.command("restart")
         self.assertEqual(self.box.status()["word"], "old")
+
+    def test_a_killed_command_leaves_no_pid_of_an_earlier_life(self) -> None:
+        """kill -9 of a start over a stale pidfile: whoever undoes it empties that, too."""
+        self.box.write("d.pid", "4711\n")
+        child = self.calling("start")
+        until(lambda: "listening" in read(self.box.log), "a worker")
+        child.kill()
+        until(lambda: not self.box.processes(), "the end of all")
+        self.assertEqual(read(self.box.pidfile), "")
+
+    def test_who_cannot_be_told_is_not_told(self) -> None:
+        """A restart that hears no "done": it does not claim that the old one serves, or that nobody does."""
+        said = run([PYTHON, "-c", "import daemonize\ndaemonize.Target = lambda *words: None\n"
+                    "daemonize.take_over = lambda *words: daemonize.Inherited(talk=1)\ndef launch(*words): raise daemonize.Unknown('cannot tell')\n"
+                    "daemonize.launch = launch\ntry: daemonize.replace(daemonize.parse(['restart', '--pidfile', '/x']), None, 1, True)\n"
+                    "except daemonize.Fatal as error: print(error)"], 0, env=self.box.env, cwd=HERE).out
+        self.assertEqual(said, "cannot tell\n")
+
+    def test_who_took_the_place_and_says_nothing_keeps_it(self) -> None:
+        """A new daemon that has its place, and never says "done": exit 1, `try: status`; it is not undone."""
+        code = ("import sys, daemonize\ndaemonize.ANSWER = 0.3\ndaemonize.report_done = lambda start: None\n"
+                "sys.exit(daemonize.main(sys.argv[1:]))")
+        said = run([PYTHON, "-c", code] + self.box.argv("start")[2:] + ["--logfile", self.box.log, "--", "sleep", "600"],
+                   1, env=self.box.env, cwd=HERE).err
+        self.assertIn("daemonize: fatal: unable to tell whether sleep has started\n", said)
+        self.assertIn("\ntry: daemonize.py status\n", said)
+        self.box.command("status")
+
+    def test_no_place_is_taken_without_a_word(self) -> None:
+        """The command died between "ready" and "go": the daemon takes neither lock nor pidfile."""
+        code = ("import daemonize, socket\ndaemonize.take_instance = print\none, two = socket.socketpair()\nplan = daemonize.parse(['start', '--', 'x'])\n"
+                "opened = daemonize.Opened([], -1, None, -1, None, '')\nstart = daemonize.Start(plan, opened, daemonize.Inherited(), report=daemonize.Channel(one))\n"
+                "%s\ntry: daemonize.take_place(start)\nexcept daemonize.Fatal as error: print(error)")
+        for last in ("two.shutdown(socket.SHUT_WR)", "two.send(b'{\"event\": \"no\"}\\n')"):
+            said = run([PYTHON, "-c", code % last], 0, env=self.box.env, cwd=HERE).out
+            self.assertEqual(said, "unable to start: the command that asked for it is gone\n")
+
+    def test_a_terminals_signal_reaches_both(self) -> None:
+        """Ctrl-C, or a hang-up, for command and starter at once, while bind() is at work: its `finally` runs."""
+        made = self.box.path("made")
+        app = self.box.write("app.py", APP + "def bind(options):\n    open(%r, 'w').close()\n    try: time.sleep(600)\n    finally: os.unlink(%r)\n" % (made, made))
+        for number in (signal.SIGINT, signal.SIGHUP):
+            child = self.box.spawn(*self.box.argv("start"), "--logfile", self.box.log, "--app", app, start_new_session=True)
+            until(lambda: os.path.exists(made), "bind()")
+            os.killpg(child.pid, number)
+            with self.subTest(number):
+                self.assertEqual((child.wait(PATIENCE), os.path.exists(made), self.box.processes()), (130, False, []))
+
+    def test_the_next_command_waits_for_who_takes_back(self) -> None:
+        """kill -9 of a start, and stop at once: it returns when the starter has undone all."""
+        app = APP + "Server.abandon = lambda self: time.sleep(0.7)\nServer.probe = lambda self: time.sleep(600)\n"
+        child = self.box.spawn(*self.box.argv("start"), "--logfile", self.box.log, "--app", self.box.write("app.py", app))
+        until(lambda: "listening" in read(self.box.log), "a worker")
+        child.kill()
+        child.wait()
+        self.box.command("stop")
+        self.assertEqual(self.box.processes(), [])
 
     def test_a_hang_up_while_it_drains(self) -> None:
         """SIGHUP, USR1 and a second TERM to a daemon that is leaving: it forks nobody, and leaves."""
@@ -8835,6 +9537,22 @@ class Moments(BoxTest):
         os.rename(self.box.pidfile + ".lock.moved", self.box.pidfile + ".lock")
         self.box.command("stop")
 
+    def test_what_is_taken_back_is_not_cut_short(self) -> None:
+        """Ctrl-C, twice, while abandon() is at work, after a failure and after a first Ctrl-C: it comes to its end."""
+        app = self.box.write("app.py", APP + "def abandon(self):\n    open(BEGUN, 'w').close()\n    time.sleep(0.5)\n    os.unlink(BEGUN)\n"
+                             "Server.abandon = abandon\nServer.probe = lambda self: time.sleep(600)\nBEGUN = %r\n" % self.box.path("begun"))
+        for log, interrupts in ((self.box.make("folder"), 2), (self.box.log, 3)):
+            child = self.box.spawn(*self.box.argv("start"), "--logfile", log, "--app", app)
+            for number in range(interrupts):
+                until(lambda: os.path.exists(self.box.path("begun")) or (
+                    number + interrupts == 3 and "listening" in read(log)), "its work")
+                child.send_signal(signal.SIGINT)
+                select.select([], [], [], 0.05)
+            with self.subTest(log):
+                self.assertEqual(child.wait(PATIENCE), 130)
+                self.assertEqual((self.box.processes(), os.path.exists(self.box.path("begun"))), ([], False))
+                self.assertEqual(glob.glob(glob.escape(self.box.pidfile) + "*"), [])
+
 
 FREE_PROGRAM = r'''
 import asyncio, atexit, multiprocessing, os, pickle, signal, subprocess, sys, threading, time
@@ -9038,6 +9756,14 @@ class CannotTell(BoxTest):
         self.assertFalse(os.path.exists(pidfile))
         os.kill(pid, signal.SIGTERM)
 
+    @needs_root
+    def test_a_users_daemon_whose_lock_was_removed(self) -> None:
+        """In a folder of root's nobody else could listen there: the user's daemon is believed."""
+        self.box.start("--uid", str(NOBODY), "--", "sleep", "600")
+        os.unlink(self.box.pidfile + ".lock")
+        for action, want in (("status", 4), ("stop", 1)):
+            self.assertIn("but its lock was removed", self.box.command(action, want=want).err)
+
     def test_a_torn_record(self) -> None:
         """A lock file that is empty, torn, or somebody else's: found, stopped; a bare restart refuses to guess."""
         for text in ("", '{"pidfile": "', "[]", "{}", json.dumps({"pid": 1}), "\0" * 100):
@@ -9171,6 +9897,17 @@ class SystemCalls(BoxTest):
                 self.assertNotIn("Traceback", said)
                 self.assertEqual(glob.glob("/run/%s*" % name) + glob.glob("/var/log/%s*" % name), [])
         self.assertNotIn("warning", self.box.daemonize(*start).err)
+        self.box.daemonize("stop", "--name", name)
+
+    @needs_root
+    def test_the_folder_of_the_default_log_is_the_users(self) -> None:
+        """Root makes /var/log/NAME for the daemon's user, 0750: who rotates has to rename there."""
+        name = TOKEN + "-" + self.box.mark
+        for place in ("/run/%s.pid", "/run/%s.pid.lock", "/run/%s.pid.sock", "/var/log/%s"):
+            self.addCleanup(remove, place % name)
+        self.box.daemonize("start", "--name", name, "--uid", str(NOBODY), "--gid", str(OTHER), "--", "sleep", "600")
+        facts = os.stat("/var/log/" + name)
+        self.assertEqual((facts.st_mode & 0o7777, facts.st_uid, facts.st_gid), (0o750, NOBODY, OTHER))
         self.box.daemonize("stop", "--name", name)
 
     @needs_root
@@ -9308,6 +10045,56 @@ def bind(options, seals=SEALS, kind=KIND):
                 remove(file)
                 self.assertEqual(self.box.status()["generation"], generation)
                 self.box.command("stop")
+
+    @needs_linux
+    def test_a_strange_descriptor_is_not_kept(self) -> None:
+        """What the old daemon hands over besides, a file: neither the heir nor a worker of it has it."""
+        path = self.box.path("strange")
+        app = APP + "def bind(o):\n    server = Server(o)\n    if not o.sockets:\n        server.legacy = os.open(%r, os.O_RDWR | os.O_CREAT)\n    return server\n"
+        address = self.box.address(self.box.start(app=APP + app[len(APP):] % path))
+        self.assertIn(path, fds_of(self.box.pid()))
+        self.box.command("restart")
+        self.assertNotIn(path, fds_of(self.box.pid()) + list(ask(address)["fds"].values()))
+
+    def test_what_comes_over_a_channel_is_not_inherited(self) -> None:
+        """A descriptor that was received: no program that another thread executes at that moment gets it."""
+        said = run([PYTHON, "-c", "import daemonize, os, socket\none, two = map(daemonize.Channel, socket.socketpair())\n"
+                    "one.send('x', [0])\ntwo.receive(1)\nprint(*map(os.get_inheritable, two.fds))"], 0, env=self.box.env, cwd=HERE).out
+        self.assertEqual(said, "False\n")
+
+    @needs_linux
+    def test_what_is_taken_over_is_what_the_kernel_says(self) -> None:
+        """Only a listening stream socket is served; only the one at the path is the control socket."""
+        code = """
+import os, socket, sys, daemonize
+def made(kind, family=socket.AF_INET, listens=False):
+    sock = socket.socket(family, kind)
+    sock.bind(("127.0.0.1", 0) if family == socket.AF_INET else "")
+    if listens: sock.listen(1)
+    os.set_inheritable(sock.fileno(), True)
+    return sock
+socks = [made(socket.SOCK_DGRAM), made(socket.SOCK_STREAM), made(socket.SOCK_SEQPACKET, socket.AF_UNIX, True),
+         made(socket.SOCK_STREAM, listens=True), made(socket.SOCK_STREAM, socket.AF_UNIX, True)]
+adopted = [daemonize.adopt(sock.fileno()) for sock in socks]
+print([passed is not None for passed in adopted], [os.get_inheritable(sock.fileno()) for sock in socks])
+files = daemonize.Files(sys.argv[1], None, "")
+control = daemonize.bind_control(files.control)
+print([daemonize.is_control(sock, files) for sock in (socks[3], socks[4], control)])
+if hasattr(os, "memfd_create"):
+    memory = os.memfd_create("x", 2)
+    daemonize.fcntl.fcntl(memory, 1033, 2)
+    print([os.ftruncate(memory, size) or daemonize.is_legacy(memory) for size in (64 << 20, (64 << 20) + 1)])
+os._exit(0)
+"""
+        said = run([PYTHON, "-uc", code, self.box.pidfile], 0, env=self.box.env, cwd=HERE).out.splitlines()
+        self.assertEqual(said, ["[False, False, False, True, True] " + str([False] * 5), "[False, False, True]", "[True, False]"]
+                         [:2 + hasattr(os, "memfd_create")])
+
+    def test_a_failure_that_is_told_has_the_status_of_a_failure(self) -> None:
+        """Who says "fatal" may have been taken over: 1, or 2 for usage; never what another answer means."""
+        said = run([PYTHON, "-c", "import daemonize\nfor status in (0, 1, 2, 3, 4, 130, '2', None):\n"
+                    "    print(daemonize.failure(None, {'event': 'fatal', 'status': status}).status, end=' ')"], 0, env=self.box.env, cwd=HERE).out
+        self.assertEqual(said, "1 1 2 1 1 1 1 1 ")
 
 POOR_SYSTEM = r'''
 import os, signal, socket, sys
