@@ -1796,6 +1796,7 @@ class Host:
         self.control: socket.socket = self.opened.control
         self.children: List[Child] = []
         self.leaving: List[Child] = []
+        self.new_log: List[int] = []    # opened, and not the log yet: no worker needs a copy
         self.is_owner = self.is_over = False
         self.result = 0                 # exit status
         self.restarts, self.pause, self.next_start = 0, 0.0, 0.0
@@ -1814,8 +1815,8 @@ class Host:
                 end.close()
             # Who takes a worker over shall find neither of them.  Harmless for the lock: that is
             # the daemon's, and fork(2) gave us none to lose.
-            os.close(self.opened.pidfile)
-            os.close(self.opened.lock)
+            for fd in [self.opened.pidfile, self.opened.lock] + self.new_log:
+                os.close(fd)
             life(channel)
         child = fork(shed_and_live)
         # A child with a copy of a sibling's channel would keep EOF from that sibling.
@@ -2767,7 +2768,7 @@ def report_of(facts: Message) -> str:
     addresses = facts.pop("addresses", None)
     if addresses:
         line += ", on " + words_of(addresses)
-    rows = [(str(key).replace("_", " "), words_of(value)) for key, value in facts.items()
+    rows = [(words_of(key).replace("_", " "), words_of(value)) for key, value in facts.items()
             if value not in ("", None, [])]
     width = max([len(key) for key, _ in rows] + [6])
     return line.replace("\n", "\\n") + "\n" + "".join(
@@ -3246,7 +3247,8 @@ class Service(Host):
         if self.is_leaving:
             return "it is leaving: another one takes its place"
         try:
-            new_log = new_log or self.open_log_again()      # first of all, since it may be refused
+            # First of all, since it may be refused.
+            self.new_log = new_log = new_log or self.open_log_again()
         except Fatal as error:
             return str(error)
         try:

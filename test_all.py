@@ -7217,7 +7217,7 @@ class Status(BoxTest):
         """It had the control socket, and the pidfile; then it hung up: both are the old daemon's again."""
         self.box.start(app=APP)
         pid = self.box.pid()
-        code = ("import sys, os, daemonize\ndaemonize.take_over(daemonize.parse(['restart', '--pidfile', sys.argv[1]]), %d)\n"
+        code = ("import sys, os, daemonize\nkept = daemonize.take_over(daemonize.parse(['restart', '--pidfile', sys.argv[1]]), %d)\n"
                 "daemonize.write_pidfile(os.open(sys.argv[1], os.O_RDWR), 1)" % pid)
         run([PYTHON, "-c", code, self.box.pidfile], 0, env=self.box.env, cwd=HERE)
         until(lambda: self.box.pid() == pid, "its pid")
@@ -7458,14 +7458,21 @@ class Reload(BoxTest):
 
     @needs_linux
     def test_fresh_workers_have_what_the_first_had(self) -> None:
-        """No end of the conversation that asked for the reload: its caller would wait for that worker's end."""
+        """No end of the conversation that asked for it: its caller would wait for it. Nor a log beside the log."""
         address = self.box.address(self.box.start("--workers", "1", app=APP))
 
-        def sockets() -> int:
-            return sum("socket:" in name for name in ask(address)["fds"].values())
-        first = sockets()
+        def kinds() -> List[str]:
+            return sorted(re.sub(r"\d+", "", name) for name in ask(address)["fds"].values())
+        first = kinds()
         self.box.command("reload")
-        self.assertEqual(sockets(), first)
+        self.assertEqual(kinds(), first)
+
+    def test_a_fact_looks_like_no_line_of_ours(self) -> None:
+        """Whatever an application calls its facts, and says: each is one line, set in."""
+        self.box.start(app=APP + "Server.status = lambda self: {'x\\nb is running: pid 1': 'y\\nc is running: pid 2'}\n")
+        lines = self.box.command("status").out.splitlines()
+        self.assertEqual([line for line in lines[1:] if not line.startswith("  ")], [])
+        self.assertIn("b is running: pid 1", "".join(lines[1:]))
 
     def test_a_reason_looks_like_no_word_of_ours(self) -> None:
         """What a daemon gives as its reason: lines that begin as ours do are set apart; a cure names this daemon."""
