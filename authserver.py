@@ -1910,7 +1910,8 @@ def page_answer(server: "AuthServer", request: Request) -> Answer:
         answer = server.page(request)
         if not isinstance(answer, Answer) or answer.status not in STATUS_LINES:
             raise TypeError(f"expected an Answer with a status of HTTP, not {answer!r:.40}")
-        if ends_line("".join([name + value for name, value in answer.fields])):
+        # Our own pages say nothing that ends a line; a program's may.
+        if server.has_guest and ends_line("".join([name + value for name, value in answer.fields])):
             raise ValueError("control characters in its fields")    # which would become others
     except Exception:
         server.log.error(f"error: {request.line}: {traceback.format_exc()}")
@@ -2541,15 +2542,16 @@ class Connection(Channel):
         ends = CLOSE if self.closing else "" if request.minor else "Connection: keep-alive\r\n"
         lines = field_lines((*answer.fields, *request.verdict.fields))
         head = f"{STATUS_LINES[answer.status]}{self.server.stamp}{lines}{length}{ends}\r\n"
-        self.output += head.encode("latin-1", "replace")
+        octets = head.encode("latin-1", "replace")
         if not isinstance(content, FilePart):
             size = size if length and not request.is_head else 0
-            self.output += content[:size]
+            octets += content[:size]
         elif not (length and size and not request.is_head):
             size = 0
             content.file.close()
         else:
             self.part = content
+        self.output = self.output + octets if self.output else octets
         self.note(request, answer.status, size)
 
     def note(self, request: Request, status: int, size: int) -> None:
@@ -3116,6 +3118,7 @@ class AuthServer(Loop):
                                 f"has a loop and threads of its own")
         is_handler = isinstance(handler_class, (type, functools.partial))
         self.page: Optional[Page] = None if is_handler else handler_class
+        self.has_guest = not (handler_class is example or isinstance(handler_class, Files))
         handler_class = only_once(handler_class) if is_handler else handler_class
         guard = find_attribute(handler_class, "authenticator")
         if guard and authenticator and guard is not authenticator:
