@@ -11496,22 +11496,24 @@ class Bench:
 
     def life(self) -> None:
         """Measure start to first answer, a daemon's memory, and status of nothing."""
+        real = [sys.executable, SOURCES[0]]     # not what was compiled for the tests
         port, began = free_port(), time.monotonic()
         at = "127.0.0.1:%d" % port
-        self.box.start("--bind", at, "--workers", "1", "--realm", BENCH_REALM, "--passwords", self.passwords)
+        run(real + self.box.argv("start")[2:] + ["--logfile", self.box.log, "--bind", at, "--workers", "1", "--realm",
+                                                 BENCH_REALM, "--passwords", self.passwords], 0, env=self.box.env)
         request(at, "/", "GET", "")
         self.note("start to first answer, ms", "", "daemonize", 1e3 * (time.monotonic() - began), 0.0,
                   memory(self.box.pid()))
         self.box.command("stop")
         began = time.monotonic()
-        server = self.box.spawn(*self.argv("http.server", port, "", ()))
+        server = self.box.spawn(sys.executable, "-m", "http.server", "--bind", "127.0.0.1", str(port))
         until(lambda: not reach(at), "http.server")
         request(at, "/", "GET", "")
         self.note("start to first answer, ms", "", "http.server", 1e3 * (time.monotonic() - began), 0.0,
                   memory(server.pid))
         self.box.kill(server)
-        for name, argv in (("daemonize", self.box.argv("status")),
-                           ("python3 -c pass", [PYTHON, "-c", "pass"])):
+        for name, argv in (("daemonize", real + self.box.argv("status")[2:]),
+                           ("python3 -c pass", [sys.executable, "-c", "pass"])):
             self.note("status of nothing, ms", "", name, 1e3 * run(argv).seconds, 0.0, 0.0)
 
     def print_table(self) -> None:
