@@ -9274,7 +9274,7 @@ Server.drain = lambda self: wait_for("drained") or drain_well(self)
 
     def test_no_place_is_taken_without_a_word(self) -> None:
         """The command died between "ready" and "go": the daemon takes neither lock nor pidfile."""
-        code = ("import daemonize, socket\ndaemonize.take_instance = print\none, two = socket.socketpair()\nplan = daemonize.parse(['start', '--', 'x'])\n"
+        code = ("import daemonize, socket\ndaemonize.take_instance = print\none, two = socket.socketpair()\nplan = daemonize.parse(['start', '--pidfile', '/x/p', '--logfile', '/x/l', '--', 'x'])\n"
                 "opened = daemonize.Opened([], -1, None, -1, None, '')\nstart = daemonize.Start(plan, opened, daemonize.Inherited(), report=daemonize.Channel(one))\n"
                 "%s\ntry: daemonize.take_place(start)\nexcept daemonize.Fatal as error: print(error)")
         for last in ("two.shutdown(socket.SHUT_WR)", "two.send(b'{\"event\": \"no\"}\\n')"):
@@ -12084,8 +12084,9 @@ class Part:
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Print text that may have anything in it, a lone surrogate in a row's name, too."""
+    """Print text that may have anything in it, a lone surrogate or a NUL in a row's name, too."""
     encoding = sys.stdout.encoding or "ascii"
+    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", lambda match: repr(match.group())[1:-1], text)
     print(text.encode(encoding, "backslashreplace").decode(encoding), end=end)
 
 
