@@ -3104,6 +3104,8 @@ class AuthServer(Loop):
     """
 
     request_queue_size = BACKLOG
+    reread: Callable[[], None]      # the password file; whoever knows it sets this
+    abandon: Callable[[], None]     # what a start that failed has made
     greeting = forward_auth = ""
     workers = 1                 # a program's own; the command line says one per CPU
     stopping = False
@@ -3133,8 +3135,7 @@ class AuthServer(Loop):
         else:       # its listener is made when it begins to serve
             http.server.HTTPServer.__init__(self, server_address, handler_class, bind_and_activate)
         self.handlers, self.hashers = Pool(stream_threads), Pool(SLOW_HASHES, SLOW_QUEUE)
-        self.reread: Callable[[], None] = lambda: None
-        self.abandon: Callable[[], None] = lambda: None
+        self.reread = self.abandon = lambda: None
         self.stopped = threading.Event()
         # Of those whose table we share: before the first worker of ours.
         self.forebears = (self.authenticator.table.statistics()["workers"]
