@@ -7023,16 +7023,15 @@ class Stop(BoxTest):
 
     def test_a_child_in_our_own_group_is_signalled_alone(self) -> None:
         """Between fork(2) and its setpgid(2) a child is in its parent's group: the parent lives on."""
-        said = run([PYTHON, "-c", "import os, daemonize, signal\nos.setsid()\nchild = os.fork() or signal.pause()\n"
-                    "daemonize.signal_each([daemonize.look_at(child)], 9, True)\nprint(os.wait() == (child, 9))\n"],
-                   0, env=self.box.env, cwd=HERE).out
+        said = self.box.python("import signal\nos.setsid()\nchild = os.fork() or signal.pause()\n"
+                               "daemonize.signal_each([daemonize.look_at(child)], 9, True)\nprint(os.wait() == (child, 9))\n").out
         self.assertEqual(said, "True\n")
 
     def test_one_timeout_is_for_all(self) -> None:
         """What the daemon has used up of --timeout its children do not get again."""
-        said = run([PYTHON, "-c", "import daemonize, time\nclass Target:\n    pid, leader, members = 0, 0, 0\n    send = send_all = print\n"
-                    "seconds = []\ndaemonize.end_all = lambda members, kill, timeout: seconds.append(timeout) or time.sleep(0.3)\n"
-                    "daemonize.end_daemon(Target(), 1)\nprint(seconds[0] == 1, 0 < seconds[1] <= 0.7, end='')"], 0, env=self.box.env, cwd=HERE).out
+        said = self.box.python("import time\nclass Target:\n    pid, leader, members = 0, 0, 0\n    send = send_all = print\n"
+                               "seconds = []\ndaemonize.end_all = lambda members, kill, timeout: seconds.append(timeout) or time.sleep(0.3)\n"
+                               "daemonize.end_daemon(Target(), 1)\nprint(seconds[0] == 1, 0 < seconds[1] <= 0.7, end='')").out
         self.assertEqual(said.splitlines()[-1][-9:], "True True")
 
     def test_an_heir_ends_as_quickly_as_any(self) -> None:
@@ -7065,11 +7064,10 @@ class Stop(BoxTest):
 
     def test_who_forks_while_it_is_looked_for_is_found(self) -> None:
         """A child that stands in the list before its parent, a session's orphan; and each look is followed by a kill."""
-        said = run([PYTHON, "-c", "import os, daemonize\nme = os.getpid()\nfamily = [(14, 13, 9), (13, 12, 9), (12, 11, 9), (11, me, 9), (15, 1, 7), "
-                    "(7, 1, 7), (16, 1, 8), (me, 1, 7)]\ndaemonize.processes = lambda: [daemonize.Process(p, pp, p, s, '') for p, pp, s in family]\n"
-                    "print(*[[p.pid for p in daemonize.family(s)] for s in (None, 7)])\nleft = [1]\n"
-                    "print(daemonize.end_all(lambda: left, lambda: left.append(left.pop() + 1) if left[0] < 3 else left.clear(), 0))"],
-                   0, env=self.box.env, cwd=HERE).out
+        said = self.box.python("me = os.getpid()\nfamily = [(14, 13, 9), (13, 12, 9), (12, 11, 9), (11, me, 9), (15, 1, 7), "
+                               "(7, 1, 7), (16, 1, 8), (me, 1, 7)]\ndaemonize.processes = lambda: [daemonize.Process(p, pp, p, s, '') for p, pp, s in family]\n"
+                               "print(*[[p.pid for p in daemonize.family(s)] for s in (None, 7)])\nleft = [1]\n"
+                               "print(daemonize.end_all(lambda: left, lambda: left.append(left.pop() + 1) if left[0] < 3 else left.clear(), 0))").out
         self.assertEqual(said, "[14, 13, 12, 11] [14, 13, 12, 11, 15]\nTrue\n")
 
 
@@ -7182,8 +7180,7 @@ class Status(BoxTest):
         for said in ({"pid": 1, "state": "dead", "name": "x", "uid": 77, "user": "x", "uptime": 1e9}, [7], 7, "x", None):
             code = "import sys, daemonize\ndaemonize.ask = lambda *a: {'said': %r}\nsys.exit(daemonize.main(sys.argv[1:]))" % (said,)
             with self.subTest(said=said):
-                facts = json.loads(run([PYTHON, "-c", code, "status", "--json", "--pidfile", self.box.pidfile], 0,
-                                       env=self.box.env, cwd=HERE).out)
+                facts = json.loads(self.box.python(code, "status", "--json", "--pidfile", self.box.pidfile).out)
                 self.assertEqual([facts[name] for name in ("pid", "state", "name", "uid")],
                                  [self.box.pid(), "running", "n", os.getuid()])
                 self.assertLess(facts["uptime"], 1000)
@@ -7219,7 +7216,7 @@ class Status(BoxTest):
         pid = self.box.pid()
         code = ("import sys, os, daemonize\nkept = daemonize.take_over(daemonize.parse(['restart', '--pidfile', sys.argv[1]]), %d)\n"
                 "daemonize.write_pidfile(os.open(sys.argv[1], os.O_RDWR), 1)" % pid)
-        run([PYTHON, "-c", code, self.box.pidfile], 0, env=self.box.env, cwd=HERE)
+        self.box.python(code, self.box.pidfile)
         until(lambda: self.box.pid() == pid, "its pid")
         with self.control() as end:
             self.assertEqual(struct.unpack("3i", end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0], pid)
@@ -7479,7 +7476,7 @@ class Reload(BoxTest):
         self.box.start("--", "sleep", "600")
         code = ("import sys, daemonize\ndaemonize.ask = lambda *words: {'reason': 'no\\ndaemonize: fatal: lost\\ntry: daemonize.py restart'}\n"
                 "sys.exit(daemonize.main(sys.argv[1:]))")
-        said = run([PYTHON, "-c", code, "reload", "--pidfile", self.box.pidfile], 1, env=self.box.env, cwd=HERE).err
+        said = self.box.python(code, "reload", "--pidfile", self.box.pidfile, want=1).err
         self.assertEqual(said, "daemonize: fatal: unable to reload sleep: no\n  daemonize: fatal: lost\n"
                                "try: daemonize.py restart --pidfile '%s'\n" % self.box.pidfile)
 
@@ -7869,9 +7866,8 @@ class Pidfile(BoxTest):
 
     def test_a_pid_is_never_half_written(self) -> None:
         """Over a longer text: whoever reads in between finds the new pid in the first line, and then it alone."""
-        said = run([PYTHON, "-c", "import os, sys, daemonize\nfd = os.open(sys.argv[1], os.O_RDWR)\nreal = os.ftruncate\n"
-                    "os.ftruncate = lambda *to: print(os.pread(fd, 9, 0).split()[:1]) or real(*to)\ndaemonize.write_pidfile(fd, 77)",
-                    self.box.write("d.pid", "99999999999\n")], 0, env=self.box.env, cwd=HERE).out
+        said = self.box.python("fd = os.open(sys.argv[1], os.O_RDWR)\nreal = os.ftruncate\n"
+                               "os.ftruncate = lambda *to: print(os.pread(fd, 9, 0).split()[:1]) or real(*to)\ndaemonize.write_pidfile(fd, 77)", self.box.write("d.pid", "99999999999\n")).out
         self.assertEqual((said, read(self.box.pidfile)), ("[b'77']\n", "77\n"))
 
     def test_a_pid_of_anothers_is_not_emptied(self) -> None:
@@ -7969,7 +7965,7 @@ class Lock(BoxTest):
             code = ("import sys, os, daemonize\nfor old in None, 1, int(sys.argv[1]):\n    fd = os.open(%r, 0)\n"
                     "    try: daemonize.take_instance(fd, old)\n    except daemonize.Fatal as error: print(error)\n"
                     "    print(' %%d ' %% os.getpid() in open('/proc/locks').read())" % lock.name)
-            said = run([PYTHON, "-c", code, str(os.getpid())], 0, env=self.box.env, cwd=HERE).out.splitlines()
+            said = self.box.python(code, str(os.getpid())).out.splitlines()
         self.assertEqual(said, ["unable to start: already running with pid %d" % os.getpid(), "False"] * 2 + ["True"])
 
     def test_the_lock_of_a_file_that_is_gone_is_no_turn(self) -> None:
@@ -7978,7 +7974,7 @@ class Lock(BoxTest):
                 "        gone.append(os.unlink(sys.argv[1] + '.lock'))\n    return real(*words)\nfcntl.lockf = lockf\n"
                 "with daemonize.Turn(daemonize.parse(['stop', '--pidfile', sys.argv[1]])) as turn:\n"
                 "    print(os.fstat(turn.fd).st_nlink, gone)")
-        said = run([PYTHON, "-c", code, self.box.pidfile], 0, env=self.box.env, cwd=HERE).out
+        said = self.box.python(code, self.box.pidfile).out
         self.assertEqual(said, "1 [None]\n")
 
     def test_who_takes_back_is_waited_for(self) -> None:
@@ -8774,11 +8770,10 @@ class Workers(BoxTest):
 
     def test_a_pause_is_for_who_dies_young(self) -> None:
         """It doubles, up to 30 s; none after SIGKILL, which comes from outside, or after a second of life."""
-        said = run([PYTHON, "-c", "import daemonize, time\nhost = daemonize.Host.__new__(daemonize.Host)\nhost.plan = daemonize.Plan('', [], [], None, '', False, None)\n"
-                    "host.pause, host.complain = 0, len\nclass Child: pid = 7\ndef pause(status, age):\n    Child.born = time.monotonic() - age\n"
-                    "    daemonize.Host.on_death(host, Child, status)\n    return round(host.next_start - time.monotonic(), 1)\n"
-                    "print([pause(*row) for row in [(1 << 8, 0)] * 3 + [(15, 0), (9, 0), (0, 0), (1 << 8, 2)] + [(11, 0)] * 10])"],
-                   0, env=self.box.env, cwd=HERE).out
+        said = self.box.python("import time\nhost = daemonize.Host.__new__(daemonize.Host)\nhost.plan = daemonize.Plan('', [], [], None, '', False, None)\n"
+                               "host.pause, host.complain = 0, len\nclass Child: pid = 7\ndef pause(status, age):\n    Child.born = time.monotonic() - age\n"
+                               "    daemonize.Host.on_death(host, Child, status)\n    return round(host.next_start - time.monotonic(), 1)\n"
+                               "print([pause(*row) for row in [(1 << 8, 0)] * 3 + [(15, 0), (9, 0), (0, 0), (1 << 8, 2)] + [(11, 0)] * 10])").out
         self.assertEqual(json.loads(said.replace("-0.0", "0.0")), [0.1, 0.2, 0.4, 0.8, 0, 0.1, 0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 30])
 
     def test_a_signal_to_a_fresh_worker_is_its_own(self) -> None:
@@ -8816,7 +8811,7 @@ class Workers(BoxTest):
         """Words that nobody waits for do not renew the deadline of the one that is waited for."""
         code = ("import daemonize, time\ndef talk(channel):\n    while channel.tell('noise'): time.sleep(0.02)\nchild = daemonize.fork(talk)\n"
                 "began = time.monotonic()\nprint(child.hear('word', 0.3) == daemonize.LATE, time.monotonic() - began < 2)\nchild.kill()")
-        self.assertEqual(run([PYTHON, "-c", code], 0, env=self.box.env, cwd=HERE).out, "True True\n")
+        self.assertEqual(self.box.python(code).out, "True True\n")
 
     def test_a_fork_has_no_moment_with_its_parents_handlers(self) -> None:
         """Blocked while it forks; then parent and child get them, each by handlers of its own."""
@@ -8830,7 +8825,7 @@ os.fork = lambda: say("at") or real()
 daemonize.fork(lambda channel: say(signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL)).wait()
 say("after")
 """
-        self.assertEqual(run([PYTHON, "-c", code], 0, env=self.box.env, cwd=HERE).out, "at True True\nTrue False False\nafter False False\n")
+        self.assertEqual(self.box.python(code).out, "at True True\nTrue False False\nafter False False\n")
 
     def test_a_workers_last_word_is_in_the_log(self) -> None:
         """Without a line's end, too."""
@@ -9256,10 +9251,10 @@ Server.drain = lambda self: wait_for("drained") or drain_well(self)
 
     def test_who_cannot_be_told_is_not_told(self) -> None:
         """A restart that hears no "done": it does not claim that the old one serves, or that nobody does."""
-        said = run([PYTHON, "-c", "import daemonize\ndaemonize.Target = lambda *words: None\n"
-                    "daemonize.take_over = lambda *words: daemonize.Inherited(talk=1)\ndef launch(*words): raise daemonize.Unknown('cannot tell')\n"
-                    "daemonize.launch = launch\ntry: daemonize.replace(daemonize.parse(['restart', '--pidfile', '/x']), None, 1, True)\n"
-                    "except daemonize.Fatal as error: print(error)"], 0, env=self.box.env, cwd=HERE).out
+        said = self.box.python("daemonize.Target = lambda *words: None\n"
+                               "daemonize.take_over = lambda *words: daemonize.Inherited(talk=1)\ndef launch(*words): raise daemonize.Unknown('cannot tell')\n"
+                               "daemonize.launch = launch\ntry: daemonize.replace(daemonize.parse(['restart', '--pidfile', '/x']), None, 1, True)\n"
+                               "except daemonize.Fatal as error: print(error)").out
         self.assertEqual(said, "cannot tell\n")
 
     def test_who_took_the_place_and_says_nothing_keeps_it(self) -> None:
@@ -9278,7 +9273,7 @@ Server.drain = lambda self: wait_for("drained") or drain_well(self)
                 "opened = daemonize.Opened([], -1, None, -1, None, '')\nstart = daemonize.Start(plan, opened, daemonize.Inherited(), report=daemonize.Channel(one))\n"
                 "%s\ntry: daemonize.take_place(start)\nexcept daemonize.Fatal as error: print(error)")
         for last in ("two.shutdown(socket.SHUT_WR)", "two.send(b'{\"event\": \"no\"}\\n')"):
-            said = run([PYTHON, "-c", code % last], 0, env=self.box.env, cwd=HERE).out
+            said = self.box.python(code % last).out
             self.assertEqual(said, "unable to start: the command that asked for it is gone\n")
 
     def test_a_terminals_signal_reaches_both(self) -> None:
@@ -10065,8 +10060,8 @@ def bind(options, seals=SEALS, kind=KIND):
 
     def test_what_comes_over_a_channel_is_not_inherited(self) -> None:
         """A descriptor that was received: no program that another thread executes at that moment gets it."""
-        said = run([PYTHON, "-c", "import daemonize, os, socket\none, two = map(daemonize.Channel, socket.socketpair())\n"
-                    "one.send('x', [0])\ntwo.receive(1)\nprint(*map(os.get_inheritable, two.fds))"], 0, env=self.box.env, cwd=HERE).out
+        said = self.box.python("import socket\none, two = map(daemonize.Channel, socket.socketpair())\n"
+                               "one.send('x', [0])\ntwo.receive(1)\nprint(*map(os.get_inheritable, two.fds))").out
         self.assertEqual(said, "False\n")
 
     @needs_linux
@@ -10099,8 +10094,8 @@ os._exit(0)
 
     def test_a_failure_that_is_told_has_the_status_of_a_failure(self) -> None:
         """Who says "fatal" may have been taken over: 1, or 2 for usage; never what another answer means."""
-        said = run([PYTHON, "-c", "import daemonize\nfor status in (0, 1, 2, 3, 4, 130, '2', None):\n"
-                    "    print(daemonize.failure(None, {'event': 'fatal', 'status': status}).status, end=' ')"], 0, env=self.box.env, cwd=HERE).out
+        said = self.box.python("for status in (0, 1, 2, 3, 4, 130, '2', None):\n"
+                               "    print(daemonize.failure(None, {'event': 'fatal', 'status': status}).status, end=' ')").out
         self.assertEqual(said, "1 1 2 1 1 1 1 1 ")
 
 POOR_SYSTEM = r'''
