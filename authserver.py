@@ -1154,6 +1154,11 @@ def check_offer(realm: str, schemes: Sequence[str], algorithms: Sequence[str],
                       f"long, wget crashes on challenges of more than {MAX_CHALLENGE}")
 
 
+def offer(chosen: Sequence[str], is_safe: bool) -> Sequence[str]:
+    """Return the schemes to offer: no Basic where somebody could listen, unless it was chosen."""
+    return chosen or (SCHEMES if is_safe else SCHEMES[:1])
+
+
 class Authenticator:
     """Say who sends a request; the conductor of everything above.
 
@@ -1187,8 +1192,8 @@ class Authenticator:
         return self.table.now()
 
     def offered(self, is_safe: bool) -> Sequence[str]:
-        """Return the schemes to offer: no Basic where somebody could listen, unless asked for."""
-        return self.schemes if is_safe or self.is_explicit else SCHEMES[:1]
+        """Return the schemes to offer where nobody, or somebody, could listen."""
+        return offer(self.schemes if self.is_explicit else (), is_safe)
 
     def judge(self, attempt: Attempt) -> Asking:
         """Return the Verdict on an attempt; yields what has to be waited for."""
@@ -1274,8 +1279,8 @@ class Authenticator:
             verify = functools.partial(self._verify, passwords, attempt, username, password)
             found = (yield verify) if passwords.is_slow(username) else verify()
         assert passwords is not None
-        # Again: of guesses whose hashes were made together the eleventh must learn nothing.
         known = username in passwords.entries
+        # Again: of guesses whose hashes were made together the eleventh must learn nothing.
         return self._locked(attempt) or found or self._fail(
             attempt, username, "bad password" if known else "unknown user")
 
@@ -2236,8 +2241,9 @@ class Channel:
     def watch(self, writes: bool) -> None:
         """Wait for the moment to write, or to read; never for both: an event means one thing."""
         selector = self.server.selector
-        (selector.modify if self.watched else selector.register)(
-            self.socket, selectors.EVENT_WRITE if writes else selectors.EVENT_READ, self.ready)
+        events = selectors.EVENT_WRITE if writes else selectors.EVENT_READ
+        change = selector.modify if self.watched else selector.register
+        change(self.socket, events, self.ready)
         self.watched, self.writes = True, writes
 
     def unwatch(self) -> None:
@@ -2388,9 +2394,9 @@ class Connection(Channel):
 
         The order is the server's promise. Who it is comes before what it wants: a stranger does
         not learn whether a page exists, which methods it has, or how large a body may be (but for
-        qop=auth-int, whose proof is about the body). The
-        answer comes before the rest of the body: what nobody wanted must not delay it. And
-        the body comes before the next request, for only its end says where that one begins.
+        qop=auth-int, whose proof is about the body). The answer comes before the rest of the
+        body: what nobody wanted must not delay it. And the body comes before the next request,
+        for only its end says where that one begins.
         """
         server, request, body = self.server, None, NO_BODY
         answer: Optional[Answer] = None
@@ -2844,7 +2850,7 @@ class Loop(http.server.HTTPServer):
         self.calls: Deque[Callable[[], None]] = collections.deque()     # from other threads
         self.answered = self.counted = 0        # requests; those in the statistics already
         self.paused_until = self.offset = 0.0
-        self.second, self.rested = 0, 0.0       # the time in words; when tidy_up() last was
+        self.second, self.tidied = 0, 0.0       # the time in words; when tidy_up() last was
         self.walked = 0.0                       # ... and last looked who is overdue
         self.look_at_clock()
 
@@ -2896,7 +2902,7 @@ class Loop(http.server.HTTPServer):
             self.send_answers()
             if time.monotonic() > end:
                 break
-        if is_busy and self.clock - self.rested > 1:
+        if is_busy and self.clock - self.tidied > 1:
             self.tidy_up()
         self.service_actions()
 
@@ -2923,7 +2929,7 @@ class Loop(http.server.HTTPServer):
                                if item.deadline < self.clock and item not in self.later]:
                 self.call(connection.expire)
             self.send_answers()
-        self.rested = self.clock
+        self.tidied = self.clock
         self.save()
 
     def save(self) -> None:
@@ -4032,7 +4038,7 @@ class Follower:
         self.request, self.body = request, body
         self.closes = draining or not (request.minor and request.fields.keep_alive)
         self.head = b""                         # of the answer, until it is whole
-        self.announced: Optional[Body] = None        # what it announced; None: all that comes
+        self.announced: Optional[Body] = None   # what it announced; None: all that comes
         self.status, self.size, self.fault = 0, 0, ""
         self.upgraded = self.raw = False        # raw: it is not to be understood
 
@@ -4081,7 +4087,7 @@ class Follower:
             self.announced = Body(0, False)
         elif is_chunked(head):
             self.announced = Body(0, True)
-            self.announced.room = sys.maxsize        # a download, or a stream that never ends
+            self.announced.room = sys.maxsize   # a download, or a stream that never ends
         elif length:
             self.announced = Body(int(length.group(1)), False)
         says_so = bool(says_close(head))
@@ -5447,7 +5453,7 @@ def make_listeners(options: argparse.Namespace) -> List[Listener]:
         # Over a unix socket comes a proxy, which speaks TLS itself.
         tls = None if sock.family == socket.AF_UNIX else context
         is_safe = tls is not None or is_private(sock)
-        listeners.append(Listener(sock, chosen or (SCHEMES if is_safe else SCHEMES[:1]), tls))
+        listeners.append(Listener(sock, offer(chosen, is_safe), tls))
         exposed.extend([] if is_safe else [address_of(sock)])
     if exposed:
         warn(f"a network reaches {' and '.join(exposed)}, without TLS: "

@@ -3310,7 +3310,7 @@ class Service(Host):
                     os.rename(name, older)
             if not keep:
                 os.unlink(path)
-            self.obstacle = self.reopen([])       # to rename on would push the elders out
+            self.obstacle = self.reopen([])     # to rename on would push the elders out
         except OSError as error:
             self.obstacle = because(error)
             self.complain("unable to rotate %s: %s" % (path, self.obstacle))
