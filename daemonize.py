@@ -99,6 +99,7 @@ import contextlib
 import errno
 import faulthandler
 import fcntl
+import json
 import re
 import select
 import signal
@@ -115,7 +116,7 @@ try:
 except ImportError:
     sys.exit("daemonize: fatal: unable to run here: this system has neither fork nor users")
 
-# Not imported here, but where they are needed: json, traceback, shlex, threading, subprocess,
+# Not imported here, but where they are needed: traceback, shlex, threading, subprocess,
 # ctypes.  `status` and `stop` are typed by people who wait, and a daemon keeps what it imported.
 
 __version__ = "2.0"
@@ -937,7 +938,6 @@ def parse_record(text: str) -> Optional[Record]:
     >>> parse_record('{"name": "torn') is parse_record("[]") is parse_record('{"pid": 1}') is None
     True
     """
-    import json
     with contextlib.suppress(ValueError, TypeError, RecursionError):
         return Record(**json.loads(text))
     return None
@@ -1007,7 +1007,6 @@ class Lock:
 
     def note(self, plan: Plan, pid: int) -> None:
         """Note what a start was asked for, and whom it started."""
-        import json
         record = Record(os.path.realpath(plan.files.pidfile), plan.name, plan.kind, plan.hosted,
                         plan.words, plan.arguments, plan.cwd, plan.files.logfile,
                         plan.action != "run", pid, getattr(look_at(pid), "birth", ""))
@@ -1177,7 +1176,6 @@ class Channel:
 
     def send(self, event: str, fds: Sequence[int] = (), **facts: Any) -> None:
         """Say something.  See: unix(7), SCM_RIGHTS."""
-        import json
         # An application says what it likes: what JSON does not know (a time) is said as text.
         data = json.dumps(dict(facts, event=event), default=str).encode() + b"\n"
         if fds:
@@ -1206,7 +1204,6 @@ class Channel:
                 return {"event": ENDED}
         # What follows the line stays: two words may have come in one piece.
         line, _, self.buffer = self.buffer.partition(b"\n")
-        import json
         with contextlib.suppress(ValueError, RecursionError):
             message = json.loads(line.decode())
             if isinstance(message, dict) and isinstance(message.get("event"), str):
@@ -1715,7 +1712,7 @@ def begin(start: Start) -> int:
     if start.plan.chroot or start.plan.identity:
         # What is imported late must be here by now: a jail has no library, a user may not read it.
         # Not without need: a daemon keeps what it has imported.
-        import json, subprocess, threading, traceback       # noqa: F401
+        import subprocess, threading, traceback       # noqa: F401
         if start.plan.kind == "program":
             prctl(PR_GET_DUMPABLE, 0)               # which changes nothing, but imports ctypes
     set_environment(start.plan)
@@ -2696,7 +2693,6 @@ def status(plan: Plan) -> int:
     pid, record = holder_of(plan)
     facts = stopped_facts(plan) if pid is None else running_facts(plan, pid, record)
     if plan.options.json:
-        import json
         emit(1, json.dumps(facts) + "\n")
     else:
         emit(1, report_of(facts))
