@@ -382,6 +382,28 @@ class Plan(NamedTuple):
     startmsg: str = ""
 
 
+class Start(NamedTuple):
+    """What a daemon has when it begins: it grows from step to step, and from hand to hand."""
+    plan: Plan
+    # From systemd, or from the daemon that it replaces (section 17):
+    sockets: Sequence[socket.socket] = ()
+    control: Optional[socket.socket] = None     # a library's daemon has none
+    legacy: Optional[int] = None            # memory that the application shares with its heir
+    talk: Optional["Channel"] = None        # the conversation with the predecessor
+    predecessor: Optional[int] = None       # its pid
+    # What step 3 opened as root, for whoever the daemon is later:
+    server: Any = None                      # what bind() returned
+    lock: int = -1                          # read-only
+    pidfile: int = -1
+    pidfile_stat: Any = None                # a script may close our fds, and reuse their numbers
+    stdio: Sequence[Optional[int]] = ()     # None: that stream stays where it is (run)
+    # Whom it talks to:
+    session: Optional[int] = None           # that the starter made; None: run has none
+    leash: Optional["Channel"] = None       # to the starter
+    report: Optional["Channel"] = None      # to the command
+    notifier: Optional[socket.socket] = None        # to systemd
+
+
 def default_files(name: str) -> Files:
     """Return the files that effective uid and name stand for, nothing else: cron must find them."""
     # The effective uid, since it decides what we may open.
@@ -562,21 +584,19 @@ def wait_until(is_so: Callable[[], Any], seconds: float) -> bool:
 def end_all(members: Callable[[], List[Process]], kill: Callable[[], None],
             timeout: float) -> bool:
     """Wait until there are no members; SIGKILL after timeout seconds.  True if that was needed."""
-    # The polite part: whoever was told may need its time, and is left alone for it.
     # Polled: most of them are not our children, and wait(2) is for children only.
-    if wait_until(lambda: not members(), timeout):
-        return False
-
-    def is_empty() -> bool:
-        # Each time to who is there now: a member may have forked since the last look.
-        left = members()
-        if left:
+    began, is_late = time.monotonic(), False
+    for left in iter(members, []):
+        waited = time.monotonic() - began
+        if waited > timeout + ANSWER:
+            pids = ", ".join(str(process.pid) for process in left)
+            raise Fatal("unable to stop pids %s: SIGKILL had no effect" % pids)
+        # Again and again: a member may have forked since the last look.
+        is_late = waited > timeout
+        if is_late:
             kill()
-        return not left
-    if not wait_until(is_empty, ANSWER):
-        pids = ", ".join(str(process.pid) for process in members())
-        raise Fatal("unable to stop pids %s: SIGKILL had no effect" % pids)
-    return True
+        time.sleep(POLL)
+    return is_late
 
 
 # -- 4. Files that root opens ------------------------------------------------
@@ -646,14 +666,14 @@ def is_trusted(folder: str) -> bool:
         for name in folder.split("/"):
             path = os.path.join(path, name)
             facts = os.lstat(path)
-            is_link = stat.S_ISLNK(facts.st_mode)
-            is_open = facts.st_mode & 0o022 and not facts.st_mode & stat.S_ISVTX and not is_link
-            if is_open or facts.st_uid not in (0, os.geteuid()):
+            if facts.st_uid not in (0, os.geteuid()):
                 return False
-            if is_link:
+            if stat.S_ISLNK(facts.st_mode):
                 if not is_trusted(os.path.join(os.path.dirname(path), os.readlink(path))):
                     return False
                 path = os.path.realpath(path)
+            elif facts.st_mode & 0o022 and not facts.st_mode & stat.S_ISVTX:
+                return False
     return True
 
 
@@ -727,21 +747,6 @@ def open_log(path: str, identity: Optional[Identity]) -> int:
     return fd
 
 
-def rotation_obstacle(plan: Plan) -> str:
-    """Return why the daemon will not be able to rename and reopen its log, "" if it will."""
-    path = plan.files.logfile
-    if path is None or path == os.devnull:
-        return ""
-    if inside(path, plan.chroot) is None:
-        return "it is outside the chroot"
-    # access(2) judges by the REAL uid, which is root's even here; faccessat(2) can do better.
-    folder, by_effective_ids = os.path.dirname(path), os.access in os.supports_effective_ids
-    with acting_as(plan.identity):
-        if os.access(folder, os.W_OK | os.X_OK, effective_ids=by_effective_ids):
-            return ""
-        return "uid %d may not write in %s" % (os.geteuid(), folder)
-
-
 def bind_control(path: str) -> socket.socket:
     """Return a unix socket bound at path, 0600, not listening yet.  See: unix(7)."""
     with trying_to("bind %s" % path):
@@ -760,17 +765,7 @@ def bind_control(path: str) -> socket.socket:
     return control
 
 
-class Opened(NamedTuple):
-    """What step 3 opened as root, for whoever the daemon is later."""
-    stdio: List[Optional[int]]  # None: that stream stays where it is (run)
-    pidfile: int
-    pidfile_stat: os.stat_result  # a script may close our fds, and reuse their numbers
-    lock: int                   # read-only
-    control: Optional[socket.socket]        # a library's daemon has none
-    obstacle: str               # why the log will not be rotated; "" if it will
-
-
-def open_files(plan: Plan, lock: int, control: Optional[socket.socket]) -> Opened:
+def open_files(start: Start) -> Start:
     """Step 3.  Open what the daemon's user could not open, or could be tricked with, later.
 
     All of it at once, and by descriptors from then on: a name is looked up by root once, when
@@ -778,7 +773,7 @@ def open_files(plan: Plan, lock: int, control: Optional[socket.socket]) -> Opene
 
     Runs as: root.  See: open(2); twistd: startLogger, openPIDFile.
     """
-    files = plan.files
+    plan, files, control = start.plan, start.plan.files, start.control
     # An heir has its predecessor's: whoever dials the name finds one of the two at any moment.
     if control is None and plan.kind != "library":
         control = bind_control(files.control)
@@ -786,13 +781,9 @@ def open_files(plan: Plan, lock: int, control: Optional[socket.socket]) -> Opene
     pidfile = open_pidfile(files.pidfile)
     with trying_to("open %s" % plan.stdin):
         stdin = None if plan.action == "run" else os.open(plan.stdin, os.O_RDONLY | os.O_CLOEXEC)
-    # Said now, while somebody reads it, and not in a log that has grown for a year.
-    obstacle = rotation_obstacle(plan) if plan.kind == "app" and plan.options.log_bytes else ""
-    if obstacle:
-        warn("unable to rotate %s: %s\ntry: --log-bytes 0, and logrotate" % (
-            files.logfile, obstacle))
     stderr = open_log(plan.stderr, plan.identity) if plan.stderr else output
-    return Opened([stdin, output, stderr], pidfile, os.fstat(pidfile), lock, control, obstacle)
+    return start._replace(control=control, pidfile=pidfile, pidfile_stat=os.fstat(pidfile),
+                          stdio=[stdin, output, stderr])
 
 
 def open_pidfile(path: str) -> int:
@@ -830,18 +821,16 @@ def write_pidfile(fd: int, pid: int) -> None:
 def read_pidfile(path: str) -> str:
     """Return what the pidfile says, "" if it is empty or absent.  It informs, it proves nothing.
 
-    The folder may be another's: a link there is not followed, a FIFO not waited for, but said.
+    The folder may be another's: what root would not open is not read, either, but said.
     """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(fd, "rb") as stream:
-            is_regular = stat.S_ISREG(os.fstat(fd).st_mode)
-            # A pid is short; that the file is, nobody promises.
-            return stream.read(32).decode("latin-1").strip() if is_regular else "(no regular file)"
-    except FileNotFoundError:
+    if not exists(path):
         return ""
-    except OSError as error:
-        return "(%s)" % because(error)
+    try:
+        with open(open_regular(path, os.O_RDONLY, 0o644, is_log=True), "rb") as stream:
+            # A pid is short; that the file is, nobody promises.
+            return stream.read(32).decode("latin-1").strip()
+    except Fatal as error:
+        return "(%s)" % error
 
 
 def make_folder(folder: str, mode: int, identity: Optional[Identity]) -> bool:
@@ -1047,14 +1036,7 @@ class Turn(Lock):
 
     def __init__(self, plan: Plan) -> None:
         """Wait for it, and leave no file if it does not come."""
-        self.made = [plan.files.folder] * make_own_folder(plan)
-        self.is_new, self.is_free = not exists(plan.files.lock), True
-        try:
-            super().__init__(plan, os.O_RDWR)
-        except Fatal:                   # a first start that failed has just removed the folder?
-            if not make_own_folder(plan):
-                raise
-            super().__init__(plan, os.O_RDWR)
+        self.plan, self.path, self.fd, self.is_free = plan, plan.files.lock, -1, True
         try:
             self.wait()
         except BaseException as error:
@@ -1064,16 +1046,17 @@ class Turn(Lock):
     def __exit__(self, *error: object) -> None:
         """Give it back; who has failed before anything was started leaves no file.
 
-        A lock file that was there is never removed: its inode is what all others wait on.  Nor is
+        A lock file with a record is never removed: its inode is what all others wait on.  Nor is
         one removed under whoever has the turn.
         """
         # Whom we have waited for may have started a daemon, and noted it: then it is that one's.
         # (A library's daemon, which comes through here as well, has closed it.)
-        if self.is_new and self.is_free and error[0] and self.fd >= 0 and not self.read():
-            os.unlink(self.path)
-            for folder in self.made:
-                with contextlib.suppress(OSError):      # somebody else has a file in it
-                    os.rmdir(folder)
+        if error[0] and self.is_free:
+            if self.fd >= 0 and not self.read():
+                os.unlink(self.path)
+            with contextlib.suppress(OSError):          # somebody has a file in it
+                if has_own_folder(self.plan):
+                    os.rmdir(self.plan.files.folder)
         self.close()
 
     def wait(self) -> None:
@@ -1088,10 +1071,14 @@ class Turn(Lock):
 
     def take(self) -> bool:
         """Try to take the turn."""
-        if self.is_removed():           # a first start failed, and took its files with it
-            self.close()
-            make_own_folder(self.plan)
-            self.fd, self.is_new = open_regular(self.path, os.O_RDWR, PRIVATE), True
+        if self.fd < 0:
+            is_made = has_own_folder(self.plan) and make_folder(self.plan.files.folder, 0o700, None)
+            try:
+                super().__init__(self.plan, os.O_RDWR)
+            except Fatal:
+                if not is_made:         # else a first start that failed has just removed it
+                    raise
+                return self.take()
         with trying_to("lock %s" % self.path, "--pidfile on a local file system"):
             try:
                 fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, TURN)
@@ -1101,13 +1088,12 @@ class Turn(Lock):
                     return False
         holder = lock_holder(self.fd, UNDOING)
         self.is_free = holder is None or self.is_foreign(holder)
-        # This may be the lock of a file that a failed start has just removed: of no use.
-        return not self.is_removed() and self.is_free
-
-    def is_removed(self) -> bool:
-        """Tell whether the file has no name any more."""
         with trying_to("look at %s" % self.path):
-            return os.fstat(self.fd).st_nlink == 0
+            if os.fstat(self.fd).st_nlink:
+                return self.is_free
+        # The file is gone: a first start failed, and took it with it.  So once more.
+        self.close()
+        return self.take()
 
     def is_foreign(self, holder: Optional[int]) -> bool:
         """Tell whether who holds a byte of ours is no command, and no starter.
@@ -1122,10 +1108,9 @@ class Turn(Lock):
         return False
 
 
-def make_own_folder(plan: Plan) -> bool:
-    """Make an ordinary user's folder of the default files, ~/.NAME; tell whether."""
-    is_own = os.geteuid() != 0 and plan.files.folder == plan.files.prefix.rstrip("/")
-    return is_own and make_folder(plan.files.folder, 0o700, None)
+def has_own_folder(plan: Plan) -> bool:
+    """Tell whether the folder is an ordinary user's for the default files, ~/.NAME."""
+    return os.geteuid() != 0 and plan.files.folder == plan.files.prefix.rstrip("/")
 
 
 # -- 6. Children and their words ---------------------------------------------
@@ -1163,7 +1148,7 @@ def readable(ends: Iterable[Any], deadline: float) -> List[Any]:
 class Channel:
     """JSON lines, and descriptors, over a socket between two of our processes.
 
-    Methods for who speaks: send, tell, fail.  For who listens: receive, and fds, which holds what
+    Methods for who speaks: tell, fail.  For who listens: receive, and fds, which holds what
     came along, in order; whoever takes one closes it.  A line each: a person can read it, too.
     """
 
@@ -1175,21 +1160,15 @@ class Channel:
         """Return what poll(2) asks for; -1 once it is closed."""
         return self.end.fileno()
 
-    def send(self, event: str, fds: Sequence[int] = (), **facts: Any) -> None:
-        """Say something.  See: unix(7), SCM_RIGHTS."""
+    def tell(self, event: str, fds: Sequence[int] = (), **facts: Any) -> bool:
+        """Say something; tell whether somebody is left to hear it.  See: unix(7), SCM_RIGHTS."""
         import json
         # An application says what it likes: what JSON does not know (a time) is said as text.
         data = json.dumps(dict(facts, event=event), default=str).encode() + b"\n"
-        if fds:
-            # With the line's first byte: Linux carries no fds over a stream without any.
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
-            data = data[self.end.sendmsg([data], rights):]
-        self.end.sendall(data)
-
-    def tell(self, event: str, fds: Sequence[int] = (), **facts: Any) -> bool:
-        """Say something to who may be gone; tell whether somebody is left to hear it."""
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         with contextlib.suppress(OSError):
-            self.send(event, fds, **facts)
+            # With the line's first byte: Linux carries no fds over a stream without any.
+            self.end.sendall(data[self.end.sendmsg([data], rights):])
             return True
         return False
 
@@ -1347,11 +1326,9 @@ def failure(child: Channel, message: Message) -> Fatal:
         return Fatal(str(message.get("text")), status, str(message.get("trace", "")))
     if not isinstance(child, Child):
         return Fatal("unable to start: the command that asked for it is gone")
-    if message["event"] == ENDED:
-        with contextlib.suppress(OSError):
-            os.kill(child.pid, signal.SIGKILL)      # it may have closed its end, and go on
-        return Fatal("unable to start: it %s before it was ready" % describe(child.wait() or 0))
-    return Fatal("unable to start: it said %s" % message["event"])
+    with contextlib.suppress(OSError):
+        os.kill(child.pid, signal.SIGKILL)      # it may have closed its end, and go on
+    return Fatal("unable to start: it %s before it was ready" % describe(child.wait() or 0))
 
 
 def expect(waiting: Sequence[Channel], word: str, seconds: float,
@@ -1421,10 +1398,6 @@ def open_stdio() -> None:
             os.set_inheritable(fd, True)        # as a standard stream is
             fd = os.open(os.devnull, os.O_RDWR)
         os.close(fd)
-    # For a stream that was closed Python has None, in which print() loses its text in silence.
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
 
 
 def close_inherited() -> None:
@@ -1463,12 +1436,7 @@ def do_nothing(signum: int, frame: Optional[FrameType]) -> None:
 
 def raise_at_end() -> None:
     """Leave at TERM and INT by the normal exit, once, so that every `finally` runs."""
-    owner = os.getpid()
-
     def on_end(signum: int, frame: Optional[FrameType]) -> None:
-        if os.getpid() != owner:        # a child of Python 3.6, which knows no register_at_fork
-            signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
         set_handlers(ENDINGS, do_nothing)
         raise SystemExit(0)
     set_handlers(ENDINGS, on_end)
@@ -1502,67 +1470,43 @@ def guard_forks() -> None:
         before=before, after_in_parent=after, after_in_child=after_in_child)
 
 
-class Inherited(NamedTuple):
-    """What a daemon takes over: from systemd, or from the daemon that it replaces (section 17)."""
-    sockets: Sequence[socket.socket] = ()
-    control: Optional[socket.socket] = None
-    legacy: Optional[int] = None            # memory that the application shares with its heir
-    talk: Optional[Channel] = None          # the conversation with the predecessor
-    predecessor: Optional[int] = None       # its pid
-
-
-class Start(NamedTuple):
-    """All that a daemon has when it begins."""
-    plan: Plan
-    opened: Opened
-    inherited: Inherited
-    server: Any = None                      # what bind() returned
-    session: Optional[int] = None           # that the starter made; None: run has none
-    leash: Optional[Channel] = None         # to the starter
-    report: Optional[Channel] = None        # to the command
-    notifier: Optional[socket.socket] = None        # to systemd
-
-
-def be_starter(plan: Plan, report: Channel, turn: Lock, inherited: Inherited) -> None:
+def be_starter(start: Start, turn: Lock) -> None:
     """Live as the starter: do what needs root or the terminal, then see the daemon to its place."""
     # From here on the terminal is still there, and root's rights: what fails is told in full.
-    server = None
     raise_at_end()                                  # bind() may hang: so its `finally` runs
     set_handlers({signal.SIGINT, signal.SIGHUP}, do_nothing)  # for the command, which will tell us
     # The fd only: record locks are not inherited, and the command's is not touched by this.
     # Before we open the file again, for closing any fd of it would drop our own lock.
     turn.close()
     # What the predecessor sent, and nobody asked for.  The command has it, too: no close lingers.
-    for fd in LET_GO + (inherited.talk.fds if inherited.talk is not None else []):
+    for fd in LET_GO + (start.talk.fds if start.talk is not None else []):
         os.close(fd)
     try:
-        # The lock first: whatever bind() makes, the next command waits until it is undone.
-        lock = hold_undoing(plan)
-        server = HOSTS[plan.kind][0](plan, inherited)
+        start = bind(start)
         # After bind(), since that fails most often, and then there is less to take back.
-        opened = open_files(plan, lock, inherited.control)
-        outfit = Start(plan, opened, inherited, server, os.getpid(), report=report)
-        watch_birth(detach(outfit), outfit, report)
+        start = open_files(start)._replace(session=os.getpid())
+        watch_birth(detach(start), start)
     except Returned:                    # a library's daemon, on its way to the script
         raise
     except BaseException as error:
         # In this order: who hears "fatal" ends us, and it shall find nothing half undone.
         set_handlers(ENDINGS, do_nothing)
-        take_back(server)
-        report.fail(error)
+        take_back(start.server)
+        if start.report is not None:
+            start.report.fail(error)
     # Not sys.exit(): atexit and unwritten buffers are the command's, of which we are a copy.
     os._exit(1)
 
 
-def hold_undoing(plan: Plan) -> int:
-    """Hold byte 2 of the lock, for as long as this process lives; return the daemon's lock fd.
-
-    A read lock, through a read-only fd: the daemon inherits the fd, but never the lock.
-    """
-    fd = open_regular(plan.files.lock, os.O_RDONLY, PRIVATE)
-    with trying_to("lock %s" % plan.files.lock, "--pidfile on a local file system"):
-        fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, UNDOING)
-    return fd
+def bind(start: Start) -> Start:
+    """Step 3, its first half: have the application bind, and the next command wait."""
+    path = start.plan.files.lock
+    # The lock first: whatever bind() makes, the next command waits until it is undone.  A read
+    # lock, through a read-only fd: the daemon inherits the fd, but never the lock.
+    lock = open_regular(path, os.O_RDONLY, PRIVATE)
+    with trying_to("lock %s" % path, "--pidfile on a local file system"):
+        fcntl.lockf(lock, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, UNDOING)
+    return start._replace(lock=lock, server=HOSTS[start.plan.kind][0](start))
 
 
 def take_back(server: Any) -> None:
@@ -1606,7 +1550,7 @@ def end_family(*_: object) -> None:
     signal_each(family(os.getpid()), signal.SIGKILL, True)
 
 
-def watch_birth(daemon: Child, start: Start, report: Channel) -> NoReturn:
+def watch_birth(daemon: Child, start: Start) -> NoReturn:
     """Live on as the daemon's parent until it has its place; if it dies before, take all back."""
     message = daemon.receive(float("inf"))
     if message["event"] != "placed":
@@ -1615,20 +1559,20 @@ def watch_birth(daemon: Child, start: Start, report: Channel) -> NoReturn:
         end_all(lambda: family(os.getpid()), end_family, 0)
         take_back(start.server)
         # Last, since who hears it ends us.  No command any more: then we tidy, holding byte 2.
-        if not report.fail(error):
-            tidy(start.plan, [], start.inherited.talk is None)
+        if start.report is not None and not start.report.fail(error):
+            tidy(start.plan, [], start.talk is None)
     os._exit(0)
 
 
-def redirect(opened: Opened) -> None:
+def redirect(stdio: Sequence[Optional[int]]) -> None:
     """Point fds 0 to 2 at what step 3 opened: children, C code and crashes log there, too."""
-    for number, fd in enumerate(opened.stdio):
+    for number, fd in enumerate(stdio):
         if fd is not None:
             os.dup2(fd, number)
     # A set, and last: stdout and stderr may be one fd.
-    for moved in {fd for fd in opened.stdio if fd is not None}:
+    for moved in {fd for fd in stdio if fd is not None}:
         os.close(moved)                 # or a log that was rotated away would keep its space
-    if opened.stdio[1] is not None:
+    if stdio[1] is not None:
         for number, name in ((1, "stdout"), (2, "stderr")):
             # A line at a time: what is printed is in the log at once.  And in UTF-8, which never
             # fails: under env -i the caller's streams know ASCII only.
@@ -1709,7 +1653,7 @@ def begin(start: Start) -> int:
         if start.session is not None and start.plan.kind != "library":  # it may call setsid(2)
             os.setpgid(0, 0)
         close_inherited()
-        redirect(start.opened)
+        redirect(start.stdio)
     # By number, not sys.stderr: it writes into whatever fd 2 means at the time of the crash.
     faulthandler.enable(2)
     if start.plan.chroot or start.plan.identity:
@@ -1723,13 +1667,14 @@ def begin(start: Start) -> int:
     return HOSTS[start.plan.kind][1](start)
 
 
-def take_place(start: Start, **facts: Any) -> None:
+def take_place(start: Start, settle: Callable[[], Any], **facts: Any) -> None:
     """Become the daemon of this pidfile, at the command's word.  The picture is in section 7.
 
     "go" is waited for, since the command has something to do in between that may fail: it notes
     the start.  Who took the place at once would have to give it back then, seen by monitors.
+    settle: what the host does in its place, before the command hears that all is done.
     """
-    opened, report = start.opened, start.report
+    report = start.report
     if report is not None:
         report.tell("ready", pid=os.getpid(), **facts)
         # Who does not say it in time (Ctrl-Z) is as good as gone: nobody could tell it more.
@@ -1737,36 +1682,22 @@ def take_place(start: Start, **facts: Any) -> None:
             raise Fatal("unable to start: the command that asked for it is gone")
     # The lock, then the name: who reads the pidfile in between finds the old pid, which is dead or
     # still serves.  Then the socket, for who asks it must be able to believe both.
-    take_instance(opened.lock, start.inherited.predecessor)
-    write_pidfile(opened.pidfile, os.getpid())
-    if opened.control is not None:
+    take_instance(start.lock, start.predecessor)
+    write_pidfile(start.pidfile, os.getpid())
+    if start.control is not None:
         # Not in step 3: SO_PEERCRED names who called listen(2) last.
         with trying_to("listen on the control socket"):
-            opened.control.listen(MAX_TALKS)
+            start.control.listen(MAX_TALKS)
     if start.leash is not None:
         start.leash.tell("placed")      # somebody killed the starter: good as well
         start.leash.end.close()
-    replace_predecessor(start)
+    settle()
+    if report is not None:
+        report.tell("done")             # it may be gone: now that is as good
+        report.end.close()
 
 
-def report_done(start: Start) -> None:
-    """Tell the command, if there is one, that all is done."""
-    if start.report is not None:
-        start.report.tell("done")           # it may be gone: now that is as good
-        start.report.end.close()
-
-
-def replace_predecessor(start: Start) -> None:
-    """Tell the old daemon to leave, and wait until it accepts nobody any more."""
-    if start.inherited.talk is None:
-        return
-    start.inherited.talk.tell("leave")      # it may be dead: even better
-    # It gives its lock up when its workers drain.  If it does not, we are the daemon all the same.
-    wait_until(lambda: lock_holder(start.opened.lock, INSTANCE) is None, ANSWER)
-    start.inherited.talk.end.close()
-
-
-def finish(opened: Opened, owner: int) -> None:
+def finish(start: Start, owner: int) -> None:
     """Step 8.  Empty the pidfile if it still names us, for which no right on its folder is needed.
 
     Runs as: the daemon user.  See: unlink(2) EACCES, ftruncate(2); twistd: removePIDFile.
@@ -1774,9 +1705,9 @@ def finish(opened: Opened, owner: int) -> None:
     if os.getpid() != owner:            # a child that a script forked, at its own exit
         return
     with contextlib.suppress(OSError):  # a script closed our fd
-        is_ours = os.path.samestat(os.fstat(opened.pidfile), opened.pidfile_stat)
-        if is_ours and os.pread(opened.pidfile, 32, 0).strip() == b"%d" % owner:
-            os.ftruncate(opened.pidfile, 0)
+        is_ours = os.path.samestat(os.fstat(start.pidfile), start.pidfile_stat)
+        if is_ours and os.pread(start.pidfile, 32, 0).strip() == b"%d" % owner:
+            os.ftruncate(start.pidfile, 0)
 
 
 class Host:
@@ -1790,20 +1721,20 @@ class Host:
     """
 
     def __init__(self, start: Start) -> None:
-        self.start, self.plan = start, start.plan
-        self.opened, self.server = start.opened, start.server
-        assert self.opened.control is not None      # open_files(): only a library's has none
-        self.control: socket.socket = self.opened.control
+        self.start, self.plan, self.server = start, start.plan, start.server
+        assert start.control is not None            # open_files(): only a library's has none
+        self.control: socket.socket = start.control
         self.children: List[Child] = []
         self.leaving: List[Child] = []
-        self.new_log: List[int] = []    # opened, and not the log yet: no worker needs a copy
         self.is_owner = self.is_over = False
+        self.obstacle = log_obstacle(start.plan)    # why the log is not rotated; "" if it is
         self.result = 0                 # exit status
-        self.restarts, self.pause, self.next_start = 0, 0.0, 0.0
+        self.size, self.restarts = 1, 0             # children that there should be
+        self.pause, self.next_start = 0.0, 0.0      # before one is started again; from when on
         self.last_error = ""
         self.verbs: Dict[str, Callable[[Channel], None]] = {}
         self.heir: Optional[Channel] = None         # the conversation that took our sockets
-        talks = (start.report, start.inherited.talk, start.leash)
+        talks = (start.report, start.talk, start.leash)
         self.ends = [talk.end for talk in talks if talk is not None]
 
     def fork(self, life: Callable[[Channel], Any]) -> Child:
@@ -1815,8 +1746,8 @@ class Host:
                 end.close()
             # Who takes a worker over shall find neither of them.  Harmless for the lock: that is
             # the daemon's, and fork(2) gave us none to lose.
-            for fd in [self.opened.pidfile, self.opened.lock] + self.new_log:
-                os.close(fd)
+            os.close(self.start.pidfile)
+            os.close(self.start.lock)
             life(channel)
         child = fork(shed_and_live)
         # A child with a copy of a sibling's channel would keep EOF from that sibling.
@@ -1872,29 +1803,31 @@ class Host:
         log(text)
 
     def reopen(self, fds: List[int]) -> str:
-        """Log to the first of fds, or else to what the log's name means now; return why not."""
+        """Log to the first of fds, or else to what its name means now; return why not all do."""
+        if self.plan.files.logfile is None:         # the output is not ours
+            return ""
         try:
-            fds = fds or self.open_log_again()
+            new = fds.pop(0) if fds else self.open_log_again()
         except Fatal as error:
             self.complain("%s: the old log is kept" % error)
             return str(error)
-        if fds:
-            new = fds.pop(0)
-            point_log_at(new)
-            for child in self.children + self.leaving:
-                child.tell("reopen", [new])
-            os.close(new)
-        return ""
+        point_log_at(new)
+        for child in self.children + self.leaving:
+            child.tell("reopen", [new])
+        os.close(new)
+        self.obstacle = log_obstacle(self.plan)
+        # Each one, even after a "no".  (Who is leaving is busy; a program says nothing: its end is
+        # closed.)
+        said = [child.hear("reopened", ANSWER) for child in self.children]
+        return "a worker did not reopen the log" if LATE in said else ""
 
-    def open_log_again(self) -> List[int]:
-        """Open the log's name with the daemon's own rights; [] if the output is not ours."""
-        if self.plan.files.logfile is None:
-            return []
-        path = inside(self.plan.files.logfile, self.plan.chroot)
+    def open_log_again(self) -> int:
+        """Open the log's name with the daemon's own rights."""
+        path = inside(str(self.plan.files.logfile), self.plan.chroot)
         if path is None:
             raise Fatal("unable to open %s: it is outside the chroot\ntry: daemonize.py reload, "
                         "as root" % self.plan.files.logfile)
-        return [open_regular(path, os.O_WRONLY | os.O_APPEND, 0o640, is_log=True)]
+        return open_regular(path, os.O_WRONLY | os.O_APPEND, 0o640, is_log=True)
 
     # What hosts override.
 
@@ -1908,20 +1841,28 @@ class Host:
 
     def settle(self) -> None:
         """Do what had to wait until the place is ours."""
+        self.is_owner = True
+
+    def spawn(self) -> Child:
+        """Return a new child, at work."""
+        raise NotImplementedError
 
     def tend(self) -> None:
         """Start a child where one is missing, when its time has come."""
+        # One at a time: where forking fails, or code is bad, the pause is for each of them.
+        if len(self.children) < self.size and time.monotonic() >= self.next_start:
+            self.next_start = time.monotonic() + BACKOFF[1]     # if even this fails
+            self.children.append(self.spawn())
+            self.next_start = 0.0
+            self.restarts += 1
 
     def on_end(self) -> bool:
         """Tell whether all shall be told to end now: a service may drain first."""
         self.is_over = True
         return True
 
-    def reload(self, new_log: List[int]) -> str:
-        """Have all files read again; return why not, "" if done.
-
-        new_log: an fd of it, if a command has opened one; who uses it takes it out.
-        """
+    def reload(self) -> str:
+        """Have what is hosted read its files again; return why not, "" if done."""
         raise NotImplementedError
 
     def reclaim(self) -> None:
@@ -1930,6 +1871,17 @@ class Host:
     def facts(self) -> Message:
         """Return what is to be said of what is hosted."""
         return {}
+
+
+def log_obstacle(plan: Plan) -> str:
+    """Return why this process cannot rename and reopen the log, "" if it can, or need not."""
+    path = inside(plan.files.logfile or os.devnull, plan.chroot)
+    if plan.kind != "app" or not plan.options.log_bytes or path == os.devnull:
+        return ""
+    if path is None:
+        return "it is outside the chroot"
+    is_ours = os.access(os.path.dirname(path), os.W_OK | os.X_OK)
+    return "" if is_ours else "uid %d may not write in %s" % (os.getuid(), os.path.dirname(path))
 
 
 class Daemon:
@@ -1947,7 +1899,7 @@ class Daemon:
         self.start, self.plan, self.host = start, start.plan, host
         self.pid = os.getpid()
         self.signals: Set[int] = set()
-        self.is_told = self.is_warned = False
+        self.is_told = False
         # With who is told to end; short until we have the place: a start that fails says so soon.
         self.patience = min(TICK, self.plan.options.timeout)
         # Handlers only note a number; this pair wakes poll(2) up (signal.set_wakeup_fd).
@@ -1973,10 +1925,10 @@ class Daemon:
             # Before the pidfile names us: who reads it may signal us at once.  And then the old
             # daemon may have left: what ended us now would end the service.
             self.note_signals()
-            take_place(self.start, **self.host.introduce())
-            self.host.is_owner, self.patience = True, self.plan.options.timeout
-            self.host.settle()
-            report_done(self.start)
+            facts = self.host.introduce()
+            take_place(self.start, self.host.settle, **facts)
+            notify(self.start, "READY=1\nSTATUS=%s" % facts.get("addresses", ""))
+            self.patience = self.plan.options.timeout
             while not self.host.is_over:
                 self.step()
         finally:
@@ -1986,8 +1938,7 @@ class Daemon:
     def note_signals(self) -> None:
         """Handle TERM, INT, HUP, USR1 and CHLD by a note, which the loop finds.  See: signal(7)."""
         def on_signal(signum: int, frame: Optional[FrameType]) -> None:
-            if os.getpid() == self.pid:             # else a child of Python 3.6, before its exec
-                self.signals.add(signum)
+            self.signals.add(signum)
         # Before the handlers: a signal that is noted, and wakes nobody, would wait for the tick.
         signal.set_wakeup_fd(self.waker.fileno())
         # What run's caller ignores stays so: nohup means SIGHUP, `&` in a script SIGINT.
@@ -2012,7 +1963,6 @@ class Daemon:
             self.host.reap()
             self.on_signals()
             self.host.tend()
-            self.look_around()
         except Exception as error:      # no fds, no processes: say so, and go on
             self.host.complain("unable to act: %s" % because(error))
             time.sleep(TICK)
@@ -2031,16 +1981,6 @@ class Daemon:
             self.reload([])
         elif signal.SIGUSR1 in signals:
             self.host.reopen([])
-
-    def look_around(self) -> None:
-        """Notice what gives no sign of its own; say it once, for it will not change.
-
-        While the daemon lives nothing else depends on that name: so it goes on serving.
-        """
-        if not self.is_warned and os.fstat(self.start.opened.lock).st_nlink == 0:
-            self.is_warned = True
-            self.host.complain("somebody removed %s: commands will not find us"
-                               % self.plan.files.lock)
 
     def tell_family(self, signum: int) -> None:
         """Send a signal to all that we have started, once: they may need more than a moment."""
@@ -2076,7 +2016,7 @@ class Daemon:
                 log("what did not end within %g s was killed" % self.patience)
         finally:
             if self.host.is_owner:
-                finish(self.start.opened, self.pid)
+                finish(self.start, self.pid)
                 # Last, and not when we leave: what it removes (a unix socket's name) is the heir's.
                 call(self.start.server, "server_close")
 
@@ -2125,27 +2065,26 @@ class Daemon:
     def answer_status(self, talk: Channel) -> None:
         """Say how we are; the log's size by its fd, for its name may be outside of our jail."""
         path = self.plan.files.logfile
-        talk.send("status", said=dict(
+        talk.tell("status", said=dict(
             self.host.facts(), restarts=self.host.restarts, last_error=self.host.last_error,
             log=path, log_bytes=os.fstat(1).st_size if path else 0))
 
     def answer_reload(self, talk: Channel) -> None:
         """Reload, with the log that the command may have opened for us."""
-        talk.send("reloaded", reason=self.reload(talk.fds))
+        talk.tell("reloaded", reason=self.reload(talk.fds))
 
     def reload(self, new_log: List[int]) -> str:
         """Have all files read again; return why not, "" if done.
 
-        systemd hears of the beginning, too: else `systemctl reload` would not wait for the end.
+        new_log: an fd of it, if a command has opened one.  The log first, and whatever else is
+        refused: it may have been renamed, and what is written to the old one is lost when
+        logrotate compresses it.
         """
-        notify(self.start, "RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
-        reason = self.host.reload(new_log)
+        reason = self.host.reopen(new_log) or self.host.reload()
         if reason:
             self.host.complain("reload refused: " + reason)
         else:
             log("reloaded")
-        said = reason.replace("\n", "; ") or self.host.introduce().get("addresses", "")
-        notify(self.start, "READY=1\nSTATUS=%s" % said)
         return reason
 
 
@@ -2228,7 +2167,7 @@ def ask(files: Files, pid: int, verb: str, seconds: float = ANSWER,
         fds: Sequence[int] = ()) -> Message:
     """Return the daemon's answer to one question; raise OSError if there is none."""
     talk = call_daemon(files, pid)
-    talk.send(verb, fds)
+    talk.tell(verb, fds)
     message = talk.receive(seconds)
     LET_GO.append(talk.end.detach())
     if message["event"] in (ENDED, LATE):
@@ -2347,8 +2286,8 @@ class Program(Host):
     def bring_up(self) -> None:
         """Start it; it has started once it was executed, and lives a moment later."""
         # In the daemon, and not in the command: a start that is interrupted ends with both.
-        self.spawn()
-        child, = self.children
+        child = self.spawn()
+        self.children = [child]
         if not wait_until(lambda: child.wait(os.WNOHANG) is not None, ALIVE):
             return
         if self.start.report is None:       # run: it ends as the program did, early or late
@@ -2358,7 +2297,7 @@ class Program(Host):
         raise Fatal("unable to start: it %s before it was ready%s" % (
             describe(child.result or 0), cure))
 
-    def spawn(self) -> None:
+    def spawn(self) -> Child:
         """Start it, and wait until it is executed."""
         child = self.fork(self.execute)
         # exec(2) closes its end: then there is nothing to read but the end.
@@ -2366,7 +2305,7 @@ class Program(Host):
         if message["event"] == "fatal":
             child.kill()
             raise failure(child, message)
-        self.children.append(child)
+        return child
 
     def execute(self, channel: Channel) -> None:
         """Become the program.  See: execve(2)."""
@@ -2385,27 +2324,17 @@ class Program(Host):
         super().on_death(child, status)
         if self.plan.options.respawn:
             return
-        self.is_over = True
+        self.is_over, self.size = True, 0
         is_killed = os.WIFSIGNALED(status)
         self.result = 128 + os.WTERMSIG(status) if is_killed else os.WEXITSTATUS(status)
 
-    def tend(self) -> None:
-        """Start it again, when its pause is over."""
-        if not self.children and not self.is_over and time.monotonic() >= self.next_start:
-            self.next_start = time.monotonic() + BACKOFF[1]     # if even this fails
-            self.spawn()
-            self.restarts += 1
-
-    def reload(self, new_log: List[int]) -> str:
+    def reload(self) -> str:
         """Pass SIGHUP on, if the program has a handler: else it would die of it."""
-        # The log first, and in any case: what is refused below is the signal.
-        reason = self.reopen(new_log)
         for child in self.children:
             if not handles(child.pid, signal.SIGHUP):
-                reason = "it does not handle SIGHUP, and would end"
-            elif not reason:
-                os.kill(child.pid, signal.SIGHUP)
-        return reason or ("" if self.children else "it does not run: it is to be started again")
+                return "it does not handle SIGHUP, and would end"
+            os.kill(child.pid, signal.SIGHUP)
+        return "" if self.children else "it does not run: it is to be started again"
 
     def facts(self) -> Message:
         """Return what is to be said of the program."""
@@ -2424,20 +2353,6 @@ def find_program(name: str) -> str:
     raise Fatal("unable to execute %s: %s" % (name, found))
 
 
-def check_script(plan: Plan, inherited: Inherited) -> None:
-    """Step 3 of a program: see the commonest mistake of who starts a script.
-
-    Its path stays as it was typed, for the program may mean something else by that word.  And the
-    program itself is looked up by who executes it: root may not see what is in a user's home.
-    """
-    script = script_of(plan.command) if plan.chroot is None else None
-    if script and os.path.exists(plan.hosted) and not os.path.exists(
-            os.path.join(plan.rundir, script)):
-        cured = plan._replace(words=plan.words + ["--rundir", plan.cwd])
-        raise Fatal("unable to start %s: it is in %s, the daemon in %s (--rundir)\ntry: %s" % (
-            script, plan.cwd, plan.rundir, command_line(plan.action, cured)))
-
-
 # -- 13. The commands --------------------------------------------------------
 # Each takes the turn first, and looks second: what it has seen stays so until it gives the turn
 # back.  Only `status` and `reload` go without: they change nothing that another one relies on, and
@@ -2451,7 +2366,7 @@ def start(plan: Plan) -> int:
     with Turn(plan) as turn:
         pid = turn.holder()
         if pid is None:
-            launch(plan, turn, Inherited(inherited_sockets()))
+            launch(Start(plan, inherited_sockets()), turn)
         else:
             say_running(plan, turn.record(), pid)
     return 0
@@ -2482,14 +2397,15 @@ def command_line(action: str, plan: Plan) -> str:
     return " ".join(map(shlex.quote, words))
 
 
-def launch(plan: Plan, turn: Lock, inherited: Inherited) -> None:
+def launch(start: Start, turn: Lock) -> None:
     """Start the daemon, and see it to its place.  The picture is in section 7."""
+    plan = start.plan
     # First the list of what is not there yet: only that may be removed, if this fails.
     made = Made(plan, turn)
     try:
         made.make_log_folder()
         with undisturbed():             # until we know whom to undo
-            made.starter = fork(lambda report: be_starter(plan, report, turn, inherited))
+            made.starter = fork(lambda report: be_starter(start._replace(report=report), turn))
         facts = expect([made.starter], "ready", plan.options.start_timeout)
         # Before "go": a full disk can still be undone.  And afterwards this alone proves who a
         # script is that closes the lock's fd.
@@ -2600,6 +2516,8 @@ def greet(plan: Plan, facts: Message) -> None:
     # replace(), and not "%": a message of somebody's may have another % in it, or none.
     text = plan.startmsg or "%s is running with pid %s%s" % (plan.name, pid, where)
     say(plan, text.replace("%s", pid))
+    if facts.get("warning"):
+        warn(str(facts["warning"]))
     if facts.get("greeting"):
         emit(1, str(facts["greeting"]).rstrip("\n") + "\n")
 
@@ -2658,18 +2576,14 @@ def say_stopped(plan: Plan) -> None:
 
 
 def stop_daemon(plan: Plan, turn: Lock, pid: int) -> None:
-    """End the daemon, and whoever else holds its lock; say so, once it is so.
+    """End the daemon; say so, once it is so.
 
     "Stopped" is a promise to the next command line (`stop && rm -r ...`, `stop && start`).
     """
-    # The lock decides, here as well: "stopped" is when nobody holds it any more.
     was_killed = end_daemon(Target(turn, pid), plan.options.timeout)
-    for _ in range(100):                            # its children, if it let them have the lock
-        left = turn.holder()
-        if left is None:
-            break
-        end_daemon(Target(turn, left), plan.options.timeout)
-    else:
+    # The lock decides, here as well: "stopped" is when nobody holds it any more.
+    left = turn.holder()
+    if left is not None:
         raise Fatal("unable to stop %s: pid %s holds its lock" % (plan.name, left))
     if was_killed:
         emit(1, "%s did not end within %g s: killed\n" % (plan.name, plan.options.timeout))
@@ -2839,28 +2753,26 @@ def run(plan: Plan) -> int:
     """
     # Both look at the environment, and take what they find out of it: a child of ours that knows
     # these protocols must not believe that it is meant.
-    notifier, inherited = open_notifier(), Inherited(inherited_sockets())
+    begun = Start(plan, inherited_sockets(), notifier=open_notifier())
     with Turn(plan) as turn:
         pid = turn.holder()
         if pid is not None:
             raise Fatal("unable to run %s: already running with pid %d" % (plan.name, pid))
         made = Made(plan, turn)
-        server = None
         try:
-            lock = hold_undoing(plan)
-            server = HOSTS[plan.kind][0](plan, inherited)
-            opened = open_files(plan, lock, None)
+            begun = bind(begun)
+            begun = open_files(begun)
             # Now, though it may still fail: in its place it has no right to, and no turn.  So a
             # run counts as a start as soon as all is bound and opened.
             turn.note(plan, os.getpid())
         except BaseException as error:
-            take_back(server)
+            take_back(begun.server)
             raise made.undo(error)
     # That closed the turn's fd, and so dropped all our locks: for this moment, which is shorter
     # than any start, another command may begin.  It will be told that we run, or we that it does.
     unignore_signals(spared=(signal.SIGHUP, signal.SIGINT))
     keep_orphans()
-    return begin(Start(plan, opened, inherited, server, notifier=notifier))
+    return begin(begun)
 
 
 def open_notifier() -> Optional[socket.socket]:
@@ -2967,11 +2879,10 @@ def library_plan(action: str, pidfile: str, logfile: str, more: Dict[str, Any]) 
 
 def live_in_script(start: Start) -> NoReturn:
     """Be the daemon of a script: take the place, and go back to where it called startstop()."""
-    take_place(start)
-    report_done(start)
+    take_place(start, lambda: None)
     reset_handlers()
     # By atexit: after the last thread, and after all that the script itself registers from now on.
-    atexit.register(finish, start.opened, os.getpid())
+    atexit.register(finish, start, os.getpid())
     raise Returned
 
 
@@ -3036,13 +2947,14 @@ def load(path: str) -> ModuleType:
     return module
 
 
-def bind_application(plan: Plan, inherited: Inherited) -> Any:
+def bind_application(start: Start) -> Any:
     """Step 3, the application's part.  Parse its options, let it bind; returns its server.
 
     Runs as: root.  See: twistd: privilegedStartService.
     """
     # First of all: even the import may read a file by a relative name.  (The daemon's own folder
     # is entered in step 5; a relative path among the options was not meant from there.)
+    plan = start.plan
     enter_folder(plan)
     # For __pycache__, which others may have to read; what bind() makes is private, as before.
     umask = os.umask(plan.options.umask)
@@ -3051,10 +2963,9 @@ def bind_application(plan: Plan, inherited: Inherited) -> Any:
     finally:
         os.umask(umask)
     sys.argv = [plan.hosted] + (plan.arguments or [])
-    bind = getattr(module, "bind", None)
-    if not callable(bind):
+    if not callable(getattr(module, "bind", None)):
         raise Fatal("unable to host %s: its bind is no function" % plan.hosted, 2)
-    return bind(options_for(module, plan, inherited))
+    return getattr(module, "bind")(options_for(module, start))
 
 
 def enter_folder(plan: Plan) -> None:
@@ -3078,18 +2989,19 @@ def private_files(plan: Plan) -> List[str]:
     return [files.pidfile, files.lock, files.control] + logs
 
 
-def options_for(module: ModuleType, plan: Plan, inherited: Inherited) -> argparse.Namespace:
+def options_for(module: ModuleType, start: Start) -> argparse.Namespace:
     """Return what bind() gets: the application's own options, and a written list of ours."""
+    plan = start.plan
     # One parser knows all options, so that a typo in either half is refused.
     parsed = vars(build_parser(module).parse_args(plan.spoken))
     foreign = set(vars(build_parser(NOTHING).parse_args([])))
     uid, gid = plan.identity[:2] if plan.identity else (None, None)
-    ours = {"action": plan.action, "name": plan.name, "sockets": list(inherited.sockets),
-            "legacy": inherited.legacy, "uid": uid, "gid": gid, "chroot": plan.chroot,
+    ours = {"action": plan.action, "name": plan.name, "sockets": list(start.sockets),
+            "legacy": start.legacy, "uid": uid, "gid": gid, "chroot": plan.chroot,
             "workers": plan.options.workers, "config_prefix": plan.files.prefix,
             "pidfile": plan.files.pidfile if plan.options.pidfile else None,
             "may_create": plan.action != "run" and not plan.options.quiet,
-            "predecessor": inherited.predecessor, "private_files": private_files(plan)}
+            "predecessor": start.predecessor, "private_files": private_files(plan)}
     taken = set(parsed) & set(ours) - foreign
     if taken:
         raise Fatal("unable to host %s: --%s is an option of daemonize.py" % (
@@ -3125,8 +3037,7 @@ class Service(Host):
         typed = self.plan.options.workers
         self.size = max(1, int(getattr(self.server, "workers", 1) if typed is None else typed))
         self.is_leaving = False
-        self.is_heir = start.inherited.talk is not None
-        self.obstacle = self.opened.obstacle        # why the log is not rotated; "" if it is
+        self.is_heir = start.talk is not None
         # Who asked for us, until we are ready: if it is gone, so are we.
         self.callers = [start.report] if start.report is not None else []
         self.verbs = {"sockets": self.hand_over, "leave": self.leave}
@@ -3178,7 +3089,7 @@ class Service(Host):
         set_handlers({signal.SIGHUP, signal.SIGUSR1}, do_nothing, spares_ignored=True)
         # A thread, since the main one belongs to serve_forever(), and may never look up.
         threading.Thread(target=obey, args=(self.server, channel), daemon=True).start()
-        channel.send("able")
+        channel.tell("able")
         self.server.serve_forever()
 
     def probe(self, channel: Channel) -> None:
@@ -3187,20 +3098,25 @@ class Service(Host):
         What that means only the application knows: we know no HTTP, only whether it raises.
         """
         self.server.probe()
-        channel.send("able")
+        channel.tell("able")
 
     def introduce(self) -> Message:
         """Return where we listen, and what to say once."""
-        return {"addresses": self.addresses(),
+        # Said now, while somebody reads it, and not in a log that has grown for a year.
+        warning = "unable to rotate %s: %s\ntry: --log-bytes 0, and logrotate" % (
+            self.plan.files.logfile, self.obstacle) if self.obstacle else ""
+        return {"addresses": self.addresses(), "warning": warning,
                 "greeting": getattr(self.server, "greeting", None) or ""}
 
     def settle(self) -> None:
-        """Let the workers begin: whom we replace takes no more requests.
-
-        For a first start this is no news to them: nobody held them.
-        """
+        """Tell the old daemon to leave, and let the workers begin when it accepts nobody any more."""
+        super().settle()
+        if self.start.talk is not None:
+            self.start.talk.tell("leave")       # it may be dead: even better
+            # It gives its lock up when its workers drain.  If not, we are the daemon all the same.
+            wait_until(lambda: lock_holder(self.start.lock, INSTANCE) is None, ANSWER)
+            self.start.talk.end.close()
         self.release(self.children)
-        notify(self.start, "READY=1\nSTATUS=%s" % self.addresses())
 
     def release(self, children: List[Child]) -> None:
         """End what hold() began, in each worker that was forked since."""
@@ -3208,16 +3124,16 @@ class Service(Host):
             if self.is_heir:
                 child.tell("release")
 
+    def spawn(self) -> Child:
+        """Return a new worker in place of one that died."""
+        child = self.fork(self.work)
+        self.release([child])
+        return child
+
     def tend(self) -> None:
-        """Start a worker where one is missing, rotate a full log; see when a leave is done."""
-        # One at a time: where forking fails, or code is bad, the pause is for each of them.
-        missing = 0 if self.is_leaving else self.size - len(self.children)
-        if missing > 0 and time.monotonic() >= self.next_start:
-            self.children.append(self.fork(self.work))
-            self.release(self.children[-1:])
-            self.restarts += 1
-        if self.is_leaving and not self.leaving:
-            self.is_over = True
+        """Start who is missing, rotate a full log; see when a leave is done."""
+        super().tend()
+        self.is_over = self.is_over or self.is_leaving and not self.leaving
         self.rotate()
 
     def retire(self) -> None:
@@ -3233,50 +3149,32 @@ class Service(Host):
 
     def on_end(self) -> bool:
         """End; but with sockets from systemd, which stay, answer first what was accepted."""
-        if not self.start.inherited.sockets or self.is_heir or self.is_leaving:
+        if not self.start.sockets or self.is_heir or self.is_leaving:
             return super().on_end()
-        self.is_leaving = True
+        self.is_leaving, self.size = True, 0
         self.retire()
         return False
 
-    def reload(self, new_log: List[int]) -> str:
-        """Have the application read its files again, reopen the log; return why not, "" if done.
+    def reload(self) -> str:
+        """Have the application read its files again; return why not, "" if done.
 
         Once, in this process; fresh workers inherit what was read, and the old ones drain.
         """
         if self.is_leaving:
             return "it is leaving: another one takes its place"
         try:
-            # First of all, since it may be refused.
-            self.new_log = new_log = new_log or self.open_log_again()
-        except Fatal as error:
-            return str(error)
-        try:
             call(self.server, "reload")
             # The right side runs first: if it raises, the old workers are still in place.
             fresh = self.fresh()
-            self.retire()
-            self.children = fresh
-            self.release(fresh)
-            return self.reopen(new_log)
         except BaseException as error:  # SystemExit, too: it refuses this reload, and no more
-            # The log nevertheless: it may have been renamed, and what is written to the old one
-            # is lost when logrotate compresses it.
-            self.reopen(new_log)
             trace = as_fatal(error, "reload").trace
             if trace:
                 log("reload: " + trace)
             return refusal_of(error, self.plan.chroot is not None)
-
-    def reopen(self, fds: List[int]) -> str:
-        """Log elsewhere, here and in the workers; return when all have done it, or why not."""
-        reason = super().reopen(fds)
-        if reason or self.plan.files.logfile is None:
-            return reason
-        self.obstacle = self.opened.obstacle
-        # Each one, even after a "no".
-        said = [child.hear("reopened", ANSWER) for child in self.children + self.leaving]
-        return "a worker did not reopen the log" if LATE in said else ""
+        self.retire()
+        self.children = fresh
+        self.release(fresh)
+        return ""
 
     def facts(self) -> Message:
         """Return what the application says of itself; if it raises, what.
@@ -3326,23 +3224,23 @@ class Service(Host):
         sockets = list(getattr(self.server, "sockets", []))[:MAX_FDS - 2]
         legacy = getattr(self.server, "legacy", None)
         fds = [self.control.fileno()] + [passed.fileno() for passed in sockets]
-        talk.send("sockets", fds + [legacy] * (legacy is not None))
+        talk.tell("sockets", fds + [legacy] * (legacy is not None))
 
     def leave(self, talk: Channel) -> None:
         """Drain and go: the heir is there, and has shared the instance lock until now."""
         self.is_leaving, self.is_owner = True, False
         # A second reload, or HUP, must not fork anybody now: we hold the port, and the heir does.
-        workers = self.children
+        workers, self.size = self.children, 0
         self.retire()
         for child in workers:           # none accepts any more: only then may the heir's begin
             child.hear("draining", TICK)
         # With this, whom lock_holder() names is the heir.
-        fcntl.lockf(self.opened.lock, fcntl.LOCK_UN, 1, INSTANCE)
+        fcntl.lockf(self.start.lock, fcntl.LOCK_UN, 1, INSTANCE)
 
     def reclaim(self) -> None:
         """Be the daemon again in all: the heir hung up, and has not told us to leave."""
         if self.is_owner:
-            write_pidfile(self.opened.pidfile, os.getpid())
+            write_pidfile(self.start.pidfile, os.getpid())
             self.control.listen(MAX_TALKS)
 
 
@@ -3360,10 +3258,10 @@ def obey(server: Any, channel: Channel) -> None:
             fd = channel.fds.pop(0)
             point_log_at(fd)
             os.close(fd)
-            channel.send("reopened")
+            channel.tell("reopened")
         elif event == "drain":
             getattr(server, "drain", end_main_thread)()
-            channel.send("draining")
+            channel.tell("draining")
 
 
 def end_main_thread() -> None:
@@ -3428,7 +3326,7 @@ def restart(plan: Plan) -> int:
                         "try: systemctl restart %s" % (plan.name, plan.name))
         plan = repeat(plan, record) if plan.is_bare else plan
         if pid is None:
-            launch(plan, turn, Inherited())
+            launch(Start(plan), turn)
             return 0
         # Only an application has sockets to hand over, and only another one can take them.
         kinds = {plan.kind, record.kind if record else plan.kind}
@@ -3468,27 +3366,26 @@ def replace(plan: Plan, turn: Lock, pid: int, has_sockets: bool) -> None:
     or without its socket.  Then a gap is better than no restart.  What fails on our side is
     another thing: then nothing is stopped.
     """
-    target, inherited = Target(turn, pid), Inherited()  # now: when it leaves, it holds no lock
+    target, heir = Target(turn, pid), Start(plan)   # now: when it leaves, it holds no lock
     try:
         if has_sockets:
-            inherited = take_over(plan, pid)
+            heir = take_over(plan, pid)
     except OSError as error:
         warn("pid %d hands nothing over (%s): it is stopped first" % (pid, because(error)))
-    if inherited.talk is None:
+    if heir.talk is None:
         # What can be seen is seen before anything is lost.  (In a jail only from inside.)
         if plan.kind == "program" and plan.chroot is None:
             find_program(plan.command[0])
-            check_script(plan, inherited)
         see_out(plan, target, "end")
     try:
-        launch(plan, turn, inherited)
+        launch(heir, turn)
     except Unknown:                     # the old one may serve, the new one, or nobody
         raise
     except (Exception, KeyboardInterrupt) as error:
         raise with_outcome(error, pid, lock_holder(turn.fd, INSTANCE))
-    if inherited.talk is not None:
+    if heir.talk is not None:
         # The heir has them now.  Not by close(2): that may linger; exit(2) does not.
-        for end in [inherited.talk.end, inherited.control] + list(inherited.sockets):
+        for end in [heir.talk.end, heir.control] + list(heir.sockets):
             if end is not None:
                 end.detach()
         see_out(plan, target, "drain")
@@ -3511,13 +3408,13 @@ def see_out(plan: Plan, target: Target, how: str) -> None:
         warn("pid %d did not %s within %g s: killed" % (target.pid, how, plan.options.timeout))
 
 
-def take_over(plan: Plan, pid: int) -> Inherited:
+def take_over(plan: Plan, pid: int) -> Start:
     """Return what the old daemon hands over.  It may send anything: only what fits is taken.
 
     The application compares the addresses with what is asked for, and closes the others.
     """
     talk = call_daemon(plan.files, pid)
-    talk.send("sockets")
+    talk.tell("sockets")
     message = talk.receive(ANSWER)
     if message["event"] != "sockets":
         LET_GO.append(talk.end.detach())        # see section 10
@@ -3535,7 +3432,7 @@ def take_over(plan: Plan, pid: int) -> Inherited:
             legacy = fd
         else:
             talk.fds.append(fd)
-    return Inherited(sockets, control, legacy, talk, pid)
+    return Start(plan, sockets, control, legacy, talk, pid)
 
 
 def is_control(passed: socket.socket, files: Files) -> bool:
@@ -3639,10 +3536,10 @@ def keep_orphans() -> None:
 # all (a default is no word), and these words themselves, for the lock file.
 
 # What can be hosted: what root does for it in step 3, and how it lives from step 7 on.
-HOSTS: Dict[str, Tuple[Callable[[Plan, Inherited], Any], Callable[[Start], int]]] = {
+HOSTS: Dict[str, Tuple[Callable[[Start], Any], Callable[[Start], int]]] = {
     "app": (bind_application, lambda start: Daemon(start, Service(start)).live()),
-    "program": (check_script, lambda start: Daemon(start, Program(start)).live()),
-    "library": (lambda plan, inherited: None, live_in_script)}
+    "program": (lambda start: None, lambda start: Daemon(start, Program(start)).live()),
+    "library": (lambda start: None, live_in_script)}
 COMMANDS = {"start": start, "stop": stop, "restart": restart, "reload": reload,
             "status": status, "run": run}
 STARTING = ("start", "restart", "run")

@@ -9252,14 +9252,15 @@ Server.drain = lambda self: wait_for("drained") or drain_well(self)
     def test_who_cannot_be_told_is_not_told(self) -> None:
         """A restart that hears no "done": it does not claim that the old one serves, or that nobody does."""
         said = self.box.python("daemonize.Target = lambda *words: None\n"
-                               "daemonize.take_over = lambda *words: daemonize.Inherited(talk=1)\ndef launch(*words): raise daemonize.Unknown('cannot tell')\n"
+                               "daemonize.take_over = lambda *words: daemonize.Start(None, talk=1)\ndef launch(*words): raise daemonize.Unknown('cannot tell')\n"
                                "daemonize.launch = launch\ntry: daemonize.replace(daemonize.parse(['restart', '--pidfile', '/x']), None, 1, True)\n"
                                "except daemonize.Fatal as error: print(error)").out
         self.assertEqual(said, "cannot tell\n")
 
     def test_who_took_the_place_and_says_nothing_keeps_it(self) -> None:
         """A new daemon that has its place, and never says "done": exit 1, `try: status`; it is not undone."""
-        code = ("import sys, daemonize\ndaemonize.ANSWER = 0.3\ndaemonize.report_done = lambda start: None\n"
+        code = ("import sys, daemonize\ndaemonize.ANSWER, real = 0.3, daemonize.Channel.tell\n"
+                "daemonize.Channel.tell = lambda self, word, *fds, **facts: word == 'done' or real(self, word, *fds, **facts)\n"
                 "sys.exit(daemonize.main(sys.argv[1:]))")
         said = run([PYTHON, "-c", code] + self.box.argv("start")[2:] + ["--logfile", self.box.log, "--", "sleep", "600"],
                    1, env=self.box.env, cwd=HERE).err
@@ -9270,8 +9271,8 @@ Server.drain = lambda self: wait_for("drained") or drain_well(self)
     def test_no_place_is_taken_without_a_word(self) -> None:
         """The command died between "ready" and "go": the daemon takes neither lock nor pidfile."""
         code = ("import daemonize, socket\ndaemonize.take_instance = print\none, two = socket.socketpair()\nplan = daemonize.parse(['start', '--pidfile', '/x/p', '--logfile', '/x/l', '--', 'x'])\n"
-                "opened = daemonize.Opened([], -1, None, -1, None, '')\nstart = daemonize.Start(plan, opened, daemonize.Inherited(), report=daemonize.Channel(one))\n"
-                "%s\ntry: daemonize.take_place(start)\nexcept daemonize.Fatal as error: print(error)")
+                "start = daemonize.Start(plan, report=daemonize.Channel(one))\n"
+                "%s\ntry: daemonize.take_place(start, print)\nexcept daemonize.Fatal as error: print(error)")
         for last in ("two.shutdown(socket.SHUT_WR)", "two.send(b'{\"event\": \"no\"}\\n')"):
             said = self.box.python(code % last).out
             self.assertEqual(said, "unable to start: the command that asked for it is gone\n")
@@ -10061,7 +10062,7 @@ def bind(options, seals=SEALS, kind=KIND):
     def test_what_comes_over_a_channel_is_not_inherited(self) -> None:
         """A descriptor that was received: no program that another thread executes at that moment gets it."""
         said = self.box.python("import socket\none, two = map(daemonize.Channel, socket.socketpair())\n"
-                               "one.send('x', [0])\ntwo.receive(1)\nprint(*map(os.get_inheritable, two.fds))").out
+                               "one.tell('x', [0])\ntwo.receive(1)\nprint(*map(os.get_inheritable, two.fds))").out
         self.assertEqual(said, "False\n")
 
     @needs_linux
