@@ -95,6 +95,7 @@ import _thread
 import argparse
 import array
 import atexit
+import collections
 import contextlib
 import errno
 import faulthandler
@@ -107,8 +108,8 @@ import stat
 import struct
 import time
 from types import FrameType, ModuleType
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, NoReturn
-from typing import Optional, Sequence, Set, Tuple
+from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, NamedTuple
+from typing import NoReturn, Optional, Sequence, Set, Tuple
 try:
     import grp
     import pwd
@@ -380,28 +381,6 @@ class Plan(NamedTuple):
     stdin: str = os.devnull
     stderr: Optional[str] = None        # where it has a file of its own
     startmsg: str = ""
-
-
-class Start(NamedTuple):
-    """What a daemon has when it begins: it grows from step to step, and from hand to hand."""
-    plan: Plan
-    # From systemd, or from the daemon that it replaces (section 17):
-    sockets: Sequence[socket.socket] = ()
-    control: Optional[socket.socket] = None     # a library's daemon has none
-    legacy: Optional[int] = None            # memory that the application shares with its heir
-    talk: Optional["Channel"] = None        # the conversation with the predecessor
-    predecessor: Optional[int] = None       # its pid
-    # What step 3 opened as root, for whoever the daemon is later:
-    server: Any = None                      # what bind() returned
-    lock: int = -1                          # read-only
-    pidfile: int = -1
-    pidfile_stat: Any = None                # a script may close our fds, and reuse their numbers
-    stdio: Sequence[Optional[int]] = ()     # None: that stream stays where it is (run)
-    # Whom it talks to:
-    session: Optional[int] = None           # that the starter made; None: run has none
-    leash: Optional["Channel"] = None       # to the starter
-    report: Optional["Channel"] = None      # to the command
-    notifier: Optional[socket.socket] = None        # to systemd
 
 
 def default_files(name: str) -> Files:
@@ -765,7 +744,7 @@ def bind_control(path: str) -> socket.socket:
     return control
 
 
-def open_files(start: Start) -> Start:
+def open_files(start: "Start") -> "Start":
     """Step 3.  Open what the daemon's user could not open, or could be tricked with, later.
 
     All of it at once, and by descriptors from then on: a name is looked up by root once, when
@@ -905,19 +884,11 @@ def take_instance(fd: int, predecessor: Optional[int]) -> None:
         raise Fatal("unable to start: already running with pid %s" % holder)
 
 
-class Record(NamedTuple):
-    """What the lock file holds: what the last start, or run, was asked for, and whom it started."""
-    pidfile: str                # whose record it is: a lock file can be moved, its text cannot
-    name: str
-    kind: str
-    hosted: str
-    words: List[str]
-    arguments: Optional[List[str]]
-    cwd: str
-    logfile: Optional[str]
-    detached: bool              # start made a session for it
-    pid: int
-    birth: str
+# What the lock file holds: what the last start, or run, was asked for, and whom it started.  The
+# pidfile says whose record it is: a lock file can be moved, its text cannot.  detached: start made
+# a session for it.
+Record = collections.namedtuple(
+    "Record", "pidfile name kind hosted words arguments cwd logfile detached pid birth")
 
 
 def parse_record(text: str) -> Optional[Record]:
@@ -932,7 +903,7 @@ def parse_record(text: str) -> Optional[Record]:
     return None
 
 
-class Lock:
+class Lock(ContextManager["Lock"]):
     """PIDFILE.lock: who is the daemon, and what its last start was asked for.
 
     Opened once, and closed once: see the trap.  Read-only for `status` and `reload`, which change
@@ -943,9 +914,6 @@ class Lock:
         check_folder(plan.files.folder)
         self.plan, self.path = plan, plan.files.lock
         self.fd = open_regular(self.path, flags, PRIVATE)
-
-    def __enter__(self) -> "Lock":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -1046,13 +1014,12 @@ class Turn(Lock):
     def __exit__(self, *error: object) -> None:
         """Give it back; who has failed before anything was started leaves no file.
 
-        A lock file with a record is never removed: its inode is what all others wait on.  Nor is
-        one removed under whoever has the turn.
+        A lock file with a record, or a daemon, is never removed: its inode is what all others wait
+        on.  Nor is one removed under whoever has the turn.
         """
-        # Whom we have waited for may have started a daemon, and noted it: then it is that one's.
-        # (A library's daemon, which comes through here as well, has closed it.)
         if error[0] and self.is_free:
-            if self.fd >= 0 and not self.read():
+            # (A library's daemon, which comes through here as well, has closed it.)
+            if self.fd >= 0 and not self.read() and lock_holder(self.fd, INSTANCE) is None:
                 os.unlink(self.path)
             with contextlib.suppress(OSError):          # somebody has a file in it
                 if has_own_folder(self.plan):
@@ -1216,6 +1183,32 @@ class Channel:
         # The end of a trace says most.  An eighth: JSON may need six bytes for a character.
         trace = fatal.trace[-(MAX_MESSAGE // 8):]
         return self.tell("fatal", text=str(fatal), status=fatal.status, trace=trace)
+
+
+NOBODY = Channel(socket.socket())       # who is not there: hears nothing, and says nothing
+NOBODY.end.close()
+
+
+class Start(NamedTuple):
+    """What a daemon has when it begins: it grows from step to step, and from hand to hand."""
+    plan: Plan
+    # From systemd, or from the daemon that it replaces (section 17):
+    sockets: Sequence[socket.socket] = ()
+    control: Optional[socket.socket] = None     # a library's daemon has none
+    legacy: Optional[int] = None            # memory that the application shares with its heir
+    talk: Channel = NOBODY                  # the conversation with the predecessor
+    predecessor: Optional[int] = None       # its pid
+    # What step 3 opened as root, for whoever the daemon is later:
+    server: Any = None                      # what bind() returned
+    lock: int = -1                          # read-only
+    pidfile: int = -1
+    pidfile_stat: Any = None                # a script may close our fds, and reuse their numbers
+    stdio: Sequence[Optional[int]] = ()     # None: that stream stays where it is (run)
+    # Whom it talks to:
+    session: Optional[int] = None           # that the starter made; None: run has none
+    leash: Channel = NOBODY                 # to the starter
+    report: Channel = NOBODY                # to the command
+    notifier: Optional[socket.socket] = None        # to systemd
 
 
 class Child(Channel):
@@ -1398,6 +1391,10 @@ def open_stdio() -> None:
             os.set_inheritable(fd, True)        # as a standard stream is
             fd = os.open(os.devnull, os.O_RDWR)
         os.close(fd)
+    # For a stream that was closed Python has None, in which print() loses its text in silence.
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
 
 
 def close_inherited() -> None:
@@ -1434,12 +1431,10 @@ def do_nothing(signum: int, frame: Optional[FrameType]) -> None:
     """Take no notice of a signal.  Not SIG_IGN: children would inherit that, over exec too."""
 
 
-def raise_at_end() -> None:
+def leave(signum: int, frame: Optional[FrameType]) -> None:
     """Leave at TERM and INT by the normal exit, once, so that every `finally` runs."""
-    def on_end(signum: int, frame: Optional[FrameType]) -> None:
-        set_handlers(ENDINGS, do_nothing)
-        raise SystemExit(0)
-    set_handlers(ENDINGS, on_end)
+    set_handlers(ENDINGS, do_nothing)
+    raise SystemExit(0)
 
 
 def reset_handlers() -> None:
@@ -1473,13 +1468,13 @@ def guard_forks() -> None:
 def be_starter(start: Start, turn: Lock) -> None:
     """Live as the starter: do what needs root or the terminal, then see the daemon to its place."""
     # From here on the terminal is still there, and root's rights: what fails is told in full.
-    raise_at_end()                                  # bind() may hang: so its `finally` runs
+    set_handlers(ENDINGS, leave)                                  # bind() may hang: so its `finally` runs
     set_handlers({signal.SIGINT, signal.SIGHUP}, do_nothing)  # for the command, which will tell us
     # The fd only: record locks are not inherited, and the command's is not touched by this.
     # Before we open the file again, for closing any fd of it would drop our own lock.
     turn.close()
     # What the predecessor sent, and nobody asked for.  The command has it, too: no close lingers.
-    for fd in LET_GO + (start.talk.fds if start.talk is not None else []):
+    for fd in LET_GO + start.talk.fds:
         os.close(fd)
     try:
         start = bind(start)
@@ -1492,8 +1487,7 @@ def be_starter(start: Start, turn: Lock) -> None:
         # In this order: who hears "fatal" ends us, and it shall find nothing half undone.
         set_handlers(ENDINGS, do_nothing)
         take_back(start.server)
-        if start.report is not None:
-            start.report.fail(error)
+        start.report.fail(error)
     # Not sys.exit(): atexit and unwritten buffers are the command's, of which we are a copy.
     os._exit(1)
 
@@ -1559,8 +1553,8 @@ def watch_birth(daemon: Child, start: Start) -> NoReturn:
         end_all(lambda: family(os.getpid()), end_family, 0)
         take_back(start.server)
         # Last, since who hears it ends us.  No command any more: then we tidy, holding byte 2.
-        if start.report is not None and not start.report.fail(error):
-            tidy(start.plan, [], start.talk is None)
+        if not start.report.fail(error):
+            tidy(start.plan, [], start.predecessor is None)
     os._exit(0)
 
 
@@ -1674,12 +1668,10 @@ def take_place(start: Start, settle: Callable[[], Any], **facts: Any) -> None:
     the start.  Who took the place at once would have to give it back then, seen by monitors.
     settle: what the host does in its place, before the command hears that all is done.
     """
-    report = start.report
-    if report is not None:
-        report.tell("ready", pid=os.getpid(), **facts)
-        # Who does not say it in time (Ctrl-Z) is as good as gone: nobody could tell it more.
-        if report.receive(START_TIMEOUT)["event"] != "go":
-            raise Fatal("unable to start: the command that asked for it is gone")
+    # Who does not say it in time (Ctrl-Z) is as good as gone: nobody could tell it more.
+    start.report.tell("ready", pid=os.getpid(), **facts)
+    if start.report is not NOBODY and start.report.receive(START_TIMEOUT)["event"] != "go":
+        raise Fatal("unable to start: the command that asked for it is gone")
     # The lock, then the name: who reads the pidfile in between finds the old pid, which is dead or
     # still serves.  Then the socket, for who asks it must be able to believe both.
     take_instance(start.lock, start.predecessor)
@@ -1688,13 +1680,11 @@ def take_place(start: Start, settle: Callable[[], Any], **facts: Any) -> None:
         # Not in step 3: SO_PEERCRED names who called listen(2) last.
         with trying_to("listen on the control socket"):
             start.control.listen(MAX_TALKS)
-    if start.leash is not None:
-        start.leash.tell("placed")      # somebody killed the starter: good as well
-        start.leash.end.close()
+    start.leash.tell("placed")          # somebody killed the starter: good as well
+    start.leash.end.close()
     settle()
-    if report is not None:
-        report.tell("done")             # it may be gone: now that is as good
-        report.end.close()
+    start.report.tell("done")           # it may be gone: now that is as good
+    start.report.end.close()
 
 
 def finish(start: Start, owner: int) -> None:
@@ -1713,8 +1703,9 @@ def finish(start: Start, owner: int) -> None:
 class Host:
     """What a daemon hosts, and the children that it lives in: the same for a program and workers.
 
-    Hosts override: bring_up (start children, see them prove themselves), introduce (facts for
-    the command), settle (we have the place), on_death, tend, on_end, reload, reclaim, facts.
+    Hosts override: fresh (start children, see them prove themselves), spawn (start one more),
+    introduce (facts for the command), settle (we have the place), on_death, tend, on_end, reload,
+    facts.
 
     Instance variables: children, at work; leaving, told to drain; ends, sockets that no child may
     have; is_owner, pidfile and instance lock are ours; is_over, the loop may end.
@@ -1732,10 +1723,9 @@ class Host:
         self.size, self.restarts = 1, 0             # children that there should be
         self.pause, self.next_start = 0.0, 0.0      # before one is started again; from when on
         self.last_error = ""
-        self.verbs: Dict[str, Callable[[Channel], None]] = {}
+        self.verbs: Dict[str, Callable[[Channel], bool]] = {}
         self.heir: Optional[Channel] = None         # the conversation that took our sockets
-        talks = (start.report, start.talk, start.leash)
-        self.ends = [talk.end for talk in talks if talk is not None]
+        self.ends = [start.report.end, start.talk.end, start.leash.end]
 
     def fork(self, life: Callable[[Channel], Any]) -> Child:
         """Return a new child that lives that life, with nothing of the daemon's in its hands."""
@@ -1764,16 +1754,11 @@ class Host:
         for child in self.leaving:
             if time.monotonic() > child.deadline and child.result is None:
                 os.kill(child.pid, signal.SIGKILL)      # not waited for: the pid is still its own
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:           # there is none
-                return
-            if pid == 0:                        # the others live
-                return
-            for child in self.children + self.leaving:
-                if child.pid == pid:
-                    self.bury(child, status)
+        with contextlib.suppress(ChildProcessError):        # there is none; (0, 0): all live
+            for pid, status in iter(lambda: os.waitpid(-1, os.WNOHANG), (0, 0)):
+                for child in self.children + self.leaving:
+                    if child.pid == pid:
+                        self.bury(child, status)
 
     def bury(self, child: Child, status: int) -> None:
         """Strike a dead child off the list."""
@@ -1831,8 +1816,8 @@ class Host:
 
     # What hosts override.
 
-    def bring_up(self) -> None:
-        """Start the children, and see them prove themselves; raise Fatal if they do not."""
+    def fresh(self) -> List[Child]:
+        """Return new children that have proved themselves; raise Fatal if they do not."""
         raise NotImplementedError
 
     def introduce(self) -> Message:
@@ -1865,9 +1850,6 @@ class Host:
         """Have what is hosted read its files again; return why not, "" if done."""
         raise NotImplementedError
 
-    def reclaim(self) -> None:
-        """Be the daemon again in all: the heir hung up, and has not told us to leave."""
-
     def facts(self) -> Message:
         """Return what is to be said of what is hosted."""
         return {}
@@ -1892,12 +1874,11 @@ class Daemon:
     under way keeps a status waiting, no worker.
 
     Instance variables: verbs, what commands may ask for: methods, ours or the host's, that get
-    the conversation, and answer on it; talks, the conversations, the oldest first.
+    the conversation, answer on it, and tell whether somebody has heard it; talks, the conversations, the oldest first.
     """
 
     def __init__(self, start: Start, host: Host) -> None:
         self.start, self.plan, self.host = start, start.plan, host
-        self.pid = os.getpid()
         self.signals: Set[int] = set()
         self.is_told = False
         # With who is told to end; short until we have the place: a start that fails says so soon.
@@ -1908,7 +1889,9 @@ class Daemon:
         self.waker.setblocking(False)
         host.control.setblocking(False)     # who called may have hung up before we accept
         host.ends += [self.wake, self.waker, host.control]
-        self.verbs = dict(host.verbs, status=self.answer_status, reload=self.answer_reload)
+        self.verbs: Dict[str, Callable[[Channel], bool]] = dict(host.verbs)
+        self.verbs["status"] = self.answer_status
+        self.verbs["reload"] = lambda talk: talk.tell("reload", reason=self.reload(talk.fds))
         self.talks: List[Channel] = []
 
     def live(self) -> int:
@@ -1918,13 +1901,17 @@ class Daemon:
         """
         guard_forks()
         # Until we have the place SIGTERM just ends us: there is nothing yet that could be lost.
-        raise_at_end()
+        set_handlers(ENDINGS, leave)
         try:
             # As in the picture of section 7: able, ready, the place; nobody is let in before.
-            self.host.bring_up()
+            self.host.children = self.host.fresh()
             # Before the pidfile names us: who reads it may signal us at once.  And then the old
             # daemon may have left: what ended us now would end the service.
-            self.note_signals()
+            # A note wakes the loop up: what nobody notes, and nobody wakes, waits for the tick.
+            signal.set_wakeup_fd(self.waker.fileno())
+            # What run's caller ignores stays so: nohup means SIGHUP, `&` in a script SIGINT.
+            set_handlers(HANDLED, lambda signum, frame: self.signals.add(signum),
+                         spares_ignored=self.start.session is None)
             facts = self.host.introduce()
             take_place(self.start, self.host.settle, **facts)
             notify(self.start, "READY=1\nSTATUS=%s" % facts.get("addresses", ""))
@@ -1934,15 +1921,6 @@ class Daemon:
         finally:
             self.end()
         return self.host.result
-
-    def note_signals(self) -> None:
-        """Handle TERM, INT, HUP, USR1 and CHLD by a note, which the loop finds.  See: signal(7)."""
-        def on_signal(signum: int, frame: Optional[FrameType]) -> None:
-            self.signals.add(signum)
-        # Before the handlers: a signal that is noted, and wakes nobody, would wait for the tick.
-        signal.set_wakeup_fd(self.waker.fileno())
-        # What run's caller ignores stays so: nohup means SIGHUP, `&` in a script SIGINT.
-        set_handlers(HANDLED, on_signal, spares_ignored=self.start.session is None)
 
     def step(self) -> None:
         """Wait a moment for what comes, and do it."""
@@ -1998,7 +1976,7 @@ class Daemon:
         members = {process.pid: process for process in family(self.start.session)}
         for child in self.host.children + self.host.leaving:
             pgid = os.getpgid(child.pid)
-            members.setdefault(child.pid, Process(child.pid, self.pid, pgid, -1, ""))
+            members.setdefault(child.pid, Process(child.pid, os.getpid(), pgid, -1, ""))
         return list(members.values())
 
     def end(self) -> None:
@@ -2016,7 +1994,7 @@ class Daemon:
                 log("what did not end within %g s was killed" % self.patience)
         finally:
             if self.host.is_owner:
-                finish(self.start, self.pid)
+                finish(self.start, os.getpid())
                 # Last, and not when we leave: what it removes (a unix socket's name) is the heir's.
                 call(self.start.server, "server_close")
 
@@ -2044,15 +2022,16 @@ class Daemon:
         event = talk.receive(0)["event"]
         if event == LATE:               # half a line, so far
             return
+        is_heard = False
         try:
-            self.verbs.get(event, self.hang_up)(talk)
+            is_heard = event in self.verbs and self.verbs[event](talk)
         except BaseException as error:
-            self.hang_up(talk)          # at once: who asked shall not wait for what never comes
-            if not isinstance(error, OSError):      # then it had hung up in mid-sentence
-                self.host.complain("unable to answer %s: %s" % (event, because(error)))
+            self.host.complain("unable to answer %s: %s" % (event, because(error)))
+        if not is_heard:                # at once: who asked shall not wait for what never comes
+            self.hang_up(talk)
 
     def hang_up(self, talk: Channel) -> None:
-        """End a conversation; the heir's tells the host that there will be none."""
+        """End a conversation; when it is the heir's, there will be none."""
         for fd in talk.fds:
             os.close(fd)
         talk.end.close()
@@ -2060,18 +2039,16 @@ class Daemon:
             self.talks.remove(talk)
         if talk is self.host.heir:
             self.host.heir = None
-            self.host.reclaim()
+            if self.host.is_owner:      # it has not told us to leave: we are the daemon in all
+                write_pidfile(self.start.pidfile, os.getpid())
+                self.host.control.listen(MAX_TALKS)
 
-    def answer_status(self, talk: Channel) -> None:
+    def answer_status(self, talk: Channel) -> bool:
         """Say how we are; the log's size by its fd, for its name may be outside of our jail."""
         path = self.plan.files.logfile
-        talk.tell("status", said=dict(
+        return talk.tell("status", said=dict(
             self.host.facts(), restarts=self.host.restarts, last_error=self.host.last_error,
             log=path, log_bytes=os.fstat(1).st_size if path else 0))
-
-    def answer_reload(self, talk: Channel) -> None:
-        """Reload, with the log that the command may have opened for us."""
-        talk.tell("reloaded", reason=self.reload(talk.fds))
 
     def reload(self, new_log: List[int]) -> str:
         """Have all files read again; return why not, "" if done.
@@ -2110,7 +2087,7 @@ def notify(start: Start, text: str) -> None:
 #   "status" ---------------------------> looks at itself
 #   <-------------- "status", said -----
 #   "reload", an fd of the log ---------> reads all files again, or refuses
-#   <-------------- "reloaded", reason --
+#   <-------------- "reload", reason ----
 #   "sockets", "leave"                    a restart: section 17
 #
 # The daemon serves root and its own user.  The command treats the daemon as hostile: it may have
@@ -2149,10 +2126,13 @@ def listener_of(files: Files) -> Tuple[Optional[int], Optional[int]]:
     return listener
 
 
-def call_daemon(files: Files, pid: int) -> Channel:
-    """Dial; but talk to nobody but the daemon, root and ourselves (a starter, in a restart).
+def converse(files: Files, pid: int, verb: str, seconds: float = ANSWER,
+             fds: Sequence[int] = ()) -> Tuple[Channel, Message]:
+    """Ask the daemon for something; return the conversation, and its answer, which has that name.
 
-    Whoever owns the folder can bind a socket there.  The kernel says who listens.
+    Whoever owns the folder can bind a socket there.  The kernel says who listens: we talk to
+    nobody but the daemon, root and ourselves (a starter, in a restart).  Raises OSError if nobody
+    answers.
     """
     # The pid, and not the uid alone, for a daemon: another process of that user would do as well
     # for an attacker, but not for the person who wants to know how the daemon is.
@@ -2160,18 +2140,18 @@ def call_daemon(files: Files, pid: int) -> Channel:
     listener, uid = peer_of(talk.end)
     if listener not in (None, pid) and uid not in (0, os.geteuid()):
         raise ConnectionRefusedError(errno.ECONNREFUSED, "another process listens there")
-    return talk
-
-
-def ask(files: Files, pid: int, verb: str, seconds: float = ANSWER,
-        fds: Sequence[int] = ()) -> Message:
-    """Return the daemon's answer to one question; raise OSError if there is none."""
-    talk = call_daemon(files, pid)
     talk.tell(verb, fds)
     message = talk.receive(seconds)
-    LET_GO.append(talk.end.detach())
-    if message["event"] in (ENDED, LATE):
+    if message["event"] != verb:
+        LET_GO.append(talk.end.detach())
         raise TimeoutError(errno.ETIMEDOUT, "it does not answer")
+    return talk, message
+
+
+def ask(files: Files, pid: int, verb: str, *more: Any) -> Message:
+    """Return the daemon's answer to one question; raise OSError if there is none."""
+    talk, message = converse(files, pid, verb, *more)
+    LET_GO.append(talk.end.detach())
     return message
 
 
@@ -2218,12 +2198,13 @@ class Target:
 
     def send(self, signum: int) -> None:
         """Signal the daemon, and nobody else."""
-        if self.birth is None:
-            return
-        if self.pidfd >= 0:
-            as_user(self.identity, lambda: pidfd_send_signal(self.pidfd, signum))
-        elif self.leader():             # looked at again, just before
-            as_user(self.identity, lambda: os.kill(self.pid, signum))
+        def action() -> None:
+            if self.pidfd >= 0:
+                pidfd_send_signal(self.pidfd, signum)
+            elif self.leader():         # looked at again, just before
+                os.kill(self.pid, signum)
+        if self.birth is not None:
+            as_user(self.identity, action)
 
     def send_all(self, signum: int) -> None:
         """Signal who is left, too."""
@@ -2283,19 +2264,18 @@ class Program(Host):
     close all that it has, fork and kill as it likes, and the lock stays where it is.
     """
 
-    def bring_up(self) -> None:
+    def fresh(self) -> List[Child]:
         """Start it; it has started once it was executed, and lives a moment later."""
         # In the daemon, and not in the command: a start that is interrupted ends with both.
         child = self.spawn()
-        self.children = [child]
         if not wait_until(lambda: child.wait(os.WNOHANG) is not None, ALIVE):
-            return
-        if self.start.report is None:       # run: it ends as the program did, early or late
-            return self.bury(child, child.result or 0)
-        self.children.clear()
-        cure = "" if child.result else "\ntry: its option for the foreground"
-        raise Fatal("unable to start: it %s before it was ready%s" % (
-            describe(child.result or 0), cure))
+            return [child]
+        if self.start.report is not NOBODY:
+            cure = "" if child.result else "\ntry: its option for the foreground"
+            raise Fatal("unable to start: it %s before it was ready%s" % (
+                describe(child.result or 0), cure))
+        self.on_death(child, child.result or 0)     # run: it ends as the program did
+        return []
 
     def spawn(self) -> Child:
         """Start it, and wait until it is executed."""
@@ -2403,13 +2383,12 @@ def launch(start: Start, turn: Lock) -> None:
     # First the list of what is not there yet: only that may be removed, if this fails.
     made = Made(plan, turn)
     try:
-        made.make_log_folder()
         with undisturbed():             # until we know whom to undo
             made.starter = fork(lambda report: be_starter(start._replace(report=report), turn))
         facts = expect([made.starter], "ready", plan.options.start_timeout)
         # Before "go": a full disk can still be undone.  And afterwards this alone proves who a
         # script is that closes the lock's fd.
-        made.note(int(facts.get("pid", 0)))
+        turn.note(plan, int(facts.get("pid", 0)))
     except Returned:                    # we are not the command: see fork()
         raise
     except BaseException as error:
@@ -2443,26 +2422,17 @@ class Made:
         files = plan.files
         self.plan, self.turn, self.logfile = plan, turn, files.logfile
         self.starter: Optional[Child] = None
-        self.before: Optional[bytes] = None         # the record of the last start
+        self.before = turn.read()                   # the record of the last start
         self.new = [path for path in (files.pidfile, files.control, files.logfile)
                     if path and not exists(path)]       # lock and folder are the turn's affair
         self.logged = os.path.getsize(self.logfile) if self.logfile and exists(self.logfile) else 0
-
-    def make_log_folder(self) -> None:
-        """Make root's folder for the default log; it is the daemon user's, for rotation renames.
-
-        Under the turn: a start that finds its daemon running makes nothing.  See: rename(2).
-        """
         if self.logfile == "":
-            default_files(self.plan.name)           # raises, and says why there is no place
-        folder = "/var/log/" + self.plan.name
+            default_files(plan.name)                # raises, and says why there is no place
+        # Root's folder for the default log is the daemon user's, for rotation renames.  Under the
+        # turn: a start that finds its daemon running makes nothing.  See: rename(2).
+        folder = "/var/log/" + plan.name
         if os.geteuid() == 0 and os.path.dirname(self.logfile or "") == folder:
-            self.new += [folder] * make_folder(folder, 0o750, self.plan.identity)
-
-    def note(self, pid: int) -> None:
-        """Note the start in the lock file, and keep what stood there."""
-        self.before = self.turn.read()
-        self.turn.note(self.plan, pid)
+            self.new += [folder] * make_folder(folder, 0o750, plan.identity)
 
     def undo(self, error: BaseException) -> BaseException:
         """Take all back; return why the start failed, with what the log says of it."""
@@ -2473,7 +2443,7 @@ class Made:
         if isinstance(error, Fatal) and not error.trace and error.status == 1:
             error.trace = log_since(self.plan, self.logged)
         tidy(self.plan, self.new, lock_holder(self.turn.fd, INSTANCE) is None)
-        if self.before is not None:     # last, for it may fail as well
+        if self.turn.read() != self.before:     # last, for it may fail as well
             self.turn.write(self.before)
         return error
 
@@ -2550,7 +2520,16 @@ def stop(plan: Plan) -> int:
         if pid is None:
             say_stopped(plan)
         else:
-            stop_daemon(plan, turn, pid)
+            was_killed = end_daemon(Target(turn, pid), plan.options.timeout)
+            # The lock decides, here as well: "stopped" is when nobody holds it any more.  That is
+            # a promise to the next command line (`stop && rm -r ...`, `stop && start`).
+            left = turn.holder()
+            if left is not None:
+                raise Fatal("unable to stop %s: pid %s holds its lock" % (plan.name, left))
+            if was_killed:
+                emit(1, "%s did not end within %g s: killed\n" % (plan.name, plan.options.timeout))
+            else:
+                say(plan, "%s is stopped" % plan.name)
         # The names last, when nobody holds the lock any more: as long as something of it lives,
         # monitors find its pid.  Both may be there after a kill -9, too.
         for path in (plan.files.pidfile, plan.files.control):
@@ -2573,22 +2552,6 @@ def say_stopped(plan: Plan) -> None:
     Who meant another user's daemon of that name sees it from the path.
     """
     say(plan, "%s is not running (%s)" % (plan.name, plan.files.pidfile))
-
-
-def stop_daemon(plan: Plan, turn: Lock, pid: int) -> None:
-    """End the daemon; say so, once it is so.
-
-    "Stopped" is a promise to the next command line (`stop && rm -r ...`, `stop && start`).
-    """
-    was_killed = end_daemon(Target(turn, pid), plan.options.timeout)
-    # The lock decides, here as well: "stopped" is when nobody holds it any more.
-    left = turn.holder()
-    if left is not None:
-        raise Fatal("unable to stop %s: pid %s holds its lock" % (plan.name, left))
-    if was_killed:
-        emit(1, "%s did not end within %g s: killed\n" % (plan.name, plan.options.timeout))
-    else:
-        say(plan, "%s is stopped" % plan.name)
 
 
 # -- 13.3 status and reload ---------------------------------------------------
@@ -2654,30 +2617,19 @@ def running_facts(plan: Plan, pid: int, record: Optional[Record]) -> Message:
     return dict(known, **dict(facts, **known))      # the kernel's first, and not to be overruled
 
 
-def duration(seconds: float) -> str:
-    """Return a time as people say it.
-
-    >>> duration(59.7), duration(7265), duration(200000)
-    ('59 s', '2 h 1 min', '2 d 7 h')
-    """
-    seconds = int(seconds)
-    for size, unit, rest, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "min")):
-        if seconds >= size:
-            return "%d %s %d %s" % (seconds // size, unit, seconds % size // rest, smaller)
-    return "%d min %d s" % divmod(seconds, 60) if seconds >= 60 else "%d s" % seconds
-
-
 def report_of(facts: Message) -> str:
     r"""Return facts as lines for a person.
 
     >>> report_of({"name": "a", "state": "running", "pid": 7, "uptime": 61, "addresses": ["b"],
     ...            "uid": 1, "user": "jim", "last_error": "", "x_y": ["c", "d"]})
-    'a is running: pid 7, up 1 min 1 s, on b\n  user    jim (1)\n  x y     c d\n'
+    'a is running: pid 7, up 0:01:01, on b\n  user    jim (1)\n  x y     c d\n'
     """
+    import datetime
     facts = dict(facts)
     line = "%s is %s" % (facts.pop("name"), facts.pop("state"))
     if "pid" in facts:
-        line += ": pid %s, up %s" % (facts.pop("pid"), duration(facts.pop("uptime")))
+        uptime = datetime.timedelta(seconds=int(facts.pop("uptime")))
+        line += ": pid %s, up %s" % (facts.pop("pid"), uptime)
         facts["user"] = "%s (%s)" % (facts.get("user") or "uid", facts.pop("uid", None))
     addresses = facts.pop("addresses", None)
     if addresses:
@@ -2792,8 +2744,6 @@ def adopt(fd: int) -> Optional[socket.socket]:
 
     Asked of the kernel: systemd passes what a .socket file says, a hostile daemon what it likes.
     """
-    # What systemd passes is inheritable: each child of ours would hold the port, too.
-    os.set_inheritable(fd, False)
     if not stat.S_ISSOCK(os.fstat(fd).st_mode):
         return None
     passed = socket.socket(fileno=fd)
@@ -2801,6 +2751,9 @@ def adopt(fd: int) -> Optional[socket.socket]:
     if kind != socket.SOCK_STREAM or not passed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         passed.detach()
         return None
+    # What systemd passes is inheritable: each child of ours would hold the port, too.  (All else
+    # stays so, and is closed with what the caller left open.)
+    os.set_inheritable(fd, False)
     if sys.version_info < (3, 7) and IS_LINUX:          # 3.6 guesses AF_INET
         domain = passed.getsockopt(socket.SOL_SOCKET, getattr(socket, "SO_DOMAIN"))
         passed = socket.socket(domain, kind, 0, passed.detach())
@@ -2816,11 +2769,7 @@ def inherited_sockets() -> List[socket.socket]:
     os.environ.pop("LISTEN_FDNAMES", None)
     fds = range(3, 3 + int(number)) if is_ours and number.isdecimal() else range(0)
     with trying_to("take over the %s fds of LISTEN_FDS" % number):
-        found = [(fd, adopt(fd)) for fd in fds]
-        for fd, passed in found:
-            if passed is None:
-                os.close(fd)
-        return [passed for _, passed in found if passed is not None]
+        return [passed for passed in map(adopt, fds) if passed is not None]
 
 
 # -- 14. The library call ----------------------------------------------------
@@ -2916,15 +2865,13 @@ def has_bind(source: str, path: str) -> bool:
 def check_application(path: str) -> None:
     """Refuse what is no application before it runs: a script is a program."""
     import importlib.util
-    import traceback
     try:
         with trying_to("load %s" % path), open(path, "rb") as stream:
             source = importlib.util.decode_source(stream.read())
         if has_bind(source, path):
             return
     except (SyntaxError, ValueError) as error:      # ValueError: a zip file has null bytes
-        trace = "".join(traceback.format_exception_only(type(error), error))
-        raise Fatal("unable to load %s: %s" % (path, because(error)), trace=trace)
+        raise as_fatal(error, "load %s" % path)
     raise Fatal("unable to host %s: it defines no bind() at its top level\n"
                 "try: daemonize.py start -- python3 %s" % (path, path), 2)
 
@@ -3029,7 +2976,7 @@ class Service(Host):
     The server lives in this process, too, but is never served here: it is what each fork(2) makes
     a worker of.  So reload() runs here, once, and fresh workers have what it has read.
 
-    Methods for the loop: tend, on_end.  For commands: reload, hand_over, leave, reclaim.
+    Methods for the loop: tend, on_end.  For commands: reload, hand_over, leave.
     """
 
     def __init__(self, start: Start) -> None:
@@ -3037,26 +2984,27 @@ class Service(Host):
         typed = self.plan.options.workers
         self.size = max(1, int(getattr(self.server, "workers", 1) if typed is None else typed))
         self.is_leaving = False
-        self.is_heir = start.talk is not None
-        # Who asked for us, until we are ready: if it is gone, so are we.
-        self.callers = [start.report] if start.report is not None else []
-        self.verbs = {"sockets": self.hand_over, "leave": self.leave}
-
-    def bring_up(self) -> None:
-        """Start the workers; an heir's accept nobody yet: no client shall meet both in turn."""
-        if self.is_heir:
+        self.is_heir = start.talk is not NOBODY
+        if self.is_heir:                # its workers accept nobody yet: no client shall meet both
             call(self.server, "hold")
-        self.children = self.fresh()
+        self.verbs = {"sockets": self.hand_over, "leave": self.leave}
 
     def fresh(self) -> List[Child]:
         """Return a full set of new workers that have proved themselves; if one fails none stays."""
-        fresh: List[Child] = []
+        fresh: List[Any] = []
         try:
             # All at once, and then wait: they need as long as one.
             for _ in range(self.size):
                 fresh.append(self.fork(self.work))
-            expect(fresh, "able", self.plan.options.start_timeout, self.callers)
-            self.prove(fresh)
+            # And see whether who asked for us is gone: then so are we.
+            expect(fresh, "able", self.plan.options.start_timeout, [self.start.report])
+            # After the workers: it asks them, over the sockets that they serve.
+            prober = self.fork(self.probe)
+            try:
+                expect([prober], "able", self.plan.options.start_timeout,
+                       fresh + [self.start.report])
+            finally:
+                prober.kill()
         except BaseException as error:
             for child in fresh:
                 child.kill()
@@ -3065,26 +3013,13 @@ class Service(Host):
             raise
         return fresh
 
-    def prove(self, fresh: List[Child]) -> None:
-        """Have new workers probed; without a probe they must live for a moment, like a program."""
-        if not hasattr(self.server, "probe"):
-            if readable(fresh, time.monotonic() + ALIVE):
-                expect([], "", 0, fresh)        # one has ended
-            return
-        # After the workers: it asks them, over the sockets that they serve.
-        prober = self.fork(self.probe)
-        try:
-            expect([prober], "able", self.plan.options.start_timeout, [*fresh, *self.callers])
-        finally:
-            prober.kill()
-
     def work(self, channel: Channel) -> None:
         """Serve, with one thread that listens to the daemon.
 
         SIGTERM ends it by SystemExit in the main thread, so that the application's `finally` runs.
         """
         import threading
-        raise_at_end()
+        set_handlers(ENDINGS, leave)
         # These are for the daemon.
         set_handlers({signal.SIGHUP, signal.SIGUSR1}, do_nothing, spares_ignored=True)
         # A thread, since the main one belongs to serve_forever(), and may never look up.
@@ -3096,8 +3031,9 @@ class Service(Host):
         """Ask the workers one question, from outside; in a child, since it may hang.
 
         What that means only the application knows: we know no HTTP, only whether it raises.
+        Without a probe they must live for a moment, like a program.
         """
-        self.server.probe()
+        getattr(self.server, "probe", lambda: time.sleep(ALIVE))()
         channel.tell("able")
 
     def introduce(self) -> Message:
@@ -3105,13 +3041,14 @@ class Service(Host):
         # Said now, while somebody reads it, and not in a log that has grown for a year.
         warning = "unable to rotate %s: %s\ntry: --log-bytes 0, and logrotate" % (
             self.plan.files.logfile, self.obstacle) if self.obstacle else ""
-        return {"addresses": self.addresses(), "warning": warning,
+        addresses = ", ".join(map(str, self.facts().get("addresses", [])))
+        return {"addresses": addresses, "warning": warning,
                 "greeting": getattr(self.server, "greeting", None) or ""}
 
     def settle(self) -> None:
         """Tell the old daemon to leave, and let the workers begin when it accepts nobody any more."""
         super().settle()
-        if self.start.talk is not None:
+        if self.is_heir:
             self.start.talk.tell("leave")       # it may be dead: even better
             # It gives its lock up when its workers drain.  If not, we are the daemon all the same.
             wait_until(lambda: lock_holder(self.start.lock, INSTANCE) is None, ANSWER)
@@ -3187,10 +3124,6 @@ class Service(Host):
         except BaseException as error:
             return dict(facts, note="unable to ask the application: %s" % because(error))
 
-    def addresses(self) -> str:
-        """Return where the application listens."""
-        return ", ".join(map(str, self.facts().get("addresses", [])))
-
     def rotate(self) -> None:
         """Rename the log and its elders once it is full, and open a new one.
 
@@ -3215,7 +3148,7 @@ class Service(Host):
 
     # A restart: the picture is in section 17.
 
-    def hand_over(self, talk: Channel) -> None:
+    def hand_over(self, talk: Channel) -> bool:
         """Send our sockets, and the memory that the application shares with its heir.
 
         Control socket, listening sockets, memory, in this order; the other side looks itself.
@@ -3224,9 +3157,9 @@ class Service(Host):
         sockets = list(getattr(self.server, "sockets", []))[:MAX_FDS - 2]
         legacy = getattr(self.server, "legacy", None)
         fds = [self.control.fileno()] + [passed.fileno() for passed in sockets]
-        talk.tell("sockets", fds + [legacy] * (legacy is not None))
+        return talk.tell("sockets", fds + [legacy] * (legacy is not None))
 
-    def leave(self, talk: Channel) -> None:
+    def leave(self, talk: Channel) -> bool:
         """Drain and go: the heir is there, and has shared the instance lock until now."""
         self.is_leaving, self.is_owner = True, False
         # A second reload, or HUP, must not fork anybody now: we hold the port, and the heir does.
@@ -3236,12 +3169,7 @@ class Service(Host):
             child.hear("draining", TICK)
         # With this, whom lock_holder() names is the heir.
         fcntl.lockf(self.start.lock, fcntl.LOCK_UN, 1, INSTANCE)
-
-    def reclaim(self) -> None:
-        """Be the daemon again in all: the heir hung up, and has not told us to leave."""
-        if self.is_owner:
-            write_pidfile(self.start.pidfile, os.getpid())
-            self.control.listen(MAX_TALKS)
+        return True
 
 
 def obey(server: Any, channel: Channel) -> None:
@@ -3312,10 +3240,6 @@ def refusal_of(error: BaseException, is_jailed: bool) -> str:
 
 def restart(plan: Plan) -> int:
     """Replace the daemon by a new one; where it has sockets to hand over, without a gap."""
-    if is_unknown(plan):
-        if plan.is_bare:
-            raise_unknown(plan)
-        return start(plan)
     with Turn(plan) as turn:
         pid, record = turn.holder(), turn.record()
         if record is not None and record.kind == "library":
@@ -3372,7 +3296,7 @@ def replace(plan: Plan, turn: Lock, pid: int, has_sockets: bool) -> None:
             heir = take_over(plan, pid)
     except OSError as error:
         warn("pid %d hands nothing over (%s): it is stopped first" % (pid, because(error)))
-    if heir.talk is None:
+    if heir.talk is NOBODY:
         # What can be seen is seen before anything is lost.  (In a jail only from inside.)
         if plan.kind == "program" and plan.chroot is None:
             find_program(plan.command[0])
@@ -3383,7 +3307,7 @@ def replace(plan: Plan, turn: Lock, pid: int, has_sockets: bool) -> None:
         raise
     except (Exception, KeyboardInterrupt) as error:
         raise with_outcome(error, pid, lock_holder(turn.fd, INSTANCE))
-    if heir.talk is not None:
+    if heir.talk is not NOBODY:
         # The heir has them now.  Not by close(2): that may linger; exit(2) does not.
         for end in [heir.talk.end, heir.control] + list(heir.sockets):
             if end is not None:
@@ -3413,12 +3337,7 @@ def take_over(plan: Plan, pid: int) -> Start:
 
     The application compares the addresses with what is asked for, and closes the others.
     """
-    talk = call_daemon(plan.files, pid)
-    talk.tell("sockets")
-    message = talk.receive(ANSWER)
-    if message["event"] != "sockets":
-        LET_GO.append(talk.end.detach())        # see section 10
-        raise TimeoutError(errno.ETIMEDOUT, "it does not answer")
+    talk, _ = converse(plan.files, pid, "sockets")
     sockets, control, legacy = [], None, None   # type: Any, Any, Any
     # By what the kernel says of each, whatever the daemon calls it.
     fds, talk.fds = talk.fds, []
@@ -3699,17 +3618,18 @@ def wanted_files(action: str, name: str, options: argparse.Namespace, folder: st
     A user without a home can still name both; then only the application's own files have no place.
     """
     try:
-        files = default_files(name)
+        pidfile, logfile, prefix = default_files(name)
     except Fatal:
         if options.pidfile is None:
             raise
-        files = Files("", "", "")       # without --logfile make_log_folder() refuses a start
-    files = files._replace(logfile=None) if action == "run" else files
-    if options.logfile is not None:
-        files = files._replace(logfile=log_path(action, options.logfile, folder))
+        pidfile = logfile = prefix = ""     # without --logfile a start is refused: see Made
     if options.pidfile is not None:
-        files = files._replace(pidfile=absolute(options.pidfile, folder))
-    return files
+        pidfile = absolute(options.pidfile, folder)
+    if options.logfile is not None:
+        logfile = log_path(action, options.logfile, folder)
+    elif action == "run":
+        logfile = None
+    return Files(pidfile, logfile, prefix)
 
 
 def log_path(action: str, logfile: str, folder: str) -> Optional[str]:
