@@ -413,12 +413,10 @@ def caller_folder() -> str:
     the same folder.  getcwd(3) says release/1, and a later restart would stay there for ever.
     """
     name = os.environ.get("PWD", "")
-    with contextlib.suppress(OSError):
-        if os.path.isabs(name) and os.path.samefile(name, "."):
-            return name
-    with contextlib.suppress(OSError):
-        return os.getcwd()
-    return ""
+    try:
+        return name if os.path.isabs(name) and os.path.samefile(name, ".") else os.getcwd()
+    except OSError:             # it is gone, or $PWD is: then so says getcwd(3)
+        return ""
 
 
 def absolute(path: str, folder: str) -> str:
@@ -541,13 +539,11 @@ def signal_each(members: Iterable[Process], signum: int, by_group: bool) -> None
     # A set of groups first: one killpg(2) reaches a child that was forked since the listing, and
     # whose parent has had no time to hear of it.
     groups = {p.pgid for p in members if by_group and p.pgid != os.getpgrp()}
-    for pgid in groups:
+    sent = [(os.killpg, pgid) for pgid in groups]
+    sent += [(os.kill, p.pid) for p in members if p.pgid not in groups]
+    for send, number in sent:
         with contextlib.suppress(ProcessLookupError, PermissionError):      # one that became root
-            os.killpg(pgid, signum)
-    for process in members:
-        if process.pgid not in groups:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(process.pid, signum)
+            send(number, signum)
 
 
 def wait_until(is_so: Callable[[], Any], seconds: float) -> bool:
@@ -560,8 +556,7 @@ def wait_until(is_so: Callable[[], Any], seconds: float) -> bool:
     return True
 
 
-def end_all(members: Callable[[], List[Process]], kill: Callable[[], None],
-            timeout: float) -> bool:
+def end_all(members: Callable[[], List[Process]], kill: Callable[[], Any], timeout: float) -> bool:
     """Wait until there are no members; SIGKILL after timeout seconds.  True if that was needed."""
     # Polled: most of them are not our children, and wait(2) is for children only.
     began, is_late = time.monotonic(), False
@@ -595,6 +590,7 @@ def exists(path: str) -> bool:
     return False
 
 
+APPENDING = os.O_WRONLY | os.O_APPEND, 0o640, True      # how a log is opened
 PRIVATE = 0o600             # for root, or us, alone: if others can read such a file it is refused
 
 
@@ -673,22 +669,17 @@ NEEDS_CAPABILITIES = "with CAP_SETUID, CAP_SETGID and CAP_CHOWN, or start as tha
 @contextlib.contextmanager
 def acting_as(identity: Optional[Identity]) -> Iterator[None]:
     """Lend root the effective ids of the daemon's user, by which the kernel judges."""
-    if identity is None:
+    with contextlib.ExitStack() as back:
+        if identity is not None:
+            with trying_to("act as uid %d, gid %d" % identity[:2], NEEDS_CAPABILITIES):
+                # Groups, gid, uid: the first two need root's effective uid.  And back in reverse.
+                back.callback(os.setgroups, os.getgroups())
+                os.setgroups(identity.groups)
+                back.callback(os.setegid, os.getegid())
+                os.setegid(identity.gid)
+                back.callback(os.seteuid, 0)
+                os.seteuid(identity.uid)
         yield
-        return
-    groups, gid = os.getgroups(), os.getegid()
-    # Groups, gid, uid: the first two need root's effective uid.  And back in reverse.
-    try:
-        with trying_to("act as uid %d, gid %d" % identity[:2], NEEDS_CAPABILITIES):
-            os.setgroups(identity.groups)
-            os.setegid(identity.gid)
-            os.seteuid(identity.uid)
-        yield
-    finally:
-        os.seteuid(0)
-        os.setegid(gid)
-        with contextlib.suppress(PermissionError):      # then it was not changed, either
-            os.setgroups(groups)
 
 
 @contextlib.contextmanager
@@ -716,7 +707,7 @@ def open_log(path: str, identity: Optional[Identity]) -> int:
     # can have made it in between.)
     is_new, owner = not exists(path), identity.uid if identity else os.geteuid()
     with careful(path, identity) as is_safe:
-        fd = open_regular(path, os.O_WRONLY | os.O_APPEND, 0o640, is_log=True)
+        fd = open_regular(path, *APPENDING)
     if not is_safe and os.fstat(fd).st_uid not in (0, owner, os.geteuid()):
         raise Fatal("unable to open %s: it belongs to uid %d\ntry: another --logfile" % (
             path, os.fstat(fd).st_uid))
@@ -728,19 +719,17 @@ def open_log(path: str, identity: Optional[Identity]) -> int:
 
 def bind_control(path: str) -> socket.socket:
     """Return a unix socket bound at path, 0600, not listening yet.  See: unix(7)."""
-    with trying_to("bind %s" % path):
+    with trying_to("bind %s" % path), contextlib.ExitStack() as back:
         control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         # From inside its folder: addresses hold 108 bytes, on macOS and BSD 104.  Nobody goes
         # back: since step 1 nothing is relative.
         os.chdir(os.path.dirname(path))
-        umask = os.umask(0o177)             # and not chmod(2): the name may be another's by then
-        try:
-            # A dead daemon's socket is still there, and bind(2) takes no name that exists.
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.basename(path))
-            control.bind(os.path.basename(path))
-        finally:
-            os.umask(umask)
+        # Not by chmod(2): the name may be another's by then.
+        back.callback(os.umask, os.umask(0o177))
+        # A dead daemon's socket is still there, and bind(2) takes no name that exists.
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.basename(path))
+        control.bind(os.path.basename(path))
     return control
 
 
@@ -891,18 +880,6 @@ Record = collections.namedtuple(
     "Record", "pidfile name kind hosted words arguments cwd logfile detached pid birth")
 
 
-def parse_record(text: str) -> Optional[Record]:
-    """Return a record, None for what is none: empty, or torn by a full disk.
-
-    >>> parse_record('{"name": "torn') is parse_record("[]") is parse_record('{"pid": 1}') is None
-    True
-    """
-    import json
-    with contextlib.suppress(ValueError, TypeError, RecursionError):
-        return Record(**json.loads(text))
-    return None
-
-
 class Lock(ContextManager["Lock"]):
     """PIDFILE.lock: who is the daemon, and what its last start was asked for.
 
@@ -951,10 +928,12 @@ class Lock(ContextManager["Lock"]):
 
     def record(self) -> Optional[Record]:
         """Return what was noted of the last start that succeeded, or of the last run; else None."""
-        text = self.read().decode("utf-8", "replace")
-        record = parse_record(text) if text else None
-        is_its_own = record and record.pidfile == os.path.realpath(self.plan.files.pidfile)
-        return record if is_its_own else None
+        import json
+        with contextlib.suppress(ValueError, TypeError, RecursionError):    # empty, torn, no record
+            record = Record(**json.loads(self.read().decode("utf-8", "replace")))
+            if record.pidfile == os.path.realpath(self.plan.files.pidfile):
+                return record
+        return None
 
     def read(self) -> bytes:
         """Return what stands in the file."""
@@ -1067,12 +1046,12 @@ class Turn(Lock):
 
         A process that we cannot see counts as one: it may be root's, in another pid namespace.
         """
-        ids = ids_of(holder) if holder and holder > 0 else None
-        if holder == -1 or ids and ids[0] not in (0, os.geteuid()):
+        ids = ids_of(holder or 0)
+        is_foreign = holder == -1 or ids is not None and ids[0] not in (0, os.geteuid())
+        if is_foreign:
             # Only a daemon that was taken over locks these bytes, through its fd: do not wait.
-            warn("pid %d, no command, holds the turn of %s: ignored" % (holder or 0, self.path))
-            return True
-        return False
+            warn("pid %s, no command, holds the turn of %s: ignored" % (holder, self.path))
+        return is_foreign
 
 
 def has_own_folder(plan: Plan) -> bool:
@@ -1087,7 +1066,7 @@ def has_own_folder(plan: Plan) -> bool:
 # A socket pair and not a pipe, since descriptors travel, too; and whoever dies is noticed by the
 # end of it, at once, without a signal and without a look at a pid that could be another's.
 
-# What receive() returns for want of a message.  Who sends LATE talks nonsense; who sends ENDED has.
+# What receive() returns for want of a message.  Who sends one of them gets what it asks for.
 ENDED, LATE = "", "\0late"
 
 
@@ -1156,7 +1135,7 @@ class Channel:
         with contextlib.suppress(ValueError, RecursionError):
             message = json.loads(line.decode())
             if isinstance(message, dict) and isinstance(message.get("event"), str):
-                return message if message["event"] != LATE else {"event": ENDED}
+                return message
         return {"event": ENDED}
 
     def take(self) -> bytes:
@@ -1171,10 +1150,8 @@ class Channel:
             return b""
         for level, kind, cargo in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                fds = array.array("i")
                 # A message that was cut may end in half an int.
-                fds.frombytes(cargo[:len(cargo) - len(cargo) % fds.itemsize])
-                self.fds += fds
+                self.fds += array.array("i", cargo[:len(cargo) // 4 * 4])
         return data
 
     def fail(self, error: BaseException) -> bool:
@@ -1208,7 +1185,7 @@ class Start(NamedTuple):
     session: Optional[int] = None           # that the starter made; None: run has none
     leash: Channel = NOBODY                 # to the starter
     report: Channel = NOBODY                # to the command
-    notifier: Optional[socket.socket] = None        # to systemd
+    notifier: socket.socket = NOBODY.end    # to systemd
 
 
 class Child(Channel):
@@ -1431,7 +1408,7 @@ def do_nothing(signum: int, frame: Optional[FrameType]) -> None:
     """Take no notice of a signal.  Not SIG_IGN: children would inherit that, over exec too."""
 
 
-def leave(signum: int, frame: Optional[FrameType]) -> None:
+def end_once(signum: int, frame: Optional[FrameType]) -> None:
     """Leave at TERM and INT by the normal exit, once, so that every `finally` runs."""
     set_handlers(ENDINGS, do_nothing)
     raise SystemExit(0)
@@ -1468,8 +1445,8 @@ def guard_forks() -> None:
 def be_starter(start: Start, turn: Lock) -> None:
     """Live as the starter: do what needs root or the terminal, then see the daemon to its place."""
     # From here on the terminal is still there, and root's rights: what fails is told in full.
-    set_handlers(ENDINGS, leave)                                  # bind() may hang: so its `finally` runs
-    set_handlers({signal.SIGINT, signal.SIGHUP}, do_nothing)  # for the command, which will tell us
+    set_handlers({signal.SIGTERM}, end_once)    # bind() may hang: so its `finally` runs
+    set_handlers({signal.SIGINT, signal.SIGHUP}, do_nothing)    # for the command: it will tell us
     # The fd only: record locks are not inherited, and the command's is not touched by this.
     # Before we open the file again, for closing any fd of it would drop our own lock.
     turn.close()
@@ -1480,14 +1457,17 @@ def be_starter(start: Start, turn: Lock) -> None:
         start = bind(start)
         # After bind(), since that fails most often, and then there is less to take back.
         start = open_files(start)._replace(session=os.getpid())
-        watch_birth(detach(start), start)
+        detach(start)
     except Returned:                    # a library's daemon, on its way to the script
         raise
     except BaseException as error:
         # In this order: who hears "fatal" ends us, and it shall find nothing half undone.
         set_handlers(ENDINGS, do_nothing)
+        end_all(lambda: family(os.getpid()), end_family, 0)
         take_back(start.server)
-        start.report.fail(error)
+        # Last.  No command any more: then we tidy, holding byte 2.
+        if not start.report.fail(error):
+            tidy(start.plan, [], start.predecessor is None)
     # Not sys.exit(): atexit and unwritten buffers are the command's, of which we are a copy.
     os._exit(1)
 
@@ -1522,8 +1502,8 @@ def call(server: Any, name: str, otherwise: Any = None) -> Any:
     return getattr(server, name, lambda: otherwise)()
 
 
-def detach(start: Start) -> Child:
-    """Step 4.  Fork (that was fork()'s first call), setsid, fork; return the daemon.
+def detach(start: Start) -> NoReturn:
+    """Step 4.  Fork (that was fork()'s first call), setsid, fork; see the daemon to its place.
 
     The daemon itself ends this step, in begin(): it moves its stdio.
     Runs as: root.  See: setsid(2), daemon(7); twistd: daemonize.
@@ -1536,26 +1516,15 @@ def detach(start: Start) -> Child:
         daemon = fork(lambda leash: sys.exit(begin(start._replace(leash=leash))))
         # The command gave up.  SIGKILL at once: nothing of it has begun.
         signal.signal(signal.SIGTERM, end_family)
-    return daemon
+    message = daemon.receive(float("inf"))
+    if message["event"] != "placed":
+        raise failure(daemon, message)
+    os._exit(0)
 
 
 def end_family(*_: object) -> None:
     """Kill, as the starter, the daemon and what it has started."""
     signal_each(family(os.getpid()), signal.SIGKILL, True)
-
-
-def watch_birth(daemon: Child, start: Start) -> NoReturn:
-    """Live on as the daemon's parent until it has its place; if it dies before, take all back."""
-    message = daemon.receive(float("inf"))
-    if message["event"] != "placed":
-        error = failure(daemon, message)
-        daemon.wait()
-        end_all(lambda: family(os.getpid()), end_family, 0)
-        take_back(start.server)
-        # Last, since who hears it ends us.  No command any more: then we tidy, holding byte 2.
-        if not start.report.fail(error):
-            tidy(start.plan, [], start.predecessor is None)
-    os._exit(0)
 
 
 def redirect(stdio: Sequence[Optional[int]]) -> None:
@@ -1720,7 +1689,7 @@ class Host:
         self.is_owner = self.is_over = False
         self.obstacle = log_obstacle(start.plan)    # why the log is not rotated; "" if it is
         self.result = 0                 # exit status
-        self.size, self.restarts = 1, 0             # children that there should be
+        self.size, self.restarts = 1, 0     # children that there should be; 0: it is leaving
         self.pause, self.next_start = 0.0, 0.0      # before one is started again; from when on
         self.last_error = ""
         self.verbs: Dict[str, Callable[[Channel], bool]] = {}
@@ -1752,23 +1721,16 @@ class Host:
         """
         # Before we wait: who is killed now is reaped a moment later, by the same loop.
         for child in self.leaving:
-            if time.monotonic() > child.deadline and child.result is None:
+            if time.monotonic() > child.deadline:
                 os.kill(child.pid, signal.SIGKILL)      # not waited for: the pid is still its own
         with contextlib.suppress(ChildProcessError):        # there is none; (0, 0): all live
             for pid, status in iter(lambda: os.waitpid(-1, os.WNOHANG), (0, 0)):
-                for child in self.children + self.leaving:
-                    if child.pid == pid:
-                        self.bury(child, status)
-
-    def bury(self, child: Child, status: int) -> None:
-        """Strike a dead child off the list."""
-        child.bury(status)
-        if child in self.leaving:
-            self.leaving.remove(child)
-        else:
-            self.children.remove(child)
-            if not self.is_over:        # else we have ended it
-                self.on_death(child, status)
+                for child in [c for c in self.children + self.leaving if c.pid == pid]:
+                    child.bury(status)
+                    if child in self.children and not self.is_over:     # else we have ended it
+                        self.on_death(child, status)
+        self.children = [child for child in self.children if child.result is None]
+        self.leaving = [child for child in self.leaving if child.result is None]
 
     def on_death(self, child: Child, status: int) -> None:
         """Note an unexpected death; the pause before the next start grows while they die young.
@@ -1791,8 +1753,13 @@ class Host:
         """Log to the first of fds, or else to what its name means now; return why not all do."""
         if self.plan.files.logfile is None:         # the output is not ours
             return ""
+        path = inside(self.plan.files.logfile, self.plan.chroot)
         try:
-            new = fds.pop(0) if fds else self.open_log_again()
+            if path is None and not fds:
+                raise Fatal("unable to open %s: it is outside the chroot\ntry: daemonize.py reload, "
+                            "as root" % self.plan.files.logfile)
+            # With the daemon's own rights.
+            new = fds.pop(0) if fds else open_regular(str(path), *APPENDING)
         except Fatal as error:
             self.complain("%s: the old log is kept" % error)
             return str(error)
@@ -1805,14 +1772,6 @@ class Host:
         # closed.)
         said = [child.hear("reopened", ANSWER) for child in self.children]
         return "a worker did not reopen the log" if LATE in said else ""
-
-    def open_log_again(self) -> int:
-        """Open the log's name with the daemon's own rights."""
-        path = inside(str(self.plan.files.logfile), self.plan.chroot)
-        if path is None:
-            raise Fatal("unable to open %s: it is outside the chroot\ntry: daemonize.py reload, "
-                        "as root" % self.plan.files.logfile)
-        return open_regular(path, os.O_WRONLY | os.O_APPEND, 0o640, is_log=True)
 
     # What hosts override.
 
@@ -1901,7 +1860,7 @@ class Daemon:
         """
         guard_forks()
         # Until we have the place SIGTERM just ends us: there is nothing yet that could be lost.
-        set_handlers(ENDINGS, leave)
+        set_handlers(ENDINGS, end_once)
         try:
             # As in the picture of section 7: able, ready, the place; nobody is let in before.
             self.host.children = self.host.fresh()
@@ -2074,9 +2033,8 @@ def foreground_group() -> Optional[int]:
 
 def notify(start: Start, text: str) -> None:
     """Tell systemd how we are.  See: sd_notify(3)."""
-    if start.notifier is not None:
-        with contextlib.suppress(OSError):      # a supervisor that is gone has no say in our life
-            start.notifier.send(text.encode())
+    with contextlib.suppress(OSError):      # a supervisor that is gone has no say in our life
+        start.notifier.send(text.encode())
 
 
 # -- 10. A word with the daemon ----------------------------------------------
@@ -2655,7 +2613,11 @@ def reload(plan: Plan) -> int:
         say_stopped(plan)
         return 3
     if record is not None and record.kind == "library":
-        reason = hang_up_on(plan, pid)
+        reason = "" if handles(pid, signal.SIGHUP) else "it does not handle SIGHUP, and would end"
+        if not reason:
+            # Through a Target, as for `stop`: proved to be the daemon, and signalled as its user.
+            with Lock(plan, os.O_RDONLY) as lock, trying_to("signal pid %d" % pid):
+                Target(lock, pid).send(signal.SIGHUP)
     else:
         # We open the log for it: it may have no right to do so (root's folder, another's jail).
         # As whom it runs the kernel says, where its log is the record: not the daemon, which may be
@@ -2673,19 +2635,6 @@ def reload(plan: Plan) -> int:
             "\ndaemonize:", "\n  daemonize:").replace("try: daemonize.py restart", "try: " + cure)))
     say(plan, "%s is reloaded" % plan.name)
     return 0
-
-
-def hang_up_on(plan: Plan, pid: int) -> str:
-    """Send SIGHUP to a script that handles it; return why not, "" if done.
-
-    The kernel knows (SigCgt in /proc/PID/status): the default action would end it.  Through a
-    Target, as for `stop`: the pid is proved to be the daemon's, and signalled as its user.
-    """
-    if not handles(pid, signal.SIGHUP):
-        return "it does not handle SIGHUP, and would end"
-    with Lock(plan, os.O_RDONLY) as lock, trying_to("signal pid %d" % pid):
-        Target(lock, pid).send(signal.SIGHUP)
-    return ""
 
 
 def identity_of(pid: int) -> Optional[Identity]:
@@ -2727,11 +2676,11 @@ def run(plan: Plan) -> int:
     return begin(begun)
 
 
-def open_notifier() -> Optional[socket.socket]:
+def open_notifier() -> socket.socket:
     """Return a socket to the supervisor that wants to know how we are.  See: sd_notify(3)."""
     address = os.environ.pop("NOTIFY_SOCKET", "")
     if not address:
-        return None
+        return NOBODY.end
     with trying_to("connect to NOTIFY_SOCKET %s" % address):
         notifier = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         # "@" is for the zero byte of Linux' abstract names: an environment variable holds none.
@@ -2811,13 +2760,13 @@ def startstop(stdout: str = "/dev/null", stderr: Optional[str] = None, stdin: st
 
 def library_plan(action: str, pidfile: str, logfile: str, more: Dict[str, Any]) -> Plan:
     """Return the command line's plan with what a call gives instead.  Raises TypeError."""
-    words = []
-    for name, value in more.items():
-        if name not in ("uid", "gid", "umask", "chroot", "rundir", "timeout", "start_timeout"):
-            raise TypeError("startstop() got an unexpected keyword argument %r" % name)
-        if value is not None:
-            text = "%o" % value if name == "umask" else str(value)
-            words.append("--%s=%s" % (name.replace("_", "-"), text))
+    names = {"uid", "gid", "umask", "chroot", "rundir", "timeout", "start_timeout"}
+    for name in set(more) - names:
+        raise TypeError("startstop() got an unexpected keyword argument %r" % name)
+    if more.get("umask") is not None:
+        more["umask"] = "%o" % more["umask"]
+    words = ["--%s=%s" % (name.replace("_", "-"), value)
+             for name, value in more.items() if value is not None]
     script = absolute(sys.argv[0], caller_folder())
     name = re.sub("[^A-Za-z0-9._-]", "_", os.path.basename(script)) or "script"
     # restart is stop and start, since a script has no sockets that we know of.
@@ -2904,11 +2853,9 @@ def bind_application(start: Start) -> Any:
     plan = start.plan
     enter_folder(plan)
     # For __pycache__, which others may have to read; what bind() makes is private, as before.
-    umask = os.umask(plan.options.umask)
-    try:
+    with contextlib.ExitStack() as back:
+        back.callback(os.umask, os.umask(plan.options.umask))
         module = load(plan.hosted)
-    finally:
-        os.umask(umask)
     sys.argv = [plan.hosted] + (plan.arguments or [])
     if not callable(getattr(module, "bind", None)):
         raise Fatal("unable to host %s: its bind is no function" % plan.hosted, 2)
@@ -2983,7 +2930,6 @@ class Service(Host):
         super().__init__(start)
         typed = self.plan.options.workers
         self.size = max(1, int(getattr(self.server, "workers", 1) if typed is None else typed))
-        self.is_leaving = False
         self.is_heir = start.talk is not NOBODY
         if self.is_heir:                # its workers accept nobody yet: no client shall meet both
             call(self.server, "hold")
@@ -2995,7 +2941,7 @@ class Service(Host):
         try:
             # All at once, and then wait: they need as long as one.
             for _ in range(self.size):
-                fresh.append(self.fork(self.work))
+                fresh.append(self.spawn())
             # And see whether who asked for us is gone: then so are we.
             expect(fresh, "able", self.plan.options.start_timeout, [self.start.report])
             # After the workers: it asks them, over the sockets that they serve.
@@ -3019,9 +2965,11 @@ class Service(Host):
         SIGTERM ends it by SystemExit in the main thread, so that the application's `finally` runs.
         """
         import threading
-        set_handlers(ENDINGS, leave)
+        set_handlers(ENDINGS, end_once)
         # These are for the daemon.
         set_handlers({signal.SIGHUP, signal.SIGUSR1}, do_nothing, spares_ignored=True)
+        if self.is_heir and self.is_owner:      # forked since settle(): nobody will say it
+            call(self.server, "release")
         # A thread, since the main one belongs to serve_forever(), and may never look up.
         threading.Thread(target=obey, args=(self.server, channel), daemon=True).start()
         channel.tell("able")
@@ -3053,24 +3001,17 @@ class Service(Host):
             # It gives its lock up when its workers drain.  If not, we are the daemon all the same.
             wait_until(lambda: lock_holder(self.start.lock, INSTANCE) is None, ANSWER)
             self.start.talk.end.close()
-        self.release(self.children)
-
-    def release(self, children: List[Child]) -> None:
-        """End what hold() began, in each worker that was forked since."""
-        for child in children:
-            if self.is_heir:
+            for child in self.children:
                 child.tell("release")
 
     def spawn(self) -> Child:
-        """Return a new worker in place of one that died."""
-        child = self.fork(self.work)
-        self.release([child])
-        return child
+        """Return a new worker."""
+        return self.fork(self.work)
 
     def tend(self) -> None:
         """Start who is missing, rotate a full log; see when a leave is done."""
         super().tend()
-        self.is_over = self.is_over or self.is_leaving and not self.leaving
+        self.is_over = self.is_over or not self.size and not self.leaving
         self.rotate()
 
     def retire(self) -> None:
@@ -3086,10 +3027,10 @@ class Service(Host):
 
     def on_end(self) -> bool:
         """End; but with sockets from systemd, which stay, answer first what was accepted."""
-        if not self.start.sockets or self.is_heir or self.is_leaving:
+        if not self.start.sockets or self.is_heir or not self.size:
             return super().on_end()
-        self.is_leaving, self.size = True, 0
         self.retire()
+        self.size = 0
         return False
 
     def reload(self) -> str:
@@ -3097,7 +3038,7 @@ class Service(Host):
 
         Once, in this process; fresh workers inherit what was read, and the old ones drain.
         """
-        if self.is_leaving:
+        if not self.size:
             return "it is leaving: another one takes its place"
         try:
             call(self.server, "reload")
@@ -3110,7 +3051,6 @@ class Service(Host):
             return refusal_of(error, self.plan.chroot is not None)
         self.retire()
         self.children = fresh
-        self.release(fresh)
         return ""
 
     def facts(self) -> Message:
@@ -3161,7 +3101,7 @@ class Service(Host):
 
     def leave(self, talk: Channel) -> bool:
         """Drain and go: the heir is there, and has shared the instance lock until now."""
-        self.is_leaving, self.is_owner = True, False
+        self.is_owner = False
         # A second reload, or HUP, must not fork anybody now: we hold the port, and the heir does.
         workers, self.size = self.children, 0
         self.retire()
@@ -3258,22 +3198,17 @@ def restart(plan: Plan) -> int:
     return 0
 
 
-def raise_unknown(plan: Plan, reason: str = "it is not known") -> NoReturn:
-    """Refuse to guess how something was started."""
-    raise Fatal("unable to repeat the last start of %s: %s\n"
-                "try: daemonize.py start, or restart with options" % (plan.name, reason))
-
-
 def repeat(plan: Plan, record: Optional[Record]) -> Plan:
     """Return the plan of the last start, made anew from the words that it left in the lock file.
 
     The words, and not the plan: whatever they name (a user, a link, an @FILE) may mean something
     else today, and is looked up today.  Root repeats no words that others could have put there.
     """
-    if record is None:
-        raise_unknown(plan)
-    if os.geteuid() == 0 and not is_trusted(plan.files.folder):
-        raise_unknown(plan, "others than root can write beside it")
+    is_safe = os.geteuid() != 0 or is_trusted(plan.files.folder)
+    if record is None or not is_safe:
+        reason = "others than root can write beside it" if record else "it is not known"
+        raise Fatal("unable to repeat the last start of %s: %s\n"
+                    "try: daemonize.py start, or restart with options" % (plan.name, reason))
     dashes = [] if record.arguments is None else ["--"] + record.arguments
     # Relative paths in the old words meant the old folder; a link in it may lead elsewhere by now.
     again = parse(["restart"] + record.words + dashes, record.cwd)
@@ -3490,13 +3425,12 @@ def bounded(kind: Callable[[str], float], lowest: float, highest: float) -> Call
 
     NaN is not between any two numbers, and so refused as well.
     """
-    def convert(text: str) -> float:
+    def number(text: str) -> float:     # argparse says: "invalid number value"
         value = kind(text)
         if not lowest <= value <= highest:
             raise ValueError
         return value
-    convert.__name__ = "number"         # argparse: "invalid number value"
-    return convert
+    return number
 
 
 def build_parser(application: Optional[ModuleType] = None) -> argparse.ArgumentParser:
@@ -3538,8 +3472,7 @@ def add_options(add: Callable[..., Any]) -> None:
     add("--start-timeout", help="to be ready (%g)" % START_TIMEOUT, **seconds)
     add("--log-bytes", metavar="N", type=bounded(int, 0, 1 << 62),
         help="rotate the log at this size; 0: never (%d)" % LOG_BYTES)
-    add("--log-keep", metavar="N", type=bounded(int, 0, 1000),
-        help="rotated logs to keep (%d)" % LOG_KEEP)
+    add("--log-keep", metavar="N", type=bounded(int, 0, 1000), help="so many (%d)" % LOG_KEEP)
     add("--quiet", action="store_true", help="say nothing on success, for cron")
     add("--json", action="store_true", help="status for programs")
     add("-h", "--help", action="store_true", help="show this, and the options of the application")

@@ -6650,7 +6650,7 @@ class Start(SharedBoxTest):
     def test_status_is_for_a_person(self) -> None:
         """First line: name, pid, uptime, addresses; then a row each for user, workers, log, what else is known."""
         first, *rows = self.box.command("status").out.splitlines()
-        self.assertRegex(first, r"\Aapp is running: pid %d, up \d+ s, on %s\Z" % (self.pid, re.escape(self.address)))
+        self.assertRegex(first, r"\Aapp is running: pid %d, up 0:00:\d\d, on %s\Z" % (self.pid, re.escape(self.address)))
         facts = dict(re.split(r"  +", row.strip(), 1) for row in rows)
         self.assertEqual(len({row.index(value) for row, value in zip(rows, facts.values())}), 1, "aligned")
         self.assertEqual((facts["word"], facts["workers"], facts["restarts"], facts["log"]),
