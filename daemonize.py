@@ -166,10 +166,6 @@ class Fatal(Exception):
         self.status, self.trace = status, trace
 
 
-class Late(Fatal):
-    """Nobody has answered in time."""
-
-
 class Unknown(Fatal):
     """It failed, or was late, after the point of no return: who serves now cannot be told."""
 
@@ -774,16 +770,22 @@ def open_pidfile(path: str) -> int:
     raise Fatal("unable to open %s: it is no pidfile" % path)
 
 
+def rewrite(fd: int, data: bytes, what: str) -> None:
+    """Replace what stands in a small file."""
+    # Written first, cut second: on a full disk the old text is not lost for nothing.  And whoever
+    # reads a pidfile in between finds a pid in its first line.
+    with trying_to("write %s" % what):
+        if os.pwrite(fd, data, 0) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.ftruncate(fd, len(data))
+
+
 def write_pidfile(fd: int, pid: int) -> None:
     """Name the daemon in the pidfile, through the fd that root opened.
 
     Monitors read it at any time, and know nothing of our locks: so at no moment is it half written.
     """
-    data = b"%d\n" % pid
-    with trying_to("write the pidfile"):
-        # Written first, cut second: whoever reads in between finds a pid in the first line.
-        os.pwrite(fd, data, 0)
-        os.ftruncate(fd, len(data))
+    rewrite(fd, b"%d\n" % pid, "the pidfile")
 
 
 def read_pidfile(path: str) -> str:
@@ -950,14 +952,12 @@ class Lock(ContextManager["Lock"]):
         self.write(json.dumps(record._asdict()).encode())
 
     def write(self, data: bytes) -> None:
-        """Replace the record."""
-        # In the lock file itself, so that one name tells all, and one mode protects it.
-        # Not a new file and rename(2), which would be atomic: the locks are on this inode.
-        # Written first, cut second: on a full disk the old one is not lost for nothing.
-        with trying_to("write %s" % self.path):
-            if os.pwrite(self.fd, data, 0) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.ftruncate(self.fd, len(data))
+        """Replace the record.
+
+        In the lock file itself, so that one name tells all, and one mode protects it.  Not a new
+        file and rename(2), which would be atomic: the locks are on this inode.
+        """
+        rewrite(self.fd, data, self.path)
 
 
 def check_orphan(plan: Plan, is_locked: Callable[[], bool]) -> None:
@@ -1305,7 +1305,7 @@ def expect(waiting: Sequence[Channel], word: str, seconds: float,
            watched: Sequence[Channel] = ()) -> Message:
     """Return when all the waiting have said the word (what the last one said); watch the others.
 
-    Raises Fatal when one of all ends, or says anything else, and Late when the time is up.
+    Raises Fatal when one of all ends, or says anything else, and when the time is up.
     """
     deadline, missing, message = time.monotonic() + seconds, list(waiting), {}
     # Also when nobody is missing any more: who has died since is noticed before we go on.
@@ -1313,7 +1313,7 @@ def expect(waiting: Sequence[Channel], word: str, seconds: float,
         # One poll for all: the first that fails shall be heard before the slowest that does not.
         heard = readable(missing + list(watched), deadline)
         if not heard:
-            raise Late("unable to start: not ready after %g s" % seconds)
+            raise Fatal("unable to start: not ready after %g s" % seconds)
         for child in heard:
             message = child.receive(deadline - time.monotonic())
             if message["event"] != word:
@@ -1673,8 +1673,7 @@ class Host:
     """What a daemon hosts, and the children that it lives in: the same for a program and workers.
 
     Hosts override: fresh (start children, see them prove themselves), spawn (start one more),
-    introduce (facts for the command), settle (we have the place), on_death, tend, on_end, reload,
-    facts.
+    settle (we have the place), on_death, tend, on_end, reload, facts.
 
     Instance variables: children, at work; leaving, told to drain; ends, sockets that no child may
     have; is_owner, pidfile and instance lock are ours; is_over, the loop may end.
@@ -1779,10 +1778,6 @@ class Host:
         """Return new children that have proved themselves; raise Fatal if they do not."""
         raise NotImplementedError
 
-    def introduce(self) -> Message:
-        """Return what `start` shall say of us, once."""
-        return {}
-
     def settle(self) -> None:
         """Do what had to wait until the place is ours."""
         self.is_owner = True
@@ -1871,9 +1866,11 @@ class Daemon:
             # What run's caller ignores stays so: nohup means SIGHUP, `&` in a script SIGINT.
             set_handlers(HANDLED, lambda signum, frame: self.signals.add(signum),
                          spares_ignored=self.start.session is None)
-            facts = self.host.introduce()
-            take_place(self.start, self.host.settle, **facts)
-            notify(self.start, "READY=1\nSTATUS=%s" % facts.get("addresses", ""))
+            addresses = ", ".join(map(str, self.host.facts().get("addresses", [])))
+            take_place(self.start, self.host.settle, addresses=addresses,
+                       obstacle=self.host.obstacle,
+                       greeting=getattr(self.start.server, "greeting", None))
+            notify(self.start, "READY=1\nSTATUS=%s" % addresses)
             self.patience = self.plan.options.timeout
             while not self.host.is_over:
                 self.step()
@@ -2339,28 +2336,24 @@ def launch(start: Start, turn: Lock) -> None:
     """Start the daemon, and see it to its place.  The picture is in section 7."""
     plan = start.plan
     # First the list of what is not there yet: only that may be removed, if this fails.
-    made = Made(plan, turn)
-    try:
+    with Made(plan, turn) as made:
         with undisturbed():             # until we know whom to undo
             made.starter = fork(lambda report: be_starter(start._replace(report=report), turn))
         facts = expect([made.starter], "ready", plan.options.start_timeout)
         # Before "go": a full disk can still be undone.  And afterwards this alone proves who a
         # script is that closes the lock's fd.
         turn.note(plan, int(facts.get("pid", 0)))
-    except Returned:                    # we are not the command: see fork()
-        raise
-    except BaseException as error:
-        raise made.undo(error)
     # From here on the new one needs nobody: it takes the place, and tells the old one itself.
     made.starter.tell("go")
     # The point of no return.  What interrupts us now leaves the new daemon where it is.
-    try:
-        expect([made.starter], "done", 2 * ANSWER)
-    except Fatal as error:
-        # It says so itself, or is dead: that can be undone.  But its starter ends well, and in
-        # silence, only when it has its place: nothing undoes that.
-        if made.starter.result != 0 and not isinstance(error, Late):
-            raise made.undo(error)
+    message = made.starter.receive(2 * ANSWER)
+    # It says so itself, or is dead: that can be undone.  But its starter ends well, and in silence,
+    # only when it has its place: nothing undoes that.
+    if message["event"] == "fatal" or message["event"] == ENDED and made.starter.wait() != 0:
+        error = failure(made.starter, message)
+        made.undo(error)
+        raise error
+    if message["event"] != "done":
         raise Unknown("unable to tell whether %s has started\ntry: daemonize.py status" % plan.name,
                       trace=log_since(plan, made.logged))
     # Before the turn is given back: until it is gone the starter holds byte 2.  And greeted last:
@@ -2369,8 +2362,8 @@ def launch(start: Start, turn: Lock) -> None:
     greet(plan, facts)
 
 
-class Made:
-    """What a start has made so far, and how it is taken back.
+class Made(ContextManager["Made"]):
+    """What a start has made so far; `with` takes it back if the start fails.
 
     Only what was not there before is removed.  A folder that another start could be using is
     safe: all this happens under the turn.
@@ -2380,6 +2373,7 @@ class Made:
         files = plan.files
         self.plan, self.turn, self.logfile = plan, turn, files.logfile
         self.starter: Optional[Child] = None
+        self.server: Any = None                     # of run, which has no starter
         self.before = turn.read()                   # the record of the last start
         self.new = [path for path in (files.pidfile, files.control, files.logfile)
                     if path and not exists(path)]       # lock and folder are the turn's affair
@@ -2392,18 +2386,22 @@ class Made:
         if os.geteuid() == 0 and os.path.dirname(self.logfile or "") == folder:
             self.new += [folder] * make_folder(folder, 0o750, plan.identity)
 
-    def undo(self, error: BaseException) -> BaseException:
-        """Take all back; return why the start failed, with what the log says of it."""
+    def __exit__(self, _: object, error: Optional[BaseException], trace: object) -> None:
+        if error is not None and not isinstance(error, Returned):   # for that see fork()
+            self.undo(error)
+
+    def undo(self, error: BaseException) -> None:
+        """Take all back; add what the log says to why the start has failed."""
         set_handlers(ENDINGS | {signal.SIGHUP}, do_nothing)   # an impatient second Ctrl-C
         # The processes before the files: they still write.
         if self.starter is not None:
             self.end_starter(self.starter)
+        take_back(self.server)
         if isinstance(error, Fatal) and not error.trace and error.status == 1:
             error.trace = log_since(self.plan, self.logged)
         tidy(self.plan, self.new, lock_holder(self.turn.fd, INSTANCE) is None)
         if self.turn.read() != self.before:     # last, for it may fail as well
             self.turn.write(self.before)
-        return error
 
     def end_starter(self, starter: Child) -> None:
         """Have the starter end the daemon, and undo what bind() made: only it has the server."""
@@ -2444,8 +2442,9 @@ def greet(plan: Plan, facts: Message) -> None:
     # replace(), and not "%": a message of somebody's may have another % in it, or none.
     text = plan.startmsg or "%s is running with pid %s%s" % (plan.name, pid, where)
     say(plan, text.replace("%s", pid))
-    if facts.get("warning"):
-        warn(str(facts["warning"]))
+    if facts.get("obstacle"):   # said while somebody reads it, and not in a log grown for a year
+        warn("unable to rotate %s: %s\ntry: --log-bytes 0, and logrotate" % (
+            plan.files.logfile, facts["obstacle"]))
     if facts.get("greeting"):
         emit(1, str(facts["greeting"]).rstrip("\n") + "\n")
 
@@ -2659,16 +2658,13 @@ def run(plan: Plan) -> int:
         pid = turn.holder()
         if pid is not None:
             raise Fatal("unable to run %s: already running with pid %d" % (plan.name, pid))
-        made = Made(plan, turn)
-        try:
+        with Made(plan, turn) as made:
             begun = bind(begun)
+            made.server = begun.server
             begun = open_files(begun)
             # Now, though it may still fail: in its place it has no right to, and no turn.  So a
             # run counts as a start as soon as all is bound and opened.
             turn.note(plan, os.getpid())
-        except BaseException as error:
-            take_back(begun.server)
-            raise made.undo(error)
     # That closed the turn's fd, and so dropped all our locks: for this moment, which is shorter
     # than any start, another command may begin.  It will be told that we run, or we that it does.
     unignore_signals(spared=(signal.SIGHUP, signal.SIGINT))
@@ -2983,15 +2979,6 @@ class Service(Host):
         """
         getattr(self.server, "probe", lambda: time.sleep(ALIVE))()
         channel.tell("able")
-
-    def introduce(self) -> Message:
-        """Return where we listen, and what to say once."""
-        # Said now, while somebody reads it, and not in a log that has grown for a year.
-        warning = "unable to rotate %s: %s\ntry: --log-bytes 0, and logrotate" % (
-            self.plan.files.logfile, self.obstacle) if self.obstacle else ""
-        addresses = ", ".join(map(str, self.facts().get("addresses", [])))
-        return {"addresses": addresses, "warning": warning,
-                "greeting": getattr(self.server, "greeting", None) or ""}
 
     def settle(self) -> None:
         """Tell the old daemon to leave, and let the workers begin when it accepts nobody any more."""
