@@ -739,7 +739,7 @@ def open_files(start: "Start") -> "Start":
     """
     plan, files, control = start.plan, start.plan.files, start.control
     # An heir has its predecessor's: whoever dials the name finds one of the two at any moment.
-    if control is None and plan.kind != "library":
+    if control is NOBODY.end and plan.kind != "library":
         control = bind_control(files.control)
     output = open_log(files.logfile, plan.identity) if files.logfile else None
     pidfile = open_pidfile(files.pidfile)
@@ -1171,7 +1171,7 @@ class Start(NamedTuple):
     plan: Plan
     # From systemd, or from the daemon that it replaces (section 17):
     sockets: Sequence[socket.socket] = ()
-    control: Optional[socket.socket] = None     # a library's daemon has none
+    control: socket.socket = NOBODY.end     # a library's daemon has none
     legacy: Optional[int] = None            # memory that the application shares with its heir
     talk: Channel = NOBODY                  # the conversation with the predecessor
     predecessor: Optional[int] = None       # its pid
@@ -1645,7 +1645,7 @@ def take_place(start: Start, settle: Callable[[], Any], **facts: Any) -> None:
     # still serves.  Then the socket, for who asks it must be able to believe both.
     take_instance(start.lock, start.predecessor)
     write_pidfile(start.pidfile, os.getpid())
-    if start.control is not None:
+    if start.control is not NOBODY.end:
         # Not in step 3: SO_PEERCRED names who called listen(2) last.
         with trying_to("listen on the control socket"):
             start.control.listen(MAX_TALKS)
@@ -1681,8 +1681,6 @@ class Host:
 
     def __init__(self, start: Start) -> None:
         self.start, self.plan, self.server = start, start.plan, start.server
-        assert start.control is not None            # open_files(): only a library's has none
-        self.control: socket.socket = start.control
         self.children: List[Child] = []
         self.leaving: List[Child] = []
         self.is_owner = self.is_over = False
@@ -1841,8 +1839,8 @@ class Daemon:
         self.wake, self.waker = socket.socketpair()
         self.wake.setblocking(False)
         self.waker.setblocking(False)
-        host.control.setblocking(False)     # who called may have hung up before we accept
-        host.ends += [self.wake, self.waker, host.control]
+        start.control.setblocking(False)     # who called may have hung up before we accept
+        host.ends += [self.wake, self.waker, start.control]
         self.verbs: Dict[str, Callable[[Channel], bool]] = dict(host.verbs)
         self.verbs["status"] = self.answer_status
         self.verbs["reload"] = lambda talk: talk.tell("reload", reason=self.reload(talk.fds))
@@ -1870,7 +1868,8 @@ class Daemon:
             take_place(self.start, self.host.settle, addresses=addresses,
                        obstacle=self.host.obstacle,
                        greeting=getattr(self.start.server, "greeting", None))
-            notify(self.start, "READY=1\nSTATUS=%s" % addresses)
+            with contextlib.suppress(OSError):      # systemd, if it asked: see sd_notify(3)
+                self.start.notifier.send(b"READY=1\nSTATUS=" + addresses.encode())
             self.patience = self.plan.options.timeout
             while not self.host.is_over:
                 self.step()
@@ -1884,11 +1883,11 @@ class Daemon:
             # A tick at the latest, for what gives no sign: a pause that is over, a full log.
             sources = [self.wake, *self.talks]
             if self.host.is_owner:      # else the heir listens on the same socket: its calls
-                sources.insert(0, self.host.control)
+                sources.insert(0, self.start.control)
             for source in readable(sources, time.monotonic() + TICK):
                 if source is self.wake:
                     self.wake.recv(4096)
-                elif source is self.host.control:
+                elif source is self.start.control:
                     self.accept()
                 elif source in self.talks:      # else the call just now drove it out
                     self.answer(source)
@@ -1940,7 +1939,6 @@ class Daemon:
         # A second SIGTERM, or Ctrl-C, shall not cut this short.
         set_handlers(HANDLED - {signal.SIGCHLD}, do_nothing)
         signal.set_wakeup_fd(-1)        # nobody empties it any more, and Python minds a full one
-        notify(self.start, "STOPPING=1")
         self.tell_family(signal.SIGTERM)
         try:
             by_group = self.start.session is not None
@@ -1957,7 +1955,7 @@ class Daemon:
     def accept(self) -> None:
         """Take a command's call; anybody's but ours and root's is hung up."""
         try:
-            end = self.host.control.accept()[0]
+            end = self.start.control.accept()[0]
         except (BlockingIOError, ConnectionError):      # it hung up; or the heir was faster
             return
         # Its mode 0600 does that on Linux; older BSDs ignore the mode of a socket (unix(7)).
@@ -1997,7 +1995,7 @@ class Daemon:
             self.host.heir = None
             if self.host.is_owner:      # it has not told us to leave: we are the daemon in all
                 write_pidfile(self.start.pidfile, os.getpid())
-                self.host.control.listen(MAX_TALKS)
+                self.start.control.listen(MAX_TALKS)
 
     def answer_status(self, talk: Channel) -> bool:
         """Say how we are; the log's size by its fd, for its name may be outside of our jail."""
@@ -2026,12 +2024,6 @@ def foreground_group() -> Optional[int]:
     with contextlib.suppress(OSError), open("/dev/tty", "rb", 0) as tty:
         return os.tcgetpgrp(tty.fileno())
     return None
-
-
-def notify(start: Start, text: str) -> None:
-    """Tell systemd how we are.  See: sd_notify(3)."""
-    with contextlib.suppress(OSError):      # a supervisor that is gone has no say in our life
-        start.notifier.send(text.encode())
 
 
 # -- 10. A word with the daemon ----------------------------------------------
@@ -2884,7 +2876,7 @@ def options_for(module: ModuleType, start: Start) -> argparse.Namespace:
     plan = start.plan
     # One parser knows all options, so that a typo in either half is refused.
     parsed = vars(build_parser(module).parse_args(plan.spoken))
-    foreign = set(vars(build_parser(NOTHING).parse_args([])))
+    foreign = set(vars(build_parser().parse_args([])))
     uid, gid = plan.identity[:2] if plan.identity else (None, None)
     ours = {"action": plan.action, "name": plan.name, "sockets": list(start.sockets),
             "legacy": start.legacy, "uid": uid, "gid": gid, "chroot": plan.chroot,
@@ -3083,7 +3075,7 @@ class Service(Host):
         self.heir = talk                # first: if it is gone already, we are the daemon again
         sockets = list(getattr(self.server, "sockets", []))[:MAX_FDS - 2]
         legacy = getattr(self.server, "legacy", None)
-        fds = [self.control.fileno()] + [passed.fileno() for passed in sockets]
+        fds = [self.start.control.fileno()] + [passed.fileno() for passed in sockets]
         return talk.tell("sockets", fds + [legacy] * (legacy is not None))
 
     def leave(self, talk: Channel) -> bool:
@@ -3231,9 +3223,8 @@ def replace(plan: Plan, turn: Lock, pid: int, has_sockets: bool) -> None:
         raise with_outcome(error, pid, lock_holder(turn.fd, INSTANCE))
     if heir.talk is not NOBODY:
         # The heir has them now.  Not by close(2): that may linger; exit(2) does not.
-        for end in [heir.talk.end, heir.control] + list(heir.sockets):
-            if end is not None:
-                end.detach()
+        for end in [heir.talk.end, heir.control, *heir.sockets]:
+            end.detach()
         see_out(plan, target, "drain")
 
 
@@ -3260,14 +3251,14 @@ def take_over(plan: Plan, pid: int) -> Start:
     The application compares the addresses with what is asked for, and closes the others.
     """
     talk, _ = converse(plan.files, pid, "sockets")
-    sockets, control, legacy = [], None, None   # type: Any, Any, Any
+    sockets, control, legacy = [], NOBODY.end, None     # type: Any, socket.socket, Any
     # By what the kernel says of each, whatever the daemon calls it.
     fds, talk.fds = talk.fds, []
     for fd in fds:
         passed = adopt(fd)
-        if passed is not None and control is None and is_control(passed, plan.files):
+        if passed and control is NOBODY.end and is_control(passed, plan.files):
             control = passed
-        elif passed is not None:
+        elif passed:
             sockets.append(passed)
         elif legacy is None and is_legacy(fd):
             legacy = fd
@@ -3384,7 +3375,7 @@ HOSTS: Dict[str, Tuple[Callable[[Start], Any], Callable[[Start], int]]] = {
 COMMANDS = {"start": start, "stop": stop, "restart": restart, "reload": reload,
             "status": status, "run": run}
 STARTING = ("start", "restart", "run")
-NEUTRAL = {"name", "pidfile", "timeout", "quiet"}       # a restart with others is not bare
+NEUTRAL = {"--name", "--pidfile", "--timeout", "--quiet"}       # a restart with others is not bare
 HELP = """Run an application or a program as a daemon.
 
   start    return when it is ready (0; 1: why not)   run      the same in the foreground
@@ -3394,9 +3385,6 @@ EXAMPLES = """@FILE reads options from FILE (shell quoting, # comments).  Exampl
   daemonize.py start --uid nobody --bind :80
   daemonize.py start -- python3 $PWD/FILE.py
   daemonize.py start --name nap -- sleep 1000"""
-DEFAULTS = {"umask": UMASK, "timeout": TIMEOUT, "start_timeout": START_TIMEOUT,
-            "log_bytes": LOG_BYTES, "log_keep": LOG_KEEP}       # of all others: None, or False
-NOTHING = ModuleType("nothing")         # an application without options
 
 
 def refuse(message: str, cure: str = "daemonize.py -h") -> NoReturn:
@@ -3421,26 +3409,23 @@ def bounded(kind: Callable[[str], float], lowest: float, highest: float) -> Call
 
 
 def build_parser(application: Optional[ModuleType] = None) -> argparse.ArgumentParser:
-    """Return the one parser; with the application's options and defaults once it is loaded.
-
-    Without an application there are no defaults: what is in the result was typed.
-    """
+    """Return the one parser; with the application's options once it is loaded."""
     parser = argparse.ArgumentParser(
         prog="daemonize.py", add_help=False, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=None if application else argparse.SUPPRESS,
         usage="daemonize.py ACTION [options] [--app FILE.py] [-- ARG ...]\n"
         "       daemonize.py ACTION [options] -- COMMAND [ARG ...]",
         description=HELP, epilog=EXAMPLES)
     parser.error = refuse       # type: ignore[method-assign]
-    parser.set_defaults(**DEFAULTS if application else {})
+    parser.set_defaults(umask=UMASK, timeout=TIMEOUT, start_timeout=START_TIMEOUT,
+                        log_bytes=LOG_BYTES, log_keep=LOG_KEEP)     # of all others: None, or False
     add_options(parser.add_argument_group("daemon options").add_argument)
     getattr(application, "add_arguments", lambda parser: None)(parser)
     return parser
 
 
 def add_options(add: Callable[..., Any]) -> None:
-    """Add the daemon's own options; what stands in brackets is the default, see DEFAULTS."""
+    """Add the daemon's own options; what stands in brackets is the default."""
     seconds: Dict[str, Any] = dict(metavar="SECONDS", type=bounded(float, 0, 1e6))
     add("--app", metavar="FILE.py", help="application to host (%s)" % os.path.basename(APPLICATION))
     add("--name", help="name of the daemon and its files (that of what it hosts)")
@@ -3586,11 +3571,11 @@ def parse(argv: List[str], folder: Optional[str] = None) -> Plan:
     if action not in COMMANDS:
         refuse("expected one of %s, not %r" % (", ".join(COMMANDS), action))
     parser, (words, spoken) = build_parser(), expand(argv[1:], folder)
-    typed, foreign = parser.parse_known_args(spoken)
-    options = build_parser(NOTHING).parse_args([], argparse.Namespace(**vars(typed)))
+    options, foreign = parser.parse_known_args(spoken)
     is_program = arguments is not None and options.app is None
     # Whoever types one more word than these means a new set of options, and the whole set.
-    is_bare = action == "restart" and not is_program and not foreign and set(vars(typed)) <= NEUTRAL
+    typed = {word.partition("=")[0] for word in spoken if word.startswith("-")}
+    is_bare = action == "restart" and not is_program and not foreign and typed <= NEUTRAL
     if action in STARTING and not is_program and not is_bare:
         foreign = []                        # the application's, which will say if they are not
         if options.app is not None:
@@ -3652,7 +3637,7 @@ def show_help(action: str, typed: List[str], is_program: bool) -> None:
 
     That one is loaded for it, though help should run no code: nobody else knows its options.
     """
-    app = vars(build_parser().parse_known_args(typed)[0]).get("app")
+    app = build_parser().parse_known_args(typed)[0].app
     path = absolute(app, caller_folder()) if app else APPLICATION
     is_loaded = (action in STARTING or action not in COMMANDS) and (app or not is_program)
     emit(1, build_parser(load(path) if is_loaded else None).format_help())
