@@ -2182,22 +2182,24 @@ def as_user(identity: Optional[Identity], action: Callable[[], Any]) -> None:
         raise OSError(result, os.strerror(result))
 
 
-def end_daemon(target: Target, timeout: float, is_told: bool = False) -> bool:
-    """End a daemon and what it started: SIGTERM, wait, SIGKILL; True if that was needed.
+def end_daemon(target: Target, timeout: float, how: str = "end") -> None:
+    """End a daemon and what it started: SIGTERM, wait, SIGKILL, and say so if that was needed.
 
-    First the daemon alone, which tells the others; then who is left.
+    First the daemon alone, which tells the others; then who is left.  One that is to drain was
+    told so by its heir.
     """
     with trying_to("stop pid %d" % target.pid):
         # One deadline for both halves: --timeout is what a person waits.
         deadline = time.monotonic() + timeout
-        if not is_told:
+        if how == "end":
             target.send(signal.SIGTERM)
             target.send(signal.SIGCONT)             # one that was stopped obeys when it goes on
         was_killed = end_all(target.leader, lambda: target.send(signal.SIGKILL), timeout)
         # The daemon is gone, and with it whoever knew its children: now the session tells.
         target.send_all(signal.SIGTERM)
         left = max(0.0, deadline - time.monotonic())
-        return end_all(target.members, lambda: target.send_all(signal.SIGKILL), left) or was_killed
+        if end_all(target.members, lambda: target.send_all(signal.SIGKILL), left) or was_killed:
+            warn("pid %d did not %s within %g s: killed" % (target.pid, how, timeout))
 
 
 # -- 12. Programs ------------------------------------------------------------
@@ -2469,16 +2471,13 @@ def stop(plan: Plan) -> int:
         if pid is None:
             say_stopped(plan)
         else:
-            was_killed = end_daemon(Target(turn, pid), plan.options.timeout)
+            end_daemon(Target(turn, pid), plan.options.timeout)
             # The lock decides, here as well: "stopped" is when nobody holds it any more.  That is
             # a promise to the next command line (`stop && rm -r ...`, `stop && start`).
             left = turn.holder()
             if left is not None:
                 raise Fatal("unable to stop %s: pid %s holds its lock" % (plan.name, left))
-            if was_killed:
-                emit(1, "%s did not end within %g s: killed\n" % (plan.name, plan.options.timeout))
-            else:
-                say(plan, "%s is stopped" % plan.name)
+            say(plan, "%s is stopped" % plan.name)
         # The names last, when nobody holds the lock any more: as long as something of it lives,
         # monitors find its pid.  Both may be there after a kill -9, too.
         for path in (plan.files.pidfile, plan.files.control):
@@ -3214,7 +3213,7 @@ def replace(plan: Plan, turn: Lock, pid: int, has_sockets: bool) -> None:
         # What can be seen is seen before anything is lost.  (In a jail only from inside.)
         if plan.kind == "program" and plan.chroot is None:
             find_program(plan.command[0])
-        see_out(plan, target, "end")
+        end_daemon(target, plan.options.timeout)
     try:
         launch(heir, turn)
     except Unknown:                     # the old one may serve, the new one, or nobody
@@ -3225,7 +3224,7 @@ def replace(plan: Plan, turn: Lock, pid: int, has_sockets: bool) -> None:
         # The heir has them now.  Not by close(2): that may linger; exit(2) does not.
         for end in [heir.talk.end, heir.control, *heir.sockets]:
             end.detach()
-        see_out(plan, target, "drain")
+        end_daemon(target, plan.options.timeout, "drain")
 
 
 def with_outcome(error: BaseException, pid: int, holder: Optional[int]) -> BaseException:
@@ -3237,12 +3236,6 @@ def with_outcome(error: BaseException, pid: int, holder: Optional[int]) -> BaseE
     if holder is None:                  # Ctrl-C: who pressed it asks no more, unless all is lost
         warn(outcome)
     return error
-
-
-def see_out(plan: Plan, target: Target, how: str) -> None:
-    """End the old daemon; one that drains was told to by the new one."""
-    if end_daemon(target, plan.options.timeout, is_told=how == "drain"):
-        warn("pid %d did not %s within %g s: killed" % (target.pid, how, plan.options.timeout))
 
 
 def take_over(plan: Plan, pid: int) -> Start:
