@@ -669,12 +669,13 @@ def acting_as(identity: Optional[Identity]) -> Iterator[None]:
         if identity is not None:
             with trying_to("act as uid %d, gid %d" % identity[:2], NEEDS_CAPABILITIES):
                 # Groups, gid, uid: the first two need root's effective uid.  And back in reverse.
-                back.callback(os.setgroups, os.getgroups())
+                groups, gid = os.getgroups(), os.getegid()
                 os.setgroups(identity.groups)
-                back.callback(os.setegid, os.getegid())
+                back.callback(os.setgroups, groups)
                 os.setegid(identity.gid)
-                back.callback(os.seteuid, 0)
+                back.callback(os.setegid, gid)
                 os.seteuid(identity.uid)
+                back.callback(os.seteuid, 0)
         yield
 
 
@@ -949,15 +950,9 @@ class Lock(ContextManager["Lock"]):
         record = Record(os.path.realpath(plan.files.pidfile), plan.name, plan.kind, plan.hosted,
                         plan.words, plan.arguments, plan.cwd, plan.files.logfile,
                         plan.action != "run", pid, getattr(look_at(pid), "birth", ""))
-        self.write(json.dumps(record._asdict()).encode())
-
-    def write(self, data: bytes) -> None:
-        """Replace the record.
-
-        In the lock file itself, so that one name tells all, and one mode protects it.  Not a new
-        file and rename(2), which would be atomic: the locks are on this inode.
-        """
-        rewrite(self.fd, data, self.path)
+        # In the lock file itself, so that one name tells all, and one mode protects it.  Not a new
+        # file and rename(2), which would be atomic: the locks are on this inode.
+        rewrite(self.fd, json.dumps(record._asdict()).encode(), self.path)
 
 
 def check_orphan(plan: Plan, is_locked: Callable[[], bool]) -> None:
@@ -1018,13 +1013,9 @@ class Turn(Lock):
     def take(self) -> bool:
         """Try to take the turn."""
         if self.fd < 0:
-            is_made = has_own_folder(self.plan) and make_folder(self.plan.files.folder, 0o700, None)
-            try:
-                super().__init__(self.plan, os.O_RDWR)
-            except Fatal:
-                if not is_made:         # else a first start that failed has just removed it
-                    raise
-                return self.take()
+            if has_own_folder(self.plan):
+                make_folder(self.plan.files.folder, 0o700, None)
+            super().__init__(self.plan, os.O_RDWR)
         with trying_to("lock %s" % self.path, "--pidfile on a local file system"):
             try:
                 fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, TURN)
@@ -2387,24 +2378,22 @@ class Made(ContextManager["Made"]):
     def undo(self, error: BaseException) -> None:
         """Take all back; add what the log says to why the start has failed."""
         set_handlers(ENDINGS | {signal.SIGHUP}, do_nothing)   # an impatient second Ctrl-C
+        starter = self.starter
         # The processes before the files: they still write.
-        if self.starter is not None:
-            self.end_starter(self.starter)
+        if starter is not None:
+            # It ends the daemon, and undoes what bind() made: only it has the server.
+            if starter.result is None:
+                os.kill(starter.pid, signal.SIGTERM)
+            if not wait_until(lambda: starter.wait(os.WNOHANG) is not None, 2 * ANSWER):
+                # It hangs.  Its number, and its session's, is its own: nobody has waited for it.
+                signal_each([p for p in processes() if p.sid == starter.pid], signal.SIGKILL, False)
+                starter.kill()
         take_back(self.server)
         if isinstance(error, Fatal) and not error.trace and error.status == 1:
             error.trace = log_since(self.plan, self.logged)
         tidy(self.plan, self.new, lock_holder(self.turn.fd, INSTANCE) is None)
         if self.turn.read() != self.before:     # last, for it may fail as well
-            self.turn.write(self.before)
-
-    def end_starter(self, starter: Child) -> None:
-        """Have the starter end the daemon, and undo what bind() made: only it has the server."""
-        if starter.result is None:
-            os.kill(starter.pid, signal.SIGTERM)
-        if not wait_until(lambda: starter.wait(os.WNOHANG) is not None, 2 * ANSWER):
-            # It hangs.  Its number, and its session's, is its own while nobody has waited for it.
-            signal_each([p for p in processes() if p.sid == starter.pid], signal.SIGKILL, False)
-            starter.kill()
+            rewrite(self.turn.fd, self.before, self.turn.path)
 
 
 def tidy(plan: Plan, new: List[str], is_alone: bool = True) -> None:
@@ -2659,7 +2648,8 @@ def run(plan: Plan) -> int:
     # That closed the turn's fd, and so dropped all our locks: for this moment, which is shorter
     # than any start, another command may begin.  It will be told that we run, or we that it does.
     unignore_signals(spared=(signal.SIGHUP, signal.SIGINT))
-    keep_orphans()
+    # Orphans of our children become ours, so that we can end them: we have no session of our own.
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
     return begin(begun)
 
 
@@ -3218,24 +3208,15 @@ def replace(plan: Plan, turn: Lock, pid: int, has_sockets: bool) -> None:
         launch(heir, turn)
     except Unknown:                     # the old one may serve, the new one, or nobody
         raise
-    except (Exception, KeyboardInterrupt) as error:
-        raise with_outcome(error, pid, lock_holder(turn.fd, INSTANCE))
+    except BaseException:               # what that means for who is served: whom the lock names
+        is_old = lock_holder(turn.fd, INSTANCE) == pid
+        warn("the old one keeps serving with pid %d" % pid if is_old else "nothing runs now")
+        raise
     if heir.talk is not NOBODY:
         # The heir has them now.  Not by close(2): that may linger; exit(2) does not.
         for end in [heir.talk.end, heir.control, *heir.sockets]:
             end.detach()
         end_daemon(target, plan.options.timeout, "drain")
-
-
-def with_outcome(error: BaseException, pid: int, holder: Optional[int]) -> BaseException:
-    """Return why a restart failed, with what that means for who is served: whom the lock names."""
-    outcome = "the old one keeps serving with pid %d" % pid if holder == pid else "nothing runs now"
-    if isinstance(error, Exception):
-        fatal = as_fatal(error)
-        return Fatal("%s\ndaemonize: fatal: %s" % (fatal, outcome), fatal.status, fatal.trace)
-    if holder is None:                  # Ctrl-C: who pressed it asks no more, unless all is lost
-        warn(outcome)
-    return error
 
 
 def take_over(plan: Plan, pid: int) -> Start:
@@ -3347,11 +3328,6 @@ def die_with_parent() -> None:
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != daemon:          # it was faster
         os._exit(1)
-
-
-def keep_orphans() -> None:
-    """Have orphans of our children become ours, so that `run` can end them: it has no session."""
-    prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 # -- 19. The command line ----------------------------------------------------
