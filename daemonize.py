@@ -840,9 +840,9 @@ def make_folder(folder: str, mode: int, identity: Optional[Identity]) -> bool:
 #   byte 2  a starter holds a READ lock on it while it has something to undo: when its command is
 #           killed, the next one waits until it is done
 #
-# The file is 0600: no other user can open it and keep root's commands waiting.  The daemon cannot
-# write it: so it may also hold, for `restart`, what the last start was asked for.  One trap: a
-# process loses ALL its locks on a file when it closes ANY fd of it; so it opens it once.
+# It is 0600: nobody else can open it and keep root's commands waiting.  The daemon cannot write it:
+# so it also holds, for `restart`, what the last start was asked for.  One trap: a process loses
+# ALL its locks on a file when it closes ANY fd of it; so it opens it once.
 
 TURN, INSTANCE, UNDOING = 0, 1, 2
 FLOCK = struct.Struct("hhqqi" if IS_LINUX else "qqihhi")    # struct flock: Linux; macOS and BSD
@@ -876,9 +876,8 @@ def take_instance(fd: int, predecessor: Optional[int]) -> None:
         raise Fatal("unable to start: already running with pid %s" % holder)
 
 
-# What the lock file holds: what the last start, or run, was asked for, and whom it started.  The
-# pidfile says whose record it is: a lock file can be moved, its text cannot.  detached: start made
-# a session for it.
+# What the lock file holds: what was asked for, and whom that started.  pidfile: whose record it is,
+# for a lock file can be moved, its text cannot.  detached: start made a session for it.
 Record = collections.namedtuple(
     "Record", "pidfile name kind hosted words arguments cwd logfile detached pid birth")
 
@@ -899,8 +898,7 @@ class Lock(ContextManager["Lock"]):
         self.close()
 
     def close(self) -> None:
-        """Close it, which gives up every lock that this process has on it."""
-        # Twice in a library's daemon: as the starter, and where the `with` of its command ends.
+        """Close it, and so give up our locks on it; a library's daemon comes by here twice."""
         if self.fd >= 0:
             os.close(self.fd)
         self.fd = -1
@@ -992,7 +990,6 @@ class Turn(Lock):
         on.  Nor is one removed under whoever has the turn.
         """
         if error[0] and self.is_free:
-            # (A library's daemon, which comes through here as well, has closed it.)
             if self.fd >= 0 and not self.read() and lock_holder(self.fd, INSTANCE) is None:
                 os.unlink(self.path)
             with contextlib.suppress(OSError):          # somebody has a file in it
@@ -1744,8 +1741,8 @@ class Host:
         path = inside(self.plan.files.logfile, self.plan.chroot)
         try:
             if path is None and not fds:
-                raise Fatal("unable to open %s: it is outside the chroot\ntry: daemonize.py reload, "
-                            "as root" % self.plan.files.logfile)
+                raise Fatal("unable to open %s: it is outside the chroot\n"
+                            "try: daemonize.py reload, as root" % self.plan.files.logfile)
             # With the daemon's own rights.
             new = fds.pop(0) if fds else open_regular(str(path), *APPENDING)
         except Fatal as error:
@@ -1817,7 +1814,8 @@ class Daemon:
     under way keeps a status waiting, no worker.
 
     Instance variables: verbs, what commands may ask for: methods, ours or the host's, that get
-    the conversation, answer on it, and tell whether somebody has heard it; talks, the conversations, the oldest first.
+    the conversation, answer on it, and tell whether somebody has heard it; talks, the
+    conversations, the oldest first.
     """
 
     def __init__(self, start: Start, host: Host) -> None:
@@ -2497,6 +2495,7 @@ def holder_of(plan: Plan) -> Tuple[Optional[int], Optional[Record]]:
     """Return the pid of the running daemon, and the record of its start, without a turn."""
     if is_unknown(plan):
         return None, None
+    # Read-only, and no byte taken: whoever starts or stops it meanwhile is not held up by us.
     with Lock(plan, os.O_RDONLY) as lock:
         return lock.holder(), lock.record()
 
@@ -2514,6 +2513,7 @@ def status(plan: Plan) -> int:
         emit(1, json.dumps(facts) + "\n")
     else:
         emit(1, report_of(facts))
+    # LSB's numbers; its 4, "unknown", is what any failure of ours becomes: see report_fatal().
     return {"running": 0, "dead": 1}.get(facts["state"], 3)
 
 
@@ -2592,6 +2592,7 @@ def reload(plan: Plan) -> int:
         say_stopped(plan)
         return 3
     if record is not None and record.kind == "library":
+        # Nobody can ask a script.  The kernel knows (SigCgt in /proc/PID/status).
         reason = "" if handles(pid, signal.SIGHUP) else "it does not handle SIGHUP, and would end"
         if not reason:
             # Through a Target, as for `stop`: proved to be the daemon, and signalled as its user.
@@ -2962,7 +2963,7 @@ class Service(Host):
         channel.tell("able")
 
     def settle(self) -> None:
-        """Tell the old daemon to leave, and let the workers begin when it accepts nobody any more."""
+        """Tell the old daemon to leave; when it accepts nobody any more, let the workers begin."""
         super().settle()
         if self.is_heir:
             self.start.talk.tell("leave")       # it may be dead: even better
@@ -3144,7 +3145,7 @@ def refusal_of(error: BaseException, is_jailed: bool) -> str:
 #   <----------------------------------------------- "done" ----
 #   waits until the old one has left; SIGKILL after --timeout
 #
-# If the heir fails before, it hangs up, and the old one is the daemon again in all: "reclaim".
+# If the heir fails before, it hangs up, and the old one is the daemon again in all: hang_up().
 
 def restart(plan: Plan) -> int:
     """Replace the daemon by a new one; where it has sockets to hand over, without a gap."""
@@ -3386,6 +3387,7 @@ def build_parser(application: Optional[ModuleType] = None) -> argparse.ArgumentP
         "       daemonize.py ACTION [options] -- COMMAND [ARG ...]",
         description=HELP, epilog=EXAMPLES)
     parser.error = refuse       # type: ignore[method-assign]
+    # Here, and not where each option is added: there its help would no longer fit into a line.
     parser.set_defaults(umask=UMASK, timeout=TIMEOUT, start_timeout=START_TIMEOUT,
                         log_bytes=LOG_BYTES, log_keep=LOG_KEEP)     # of all others: None, or False
     add_options(parser.add_argument_group("daemon options").add_argument)
@@ -3543,6 +3545,7 @@ def parse(argv: List[str], folder: Optional[str] = None) -> Plan:
     options, foreign = parser.parse_known_args(spoken)
     is_program = arguments is not None and options.app is None
     # Whoever types one more word than these means a new set of options, and the whole set.
+    # The words are asked, not what is parsed: a default that was typed is a word, too.
     typed = {word.partition("=")[0] for word in spoken if word.startswith("-")}
     is_bare = action == "restart" and not is_program and not foreign and typed <= NEUTRAL
     if action in STARTING and not is_program and not is_bare:
