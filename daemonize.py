@@ -3209,9 +3209,11 @@ def replace(plan: Plan, turn: Lock, pid: int, has_sockets: bool) -> None:
         launch(heir, turn)
     except Unknown:                     # the old one may serve, the new one, or nobody
         raise
-    except BaseException:               # what that means for who is served: whom the lock names
-        is_old = lock_holder(turn.fd, INSTANCE) == pid
-        warn("the old one keeps serving with pid %d" % pid if is_old else "nothing runs now")
+    except BaseException as error:      # what that means for who is served the lock knows
+        if lock_holder(turn.fd, INSTANCE) is None:
+            warn("nothing runs now")
+        elif isinstance(error, Exception):      # Ctrl-C: both may hold it
+            warn("the old one keeps serving with pid %d" % pid)
         raise
     if heir.talk is not NOBODY:
         # The heir has them now.  Not by close(2): that may linger; exit(2) does not.
