@@ -1821,7 +1821,7 @@ class Daemon:
     def __init__(self, start: Start, host: Host) -> None:
         self.start, self.plan, self.host = start, start.plan, host
         self.signals: Set[int] = set()
-        self.is_told = False
+        self.is_told = self.is_warned = False
         # With who is told to end; short until we have the place: a start that fails says so soon.
         self.patience = min(TICK, self.plan.options.timeout)
         # Handlers only note a number; this pair wakes poll(2) up (signal.set_wakeup_fd).
@@ -1857,8 +1857,9 @@ class Daemon:
             take_place(self.start, self.host.settle, addresses=addresses,
                        obstacle=self.host.obstacle,
                        greeting=getattr(self.start.server, "greeting", None))
-            with contextlib.suppress(OSError):      # systemd, if it asked: see sd_notify(3)
-                self.start.notifier.send(b"READY=1\nSTATUS=" + addresses.encode())
+            notify(self.start, "READY=1\nSTATUS=" + addresses)
+            if self.host.obstacle:      # also where nobody greets: run, a restart from cron
+                log("unable to rotate the log: " + self.host.obstacle)
             self.patience = self.plan.options.timeout
             while not self.host.is_over:
                 self.step()
@@ -1885,6 +1886,11 @@ class Daemon:
             self.host.reap()
             self.on_signals()
             self.host.tend()
+            # It gives no sign of its own, and nothing else depends on that name while we live.
+            if not self.is_warned and os.fstat(self.start.lock).st_nlink == 0:
+                self.is_warned = True
+                self.host.complain("somebody removed %s: commands will not find us"
+                                   % self.plan.files.lock)
         except Exception as error:      # no fds, no processes: say so, and go on
             self.host.complain("unable to act: %s" % because(error))
             time.sleep(TICK)
@@ -1928,6 +1934,7 @@ class Daemon:
         # A second SIGTERM, or Ctrl-C, shall not cut this short.
         set_handlers(HANDLED - {signal.SIGCHLD}, do_nothing)
         signal.set_wakeup_fd(-1)        # nobody empties it any more, and Python minds a full one
+        notify(self.start, "STOPPING=1")
         self.tell_family(signal.SIGTERM)
         try:
             by_group = self.start.session is not None
@@ -2000,11 +2007,14 @@ class Daemon:
         refused: it may have been renamed, and what is written to the old one is lost when
         logrotate compresses it.
         """
+        # systemd hears of the beginning, too: else `systemctl reload` would not wait for the end.
+        notify(self.start, "RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
         reason = self.host.reopen(new_log) or self.host.reload()
         if reason:
             self.host.complain("reload refused: " + reason)
         else:
             log("reloaded")
+        notify(self.start, "READY=1\nSTATUS=" + (reason.replace("\n", "; ") or "reloaded"))
         return reason
 
 
@@ -2013,6 +2023,12 @@ def foreground_group() -> Optional[int]:
     with contextlib.suppress(OSError), open("/dev/tty", "rb", 0) as tty:
         return os.tcgetpgrp(tty.fileno())
     return None
+
+
+def notify(start: Start, text: str) -> None:
+    """Tell systemd how we are, if it asked.  See: sd_notify(3)."""
+    with contextlib.suppress(OSError):      # a supervisor that is gone has no say in our life
+        start.notifier.send(text.encode())
 
 
 # -- 10. A word with the daemon ----------------------------------------------
@@ -2269,6 +2285,20 @@ def find_program(name: str) -> str:
                 return path
             found = os.strerror(errno.EACCES)
     raise Fatal("unable to execute %s: %s" % (name, found))
+
+
+def check_script(plan: Plan) -> None:
+    """Step 3 of a program: see the commonest mistake of who starts a script.
+
+    Its path stays as it was typed, for the program may mean something else by that word.  And the
+    program itself is looked up by who executes it: root may not see what is in a user's home.
+    """
+    script = script_of(plan.command) if plan.chroot is None else None
+    if script and os.path.exists(plan.hosted) and not os.path.exists(
+            os.path.join(plan.rundir, script)):
+        cured = plan._replace(words=plan.words + ["--rundir", plan.cwd])
+        raise Fatal("unable to start %s: it is in %s, the daemon in %s (--rundir)\ntry: %s" % (
+            script, plan.cwd, plan.rundir, command_line(plan.action, cured)))
 
 
 # -- 13. The commands --------------------------------------------------------
@@ -3204,6 +3234,7 @@ def replace(plan: Plan, turn: Lock, pid: int, has_sockets: bool) -> None:
         # What can be seen is seen before anything is lost.  (In a jail only from inside.)
         if plan.kind == "program" and plan.chroot is None:
             find_program(plan.command[0])
+            check_script(plan)
         end_daemon(target, plan.options.timeout)
     try:
         launch(heir, turn)
@@ -3342,7 +3373,7 @@ def die_with_parent() -> None:
 # What can be hosted: what root does for it in step 3, and how it lives from step 7 on.
 HOSTS: Dict[str, Tuple[Callable[[Start], Any], Callable[[Start], int]]] = {
     "app": (bind_application, lambda start: Daemon(start, Service(start)).live()),
-    "program": (lambda start: None, lambda start: Daemon(start, Program(start)).live()),
+    "program": (lambda start: check_script(start.plan), lambda start: Daemon(start, Program(start)).live()),
     "library": (lambda start: None, live_in_script)}
 COMMANDS = {"start": start, "stop": stop, "restart": restart, "reload": reload,
             "status": status, "run": run}

@@ -7615,7 +7615,7 @@ class Run(BoxTest):
         self.assertEqual(strays(self.box), [])
 
     def test_systemd_is_told(self) -> None:
-        """The notify socket hears READY."""
+        """The notify socket hears READY, RELOADING with its time, READY again, and STOPPING."""
         path = tempfile.mktemp(prefix="n", dir=TEMP)
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
             notify.bind(path)
@@ -7631,7 +7631,11 @@ class Run(BoxTest):
             hears("READY=1")
             address = self.address()
             self.assertNotIn("NOTIFY_SOCKET", ask(address)["env"])
+            child.send_signal(signal.SIGHUP)
+            self.assertRegex(hears("RELOADING=1"), r"(?m)^MONOTONIC_USEC=\d+$")
+            hears("READY=1")
             child.send_signal(signal.SIGTERM)
+            hears("STOPPING=1")
             self.assertEqual(child.wait(PATIENCE), 0)
             self.assertIn("STATUS=", "\n".join(heard))
 
@@ -9089,11 +9093,12 @@ class Programs(BoxTest):
         self.box.logged("<--pidfile>\n<@x>\n<-->\n<-h>\n<two words>\n")
 
     def test_a_script_that_is_not_in_rundir(self) -> None:
-        """-- python3 FILE.py, typed where FILE.py is, though the daemon's folder is /: its last words are shown."""
+        """-- python3 FILE.py, typed where FILE.py is, though the daemon's folder is /: a command that works is said."""
         self.box.write("nap.py", "import time\ntime.sleep(600)\n")
-        self.assertIn("nap.py", self.box.start("--", PYTHON, "-u", "nap.py", want=1).err.partition("says:")[2])
+        said = self.box.start("--", PYTHON, "-u", "nap.py", want=1).err
+        self.assertIn("unable to start nap.py: it is in %s, the daemon in / (--rundir)\ntry: daemonize.py start " % self.box.folder, said)
         self.assertEqual((self.box.processes(), os.path.exists(self.box.pidfile)), ([], False))
-        self.box.start("--rundir", self.box.folder, "--", PYTHON, "-u", "nap.py")
+        self.box.daemonize(*shlex.split(said.rpartition("try: daemonize.py ")[2]))
 
     @needs_linux
     def test_a_program_is_the_daemons_child(self) -> None:
@@ -9743,10 +9748,11 @@ class CannotTell(BoxTest):
         self.stops()
 
     def test_a_lock_that_was_removed(self) -> None:
-        """A cleaner of /run removed pidfile and lock: everybody says who answers there."""
+        """A cleaner of /run removed pidfile and lock: everybody says who answers there; the daemon says it, too."""
         self.box.start("--name", "sleep", "--", "sleep", "600")
         pid = self.box.pid()
         remove(self.box.pidfile, self.box.pidfile + ".lock")
+        self.box.logged("somebody removed")
         pidfile, self.box.pid = self.box.pidfile, lambda: pid       # type: ignore[method-assign]
         self.all_say(r"pid %d answers at .*\.sock, but its lock was removed\ntry: kill %d\n" % (pid, pid))
         self.assertFalse(os.path.exists(pidfile))
