@@ -2304,8 +2304,8 @@ def check_script(plan: Plan) -> None:
 # -- 13. The commands --------------------------------------------------------
 # Each takes the turn first, and looks second: what it has seen stays so until it gives the turn
 # back.  Only `status` and `reload` go without: they change nothing that another one relies on, and
-# shall not wait for a start that hangs.  And all but `start` and `run` ask first whether the name
-# is known at all: to stop, or look at, what never ran shall leave no lock file behind.
+# shall not wait for a start that hangs.  And these two, and `stop`, ask first whether the name is
+# known at all: to stop, or look at, what never ran shall leave no lock file behind.
 
 # -- 13.1 start ---------------------------------------------------------------
 
