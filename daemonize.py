@@ -108,8 +108,8 @@ import stat
 import struct
 import time
 from types import FrameType, ModuleType
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, NoReturn
-from typing import Optional, Sequence, Set, Tuple
+from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, NamedTuple
+from typing import NoReturn, Optional, Sequence, Set, Tuple
 try:
     import grp
     import pwd
@@ -164,10 +164,6 @@ class Fatal(Exception):
     def __init__(self, message: str, status: int = 1, trace: str = "") -> None:
         super().__init__(message)
         self.status, self.trace = status, trace
-
-
-class Late(Fatal):
-    """Nobody has answered in time."""
 
 
 class Unknown(Fatal):
@@ -413,12 +409,10 @@ def caller_folder() -> str:
     the same folder.  getcwd(3) says release/1, and a later restart would stay there for ever.
     """
     name = os.environ.get("PWD", "")
-    with contextlib.suppress(OSError):
-        if os.path.isabs(name) and os.path.samefile(name, "."):
-            return name
-    with contextlib.suppress(OSError):
-        return os.getcwd()
-    return ""
+    try:
+        return name if os.path.isabs(name) and os.path.samefile(name, ".") else os.getcwd()
+    except OSError:             # it is gone, or $PWD is: then so says getcwd(3)
+        return ""
 
 
 def absolute(path: str, folder: str) -> str:
@@ -541,13 +535,11 @@ def signal_each(members: Iterable[Process], signum: int, by_group: bool) -> None
     # A set of groups first: one killpg(2) reaches a child that was forked since the listing, and
     # whose parent has had no time to hear of it.
     groups = {p.pgid for p in members if by_group and p.pgid != os.getpgrp()}
-    for pgid in groups:
+    sent = [(os.killpg, pgid) for pgid in groups]
+    sent += [(os.kill, p.pid) for p in members if p.pgid not in groups]
+    for send, number in sent:
         with contextlib.suppress(ProcessLookupError, PermissionError):      # one that became root
-            os.killpg(pgid, signum)
-    for process in members:
-        if process.pgid not in groups:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(process.pid, signum)
+            send(number, signum)
 
 
 def wait_until(is_so: Callable[[], Any], seconds: float) -> bool:
@@ -560,24 +552,21 @@ def wait_until(is_so: Callable[[], Any], seconds: float) -> bool:
     return True
 
 
-def end_all(members: Callable[[], List[Process]], kill: Callable[[], None],
-            timeout: float) -> bool:
+def end_all(members: Callable[[], List[Process]], kill: Callable[[], Any], timeout: float) -> bool:
     """Wait until there are no members; SIGKILL after timeout seconds.  True if that was needed."""
-    # The polite part: whoever was told may need its time, and is left alone for it.
     # Polled: most of them are not our children, and wait(2) is for children only.
-    if wait_until(lambda: not members(), timeout):
-        return False
-
-    def is_empty() -> bool:
-        # Each time to who is there now: a member may have forked since the last look.
-        left = members()
-        if left:
+    began, is_late = time.monotonic(), False
+    for left in iter(members, []):
+        waited = time.monotonic() - began
+        if waited > timeout + ANSWER:
+            pids = ", ".join(str(process.pid) for process in left)
+            raise Fatal("unable to stop pids %s: SIGKILL had no effect" % pids)
+        # Again and again: a member may have forked since the last look.
+        is_late = waited > timeout
+        if is_late:
             kill()
-        return not left
-    if not wait_until(is_empty, ANSWER):
-        pids = ", ".join(str(process.pid) for process in members())
-        raise Fatal("unable to stop pids %s: SIGKILL had no effect" % pids)
-    return True
+        time.sleep(POLL)
+    return is_late
 
 
 # -- 4. Files that root opens ------------------------------------------------
@@ -597,6 +586,7 @@ def exists(path: str) -> bool:
     return False
 
 
+APPENDING = os.O_WRONLY | os.O_APPEND, 0o640, True      # how a log is opened
 PRIVATE = 0o600             # for root, or us, alone: if others can read such a file it is refused
 
 
@@ -647,14 +637,14 @@ def is_trusted(folder: str) -> bool:
         for name in folder.split("/"):
             path = os.path.join(path, name)
             facts = os.lstat(path)
-            is_link = stat.S_ISLNK(facts.st_mode)
-            is_open = facts.st_mode & 0o022 and not facts.st_mode & stat.S_ISVTX and not is_link
-            if is_open or facts.st_uid not in (0, os.geteuid()):
+            if facts.st_uid not in (0, os.geteuid()):
                 return False
-            if is_link:
+            if stat.S_ISLNK(facts.st_mode):
                 if not is_trusted(os.path.join(os.path.dirname(path), os.readlink(path))):
                     return False
                 path = os.path.realpath(path)
+            elif facts.st_mode & 0o022 and not facts.st_mode & stat.S_ISVTX:
+                return False
     return True
 
 
@@ -675,22 +665,18 @@ NEEDS_CAPABILITIES = "with CAP_SETUID, CAP_SETGID and CAP_CHOWN, or start as tha
 @contextlib.contextmanager
 def acting_as(identity: Optional[Identity]) -> Iterator[None]:
     """Lend root the effective ids of the daemon's user, by which the kernel judges."""
-    if identity is None:
+    with contextlib.ExitStack() as back:
+        if identity is not None:
+            with trying_to("act as uid %d, gid %d" % identity[:2], NEEDS_CAPABILITIES):
+                # Groups, gid, uid: the first two need root's effective uid.  And back in reverse.
+                groups, gid = os.getgroups(), os.getegid()
+                os.setgroups(identity.groups)
+                back.callback(os.setgroups, groups)
+                os.setegid(identity.gid)
+                back.callback(os.setegid, gid)
+                os.seteuid(identity.uid)
+                back.callback(os.seteuid, 0)
         yield
-        return
-    groups, gid = os.getgroups(), os.getegid()
-    # Groups, gid, uid: the first two need root's effective uid.  And back in reverse.
-    try:
-        with trying_to("act as uid %d, gid %d" % identity[:2], NEEDS_CAPABILITIES):
-            os.setgroups(identity.groups)
-            os.setegid(identity.gid)
-            os.seteuid(identity.uid)
-        yield
-    finally:
-        os.seteuid(0)
-        os.setegid(gid)
-        with contextlib.suppress(PermissionError):      # then it was not changed, either
-            os.setgroups(groups)
 
 
 @contextlib.contextmanager
@@ -718,7 +704,7 @@ def open_log(path: str, identity: Optional[Identity]) -> int:
     # can have made it in between.)
     is_new, owner = not exists(path), identity.uid if identity else os.geteuid()
     with careful(path, identity) as is_safe:
-        fd = open_regular(path, os.O_WRONLY | os.O_APPEND, 0o640, is_log=True)
+        fd = open_regular(path, *APPENDING)
     if not is_safe and os.fstat(fd).st_uid not in (0, owner, os.geteuid()):
         raise Fatal("unable to open %s: it belongs to uid %d\ntry: another --logfile" % (
             path, os.fstat(fd).st_uid))
@@ -728,50 +714,23 @@ def open_log(path: str, identity: Optional[Identity]) -> int:
     return fd
 
 
-def rotation_obstacle(plan: Plan) -> str:
-    """Return why the daemon will not be able to rename and reopen its log, "" if it will."""
-    path = plan.files.logfile
-    if path is None or path == os.devnull:
-        return ""
-    if inside(path, plan.chroot) is None:
-        return "it is outside the chroot"
-    # access(2) judges by the REAL uid, which is root's even here; faccessat(2) can do better.
-    folder, by_effective_ids = os.path.dirname(path), os.access in os.supports_effective_ids
-    with acting_as(plan.identity):
-        if os.access(folder, os.W_OK | os.X_OK, effective_ids=by_effective_ids):
-            return ""
-        return "uid %d may not write in %s" % (os.geteuid(), folder)
-
-
 def bind_control(path: str) -> socket.socket:
     """Return a unix socket bound at path, 0600, not listening yet.  See: unix(7)."""
-    with trying_to("bind %s" % path):
+    with trying_to("bind %s" % path), contextlib.ExitStack() as back:
         control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         # From inside its folder: addresses hold 108 bytes, on macOS and BSD 104.  Nobody goes
         # back: since step 1 nothing is relative.
         os.chdir(os.path.dirname(path))
-        umask = os.umask(0o177)             # and not chmod(2): the name may be another's by then
-        try:
-            # A dead daemon's socket is still there, and bind(2) takes no name that exists.
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.basename(path))
-            control.bind(os.path.basename(path))
-        finally:
-            os.umask(umask)
+        # Not by chmod(2): the name may be another's by then.
+        back.callback(os.umask, os.umask(0o177))
+        # A dead daemon's socket is still there, and bind(2) takes no name that exists.
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.basename(path))
+        control.bind(os.path.basename(path))
     return control
 
 
-class Opened(NamedTuple):
-    """What step 3 opened as root, for whoever the daemon is later."""
-    stdio: List[Optional[int]]  # None: that stream stays where it is (run)
-    pidfile: int
-    pidfile_stat: os.stat_result  # a script may close our fds, and reuse their numbers
-    lock: int                   # read-only
-    control: Optional[socket.socket]        # a library's daemon has none
-    obstacle: str               # why the log will not be rotated; "" if it will
-
-
-def open_files(plan: Plan, lock: int, control: Optional[socket.socket]) -> Opened:
+def open_files(start: "Start") -> "Start":
     """Step 3.  Open what the daemon's user could not open, or could be tricked with, later.
 
     All of it at once, and by descriptors from then on: a name is looked up by root once, when
@@ -779,21 +738,17 @@ def open_files(plan: Plan, lock: int, control: Optional[socket.socket]) -> Opene
 
     Runs as: root.  See: open(2); twistd: startLogger, openPIDFile.
     """
-    files = plan.files
+    plan, files, control = start.plan, start.plan.files, start.control
     # An heir has its predecessor's: whoever dials the name finds one of the two at any moment.
-    if control is None and plan.kind != "library":
+    if control is NOBODY.end and plan.kind != "library":
         control = bind_control(files.control)
     output = open_log(files.logfile, plan.identity) if files.logfile else None
     pidfile = open_pidfile(files.pidfile)
     with trying_to("open %s" % plan.stdin):
         stdin = None if plan.action == "run" else os.open(plan.stdin, os.O_RDONLY | os.O_CLOEXEC)
-    # Said now, while somebody reads it, and not in a log that has grown for a year.
-    obstacle = rotation_obstacle(plan) if plan.kind == "app" and plan.options.log_bytes else ""
-    if obstacle:
-        warn("unable to rotate %s: %s\ntry: --log-bytes 0, and logrotate" % (
-            files.logfile, obstacle))
     stderr = open_log(plan.stderr, plan.identity) if plan.stderr else output
-    return Opened([stdin, output, stderr], pidfile, os.fstat(pidfile), lock, control, obstacle)
+    return start._replace(control=control, pidfile=pidfile, pidfile_stat=os.fstat(pidfile),
+                          stdio=[stdin, output, stderr])
 
 
 def open_pidfile(path: str) -> int:
@@ -816,33 +771,37 @@ def open_pidfile(path: str) -> int:
     raise Fatal("unable to open %s: it is no pidfile" % path)
 
 
+def rewrite(fd: int, data: bytes, what: str) -> None:
+    """Replace what stands in a small file."""
+    # Written first, cut second: on a full disk the old text is not lost for nothing.  And whoever
+    # reads a pidfile in between finds a pid in its first line.
+    with trying_to("write %s" % what):
+        if os.pwrite(fd, data, 0) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.ftruncate(fd, len(data))
+
+
 def write_pidfile(fd: int, pid: int) -> None:
     """Name the daemon in the pidfile, through the fd that root opened.
 
     Monitors read it at any time, and know nothing of our locks: so at no moment is it half written.
     """
-    data = b"%d\n" % pid
-    with trying_to("write the pidfile"):
-        # Written first, cut second: whoever reads in between finds a pid in the first line.
-        os.pwrite(fd, data, 0)
-        os.ftruncate(fd, len(data))
+    rewrite(fd, b"%d\n" % pid, "the pidfile")
 
 
 def read_pidfile(path: str) -> str:
     """Return what the pidfile says, "" if it is empty or absent.  It informs, it proves nothing.
 
-    The folder may be another's: a link there is not followed, a FIFO not waited for, but said.
+    The folder may be another's: what root would not open is not read, either, but said.
     """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(fd, "rb") as stream:
-            is_regular = stat.S_ISREG(os.fstat(fd).st_mode)
-            # A pid is short; that the file is, nobody promises.
-            return stream.read(32).decode("latin-1").strip() if is_regular else "(no regular file)"
-    except FileNotFoundError:
+    if not exists(path):
         return ""
-    except OSError as error:
-        return "(%s)" % because(error)
+    try:
+        with open(open_regular(path, os.O_RDONLY, 0o644, is_log=True), "rb") as stream:
+            # A pid is short; that the file is, nobody promises.
+            return stream.read(32).decode("latin-1").strip()
+    except Fatal as error:
+        return "(%s)" % error
 
 
 def make_folder(folder: str, mode: int, identity: Optional[Identity]) -> bool:
@@ -881,9 +840,9 @@ def make_folder(folder: str, mode: int, identity: Optional[Identity]) -> bool:
 #   byte 2  a starter holds a READ lock on it while it has something to undo: when its command is
 #           killed, the next one waits until it is done
 #
-# The file is 0600: no other user can open it and keep root's commands waiting.  The daemon cannot
-# write it: so it may also hold, for `restart`, what the last start was asked for.  One trap: a
-# process loses ALL its locks on a file when it closes ANY fd of it; so it opens it once.
+# It is 0600: nobody else can open it and keep root's commands waiting.  The daemon cannot write it:
+# so it also holds, for `restart`, what the last start was asked for.  One trap: a process loses
+# ALL its locks on a file when it closes ANY fd of it; so it opens it once.
 
 TURN, INSTANCE, UNDOING = 0, 1, 2
 FLOCK = struct.Struct("hhqqi" if IS_LINUX else "qqihhi")    # struct flock: Linux; macOS and BSD
@@ -932,18 +891,7 @@ class Record(NamedTuple):
     birth: str
 
 
-def parse_record(text: str) -> Optional[Record]:
-    """Return a record, None for what is none: empty, or torn by a full disk.
-
-    >>> parse_record('{"name": "torn') is parse_record("[]") is parse_record('{"pid": 1}') is None
-    True
-    """
-    with contextlib.suppress(ValueError, TypeError, RecursionError):
-        return Record(**json.loads(text))
-    return None
-
-
-class Lock:
+class Lock(ContextManager["Lock"]):
     """PIDFILE.lock: who is the daemon, and what its last start was asked for.
 
     Opened once, and closed once: see the trap.  Read-only for `status` and `reload`, which change
@@ -955,15 +903,11 @@ class Lock:
         self.plan, self.path = plan, plan.files.lock
         self.fd = open_regular(self.path, flags, PRIVATE)
 
-    def __enter__(self) -> "Lock":
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Close it, which gives up every lock that this process has on it."""
-        # Twice in a library's daemon: as the starter, and where the `with` of its command ends.
+        """Close it, and so give up our locks on it; a library's daemon comes by here twice."""
         if self.fd >= 0:
             os.close(self.fd)
         self.fd = -1
@@ -994,10 +938,11 @@ class Lock:
 
     def record(self) -> Optional[Record]:
         """Return what was noted of the last start that succeeded, or of the last run; else None."""
-        text = self.read().decode("utf-8", "replace")
-        record = parse_record(text) if text else None
-        is_its_own = record and record.pidfile == os.path.realpath(self.plan.files.pidfile)
-        return record if is_its_own else None
+        with contextlib.suppress(ValueError, TypeError, RecursionError):    # empty, torn, no record
+            record = Record(**json.loads(self.read().decode("utf-8", "replace")))
+            if record.pidfile == os.path.realpath(self.plan.files.pidfile):
+                return record
+        return None
 
     def read(self) -> bytes:
         """Return what stands in the file."""
@@ -1010,17 +955,9 @@ class Lock:
         record = Record(os.path.realpath(plan.files.pidfile), plan.name, plan.kind, plan.hosted,
                         plan.words, plan.arguments, plan.cwd, plan.files.logfile,
                         plan.action != "run", pid, getattr(look_at(pid), "birth", ""))
-        self.write(json.dumps(record._asdict()).encode())
-
-    def write(self, data: bytes) -> None:
-        """Replace the record."""
-        # In the lock file itself, so that one name tells all, and one mode protects it.
-        # Not a new file and rename(2), which would be atomic: the locks are on this inode.
-        # Written first, cut second: on a full disk the old one is not lost for nothing.
-        with trying_to("write %s" % self.path):
-            if os.pwrite(self.fd, data, 0) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.ftruncate(self.fd, len(data))
+        # In the lock file itself, so that one name tells all, and one mode protects it.  Not a new
+        # file and rename(2), which would be atomic: the locks are on this inode.
+        rewrite(self.fd, json.dumps(record._asdict()).encode(), self.path)
 
 
 def check_orphan(plan: Plan, is_locked: Callable[[], bool]) -> None:
@@ -1046,14 +983,7 @@ class Turn(Lock):
 
     def __init__(self, plan: Plan) -> None:
         """Wait for it, and leave no file if it does not come."""
-        self.made = [plan.files.folder] * make_own_folder(plan)
-        self.is_new, self.is_free = not exists(plan.files.lock), True
-        try:
-            super().__init__(plan, os.O_RDWR)
-        except Fatal:                   # a first start that failed has just removed the folder?
-            if not make_own_folder(plan):
-                raise
-            super().__init__(plan, os.O_RDWR)
+        self.plan, self.path, self.fd, self.is_free = plan, plan.files.lock, -1, True
         try:
             self.wait()
         except BaseException as error:
@@ -1063,16 +993,15 @@ class Turn(Lock):
     def __exit__(self, *error: object) -> None:
         """Give it back; who has failed before anything was started leaves no file.
 
-        A lock file that was there is never removed: its inode is what all others wait on.  Nor is
-        one removed under whoever has the turn.
+        A lock file with a record, or a daemon, is never removed: its inode is what all others wait
+        on.  Nor is one removed under whoever has the turn.
         """
-        # Whom we have waited for may have started a daemon, and noted it: then it is that one's.
-        # (A library's daemon, which comes through here as well, has closed it.)
-        if self.is_new and self.is_free and error[0] and self.fd >= 0 and not self.read():
-            os.unlink(self.path)
-            for folder in self.made:
-                with contextlib.suppress(OSError):      # somebody else has a file in it
-                    os.rmdir(folder)
+        if error[0] and self.is_free:
+            if self.fd >= 0 and not self.read() and lock_holder(self.fd, INSTANCE) is None:
+                os.unlink(self.path)
+            with contextlib.suppress(OSError):          # somebody has a file in it
+                if has_own_folder(self.plan):
+                    os.rmdir(self.plan.files.folder)
         self.close()
 
     def wait(self) -> None:
@@ -1087,10 +1016,10 @@ class Turn(Lock):
 
     def take(self) -> bool:
         """Try to take the turn."""
-        if self.is_removed():           # a first start failed, and took its files with it
-            self.close()
-            make_own_folder(self.plan)
-            self.fd, self.is_new = open_regular(self.path, os.O_RDWR, PRIVATE), True
+        if self.fd < 0:
+            if has_own_folder(self.plan):
+                make_folder(self.plan.files.folder, 0o700, None)
+            super().__init__(self.plan, os.O_RDWR)
         with trying_to("lock %s" % self.path, "--pidfile on a local file system"):
             try:
                 fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, TURN)
@@ -1100,31 +1029,29 @@ class Turn(Lock):
                     return False
         holder = lock_holder(self.fd, UNDOING)
         self.is_free = holder is None or self.is_foreign(holder)
-        # This may be the lock of a file that a failed start has just removed: of no use.
-        return not self.is_removed() and self.is_free
-
-    def is_removed(self) -> bool:
-        """Tell whether the file has no name any more."""
         with trying_to("look at %s" % self.path):
-            return os.fstat(self.fd).st_nlink == 0
+            if os.fstat(self.fd).st_nlink:
+                return self.is_free
+        # The file is gone: a first start failed, and took it with it.  So once more.
+        self.close()
+        return self.take()
 
     def is_foreign(self, holder: Optional[int]) -> bool:
         """Tell whether who holds a byte of ours is no command, and no starter.
 
         A process that we cannot see counts as one: it may be root's, in another pid namespace.
         """
-        ids = ids_of(holder) if holder and holder > 0 else None
-        if holder == -1 or ids and ids[0] not in (0, os.geteuid()):
+        ids = ids_of(holder or 0)
+        is_foreign = holder == -1 or ids is not None and ids[0] not in (0, os.geteuid())
+        if is_foreign:
             # Only a daemon that was taken over locks these bytes, through its fd: do not wait.
-            warn("pid %d, no command, holds the turn of %s: ignored" % (holder or 0, self.path))
-            return True
-        return False
+            warn("pid %s, no command, holds the turn of %s: ignored" % (holder, self.path))
+        return is_foreign
 
 
-def make_own_folder(plan: Plan) -> bool:
-    """Make an ordinary user's folder of the default files, ~/.NAME; tell whether."""
-    is_own = os.geteuid() != 0 and plan.files.folder == plan.files.prefix.rstrip("/")
-    return is_own and make_folder(plan.files.folder, 0o700, None)
+def has_own_folder(plan: Plan) -> bool:
+    """Tell whether the folder is an ordinary user's for the default files, ~/.NAME."""
+    return os.geteuid() != 0 and plan.files.folder == plan.files.prefix.rstrip("/")
 
 
 # -- 6. Children and their words ---------------------------------------------
@@ -1134,7 +1061,7 @@ def make_own_folder(plan: Plan) -> bool:
 # A socket pair and not a pipe, since descriptors travel, too; and whoever dies is noticed by the
 # end of it, at once, without a signal and without a look at a pid that could be another's.
 
-# What receive() returns for want of a message.  Who sends LATE talks nonsense; who sends ENDED has.
+# What receive() returns for want of a message.  Who sends one of them gets what it asks for.
 ENDED, LATE = "", "\0late"
 
 
@@ -1162,7 +1089,7 @@ def readable(ends: Iterable[Any], deadline: float) -> List[Any]:
 class Channel:
     """JSON lines, and descriptors, over a socket between two of our processes.
 
-    Methods for who speaks: send, tell, fail.  For who listens: receive, and fds, which holds what
+    Methods for who speaks: tell, fail.  For who listens: receive, and fds, which holds what
     came along, in order; whoever takes one closes it.  A line each: a person can read it, too.
     """
 
@@ -1174,20 +1101,14 @@ class Channel:
         """Return what poll(2) asks for; -1 once it is closed."""
         return self.end.fileno()
 
-    def send(self, event: str, fds: Sequence[int] = (), **facts: Any) -> None:
-        """Say something.  See: unix(7), SCM_RIGHTS."""
+    def tell(self, event: str, fds: Sequence[int] = (), **facts: Any) -> bool:
+        """Say something; tell whether somebody is left to hear it.  See: unix(7), SCM_RIGHTS."""
         # An application says what it likes: what JSON does not know (a time) is said as text.
         data = json.dumps(dict(facts, event=event), default=str).encode() + b"\n"
-        if fds:
-            # With the line's first byte: Linux carries no fds over a stream without any.
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
-            data = data[self.end.sendmsg([data], rights):]
-        self.end.sendall(data)
-
-    def tell(self, event: str, fds: Sequence[int] = (), **facts: Any) -> bool:
-        """Say something to who may be gone; tell whether somebody is left to hear it."""
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         with contextlib.suppress(OSError):
-            self.send(event, fds, **facts)
+            # With the line's first byte: Linux carries no fds over a stream without any.
+            self.end.sendall(data[self.end.sendmsg([data], rights):])
             return True
         return False
 
@@ -1207,7 +1128,7 @@ class Channel:
         with contextlib.suppress(ValueError, RecursionError):
             message = json.loads(line.decode())
             if isinstance(message, dict) and isinstance(message.get("event"), str):
-                return message if message["event"] != LATE else {"event": ENDED}
+                return message
         return {"event": ENDED}
 
     def take(self) -> bytes:
@@ -1222,10 +1143,8 @@ class Channel:
             return b""
         for level, kind, cargo in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                fds = array.array("i")
                 # A message that was cut may end in half an int.
-                fds.frombytes(cargo[:len(cargo) - len(cargo) % fds.itemsize])
-                self.fds += fds
+                self.fds += array.array("i", cargo[:len(cargo) // 4 * 4])
         return data
 
     def fail(self, error: BaseException) -> bool:
@@ -1234,6 +1153,32 @@ class Channel:
         # The end of a trace says most.  An eighth: JSON may need six bytes for a character.
         trace = fatal.trace[-(MAX_MESSAGE // 8):]
         return self.tell("fatal", text=str(fatal), status=fatal.status, trace=trace)
+
+
+NOBODY = Channel(socket.socket())       # who is not there: hears nothing, and says nothing
+NOBODY.end.close()
+
+
+class Start(NamedTuple):
+    """What a daemon has when it begins: it grows from step to step, and from hand to hand."""
+    plan: Plan
+    # From systemd, or from the daemon that it replaces (section 17):
+    sockets: Sequence[socket.socket] = ()
+    control: socket.socket = NOBODY.end     # a library's daemon has none
+    legacy: Optional[int] = None            # memory that the application shares with its heir
+    talk: Channel = NOBODY                  # the conversation with the predecessor
+    predecessor: Optional[int] = None       # its pid
+    # What step 3 opened as root, for whoever the daemon is later:
+    server: Any = None                      # what bind() returned
+    lock: int = -1                          # read-only
+    pidfile: int = -1
+    pidfile_stat: Any = None                # a script may close our fds, and reuse their numbers
+    stdio: Sequence[Optional[int]] = ()     # None: that stream stays where it is (run)
+    # Whom it talks to:
+    session: Optional[int] = None           # that the starter made; None: run has none
+    leash: Channel = NOBODY                 # to the starter
+    report: Channel = NOBODY                # to the command
+    notifier: socket.socket = NOBODY.end    # to systemd
 
 
 class Child(Channel):
@@ -1344,18 +1289,16 @@ def failure(child: Channel, message: Message) -> Fatal:
         return Fatal(str(message.get("text")), status, str(message.get("trace", "")))
     if not isinstance(child, Child):
         return Fatal("unable to start: the command that asked for it is gone")
-    if message["event"] == ENDED:
-        with contextlib.suppress(OSError):
-            os.kill(child.pid, signal.SIGKILL)      # it may have closed its end, and go on
-        return Fatal("unable to start: it %s before it was ready" % describe(child.wait() or 0))
-    return Fatal("unable to start: it said %s" % message["event"])
+    with contextlib.suppress(OSError):
+        os.kill(child.pid, signal.SIGKILL)      # it may have closed its end, and go on
+    return Fatal("unable to start: it %s before it was ready" % describe(child.wait() or 0))
 
 
 def expect(waiting: Sequence[Channel], word: str, seconds: float,
            watched: Sequence[Channel] = ()) -> Message:
     """Return when all the waiting have said the word (what the last one said); watch the others.
 
-    Raises Fatal when one of all ends, or says anything else, and Late when the time is up.
+    Raises Fatal when one of all ends, or says anything else, and when the time is up.
     """
     deadline, missing, message = time.monotonic() + seconds, list(waiting), {}
     # Also when nobody is missing any more: who has died since is noticed before we go on.
@@ -1363,7 +1306,7 @@ def expect(waiting: Sequence[Channel], word: str, seconds: float,
         # One poll for all: the first that fails shall be heard before the slowest that does not.
         heard = readable(missing + list(watched), deadline)
         if not heard:
-            raise Late("unable to start: not ready after %g s" % seconds)
+            raise Fatal("unable to start: not ready after %g s" % seconds)
         for child in heard:
             message = child.receive(deadline - time.monotonic())
             if message["event"] != word:
@@ -1458,17 +1401,10 @@ def do_nothing(signum: int, frame: Optional[FrameType]) -> None:
     """Take no notice of a signal.  Not SIG_IGN: children would inherit that, over exec too."""
 
 
-def raise_at_end() -> None:
+def end_once(signum: int, frame: Optional[FrameType]) -> None:
     """Leave at TERM and INT by the normal exit, once, so that every `finally` runs."""
-    owner = os.getpid()
-
-    def on_end(signum: int, frame: Optional[FrameType]) -> None:
-        if os.getpid() != owner:        # a child of Python 3.6, which knows no register_at_fork
-            signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
-        set_handlers(ENDINGS, do_nothing)
-        raise SystemExit(0)
-    set_handlers(ENDINGS, on_end)
+    set_handlers(ENDINGS, do_nothing)
+    raise SystemExit(0)
 
 
 def reset_handlers() -> None:
@@ -1499,67 +1435,45 @@ def guard_forks() -> None:
         before=before, after_in_parent=after, after_in_child=after_in_child)
 
 
-class Inherited(NamedTuple):
-    """What a daemon takes over: from systemd, or from the daemon that it replaces (section 17)."""
-    sockets: Sequence[socket.socket] = ()
-    control: Optional[socket.socket] = None
-    legacy: Optional[int] = None            # memory that the application shares with its heir
-    talk: Optional[Channel] = None          # the conversation with the predecessor
-    predecessor: Optional[int] = None       # its pid
-
-
-class Start(NamedTuple):
-    """All that a daemon has when it begins."""
-    plan: Plan
-    opened: Opened
-    inherited: Inherited
-    server: Any = None                      # what bind() returned
-    session: Optional[int] = None           # that the starter made; None: run has none
-    leash: Optional[Channel] = None         # to the starter
-    report: Optional[Channel] = None        # to the command
-    notifier: Optional[socket.socket] = None        # to systemd
-
-
-def be_starter(plan: Plan, report: Channel, turn: Lock, inherited: Inherited) -> None:
+def be_starter(start: Start, turn: Lock) -> None:
     """Live as the starter: do what needs root or the terminal, then see the daemon to its place."""
     # From here on the terminal is still there, and root's rights: what fails is told in full.
-    server = None
-    raise_at_end()                                  # bind() may hang: so its `finally` runs
-    set_handlers({signal.SIGINT, signal.SIGHUP}, do_nothing)  # for the command, which will tell us
+    set_handlers({signal.SIGTERM}, end_once)    # bind() may hang: so its `finally` runs
+    set_handlers({signal.SIGINT, signal.SIGHUP}, do_nothing)    # for the command: it will tell us
     # The fd only: record locks are not inherited, and the command's is not touched by this.
     # Before we open the file again, for closing any fd of it would drop our own lock.
     turn.close()
     # What the predecessor sent, and nobody asked for.  The command has it, too: no close lingers.
-    for fd in LET_GO + (inherited.talk.fds if inherited.talk is not None else []):
+    for fd in LET_GO + start.talk.fds:
         os.close(fd)
     try:
-        # The lock first: whatever bind() makes, the next command waits until it is undone.
-        lock = hold_undoing(plan)
-        server = HOSTS[plan.kind][0](plan, inherited)
+        start = bind(start)
         # After bind(), since that fails most often, and then there is less to take back.
-        opened = open_files(plan, lock, inherited.control)
-        outfit = Start(plan, opened, inherited, server, os.getpid(), report=report)
-        watch_birth(detach(outfit), outfit, report)
+        start = open_files(start)._replace(session=os.getpid())
+        detach(start)
     except Returned:                    # a library's daemon, on its way to the script
         raise
     except BaseException as error:
         # In this order: who hears "fatal" ends us, and it shall find nothing half undone.
         set_handlers(ENDINGS, do_nothing)
-        take_back(server)
-        report.fail(error)
+        end_all(lambda: family(os.getpid()), end_family, 0)
+        take_back(start.server)
+        # Last.  No command any more: then we tidy, holding byte 2.
+        if not start.report.fail(error):
+            tidy(start.plan, [], start.predecessor is None)
     # Not sys.exit(): atexit and unwritten buffers are the command's, of which we are a copy.
     os._exit(1)
 
 
-def hold_undoing(plan: Plan) -> int:
-    """Hold byte 2 of the lock, for as long as this process lives; return the daemon's lock fd.
-
-    A read lock, through a read-only fd: the daemon inherits the fd, but never the lock.
-    """
-    fd = open_regular(plan.files.lock, os.O_RDONLY, PRIVATE)
-    with trying_to("lock %s" % plan.files.lock, "--pidfile on a local file system"):
-        fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, UNDOING)
-    return fd
+def bind(start: Start) -> Start:
+    """Step 3, its first half: have the application bind, and the next command wait."""
+    path = start.plan.files.lock
+    # The lock first: whatever bind() makes, the next command waits until it is undone.  A read
+    # lock, through a read-only fd: the daemon inherits the fd, but never the lock.
+    lock = open_regular(path, os.O_RDONLY, PRIVATE)
+    with trying_to("lock %s" % path, "--pidfile on a local file system"):
+        fcntl.lockf(lock, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, UNDOING)
+    return start._replace(lock=lock, server=HOSTS[start.plan.kind][0](start))
 
 
 def take_back(server: Any) -> None:
@@ -1581,8 +1495,8 @@ def call(server: Any, name: str, otherwise: Any = None) -> Any:
     return getattr(server, name, lambda: otherwise)()
 
 
-def detach(start: Start) -> Child:
-    """Step 4.  Fork (that was fork()'s first call), setsid, fork; return the daemon.
+def detach(start: Start) -> NoReturn:
+    """Step 4.  Fork (that was fork()'s first call), setsid, fork; see the daemon to its place.
 
     The daemon itself ends this step, in begin(): it moves its stdio.
     Runs as: root.  See: setsid(2), daemon(7); twistd: daemonize.
@@ -1595,7 +1509,10 @@ def detach(start: Start) -> Child:
         daemon = fork(lambda leash: sys.exit(begin(start._replace(leash=leash))))
         # The command gave up.  SIGKILL at once: nothing of it has begun.
         signal.signal(signal.SIGTERM, end_family)
-    return daemon
+    message = daemon.receive(float("inf"))
+    if message["event"] != "placed":
+        raise failure(daemon, message)
+    os._exit(0)
 
 
 def end_family(*_: object) -> None:
@@ -1603,29 +1520,15 @@ def end_family(*_: object) -> None:
     signal_each(family(os.getpid()), signal.SIGKILL, True)
 
 
-def watch_birth(daemon: Child, start: Start, report: Channel) -> NoReturn:
-    """Live on as the daemon's parent until it has its place; if it dies before, take all back."""
-    message = daemon.receive(float("inf"))
-    if message["event"] != "placed":
-        error = failure(daemon, message)
-        daemon.wait()
-        end_all(lambda: family(os.getpid()), end_family, 0)
-        take_back(start.server)
-        # Last, since who hears it ends us.  No command any more: then we tidy, holding byte 2.
-        if not report.fail(error):
-            tidy(start.plan, [], start.inherited.talk is None)
-    os._exit(0)
-
-
-def redirect(opened: Opened) -> None:
+def redirect(stdio: Sequence[Optional[int]]) -> None:
     """Point fds 0 to 2 at what step 3 opened: children, C code and crashes log there, too."""
-    for number, fd in enumerate(opened.stdio):
+    for number, fd in enumerate(stdio):
         if fd is not None:
             os.dup2(fd, number)
     # A set, and last: stdout and stderr may be one fd.
-    for moved in {fd for fd in opened.stdio if fd is not None}:
+    for moved in {fd for fd in stdio if fd is not None}:
         os.close(moved)                 # or a log that was rotated away would keep its space
-    if opened.stdio[1] is not None:
+    if stdio[1] is not None:
         for number, name in ((1, "stdout"), (2, "stderr")):
             # A line at a time: what is printed is in the log at once.  And in UTF-8, which never
             # fails: under env -i the caller's streams know ASCII only.
@@ -1706,7 +1609,7 @@ def begin(start: Start) -> int:
         if start.session is not None and start.plan.kind != "library":  # it may call setsid(2)
             os.setpgid(0, 0)
         close_inherited()
-        redirect(start.opened)
+        redirect(start.stdio)
     # By number, not sys.stderr: it writes into whatever fd 2 means at the time of the crash.
     faulthandler.enable(2)
     if start.plan.chroot or start.plan.identity:
@@ -1720,50 +1623,33 @@ def begin(start: Start) -> int:
     return HOSTS[start.plan.kind][1](start)
 
 
-def take_place(start: Start, **facts: Any) -> None:
+def take_place(start: Start, settle: Callable[[], Any], **facts: Any) -> None:
     """Become the daemon of this pidfile, at the command's word.  The picture is in section 7.
 
     "go" is waited for, since the command has something to do in between that may fail: it notes
     the start.  Who took the place at once would have to give it back then, seen by monitors.
+    settle: what the host does in its place, before the command hears that all is done.
     """
-    opened, report = start.opened, start.report
-    if report is not None:
-        report.tell("ready", pid=os.getpid(), **facts)
-        # Who does not say it in time (Ctrl-Z) is as good as gone: nobody could tell it more.
-        if report.receive(START_TIMEOUT)["event"] != "go":
-            raise Fatal("unable to start: the command that asked for it is gone")
+    # Who does not say it in time (Ctrl-Z) is as good as gone: nobody could tell it more.
+    start.report.tell("ready", pid=os.getpid(), **facts)
+    if start.report is not NOBODY and start.report.receive(START_TIMEOUT)["event"] != "go":
+        raise Fatal("unable to start: the command that asked for it is gone")
     # The lock, then the name: who reads the pidfile in between finds the old pid, which is dead or
     # still serves.  Then the socket, for who asks it must be able to believe both.
-    take_instance(opened.lock, start.inherited.predecessor)
-    write_pidfile(opened.pidfile, os.getpid())
-    if opened.control is not None:
+    take_instance(start.lock, start.predecessor)
+    write_pidfile(start.pidfile, os.getpid())
+    if start.control is not NOBODY.end:
         # Not in step 3: SO_PEERCRED names who called listen(2) last.
         with trying_to("listen on the control socket"):
-            opened.control.listen(MAX_TALKS)
-    if start.leash is not None:
-        start.leash.tell("placed")      # somebody killed the starter: good as well
-        start.leash.end.close()
-    replace_predecessor(start)
+            start.control.listen(MAX_TALKS)
+    start.leash.tell("placed")          # somebody killed the starter: good as well
+    start.leash.end.close()
+    settle()
+    start.report.tell("done")           # it may be gone: now that is as good
+    start.report.end.close()
 
 
-def report_done(start: Start) -> None:
-    """Tell the command, if there is one, that all is done."""
-    if start.report is not None:
-        start.report.tell("done")           # it may be gone: now that is as good
-        start.report.end.close()
-
-
-def replace_predecessor(start: Start) -> None:
-    """Tell the old daemon to leave, and wait until it accepts nobody any more."""
-    if start.inherited.talk is None:
-        return
-    start.inherited.talk.tell("leave")      # it may be dead: even better
-    # It gives its lock up when its workers drain.  If it does not, we are the daemon all the same.
-    wait_until(lambda: lock_holder(start.opened.lock, INSTANCE) is None, ANSWER)
-    start.inherited.talk.end.close()
-
-
-def finish(opened: Opened, owner: int) -> None:
+def finish(start: Start, owner: int) -> None:
     """Step 8.  Empty the pidfile if it still names us, for which no right on its folder is needed.
 
     Runs as: the daemon user.  See: unlink(2) EACCES, ftruncate(2); twistd: removePIDFile.
@@ -1771,37 +1657,34 @@ def finish(opened: Opened, owner: int) -> None:
     if os.getpid() != owner:            # a child that a script forked, at its own exit
         return
     with contextlib.suppress(OSError):  # a script closed our fd
-        is_ours = os.path.samestat(os.fstat(opened.pidfile), opened.pidfile_stat)
-        if is_ours and os.pread(opened.pidfile, 32, 0).strip() == b"%d" % owner:
-            os.ftruncate(opened.pidfile, 0)
+        is_ours = os.path.samestat(os.fstat(start.pidfile), start.pidfile_stat)
+        if is_ours and os.pread(start.pidfile, 32, 0).strip() == b"%d" % owner:
+            os.ftruncate(start.pidfile, 0)
 
 
 class Host:
     """What a daemon hosts, and the children that it lives in: the same for a program and workers.
 
-    Hosts override: bring_up (start children, see them prove themselves), introduce (facts for
-    the command), settle (we have the place), on_death, tend, on_end, reload, reclaim, facts.
+    Hosts override: fresh (start children, see them prove themselves), spawn (start one more),
+    settle (we have the place), on_death, tend, on_end, reload, facts.
 
     Instance variables: children, at work; leaving, told to drain; ends, sockets that no child may
     have; is_owner, pidfile and instance lock are ours; is_over, the loop may end.
     """
 
     def __init__(self, start: Start) -> None:
-        self.start, self.plan = start, start.plan
-        self.opened, self.server = start.opened, start.server
-        assert self.opened.control is not None      # open_files(): only a library's has none
-        self.control: socket.socket = self.opened.control
+        self.start, self.plan, self.server = start, start.plan, start.server
         self.children: List[Child] = []
         self.leaving: List[Child] = []
-        self.new_log: List[int] = []    # opened, and not the log yet: no worker needs a copy
         self.is_owner = self.is_over = False
+        self.obstacle = log_obstacle(start.plan)    # why the log is not rotated; "" if it is
         self.result = 0                 # exit status
-        self.restarts, self.pause, self.next_start = 0, 0.0, 0.0
+        self.size, self.restarts = 1, 0     # children that there should be; 0: it is leaving
+        self.pause, self.next_start = 0.0, 0.0      # before one is started again; from when on
         self.last_error = ""
-        self.verbs: Dict[str, Callable[[Channel], None]] = {}
+        self.verbs: Dict[str, Callable[[Channel], bool]] = {}
         self.heir: Optional[Channel] = None         # the conversation that took our sockets
-        talks = (start.report, start.inherited.talk, start.leash)
-        self.ends = [talk.end for talk in talks if talk is not None]
+        self.ends = [start.report.end, start.talk.end, start.leash.end]
 
     def fork(self, life: Callable[[Channel], Any]) -> Child:
         """Return a new child that lives that life, with nothing of the daemon's in its hands."""
@@ -1812,8 +1695,8 @@ class Host:
                 end.close()
             # Who takes a worker over shall find neither of them.  Harmless for the lock: that is
             # the daemon's, and fork(2) gave us none to lose.
-            for fd in [self.opened.pidfile, self.opened.lock] + self.new_log:
-                os.close(fd)
+            os.close(self.start.pidfile)
+            os.close(self.start.lock)
             life(channel)
         child = fork(shed_and_live)
         # A child with a copy of a sibling's channel would keep EOF from that sibling.
@@ -1828,28 +1711,16 @@ class Host:
         """
         # Before we wait: who is killed now is reaped a moment later, by the same loop.
         for child in self.leaving:
-            if time.monotonic() > child.deadline and child.result is None:
+            if time.monotonic() > child.deadline:
                 os.kill(child.pid, signal.SIGKILL)      # not waited for: the pid is still its own
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:           # there is none
-                return
-            if pid == 0:                        # the others live
-                return
-            for child in self.children + self.leaving:
-                if child.pid == pid:
-                    self.bury(child, status)
-
-    def bury(self, child: Child, status: int) -> None:
-        """Strike a dead child off the list."""
-        child.bury(status)
-        if child in self.leaving:
-            self.leaving.remove(child)
-        else:
-            self.children.remove(child)
-            if not self.is_over:        # else we have ended it
-                self.on_death(child, status)
+        with contextlib.suppress(ChildProcessError):        # there is none; (0, 0): all live
+            for pid, status in iter(lambda: os.waitpid(-1, os.WNOHANG), (0, 0)):
+                for child in [c for c in self.children + self.leaving if c.pid == pid]:
+                    child.bury(status)
+                    if child in self.children and not self.is_over:     # else we have ended it
+                        self.on_death(child, status)
+        self.children = [child for child in self.children if child.result is None]
+        self.leaving = [child for child in self.leaving if child.result is None]
 
     def on_death(self, child: Child, status: int) -> None:
         """Note an unexpected death; the pause before the next start grows while they die young.
@@ -1869,64 +1740,75 @@ class Host:
         log(text)
 
     def reopen(self, fds: List[int]) -> str:
-        """Log to the first of fds, or else to what the log's name means now; return why not."""
+        """Log to the first of fds, or else to what its name means now; return why not all do."""
+        if self.plan.files.logfile is None:         # the output is not ours
+            return ""
+        path = inside(self.plan.files.logfile, self.plan.chroot)
         try:
-            fds = fds or self.open_log_again()
+            if path is None and not fds:
+                raise Fatal("unable to open %s: it is outside the chroot\n"
+                            "try: daemonize.py reload, as root" % self.plan.files.logfile)
+            # With the daemon's own rights.
+            new = fds.pop(0) if fds else open_regular(str(path), *APPENDING)
         except Fatal as error:
             self.complain("%s: the old log is kept" % error)
             return str(error)
-        if fds:
-            new = fds.pop(0)
-            point_log_at(new)
-            for child in self.children + self.leaving:
-                child.tell("reopen", [new])
-            os.close(new)
-        return ""
-
-    def open_log_again(self) -> List[int]:
-        """Open the log's name with the daemon's own rights; [] if the output is not ours."""
-        if self.plan.files.logfile is None:
-            return []
-        path = inside(self.plan.files.logfile, self.plan.chroot)
-        if path is None:
-            raise Fatal("unable to open %s: it is outside the chroot\ntry: daemonize.py reload, "
-                        "as root" % self.plan.files.logfile)
-        return [open_regular(path, os.O_WRONLY | os.O_APPEND, 0o640, is_log=True)]
+        point_log_at(new)
+        for child in self.children + self.leaving:
+            child.tell("reopen", [new])
+        os.close(new)
+        self.obstacle = log_obstacle(self.plan)
+        # Each one, even after a "no".  (Who is leaving is busy; a program says nothing: its end is
+        # closed.)
+        said = [child.hear("reopened", ANSWER) for child in self.children]
+        return "a worker did not reopen the log" if LATE in said else ""
 
     # What hosts override.
 
-    def bring_up(self) -> None:
-        """Start the children, and see them prove themselves; raise Fatal if they do not."""
+    def fresh(self) -> List[Child]:
+        """Return new children that have proved themselves; raise Fatal if they do not."""
         raise NotImplementedError
-
-    def introduce(self) -> Message:
-        """Return what `start` shall say of us, once."""
-        return {}
 
     def settle(self) -> None:
         """Do what had to wait until the place is ours."""
+        self.is_owner = True
+
+    def spawn(self) -> Child:
+        """Return a new child, at work."""
+        raise NotImplementedError
 
     def tend(self) -> None:
         """Start a child where one is missing, when its time has come."""
+        # One at a time: where forking fails, or code is bad, the pause is for each of them.
+        if len(self.children) < self.size and time.monotonic() >= self.next_start:
+            self.next_start = time.monotonic() + BACKOFF[1]     # if even this fails
+            self.children.append(self.spawn())
+            self.next_start = 0.0
+            self.restarts += 1
 
     def on_end(self) -> bool:
         """Tell whether all shall be told to end now: a service may drain first."""
         self.is_over = True
         return True
 
-    def reload(self, new_log: List[int]) -> str:
-        """Have all files read again; return why not, "" if done.
-
-        new_log: an fd of it, if a command has opened one; who uses it takes it out.
-        """
+    def reload(self) -> str:
+        """Have what is hosted read its files again; return why not, "" if done."""
         raise NotImplementedError
-
-    def reclaim(self) -> None:
-        """Be the daemon again in all: the heir hung up, and has not told us to leave."""
 
     def facts(self) -> Message:
         """Return what is to be said of what is hosted."""
         return {}
+
+
+def log_obstacle(plan: Plan) -> str:
+    """Return why this process cannot rename and reopen the log, "" if it can, or need not."""
+    path = inside(plan.files.logfile or os.devnull, plan.chroot)
+    if plan.kind != "app" or not plan.options.log_bytes or path == os.devnull:
+        return ""
+    if path is None:
+        return "it is outside the chroot"
+    is_ours = os.access(os.path.dirname(path), os.W_OK | os.X_OK)
+    return "" if is_ours else "uid %d may not write in %s" % (os.getuid(), os.path.dirname(path))
 
 
 class Daemon:
@@ -1937,12 +1819,12 @@ class Daemon:
     under way keeps a status waiting, no worker.
 
     Instance variables: verbs, what commands may ask for: methods, ours or the host's, that get
-    the conversation, and answer on it; talks, the conversations, the oldest first.
+    the conversation, answer on it, and tell whether somebody has heard it; talks, the
+    conversations, the oldest first.
     """
 
     def __init__(self, start: Start, host: Host) -> None:
         self.start, self.plan, self.host = start, start.plan, host
-        self.pid = os.getpid()
         self.signals: Set[int] = set()
         self.is_told = self.is_warned = False
         # With who is told to end; short until we have the place: a start that fails says so soon.
@@ -1951,9 +1833,11 @@ class Daemon:
         self.wake, self.waker = socket.socketpair()
         self.wake.setblocking(False)
         self.waker.setblocking(False)
-        host.control.setblocking(False)     # who called may have hung up before we accept
-        host.ends += [self.wake, self.waker, host.control]
-        self.verbs = dict(host.verbs, status=self.answer_status, reload=self.answer_reload)
+        start.control.setblocking(False)     # who called may have hung up before we accept
+        host.ends += [self.wake, self.waker, start.control]
+        self.verbs: Dict[str, Callable[[Channel], bool]] = dict(host.verbs)
+        self.verbs["status"] = self.answer_status
+        self.verbs["reload"] = lambda talk: talk.tell("reload", reason=self.reload(talk.fds))
         self.talks: List[Channel] = []
 
     def live(self) -> int:
@@ -1963,32 +1847,30 @@ class Daemon:
         """
         guard_forks()
         # Until we have the place SIGTERM just ends us: there is nothing yet that could be lost.
-        raise_at_end()
+        set_handlers(ENDINGS, end_once)
         try:
             # As in the picture of section 7: able, ready, the place; nobody is let in before.
-            self.host.bring_up()
+            self.host.children = self.host.fresh()
             # Before the pidfile names us: who reads it may signal us at once.  And then the old
             # daemon may have left: what ended us now would end the service.
-            self.note_signals()
-            take_place(self.start, **self.host.introduce())
-            self.host.is_owner, self.patience = True, self.plan.options.timeout
-            self.host.settle()
-            report_done(self.start)
+            # A note wakes the loop up: what nobody notes, and nobody wakes, waits for the tick.
+            signal.set_wakeup_fd(self.waker.fileno())
+            # What run's caller ignores stays so: nohup means SIGHUP, `&` in a script SIGINT.
+            set_handlers(HANDLED, lambda signum, frame: self.signals.add(signum),
+                         spares_ignored=self.start.session is None)
+            addresses = ", ".join(map(str, self.host.facts().get("addresses", [])))
+            take_place(self.start, self.host.settle, addresses=addresses,
+                       obstacle=self.host.obstacle,
+                       greeting=getattr(self.start.server, "greeting", None))
+            notify(self.start, "READY=1\nSTATUS=" + addresses)
+            if self.host.obstacle:      # also where nobody greets: run, a restart from cron
+                log("unable to rotate the log: " + self.host.obstacle)
+            self.patience = self.plan.options.timeout
             while not self.host.is_over:
                 self.step()
         finally:
             self.end()
         return self.host.result
-
-    def note_signals(self) -> None:
-        """Handle TERM, INT, HUP, USR1 and CHLD by a note, which the loop finds.  See: signal(7)."""
-        def on_signal(signum: int, frame: Optional[FrameType]) -> None:
-            if os.getpid() == self.pid:             # else a child of Python 3.6, before its exec
-                self.signals.add(signum)
-        # Before the handlers: a signal that is noted, and wakes nobody, would wait for the tick.
-        signal.set_wakeup_fd(self.waker.fileno())
-        # What run's caller ignores stays so: nohup means SIGHUP, `&` in a script SIGINT.
-        set_handlers(HANDLED, on_signal, spares_ignored=self.start.session is None)
 
     def step(self) -> None:
         """Wait a moment for what comes, and do it."""
@@ -1996,11 +1878,11 @@ class Daemon:
             # A tick at the latest, for what gives no sign: a pause that is over, a full log.
             sources = [self.wake, *self.talks]
             if self.host.is_owner:      # else the heir listens on the same socket: its calls
-                sources.insert(0, self.host.control)
+                sources.insert(0, self.start.control)
             for source in readable(sources, time.monotonic() + TICK):
                 if source is self.wake:
                     self.wake.recv(4096)
-                elif source is self.host.control:
+                elif source is self.start.control:
                     self.accept()
                 elif source in self.talks:      # else the call just now drove it out
                     self.answer(source)
@@ -2009,7 +1891,11 @@ class Daemon:
             self.host.reap()
             self.on_signals()
             self.host.tend()
-            self.look_around()
+            # It gives no sign of its own, and nothing else depends on that name while we live.
+            if not self.is_warned and os.fstat(self.start.lock).st_nlink == 0:
+                self.is_warned = True
+                self.host.complain("somebody removed %s: commands will not find us"
+                                   % self.plan.files.lock)
         except Exception as error:      # no fds, no processes: say so, and go on
             self.host.complain("unable to act: %s" % because(error))
             time.sleep(TICK)
@@ -2029,16 +1915,6 @@ class Daemon:
         elif signal.SIGUSR1 in signals:
             self.host.reopen([])
 
-    def look_around(self) -> None:
-        """Notice what gives no sign of its own; say it once, for it will not change.
-
-        While the daemon lives nothing else depends on that name: so it goes on serving.
-        """
-        if not self.is_warned and os.fstat(self.start.opened.lock).st_nlink == 0:
-            self.is_warned = True
-            self.host.complain("somebody removed %s: commands will not find us"
-                               % self.plan.files.lock)
-
     def tell_family(self, signum: int) -> None:
         """Send a signal to all that we have started, once: they may need more than a moment."""
         # Ctrl-C in a terminal went to all of its foreground group, which `run` is a part of.  A
@@ -2055,7 +1931,7 @@ class Daemon:
         members = {process.pid: process for process in family(self.start.session)}
         for child in self.host.children + self.host.leaving:
             pgid = os.getpgid(child.pid)
-            members.setdefault(child.pid, Process(child.pid, self.pid, pgid, -1, ""))
+            members.setdefault(child.pid, Process(child.pid, os.getpid(), pgid, -1, ""))
         return list(members.values())
 
     def end(self) -> None:
@@ -2073,14 +1949,14 @@ class Daemon:
                 log("what did not end within %g s was killed" % self.patience)
         finally:
             if self.host.is_owner:
-                finish(self.start.opened, self.pid)
+                finish(self.start, os.getpid())
                 # Last, and not when we leave: what it removes (a unix socket's name) is the heir's.
                 call(self.start.server, "server_close")
 
     def accept(self) -> None:
         """Take a command's call; anybody's but ours and root's is hung up."""
         try:
-            end = self.host.control.accept()[0]
+            end = self.start.control.accept()[0]
         except (BlockingIOError, ConnectionError):      # it hung up; or the heir was faster
             return
         # Its mode 0600 does that on Linux; older BSDs ignore the mode of a socket (unix(7)).
@@ -2101,15 +1977,16 @@ class Daemon:
         event = talk.receive(0)["event"]
         if event == LATE:               # half a line, so far
             return
+        is_heard = False
         try:
-            self.verbs.get(event, self.hang_up)(talk)
+            is_heard = event in self.verbs and self.verbs[event](talk)
         except BaseException as error:
-            self.hang_up(talk)          # at once: who asked shall not wait for what never comes
-            if not isinstance(error, OSError):      # then it had hung up in mid-sentence
-                self.host.complain("unable to answer %s: %s" % (event, because(error)))
+            self.host.complain("unable to answer %s: %s" % (event, because(error)))
+        if not is_heard:                # at once: who asked shall not wait for what never comes
+            self.hang_up(talk)
 
     def hang_up(self, talk: Channel) -> None:
-        """End a conversation; the heir's tells the host that there will be none."""
+        """End a conversation; when it is the heir's, there will be none."""
         for fd in talk.fds:
             os.close(fd)
         talk.end.close()
@@ -2117,32 +1994,32 @@ class Daemon:
             self.talks.remove(talk)
         if talk is self.host.heir:
             self.host.heir = None
-            self.host.reclaim()
+            if self.host.is_owner:      # it has not told us to leave: we are the daemon in all
+                write_pidfile(self.start.pidfile, os.getpid())
+                self.start.control.listen(MAX_TALKS)
 
-    def answer_status(self, talk: Channel) -> None:
+    def answer_status(self, talk: Channel) -> bool:
         """Say how we are; the log's size by its fd, for its name may be outside of our jail."""
         path = self.plan.files.logfile
-        talk.send("status", said=dict(
+        return talk.tell("status", said=dict(
             self.host.facts(), restarts=self.host.restarts, last_error=self.host.last_error,
             log=path, log_bytes=os.fstat(1).st_size if path else 0))
-
-    def answer_reload(self, talk: Channel) -> None:
-        """Reload, with the log that the command may have opened for us."""
-        talk.send("reloaded", reason=self.reload(talk.fds))
 
     def reload(self, new_log: List[int]) -> str:
         """Have all files read again; return why not, "" if done.
 
-        systemd hears of the beginning, too: else `systemctl reload` would not wait for the end.
+        new_log: an fd of it, if a command has opened one.  The log first, and whatever else is
+        refused: it may have been renamed, and what is written to the old one is lost when
+        logrotate compresses it.
         """
+        # systemd hears of the beginning, too: else `systemctl reload` would not wait for the end.
         notify(self.start, "RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
-        reason = self.host.reload(new_log)
+        reason = self.host.reopen(new_log) or self.host.reload()
         if reason:
             self.host.complain("reload refused: " + reason)
         else:
             log("reloaded")
-        said = reason.replace("\n", "; ") or self.host.introduce().get("addresses", "")
-        notify(self.start, "READY=1\nSTATUS=%s" % said)
+        notify(self.start, "READY=1\nSTATUS=" + (reason.replace("\n", "; ") or "reloaded"))
         return reason
 
 
@@ -2154,10 +2031,9 @@ def foreground_group() -> Optional[int]:
 
 
 def notify(start: Start, text: str) -> None:
-    """Tell systemd how we are.  See: sd_notify(3)."""
-    if start.notifier is not None:
-        with contextlib.suppress(OSError):      # a supervisor that is gone has no say in our life
-            start.notifier.send(text.encode())
+    """Tell systemd how we are, if it asked.  See: sd_notify(3)."""
+    with contextlib.suppress(OSError):      # a supervisor that is gone has no say in our life
+        start.notifier.send(text.encode())
 
 
 # -- 10. A word with the daemon ----------------------------------------------
@@ -2168,7 +2044,7 @@ def notify(start: Start, text: str) -> None:
 #   "status" ---------------------------> looks at itself
 #   <-------------- "status", said -----
 #   "reload", an fd of the log ---------> reads all files again, or refuses
-#   <-------------- "reloaded", reason --
+#   <-------------- "reload", reason ----
 #   "sockets", "leave"                    a restart: section 17
 #
 # The daemon serves root and its own user.  The command treats the daemon as hostile: it may have
@@ -2207,10 +2083,13 @@ def listener_of(files: Files) -> Tuple[Optional[int], Optional[int]]:
     return listener
 
 
-def call_daemon(files: Files, pid: int) -> Channel:
-    """Dial; but talk to nobody but the daemon, root and ourselves (a starter, in a restart).
+def converse(files: Files, pid: int, verb: str, seconds: float = ANSWER,
+             fds: Sequence[int] = ()) -> Tuple[Channel, Message]:
+    """Ask the daemon for something; return the conversation, and its answer, which has that name.
 
-    Whoever owns the folder can bind a socket there.  The kernel says who listens.
+    Whoever owns the folder can bind a socket there.  The kernel says who listens: we talk to
+    nobody but the daemon, root and ourselves (a starter, in a restart).  Raises OSError if nobody
+    answers.
     """
     # The pid, and not the uid alone, for a daemon: another process of that user would do as well
     # for an attacker, but not for the person who wants to know how the daemon is.
@@ -2218,18 +2097,18 @@ def call_daemon(files: Files, pid: int) -> Channel:
     listener, uid = peer_of(talk.end)
     if listener not in (None, pid) and uid not in (0, os.geteuid()):
         raise ConnectionRefusedError(errno.ECONNREFUSED, "another process listens there")
-    return talk
-
-
-def ask(files: Files, pid: int, verb: str, seconds: float = ANSWER,
-        fds: Sequence[int] = ()) -> Message:
-    """Return the daemon's answer to one question; raise OSError if there is none."""
-    talk = call_daemon(files, pid)
-    talk.send(verb, fds)
+    talk.tell(verb, fds)
     message = talk.receive(seconds)
-    LET_GO.append(talk.end.detach())
-    if message["event"] in (ENDED, LATE):
+    if message["event"] != verb:
+        LET_GO.append(talk.end.detach())
         raise TimeoutError(errno.ETIMEDOUT, "it does not answer")
+    return talk, message
+
+
+def ask(files: Files, pid: int, verb: str, *more: Any) -> Message:
+    """Return the daemon's answer to one question; raise OSError if there is none."""
+    talk, message = converse(files, pid, verb, *more)
+    LET_GO.append(talk.end.detach())
     return message
 
 
@@ -2276,12 +2155,13 @@ class Target:
 
     def send(self, signum: int) -> None:
         """Signal the daemon, and nobody else."""
-        if self.birth is None:
-            return
-        if self.pidfd >= 0:
-            as_user(self.identity, lambda: pidfd_send_signal(self.pidfd, signum))
-        elif self.leader():             # looked at again, just before
-            as_user(self.identity, lambda: os.kill(self.pid, signum))
+        def action() -> None:
+            if self.pidfd >= 0:
+                pidfd_send_signal(self.pidfd, signum)
+            elif self.leader():         # looked at again, just before
+                os.kill(self.pid, signum)
+        if self.birth is not None:
+            as_user(self.identity, action)
 
     def send_all(self, signum: int) -> None:
         """Signal who is left, too."""
@@ -2312,22 +2192,24 @@ def as_user(identity: Optional[Identity], action: Callable[[], Any]) -> None:
         raise OSError(result, os.strerror(result))
 
 
-def end_daemon(target: Target, timeout: float, is_told: bool = False) -> bool:
-    """End a daemon and what it started: SIGTERM, wait, SIGKILL; True if that was needed.
+def end_daemon(target: Target, timeout: float, how: str = "end") -> None:
+    """End a daemon and what it started: SIGTERM, wait, SIGKILL, and say so if that was needed.
 
-    First the daemon alone, which tells the others; then who is left.
+    First the daemon alone, which tells the others; then who is left.  One that is to drain was
+    told so by its heir.
     """
     with trying_to("stop pid %d" % target.pid):
         # One deadline for both halves: --timeout is what a person waits.
         deadline = time.monotonic() + timeout
-        if not is_told:
+        if how == "end":
             target.send(signal.SIGTERM)
             target.send(signal.SIGCONT)             # one that was stopped obeys when it goes on
         was_killed = end_all(target.leader, lambda: target.send(signal.SIGKILL), timeout)
         # The daemon is gone, and with it whoever knew its children: now the session tells.
         target.send_all(signal.SIGTERM)
         left = max(0.0, deadline - time.monotonic())
-        return end_all(target.members, lambda: target.send_all(signal.SIGKILL), left) or was_killed
+        if end_all(target.members, lambda: target.send_all(signal.SIGKILL), left) or was_killed:
+            warn("pid %d did not %s within %g s: killed" % (target.pid, how, timeout))
 
 
 # -- 12. Programs ------------------------------------------------------------
@@ -2341,21 +2223,20 @@ class Program(Host):
     close all that it has, fork and kill as it likes, and the lock stays where it is.
     """
 
-    def bring_up(self) -> None:
+    def fresh(self) -> List[Child]:
         """Start it; it has started once it was executed, and lives a moment later."""
         # In the daemon, and not in the command: a start that is interrupted ends with both.
-        self.spawn()
-        child, = self.children
+        child = self.spawn()
         if not wait_until(lambda: child.wait(os.WNOHANG) is not None, ALIVE):
-            return
-        if self.start.report is None:       # run: it ends as the program did, early or late
-            return self.bury(child, child.result or 0)
-        self.children.clear()
-        cure = "" if child.result else "\ntry: its option for the foreground"
-        raise Fatal("unable to start: it %s before it was ready%s" % (
-            describe(child.result or 0), cure))
+            return [child]
+        if self.start.report is not NOBODY:
+            cure = "" if child.result else "\ntry: its option for the foreground"
+            raise Fatal("unable to start: it %s before it was ready%s" % (
+                describe(child.result or 0), cure))
+        self.on_death(child, child.result or 0)     # run: it ends as the program did
+        return []
 
-    def spawn(self) -> None:
+    def spawn(self) -> Child:
         """Start it, and wait until it is executed."""
         child = self.fork(self.execute)
         # exec(2) closes its end: then there is nothing to read but the end.
@@ -2363,7 +2244,7 @@ class Program(Host):
         if message["event"] == "fatal":
             child.kill()
             raise failure(child, message)
-        self.children.append(child)
+        return child
 
     def execute(self, channel: Channel) -> None:
         """Become the program.  See: execve(2)."""
@@ -2382,27 +2263,17 @@ class Program(Host):
         super().on_death(child, status)
         if self.plan.options.respawn:
             return
-        self.is_over = True
+        self.is_over, self.size = True, 0
         is_killed = os.WIFSIGNALED(status)
         self.result = 128 + os.WTERMSIG(status) if is_killed else os.WEXITSTATUS(status)
 
-    def tend(self) -> None:
-        """Start it again, when its pause is over."""
-        if not self.children and not self.is_over and time.monotonic() >= self.next_start:
-            self.next_start = time.monotonic() + BACKOFF[1]     # if even this fails
-            self.spawn()
-            self.restarts += 1
-
-    def reload(self, new_log: List[int]) -> str:
+    def reload(self) -> str:
         """Pass SIGHUP on, if the program has a handler: else it would die of it."""
-        # The log first, and in any case: what is refused below is the signal.
-        reason = self.reopen(new_log)
         for child in self.children:
             if not handles(child.pid, signal.SIGHUP):
-                reason = "it does not handle SIGHUP, and would end"
-            elif not reason:
-                os.kill(child.pid, signal.SIGHUP)
-        return reason or ("" if self.children else "it does not run: it is to be started again")
+                return "it does not handle SIGHUP, and would end"
+            os.kill(child.pid, signal.SIGHUP)
+        return "" if self.children else "it does not run: it is to be started again"
 
     def facts(self) -> Message:
         """Return what is to be said of the program."""
@@ -2421,7 +2292,7 @@ def find_program(name: str) -> str:
     raise Fatal("unable to execute %s: %s" % (name, found))
 
 
-def check_script(plan: Plan, inherited: Inherited) -> None:
+def check_script(plan: Plan) -> None:
     """Step 3 of a program: see the commonest mistake of who starts a script.
 
     Its path stays as it was typed, for the program may mean something else by that word.  And the
@@ -2438,8 +2309,8 @@ def check_script(plan: Plan, inherited: Inherited) -> None:
 # -- 13. The commands --------------------------------------------------------
 # Each takes the turn first, and looks second: what it has seen stays so until it gives the turn
 # back.  Only `status` and `reload` go without: they change nothing that another one relies on, and
-# shall not wait for a start that hangs.  And all but `start` and `run` ask first whether the name
-# is known at all: to stop, or look at, what never ran shall leave no lock file behind.
+# shall not wait for a start that hangs.  And these two, and `stop`, ask first whether the name is
+# known at all: to stop, or look at, what never ran shall leave no lock file behind.
 
 # -- 13.1 start ---------------------------------------------------------------
 
@@ -2448,7 +2319,7 @@ def start(plan: Plan) -> int:
     with Turn(plan) as turn:
         pid = turn.holder()
         if pid is None:
-            launch(plan, turn, Inherited(inherited_sockets()))
+            launch(Start(plan, inherited_sockets()), turn)
         else:
             say_running(plan, turn.record(), pid)
     return 0
@@ -2479,32 +2350,28 @@ def command_line(action: str, plan: Plan) -> str:
     return " ".join(map(shlex.quote, words))
 
 
-def launch(plan: Plan, turn: Lock, inherited: Inherited) -> None:
+def launch(start: Start, turn: Lock) -> None:
     """Start the daemon, and see it to its place.  The picture is in section 7."""
+    plan = start.plan
     # First the list of what is not there yet: only that may be removed, if this fails.
-    made = Made(plan, turn)
-    try:
-        made.make_log_folder()
+    with Made(plan, turn) as made:
         with undisturbed():             # until we know whom to undo
-            made.starter = fork(lambda report: be_starter(plan, report, turn, inherited))
+            made.starter = fork(lambda report: be_starter(start._replace(report=report), turn))
         facts = expect([made.starter], "ready", plan.options.start_timeout)
         # Before "go": a full disk can still be undone.  And afterwards this alone proves who a
         # script is that closes the lock's fd.
-        made.note(int(facts.get("pid", 0)))
-    except Returned:                    # we are not the command: see fork()
-        raise
-    except BaseException as error:
-        raise made.undo(error)
+        turn.note(plan, int(facts.get("pid", 0)))
     # From here on the new one needs nobody: it takes the place, and tells the old one itself.
     made.starter.tell("go")
     # The point of no return.  What interrupts us now leaves the new daemon where it is.
-    try:
-        expect([made.starter], "done", 2 * ANSWER)
-    except Fatal as error:
-        # It says so itself, or is dead: that can be undone.  But its starter ends well, and in
-        # silence, only when it has its place: nothing undoes that.
-        if made.starter.result != 0 and not isinstance(error, Late):
-            raise made.undo(error)
+    message = made.starter.receive(2 * ANSWER)
+    # It says so itself, or is dead: that can be undone.  But its starter ends well, and in silence,
+    # only when it has its place: nothing undoes that.
+    if message["event"] == "fatal" or message["event"] == ENDED and made.starter.wait() != 0:
+        error = failure(made.starter, message)
+        made.undo(error)
+        raise error
+    if message["event"] != "done":
         raise Unknown("unable to tell whether %s has started\ntry: daemonize.py status" % plan.name,
                       trace=log_since(plan, made.logged))
     # Before the turn is given back: until it is gone the starter holds byte 2.  And greeted last:
@@ -2513,8 +2380,8 @@ def launch(plan: Plan, turn: Lock, inherited: Inherited) -> None:
     greet(plan, facts)
 
 
-class Made:
-    """What a start has made so far, and how it is taken back.
+class Made(ContextManager["Made"]):
+    """What a start has made so far; `with` takes it back if the start fails.
 
     Only what was not there before is removed.  A folder that another start could be using is
     safe: all this happens under the turn.
@@ -2524,48 +2391,42 @@ class Made:
         files = plan.files
         self.plan, self.turn, self.logfile = plan, turn, files.logfile
         self.starter: Optional[Child] = None
-        self.before: Optional[bytes] = None         # the record of the last start
+        self.server: Any = None                     # of run, which has no starter
+        self.before = turn.read()                   # the record of the last start
         self.new = [path for path in (files.pidfile, files.control, files.logfile)
                     if path and not exists(path)]       # lock and folder are the turn's affair
         self.logged = os.path.getsize(self.logfile) if self.logfile and exists(self.logfile) else 0
-
-    def make_log_folder(self) -> None:
-        """Make root's folder for the default log; it is the daemon user's, for rotation renames.
-
-        Under the turn: a start that finds its daemon running makes nothing.  See: rename(2).
-        """
         if self.logfile == "":
-            default_files(self.plan.name)           # raises, and says why there is no place
-        folder = "/var/log/" + self.plan.name
+            default_files(plan.name)                # raises, and says why there is no place
+        # Root's folder for the default log is the daemon user's, for rotation renames.  Under the
+        # turn: a start that finds its daemon running makes nothing.  See: rename(2).
+        folder = "/var/log/" + plan.name
         if os.geteuid() == 0 and os.path.dirname(self.logfile or "") == folder:
-            self.new += [folder] * make_folder(folder, 0o750, self.plan.identity)
+            self.new += [folder] * make_folder(folder, 0o750, plan.identity)
 
-    def note(self, pid: int) -> None:
-        """Note the start in the lock file, and keep what stood there."""
-        self.before = self.turn.read()
-        self.turn.note(self.plan, pid)
+    def __exit__(self, _: object, error: Optional[BaseException], trace: object) -> None:
+        if error is not None and not isinstance(error, Returned):   # for that see fork()
+            self.undo(error)
 
-    def undo(self, error: BaseException) -> BaseException:
-        """Take all back; return why the start failed, with what the log says of it."""
+    def undo(self, error: BaseException) -> None:
+        """Take all back; add what the log says to why the start has failed."""
         set_handlers(ENDINGS | {signal.SIGHUP}, do_nothing)   # an impatient second Ctrl-C
+        starter = self.starter
         # The processes before the files: they still write.
-        if self.starter is not None:
-            self.end_starter(self.starter)
+        if starter is not None:
+            # It ends the daemon, and undoes what bind() made: only it has the server.
+            if starter.result is None:
+                os.kill(starter.pid, signal.SIGTERM)
+            if not wait_until(lambda: starter.wait(os.WNOHANG) is not None, 2 * ANSWER):
+                # It hangs.  Its number, and its session's, is its own: nobody has waited for it.
+                signal_each([p for p in processes() if p.sid == starter.pid], signal.SIGKILL, False)
+                starter.kill()
+        take_back(self.server)
         if isinstance(error, Fatal) and not error.trace and error.status == 1:
             error.trace = log_since(self.plan, self.logged)
         tidy(self.plan, self.new, lock_holder(self.turn.fd, INSTANCE) is None)
-        if self.before is not None:     # last, for it may fail as well
-            self.turn.write(self.before)
-        return error
-
-    def end_starter(self, starter: Child) -> None:
-        """Have the starter end the daemon, and undo what bind() made: only it has the server."""
-        if starter.result is None:
-            os.kill(starter.pid, signal.SIGTERM)
-        if not wait_until(lambda: starter.wait(os.WNOHANG) is not None, 2 * ANSWER):
-            # It hangs.  Its number, and its session's, is its own while nobody has waited for it.
-            signal_each([p for p in processes() if p.sid == starter.pid], signal.SIGKILL, False)
-            starter.kill()
+        if self.turn.read() != self.before:     # last, for it may fail as well
+            rewrite(self.turn.fd, self.before, self.turn.path)
 
 
 def tidy(plan: Plan, new: List[str], is_alone: bool = True) -> None:
@@ -2597,6 +2458,9 @@ def greet(plan: Plan, facts: Message) -> None:
     # replace(), and not "%": a message of somebody's may have another % in it, or none.
     text = plan.startmsg or "%s is running with pid %s%s" % (plan.name, pid, where)
     say(plan, text.replace("%s", pid))
+    if facts.get("obstacle"):   # said while somebody reads it, and not in a log grown for a year
+        warn("unable to rotate %s: %s\ntry: --log-bytes 0, and logrotate" % (
+            plan.files.logfile, facts["obstacle"]))
     if facts.get("greeting"):
         emit(1, str(facts["greeting"]).rstrip("\n") + "\n")
 
@@ -2629,7 +2493,13 @@ def stop(plan: Plan) -> int:
         if pid is None:
             say_stopped(plan)
         else:
-            stop_daemon(plan, turn, pid)
+            end_daemon(Target(turn, pid), plan.options.timeout)
+            # The lock decides, here as well: "stopped" is when nobody holds it any more.  That is
+            # a promise to the next command line (`stop && rm -r ...`, `stop && start`).
+            left = turn.holder()
+            if left is not None:
+                raise Fatal("unable to stop %s: pid %s holds its lock" % (plan.name, left))
+            say(plan, "%s is stopped" % plan.name)
         # The names last, when nobody holds the lock any more: as long as something of it lives,
         # monitors find its pid.  Both may be there after a kill -9, too.
         for path in (plan.files.pidfile, plan.files.control):
@@ -2654,32 +2524,13 @@ def say_stopped(plan: Plan) -> None:
     say(plan, "%s is not running (%s)" % (plan.name, plan.files.pidfile))
 
 
-def stop_daemon(plan: Plan, turn: Lock, pid: int) -> None:
-    """End the daemon, and whoever else holds its lock; say so, once it is so.
-
-    "Stopped" is a promise to the next command line (`stop && rm -r ...`, `stop && start`).
-    """
-    # The lock decides, here as well: "stopped" is when nobody holds it any more.
-    was_killed = end_daemon(Target(turn, pid), plan.options.timeout)
-    for _ in range(100):                            # its children, if it let them have the lock
-        left = turn.holder()
-        if left is None:
-            break
-        end_daemon(Target(turn, left), plan.options.timeout)
-    else:
-        raise Fatal("unable to stop %s: pid %s holds its lock" % (plan.name, left))
-    if was_killed:
-        emit(1, "%s did not end within %g s: killed\n" % (plan.name, plan.options.timeout))
-    else:
-        say(plan, "%s is stopped" % plan.name)
-
-
 # -- 13.3 status and reload ---------------------------------------------------
 
 def holder_of(plan: Plan) -> Tuple[Optional[int], Optional[Record]]:
     """Return the pid of the running daemon, and the record of its start, without a turn."""
     if is_unknown(plan):
         return None, None
+    # Read-only, and no byte taken: whoever starts or stops it meanwhile is not held up by us.
     with Lock(plan, os.O_RDONLY) as lock:
         return lock.holder(), lock.record()
 
@@ -2696,6 +2547,7 @@ def status(plan: Plan) -> int:
         emit(1, json.dumps(facts) + "\n")
     else:
         emit(1, report_of(facts))
+    # LSB's numbers; its 4, "unknown", is what any failure of ours becomes: see report_fatal().
     return {"running": 0, "dead": 1}.get(facts["state"], 3)
 
 
@@ -2736,30 +2588,19 @@ def running_facts(plan: Plan, pid: int, record: Optional[Record]) -> Message:
     return dict(known, **dict(facts, **known))      # the kernel's first, and not to be overruled
 
 
-def duration(seconds: float) -> str:
-    """Return a time as people say it.
-
-    >>> duration(59.7), duration(7265), duration(200000)
-    ('59 s', '2 h 1 min', '2 d 7 h')
-    """
-    seconds = int(seconds)
-    for size, unit, rest, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "min")):
-        if seconds >= size:
-            return "%d %s %d %s" % (seconds // size, unit, seconds % size // rest, smaller)
-    return "%d min %d s" % divmod(seconds, 60) if seconds >= 60 else "%d s" % seconds
-
-
 def report_of(facts: Message) -> str:
     r"""Return facts as lines for a person.
 
     >>> report_of({"name": "a", "state": "running", "pid": 7, "uptime": 61, "addresses": ["b"],
     ...            "uid": 1, "user": "jim", "last_error": "", "x_y": ["c", "d"]})
-    'a is running: pid 7, up 1 min 1 s, on b\n  user    jim (1)\n  x y     c d\n'
+    'a is running: pid 7, up 0:01:01, on b\n  user    jim (1)\n  x y     c d\n'
     """
+    import datetime
     facts = dict(facts)
     line = "%s is %s" % (facts.pop("name"), facts.pop("state"))
     if "pid" in facts:
-        line += ": pid %s, up %s" % (facts.pop("pid"), duration(facts.pop("uptime")))
+        uptime = datetime.timedelta(seconds=int(facts.pop("uptime")))
+        line += ": pid %s, up %s" % (facts.pop("pid"), uptime)
         facts["user"] = "%s (%s)" % (facts.get("user") or "uid", facts.pop("uid", None))
     addresses = facts.pop("addresses", None)
     if addresses:
@@ -2785,7 +2626,12 @@ def reload(plan: Plan) -> int:
         say_stopped(plan)
         return 3
     if record is not None and record.kind == "library":
-        reason = hang_up_on(plan, pid)
+        # Nobody can ask a script.  The kernel knows (SigCgt in /proc/PID/status).
+        reason = "" if handles(pid, signal.SIGHUP) else "it does not handle SIGHUP, and would end"
+        if not reason:
+            # Through a Target, as for `stop`: proved to be the daemon, and signalled as its user.
+            with Lock(plan, os.O_RDONLY) as lock, trying_to("signal pid %d" % pid):
+                Target(lock, pid).send(signal.SIGHUP)
     else:
         # We open the log for it: it may have no right to do so (root's folder, another's jail).
         # As whom it runs the kernel says, where its log is the record: not the daemon, which may be
@@ -2805,19 +2651,6 @@ def reload(plan: Plan) -> int:
     return 0
 
 
-def hang_up_on(plan: Plan, pid: int) -> str:
-    """Send SIGHUP to a script that handles it; return why not, "" if done.
-
-    The kernel knows (SigCgt in /proc/PID/status): the default action would end it.  Through a
-    Target, as for `stop`: the pid is proved to be the daemon's, and signalled as its user.
-    """
-    if not handles(pid, signal.SIGHUP):
-        return "it does not handle SIGHUP, and would end"
-    with Lock(plan, os.O_RDONLY) as lock, trying_to("signal pid %d" % pid):
-        Target(lock, pid).send(signal.SIGHUP)
-    return ""
-
-
 def identity_of(pid: int) -> Optional[Identity]:
     """Return as whom a daemon runs, where root asks, and it is not root."""
     ids = ids_of(pid)
@@ -2835,35 +2668,31 @@ def run(plan: Plan) -> int:
     """
     # Both look at the environment, and take what they find out of it: a child of ours that knows
     # these protocols must not believe that it is meant.
-    notifier, inherited = open_notifier(), Inherited(inherited_sockets())
+    begun = Start(plan, inherited_sockets(), notifier=open_notifier())
     with Turn(plan) as turn:
         pid = turn.holder()
         if pid is not None:
             raise Fatal("unable to run %s: already running with pid %d" % (plan.name, pid))
-        made = Made(plan, turn)
-        server = None
-        try:
-            lock = hold_undoing(plan)
-            server = HOSTS[plan.kind][0](plan, inherited)
-            opened = open_files(plan, lock, None)
+        with Made(plan, turn) as made:
+            begun = bind(begun)
+            made.server = begun.server
+            begun = open_files(begun)
             # Now, though it may still fail: in its place it has no right to, and no turn.  So a
             # run counts as a start as soon as all is bound and opened.
             turn.note(plan, os.getpid())
-        except BaseException as error:
-            take_back(server)
-            raise made.undo(error)
     # That closed the turn's fd, and so dropped all our locks: for this moment, which is shorter
     # than any start, another command may begin.  It will be told that we run, or we that it does.
     unignore_signals(spared=(signal.SIGHUP, signal.SIGINT))
-    keep_orphans()
-    return begin(Start(plan, opened, inherited, server, notifier=notifier))
+    # Orphans of our children become ours, so that we can end them: we have no session of our own.
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    return begin(begun)
 
 
-def open_notifier() -> Optional[socket.socket]:
+def open_notifier() -> socket.socket:
     """Return a socket to the supervisor that wants to know how we are.  See: sd_notify(3)."""
     address = os.environ.pop("NOTIFY_SOCKET", "")
     if not address:
-        return None
+        return NOBODY.end
     with trying_to("connect to NOTIFY_SOCKET %s" % address):
         notifier = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         # "@" is for the zero byte of Linux' abstract names: an environment variable holds none.
@@ -2876,8 +2705,6 @@ def adopt(fd: int) -> Optional[socket.socket]:
 
     Asked of the kernel: systemd passes what a .socket file says, a hostile daemon what it likes.
     """
-    # What systemd passes is inheritable: each child of ours would hold the port, too.
-    os.set_inheritable(fd, False)
     if not stat.S_ISSOCK(os.fstat(fd).st_mode):
         return None
     passed = socket.socket(fileno=fd)
@@ -2885,6 +2712,9 @@ def adopt(fd: int) -> Optional[socket.socket]:
     if kind != socket.SOCK_STREAM or not passed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         passed.detach()
         return None
+    # What systemd passes is inheritable: each child of ours would hold the port, too.  (All else
+    # stays so, and is closed with what the caller left open.)
+    os.set_inheritable(fd, False)
     if sys.version_info < (3, 7) and IS_LINUX:          # 3.6 guesses AF_INET
         domain = passed.getsockopt(socket.SOL_SOCKET, getattr(socket, "SO_DOMAIN"))
         passed = socket.socket(domain, kind, 0, passed.detach())
@@ -2900,11 +2730,7 @@ def inherited_sockets() -> List[socket.socket]:
     os.environ.pop("LISTEN_FDNAMES", None)
     fds = range(3, 3 + int(number)) if is_ours and number.isdecimal() else range(0)
     with trying_to("take over the %s fds of LISTEN_FDS" % number):
-        found = [(fd, adopt(fd)) for fd in fds]
-        for fd, passed in found:
-            if passed is None:
-                os.close(fd)
-        return [passed for _, passed in found if passed is not None]
+        return [passed for passed in map(adopt, fds) if passed is not None]
 
 
 # -- 14. The library call ----------------------------------------------------
@@ -2946,13 +2772,13 @@ def startstop(stdout: str = "/dev/null", stderr: Optional[str] = None, stdin: st
 
 def library_plan(action: str, pidfile: str, logfile: str, more: Dict[str, Any]) -> Plan:
     """Return the command line's plan with what a call gives instead.  Raises TypeError."""
-    words = []
-    for name, value in more.items():
-        if name not in ("uid", "gid", "umask", "chroot", "rundir", "timeout", "start_timeout"):
-            raise TypeError("startstop() got an unexpected keyword argument %r" % name)
-        if value is not None:
-            text = "%o" % value if name == "umask" else str(value)
-            words.append("--%s=%s" % (name.replace("_", "-"), text))
+    names = {"uid", "gid", "umask", "chroot", "rundir", "timeout", "start_timeout"}
+    for name in set(more) - names:
+        raise TypeError("startstop() got an unexpected keyword argument %r" % name)
+    if more.get("umask") is not None:
+        more["umask"] = "%o" % more["umask"]
+    words = ["--%s=%s" % (name.replace("_", "-"), value)
+             for name, value in more.items() if value is not None]
     script = absolute(sys.argv[0], caller_folder())
     name = re.sub("[^A-Za-z0-9._-]", "_", os.path.basename(script)) or "script"
     # restart is stop and start, since a script has no sockets that we know of.
@@ -2963,11 +2789,10 @@ def library_plan(action: str, pidfile: str, logfile: str, more: Dict[str, Any]) 
 
 def live_in_script(start: Start) -> NoReturn:
     """Be the daemon of a script: take the place, and go back to where it called startstop()."""
-    take_place(start)
-    report_done(start)
+    take_place(start, lambda: None)
     reset_handlers()
     # By atexit: after the last thread, and after all that the script itself registers from now on.
-    atexit.register(finish, start.opened, os.getpid())
+    atexit.register(finish, start, os.getpid())
     raise Returned
 
 
@@ -3001,15 +2826,13 @@ def has_bind(source: str, path: str) -> bool:
 def check_application(path: str) -> None:
     """Refuse what is no application before it runs: a script is a program."""
     import importlib.util
-    import traceback
     try:
         with trying_to("load %s" % path), open(path, "rb") as stream:
             source = importlib.util.decode_source(stream.read())
         if has_bind(source, path):
             return
     except (SyntaxError, ValueError) as error:      # ValueError: a zip file has null bytes
-        trace = "".join(traceback.format_exception_only(type(error), error))
-        raise Fatal("unable to load %s: %s" % (path, because(error)), trace=trace)
+        raise as_fatal(error, "load %s" % path)
     raise Fatal("unable to host %s: it defines no bind() at its top level\n"
                 "try: daemonize.py start -- python3 %s" % (path, path), 2)
 
@@ -3032,25 +2855,23 @@ def load(path: str) -> ModuleType:
     return module
 
 
-def bind_application(plan: Plan, inherited: Inherited) -> Any:
+def bind_application(start: Start) -> Any:
     """Step 3, the application's part.  Parse its options, let it bind; returns its server.
 
     Runs as: root.  See: twistd: privilegedStartService.
     """
     # First of all: even the import may read a file by a relative name.  (The daemon's own folder
     # is entered in step 5; a relative path among the options was not meant from there.)
+    plan = start.plan
     enter_folder(plan)
     # For __pycache__, which others may have to read; what bind() makes is private, as before.
-    umask = os.umask(plan.options.umask)
-    try:
+    with contextlib.ExitStack() as back:
+        back.callback(os.umask, os.umask(plan.options.umask))
         module = load(plan.hosted)
-    finally:
-        os.umask(umask)
     sys.argv = [plan.hosted] + (plan.arguments or [])
-    bind = getattr(module, "bind", None)
-    if not callable(bind):
+    if not callable(getattr(module, "bind", None)):
         raise Fatal("unable to host %s: its bind is no function" % plan.hosted, 2)
-    return bind(options_for(module, plan, inherited))
+    return getattr(module, "bind")(options_for(module, start))
 
 
 def enter_folder(plan: Plan) -> None:
@@ -3074,18 +2895,19 @@ def private_files(plan: Plan) -> List[str]:
     return [files.pidfile, files.lock, files.control] + logs
 
 
-def options_for(module: ModuleType, plan: Plan, inherited: Inherited) -> argparse.Namespace:
+def options_for(module: ModuleType, start: Start) -> argparse.Namespace:
     """Return what bind() gets: the application's own options, and a written list of ours."""
+    plan = start.plan
     # One parser knows all options, so that a typo in either half is refused.
     parsed = vars(build_parser(module).parse_args(plan.spoken))
-    foreign = set(vars(build_parser(NOTHING).parse_args([])))
+    foreign = set(vars(build_parser().parse_args([])))
     uid, gid = plan.identity[:2] if plan.identity else (None, None)
-    ours = {"action": plan.action, "name": plan.name, "sockets": list(inherited.sockets),
-            "legacy": inherited.legacy, "uid": uid, "gid": gid, "chroot": plan.chroot,
+    ours = {"action": plan.action, "name": plan.name, "sockets": list(start.sockets),
+            "legacy": start.legacy, "uid": uid, "gid": gid, "chroot": plan.chroot,
             "workers": plan.options.workers, "config_prefix": plan.files.prefix,
             "pidfile": plan.files.pidfile if plan.options.pidfile else None,
             "may_create": plan.action != "run" and not plan.options.quiet,
-            "predecessor": inherited.predecessor, "private_files": private_files(plan)}
+            "predecessor": start.predecessor, "private_files": private_files(plan)}
     taken = set(parsed) & set(ours) - foreign
     if taken:
         raise Fatal("unable to host %s: --%s is an option of daemonize.py" % (
@@ -3113,35 +2935,34 @@ class Service(Host):
     The server lives in this process, too, but is never served here: it is what each fork(2) makes
     a worker of.  So reload() runs here, once, and fresh workers have what it has read.
 
-    Methods for the loop: tend, on_end.  For commands: reload, hand_over, leave, reclaim.
+    Methods for the loop: tend, on_end.  For commands: reload, hand_over, leave.
     """
 
     def __init__(self, start: Start) -> None:
         super().__init__(start)
         typed = self.plan.options.workers
         self.size = max(1, int(getattr(self.server, "workers", 1) if typed is None else typed))
-        self.is_leaving = False
-        self.is_heir = start.inherited.talk is not None
-        self.obstacle = self.opened.obstacle        # why the log is not rotated; "" if it is
-        # Who asked for us, until we are ready: if it is gone, so are we.
-        self.callers = [start.report] if start.report is not None else []
-        self.verbs = {"sockets": self.hand_over, "leave": self.leave}
-
-    def bring_up(self) -> None:
-        """Start the workers; an heir's accept nobody yet: no client shall meet both in turn."""
-        if self.is_heir:
+        self.is_heir = start.talk is not NOBODY
+        if self.is_heir:                # its workers accept nobody yet: no client shall meet both
             call(self.server, "hold")
-        self.children = self.fresh()
+        self.verbs = {"sockets": self.hand_over, "leave": self.leave}
 
     def fresh(self) -> List[Child]:
         """Return a full set of new workers that have proved themselves; if one fails none stays."""
-        fresh: List[Child] = []
+        fresh: List[Any] = []
         try:
             # All at once, and then wait: they need as long as one.
             for _ in range(self.size):
-                fresh.append(self.fork(self.work))
-            expect(fresh, "able", self.plan.options.start_timeout, self.callers)
-            self.prove(fresh)
+                fresh.append(self.spawn())
+            # And see whether who asked for us is gone: then so are we.
+            expect(fresh, "able", self.plan.options.start_timeout, [self.start.report])
+            # After the workers: it asks them, over the sockets that they serve.
+            prober = self.fork(self.probe)
+            try:
+                expect([prober], "able", self.plan.options.start_timeout,
+                       fresh + [self.start.report])
+            finally:
+                prober.kill()
         except BaseException as error:
             for child in fresh:
                 child.kill()
@@ -3150,70 +2971,50 @@ class Service(Host):
             raise
         return fresh
 
-    def prove(self, fresh: List[Child]) -> None:
-        """Have new workers probed; without a probe they must live for a moment, like a program."""
-        if not hasattr(self.server, "probe"):
-            if readable(fresh, time.monotonic() + ALIVE):
-                expect([], "", 0, fresh)        # one has ended
-            return
-        # After the workers: it asks them, over the sockets that they serve.
-        prober = self.fork(self.probe)
-        try:
-            expect([prober], "able", self.plan.options.start_timeout, [*fresh, *self.callers])
-        finally:
-            prober.kill()
-
     def work(self, channel: Channel) -> None:
         """Serve, with one thread that listens to the daemon.
 
         SIGTERM ends it by SystemExit in the main thread, so that the application's `finally` runs.
         """
         import threading
-        raise_at_end()
+        set_handlers(ENDINGS, end_once)
         # These are for the daemon.
         set_handlers({signal.SIGHUP, signal.SIGUSR1}, do_nothing, spares_ignored=True)
+        if self.is_heir and self.is_owner:      # forked since settle(): nobody will say it
+            call(self.server, "release")
         # A thread, since the main one belongs to serve_forever(), and may never look up.
         threading.Thread(target=obey, args=(self.server, channel), daemon=True).start()
-        channel.send("able")
+        channel.tell("able")
         self.server.serve_forever()
 
     def probe(self, channel: Channel) -> None:
         """Ask the workers one question, from outside; in a child, since it may hang.
 
         What that means only the application knows: we know no HTTP, only whether it raises.
+        Without a probe they must live for a moment, like a program.
         """
-        self.server.probe()
-        channel.send("able")
-
-    def introduce(self) -> Message:
-        """Return where we listen, and what to say once."""
-        return {"addresses": self.addresses(),
-                "greeting": getattr(self.server, "greeting", None) or ""}
+        getattr(self.server, "probe", lambda: time.sleep(ALIVE))()
+        channel.tell("able")
 
     def settle(self) -> None:
-        """Let the workers begin: whom we replace takes no more requests.
-
-        For a first start this is no news to them: nobody held them.
-        """
-        self.release(self.children)
-        notify(self.start, "READY=1\nSTATUS=%s" % self.addresses())
-
-    def release(self, children: List[Child]) -> None:
-        """End what hold() began, in each worker that was forked since."""
-        for child in children:
-            if self.is_heir:
+        """Tell the old daemon to leave; when it accepts nobody any more, let the workers begin."""
+        super().settle()
+        if self.is_heir:
+            self.start.talk.tell("leave")       # it may be dead: even better
+            # It gives its lock up when its workers drain.  If not, we are the daemon all the same.
+            wait_until(lambda: lock_holder(self.start.lock, INSTANCE) is None, ANSWER)
+            self.start.talk.end.close()
+            for child in self.children:
                 child.tell("release")
 
+    def spawn(self) -> Child:
+        """Return a new worker."""
+        return self.fork(self.work)
+
     def tend(self) -> None:
-        """Start a worker where one is missing, rotate a full log; see when a leave is done."""
-        # One at a time: where forking fails, or code is bad, the pause is for each of them.
-        missing = 0 if self.is_leaving else self.size - len(self.children)
-        if missing > 0 and time.monotonic() >= self.next_start:
-            self.children.append(self.fork(self.work))
-            self.release(self.children[-1:])
-            self.restarts += 1
-        if self.is_leaving and not self.leaving:
-            self.is_over = True
+        """Start who is missing, rotate a full log; see when a leave is done."""
+        super().tend()
+        self.is_over = self.is_over or not self.size and not self.leaving
         self.rotate()
 
     def retire(self) -> None:
@@ -3229,50 +3030,31 @@ class Service(Host):
 
     def on_end(self) -> bool:
         """End; but with sockets from systemd, which stay, answer first what was accepted."""
-        if not self.start.inherited.sockets or self.is_heir or self.is_leaving:
+        if not self.start.sockets or self.is_heir or not self.size:
             return super().on_end()
-        self.is_leaving = True
         self.retire()
+        self.size = 0
         return False
 
-    def reload(self, new_log: List[int]) -> str:
-        """Have the application read its files again, reopen the log; return why not, "" if done.
+    def reload(self) -> str:
+        """Have the application read its files again; return why not, "" if done.
 
         Once, in this process; fresh workers inherit what was read, and the old ones drain.
         """
-        if self.is_leaving:
+        if not self.size:
             return "it is leaving: another one takes its place"
-        try:
-            # First of all, since it may be refused.
-            self.new_log = new_log = new_log or self.open_log_again()
-        except Fatal as error:
-            return str(error)
         try:
             call(self.server, "reload")
             # The right side runs first: if it raises, the old workers are still in place.
             fresh = self.fresh()
-            self.retire()
-            self.children = fresh
-            self.release(fresh)
-            return self.reopen(new_log)
         except BaseException as error:  # SystemExit, too: it refuses this reload, and no more
-            # The log nevertheless: it may have been renamed, and what is written to the old one
-            # is lost when logrotate compresses it.
-            self.reopen(new_log)
             trace = as_fatal(error, "reload").trace
             if trace:
                 log("reload: " + trace)
             return refusal_of(error, self.plan.chroot is not None)
-
-    def reopen(self, fds: List[int]) -> str:
-        """Log elsewhere, here and in the workers; return when all have done it, or why not."""
-        reason = super().reopen(fds)
-        if reason or self.plan.files.logfile is None:
-            return reason
-        self.obstacle = self.opened.obstacle
-        # Each one, even after a "no".
-        said = [child.hear("reopened", ANSWER) for child in self.children + self.leaving]
-        return "a worker did not reopen the log" if LATE in said else ""
+        self.retire()
+        self.children = fresh
+        return ""
 
     def facts(self) -> Message:
         """Return what the application says of itself; if it raises, what.
@@ -3284,10 +3066,6 @@ class Service(Host):
             return dict(call(self.server, "status", {}), **facts)
         except BaseException as error:
             return dict(facts, note="unable to ask the application: %s" % because(error))
-
-    def addresses(self) -> str:
-        """Return where the application listens."""
-        return ", ".join(map(str, self.facts().get("addresses", [])))
 
     def rotate(self) -> None:
         """Rename the log and its elders once it is full, and open a new one.
@@ -3313,7 +3091,7 @@ class Service(Host):
 
     # A restart: the picture is in section 17.
 
-    def hand_over(self, talk: Channel) -> None:
+    def hand_over(self, talk: Channel) -> bool:
         """Send our sockets, and the memory that the application shares with its heir.
 
         Control socket, listening sockets, memory, in this order; the other side looks itself.
@@ -3321,25 +3099,20 @@ class Service(Host):
         self.heir = talk                # first: if it is gone already, we are the daemon again
         sockets = list(getattr(self.server, "sockets", []))[:MAX_FDS - 2]
         legacy = getattr(self.server, "legacy", None)
-        fds = [self.control.fileno()] + [passed.fileno() for passed in sockets]
-        talk.send("sockets", fds + [legacy] * (legacy is not None))
+        fds = [self.start.control.fileno()] + [passed.fileno() for passed in sockets]
+        return talk.tell("sockets", fds + [legacy] * (legacy is not None))
 
-    def leave(self, talk: Channel) -> None:
+    def leave(self, talk: Channel) -> bool:
         """Drain and go: the heir is there, and has shared the instance lock until now."""
-        self.is_leaving, self.is_owner = True, False
+        self.is_owner = False
         # A second reload, or HUP, must not fork anybody now: we hold the port, and the heir does.
-        workers = self.children
+        workers, self.size = self.children, 0
         self.retire()
         for child in workers:           # none accepts any more: only then may the heir's begin
             child.hear("draining", TICK)
         # With this, whom lock_holder() names is the heir.
-        fcntl.lockf(self.opened.lock, fcntl.LOCK_UN, 1, INSTANCE)
-
-    def reclaim(self) -> None:
-        """Be the daemon again in all: the heir hung up, and has not told us to leave."""
-        if self.is_owner:
-            write_pidfile(self.opened.pidfile, os.getpid())
-            self.control.listen(MAX_TALKS)
+        fcntl.lockf(self.start.lock, fcntl.LOCK_UN, 1, INSTANCE)
+        return True
 
 
 def obey(server: Any, channel: Channel) -> None:
@@ -3356,10 +3129,10 @@ def obey(server: Any, channel: Channel) -> None:
             fd = channel.fds.pop(0)
             point_log_at(fd)
             os.close(fd)
-            channel.send("reopened")
+            channel.tell("reopened")
         elif event == "drain":
             getattr(server, "drain", end_main_thread)()
-            channel.send("draining")
+            channel.tell("draining")
 
 
 def end_main_thread() -> None:
@@ -3406,14 +3179,10 @@ def refusal_of(error: BaseException, is_jailed: bool) -> str:
 #   <----------------------------------------------- "done" ----
 #   waits until the old one has left; SIGKILL after --timeout
 #
-# If the heir fails before, it hangs up, and the old one is the daemon again in all: "reclaim".
+# If the heir fails before, it hangs up, and the old one is the daemon again in all: hang_up().
 
 def restart(plan: Plan) -> int:
     """Replace the daemon by a new one; where it has sockets to hand over, without a gap."""
-    if is_unknown(plan):
-        if plan.is_bare:
-            raise_unknown(plan)
-        return start(plan)
     with Turn(plan) as turn:
         pid, record = turn.holder(), turn.record()
         if record is not None and record.kind == "library":
@@ -3424,18 +3193,12 @@ def restart(plan: Plan) -> int:
                         "try: systemctl restart %s" % (plan.name, plan.name))
         plan = repeat(plan, record) if plan.is_bare else plan
         if pid is None:
-            launch(plan, turn, Inherited())
+            launch(Start(plan), turn)
             return 0
         # Only an application has sockets to hand over, and only another one can take them.
         kinds = {plan.kind, record.kind if record else plan.kind}
         replace(plan, turn, pid, kinds == {"app"})
     return 0
-
-
-def raise_unknown(plan: Plan, reason: str = "it is not known") -> NoReturn:
-    """Refuse to guess how something was started."""
-    raise Fatal("unable to repeat the last start of %s: %s\n"
-                "try: daemonize.py start, or restart with options" % (plan.name, reason))
 
 
 def repeat(plan: Plan, record: Optional[Record]) -> Plan:
@@ -3444,10 +3207,11 @@ def repeat(plan: Plan, record: Optional[Record]) -> Plan:
     The words, and not the plan: whatever they name (a user, a link, an @FILE) may mean something
     else today, and is looked up today.  Root repeats no words that others could have put there.
     """
-    if record is None:
-        raise_unknown(plan)
-    if os.geteuid() == 0 and not is_trusted(plan.files.folder):
-        raise_unknown(plan, "others than root can write beside it")
+    is_safe = os.geteuid() != 0 or is_trusted(plan.files.folder)
+    if record is None or not is_safe:
+        reason = "others than root can write beside it" if record else "it is not known"
+        raise Fatal("unable to repeat the last start of %s: %s\n"
+                    "try: daemonize.py start, or restart with options" % (plan.name, reason))
     dashes = [] if record.arguments is None else ["--"] + record.arguments
     # Relative paths in the old words meant the old folder; a link in it may lead elsewhere by now.
     again = parse(["restart"] + record.words + dashes, record.cwd)
@@ -3464,74 +3228,55 @@ def replace(plan: Plan, turn: Lock, pid: int, has_sockets: bool) -> None:
     or without its socket.  Then a gap is better than no restart.  What fails on our side is
     another thing: then nothing is stopped.
     """
-    target, inherited = Target(turn, pid), Inherited()  # now: when it leaves, it holds no lock
+    target, heir = Target(turn, pid), Start(plan)   # now: when it leaves, it holds no lock
     try:
         if has_sockets:
-            inherited = take_over(plan, pid)
+            heir = take_over(plan, pid)
     except OSError as error:
         warn("pid %d hands nothing over (%s): it is stopped first" % (pid, because(error)))
-    if inherited.talk is None:
+    if heir.talk is NOBODY:
         # What can be seen is seen before anything is lost.  (In a jail only from inside.)
         if plan.kind == "program" and plan.chroot is None:
             find_program(plan.command[0])
-            check_script(plan, inherited)
-        see_out(plan, target, "end")
+            check_script(plan)
+        end_daemon(target, plan.options.timeout)
     try:
-        launch(plan, turn, inherited)
+        launch(heir, turn)
     except Unknown:                     # the old one may serve, the new one, or nobody
         raise
-    except (Exception, KeyboardInterrupt) as error:
-        raise with_outcome(error, pid, lock_holder(turn.fd, INSTANCE))
-    if inherited.talk is not None:
+    except BaseException as error:      # what that means for who is served the lock knows
+        if lock_holder(turn.fd, INSTANCE) is None:
+            warn("nothing runs now")
+        elif isinstance(error, Exception):      # Ctrl-C: both may hold it
+            warn("the old one keeps serving with pid %d" % pid)
+        raise
+    if heir.talk is not NOBODY:
         # The heir has them now.  Not by close(2): that may linger; exit(2) does not.
-        for end in [inherited.talk.end, inherited.control] + list(inherited.sockets):
-            if end is not None:
-                end.detach()
-        see_out(plan, target, "drain")
+        for end in [heir.talk.end, heir.control, *heir.sockets]:
+            end.detach()
+        end_daemon(target, plan.options.timeout, "drain")
 
 
-def with_outcome(error: BaseException, pid: int, holder: Optional[int]) -> BaseException:
-    """Return why a restart failed, with what that means for who is served: whom the lock names."""
-    outcome = "the old one keeps serving with pid %d" % pid if holder == pid else "nothing runs now"
-    if isinstance(error, Exception):
-        fatal = as_fatal(error)
-        return Fatal("%s\ndaemonize: fatal: %s" % (fatal, outcome), fatal.status, fatal.trace)
-    if holder is None:                  # Ctrl-C: who pressed it asks no more, unless all is lost
-        warn(outcome)
-    return error
-
-
-def see_out(plan: Plan, target: Target, how: str) -> None:
-    """End the old daemon; one that drains was told to by the new one."""
-    if end_daemon(target, plan.options.timeout, is_told=how == "drain"):
-        warn("pid %d did not %s within %g s: killed" % (target.pid, how, plan.options.timeout))
-
-
-def take_over(plan: Plan, pid: int) -> Inherited:
+def take_over(plan: Plan, pid: int) -> Start:
     """Return what the old daemon hands over.  It may send anything: only what fits is taken.
 
     The application compares the addresses with what is asked for, and closes the others.
     """
-    talk = call_daemon(plan.files, pid)
-    talk.send("sockets")
-    message = talk.receive(ANSWER)
-    if message["event"] != "sockets":
-        LET_GO.append(talk.end.detach())        # see section 10
-        raise TimeoutError(errno.ETIMEDOUT, "it does not answer")
-    sockets, control, legacy = [], None, None   # type: Any, Any, Any
+    talk, _ = converse(plan.files, pid, "sockets")
+    sockets, control, legacy = [], NOBODY.end, None     # type: Any, socket.socket, Any
     # By what the kernel says of each, whatever the daemon calls it.
     fds, talk.fds = talk.fds, []
     for fd in fds:
         passed = adopt(fd)
-        if passed is not None and control is None and is_control(passed, plan.files):
+        if passed and control is NOBODY.end and is_control(passed, plan.files):
             control = passed
-        elif passed is not None:
+        elif passed:
             sockets.append(passed)
         elif legacy is None and is_legacy(fd):
             legacy = fd
         else:
             talk.fds.append(fd)
-    return Inherited(sockets, control, legacy, talk, pid)
+    return Start(plan, sockets, control, legacy, talk, pid)
 
 
 def is_control(passed: socket.socket, files: Files) -> bool:
@@ -3623,11 +3368,6 @@ def die_with_parent() -> None:
         os._exit(1)
 
 
-def keep_orphans() -> None:
-    """Have orphans of our children become ours, so that `run` can end them: it has no session."""
-    prctl(PR_SET_CHILD_SUBREAPER, 1)
-
-
 # -- 19. The command line ----------------------------------------------------
 # What is wrong with a command line is said before anything happens: no turn is taken, no folder is
 # made.  So the order is: cut at --, read each @FILE (once: it may be a pipe), parse what we know,
@@ -3635,14 +3375,14 @@ def keep_orphans() -> None:
 # all (a default is no word), and these words themselves, for the lock file.
 
 # What can be hosted: what root does for it in step 3, and how it lives from step 7 on.
-HOSTS: Dict[str, Tuple[Callable[[Plan, Inherited], Any], Callable[[Start], int]]] = {
+HOSTS: Dict[str, Tuple[Callable[[Start], Any], Callable[[Start], int]]] = {
     "app": (bind_application, lambda start: Daemon(start, Service(start)).live()),
-    "program": (check_script, lambda start: Daemon(start, Program(start)).live()),
-    "library": (lambda plan, inherited: None, live_in_script)}
+    "program": (lambda start: check_script(start.plan), lambda start: Daemon(start, Program(start)).live()),
+    "library": (lambda start: None, live_in_script)}
 COMMANDS = {"start": start, "stop": stop, "restart": restart, "reload": reload,
             "status": status, "run": run}
 STARTING = ("start", "restart", "run")
-NEUTRAL = {"name", "pidfile", "timeout", "quiet"}       # a restart with others is not bare
+NEUTRAL = {"--name", "--pidfile", "--timeout", "--quiet"}       # a restart with others is not bare
 HELP = """Run an application or a program as a daemon.
 
   start    return when it is ready (0; 1: why not)   run      the same in the foreground
@@ -3652,9 +3392,6 @@ EXAMPLES = """@FILE reads options from FILE (shell quoting, # comments).  Exampl
   daemonize.py start --uid nobody --bind :80
   daemonize.py start -- python3 $PWD/FILE.py
   daemonize.py start --name nap -- sleep 1000"""
-DEFAULTS = {"umask": UMASK, "timeout": TIMEOUT, "start_timeout": START_TIMEOUT,
-            "log_bytes": LOG_BYTES, "log_keep": LOG_KEEP}       # of all others: None, or False
-NOTHING = ModuleType("nothing")         # an application without options
 
 
 def refuse(message: str, cure: str = "daemonize.py -h") -> NoReturn:
@@ -3670,36 +3407,33 @@ def bounded(kind: Callable[[str], float], lowest: float, highest: float) -> Call
 
     NaN is not between any two numbers, and so refused as well.
     """
-    def convert(text: str) -> float:
+    def number(text: str) -> float:     # argparse says: "invalid number value"
         value = kind(text)
         if not lowest <= value <= highest:
             raise ValueError
         return value
-    convert.__name__ = "number"         # argparse: "invalid number value"
-    return convert
+    return number
 
 
 def build_parser(application: Optional[ModuleType] = None) -> argparse.ArgumentParser:
-    """Return the one parser; with the application's options and defaults once it is loaded.
-
-    Without an application there are no defaults: what is in the result was typed.
-    """
+    """Return the one parser; with the application's options once it is loaded."""
     parser = argparse.ArgumentParser(
         prog="daemonize.py", add_help=False, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=None if application else argparse.SUPPRESS,
         usage="daemonize.py ACTION [options] [--app FILE.py] [-- ARG ...]\n"
         "       daemonize.py ACTION [options] -- COMMAND [ARG ...]",
         description=HELP, epilog=EXAMPLES)
     parser.error = refuse       # type: ignore[method-assign]
-    parser.set_defaults(**DEFAULTS if application else {})
+    # Here, and not where each option is added: there its help would no longer fit into a line.
+    parser.set_defaults(umask=UMASK, timeout=TIMEOUT, start_timeout=START_TIMEOUT,
+                        log_bytes=LOG_BYTES, log_keep=LOG_KEEP)     # of all others: None, or False
     add_options(parser.add_argument_group("daemon options").add_argument)
     getattr(application, "add_arguments", lambda parser: None)(parser)
     return parser
 
 
 def add_options(add: Callable[..., Any]) -> None:
-    """Add the daemon's own options; what stands in brackets is the default, see DEFAULTS."""
+    """Add the daemon's own options; what stands in brackets is the default."""
     seconds: Dict[str, Any] = dict(metavar="SECONDS", type=bounded(float, 0, 1e6))
     add("--app", metavar="FILE.py", help="application to host (%s)" % os.path.basename(APPLICATION))
     add("--name", help="name of the daemon and its files (that of what it hosts)")
@@ -3718,8 +3452,7 @@ def add_options(add: Callable[..., Any]) -> None:
     add("--start-timeout", help="to be ready (%g)" % START_TIMEOUT, **seconds)
     add("--log-bytes", metavar="N", type=bounded(int, 0, 1 << 62),
         help="rotate the log at this size; 0: never (%d)" % LOG_BYTES)
-    add("--log-keep", metavar="N", type=bounded(int, 0, 1000),
-        help="rotated logs to keep (%d)" % LOG_KEEP)
+    add("--log-keep", metavar="N", type=bounded(int, 0, 1000), help="so many (%d)" % LOG_KEEP)
     add("--quiet", action="store_true", help="say nothing on success, for cron")
     add("--json", action="store_true", help="status for programs")
     add("-h", "--help", action="store_true", help="show this, and the options of the application")
@@ -3798,17 +3531,18 @@ def wanted_files(action: str, name: str, options: argparse.Namespace, folder: st
     A user without a home can still name both; then only the application's own files have no place.
     """
     try:
-        files = default_files(name)
+        pidfile, logfile, prefix = default_files(name)
     except Fatal:
         if options.pidfile is None:
             raise
-        files = Files("", "", "")       # without --logfile make_log_folder() refuses a start
-    files = files._replace(logfile=None) if action == "run" else files
-    if options.logfile is not None:
-        files = files._replace(logfile=log_path(action, options.logfile, folder))
+        pidfile = logfile = prefix = ""     # without --logfile a start is refused: see Made
     if options.pidfile is not None:
-        files = files._replace(pidfile=absolute(options.pidfile, folder))
-    return files
+        pidfile = absolute(options.pidfile, folder)
+    if options.logfile is not None:
+        logfile = log_path(action, options.logfile, folder)
+    elif action == "run":
+        logfile = None
+    return Files(pidfile, logfile, prefix)
 
 
 def log_path(action: str, logfile: str, folder: str) -> Optional[str]:
@@ -3845,11 +3579,12 @@ def parse(argv: List[str], folder: Optional[str] = None) -> Plan:
     if action not in COMMANDS:
         refuse("expected one of %s, not %r" % (", ".join(COMMANDS), action))
     parser, (words, spoken) = build_parser(), expand(argv[1:], folder)
-    typed, foreign = parser.parse_known_args(spoken)
-    options = build_parser(NOTHING).parse_args([], argparse.Namespace(**vars(typed)))
+    options, foreign = parser.parse_known_args(spoken)
     is_program = arguments is not None and options.app is None
     # Whoever types one more word than these means a new set of options, and the whole set.
-    is_bare = action == "restart" and not is_program and not foreign and set(vars(typed)) <= NEUTRAL
+    # The words are asked, not what is parsed: a default that was typed is a word, too.
+    typed = {word.partition("=")[0] for word in spoken if word.startswith("-")}
+    is_bare = action == "restart" and not is_program and not foreign and typed <= NEUTRAL
     if action in STARTING and not is_program and not is_bare:
         foreign = []                        # the application's, which will say if they are not
         if options.app is not None:
@@ -3911,7 +3646,7 @@ def show_help(action: str, typed: List[str], is_program: bool) -> None:
 
     That one is loaded for it, though help should run no code: nobody else knows its options.
     """
-    app = vars(build_parser().parse_known_args(typed)[0]).get("app")
+    app = build_parser().parse_known_args(typed)[0].app
     path = absolute(app, caller_folder()) if app else APPLICATION
     is_loaded = (action in STARTING or action not in COMMANDS) and (app or not is_program)
     emit(1, build_parser(load(path) if is_loaded else None).format_help())
