@@ -4636,7 +4636,6 @@ class Echo(Idiom):
     """Answers who asked, and how much was sent"""
 
     def do_GET(self) -> None:
-        """Answer."""
         length = len(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
         self.answer(("%s %s %d" % (getattr(self, "remote_user", ""), getattr(self, "auth_type", ""), length)).encode())
 
@@ -4721,7 +4720,6 @@ class Bodies(GuardTest):
         self.assertEqual(self.errors, [])
 
     def test_no_byte_of_it_is_the_next_request(self) -> None:
-        """A body that looks like a request with the right password is answered by nobody."""
         hosts = self.hosts()
         chunk = b"%x\r\n%s\r\n0\r\n\r\n" % (len(self.INNER), self.INNER)
         for field, body in (("Content-Length: %d" % len(self.INNER), self.INNER), (CHUNKED, chunk)):
@@ -4730,6 +4728,7 @@ class Bodies(GuardTest):
                     said = talk(hosts[name], head("/", method, "", field) + body, True)
                     self.assertEqual(statuses(said), [401])
                     self.assertEqual(name != "wsgiref", b"\r\nConnection: close\r\n" in said)
+                    self.assertEqual(method == "HEAD", said.endswith(b"\r\n\r\n"))
         auths = ("", JIM, "", JIM, digest(hosts["stock 1.1"], "/"), "")
         with Wire(hosts["stock 1.1"]) as wire:      # without a body the connection stays
             answers = [wire.ask("/", "GET", auth) for auth in auths]
@@ -4761,7 +4760,9 @@ class Bodies(GuardTest):
         """100 Continue comes after 401 would have, once, and for that request alone."""
         at = self.hosts(qop=["auth", "auth-int"])["stock 1.1"]
         fields = ["Content-Length: 5", "Expect: 100-continue"]
-        self.assertEqual(statuses(talk(at, head("/", "POST", "", *fields), True)), [401])
+        began = time.monotonic()        # the end of the answer is seen before the end of patience
+        self.assertEqual(statuses(talk(at, head("/", "POST", "", *fields))), [401])
+        self.assertLess(time.monotonic() - began, SOON)
         with Wire(at) as wire:
             self.continues(wire, JIM)
             wire.sendall(head("/", "POST", JIM, "Content-Length: 5") + b"12345" + head("/", "GET", JIM, CLOSE))
@@ -4835,7 +4836,6 @@ class Callers(GuardTest):
                 self.assertEqual(found, status)
 
     def test_a_lock_out_works_on_a_stock_server(self) -> None:
-        """Ten wrong passwords from an address of the network: the right one is 429 then."""
         far = {"get_request": lambda server: (server.socket.accept()[0], ("192.0.2.1", 1))}
         at = self.serve(protect(Echo, users()), kind=type("Far", (StockServer,), far))
         self.assertEqual([request(at, "/", "GET", auth, CLOSE).status for auth in [WRONG] * 10 + [JIM]], [401] * 10 + [429])
@@ -5010,7 +5010,6 @@ for line in sys.stdin:
 '''
 
     def start(self, password: str = "processes", realm: str = "files") -> Callable[[str], str]:
-        """Start a process; return a function that asks it."""
         child: Any = subprocess.Popen([PYTHON, "-c", self.CODE, HERE, password, realm], env=ENVIRONMENT,
                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.stack.enter_context(child)
@@ -5057,44 +5056,50 @@ for line in sys.stdin:
         self.start("unique three")("")
         self.assertFalse(os.path.exists(path))
 
+    @contextlib.contextmanager
+    def elsewhere(self) -> Iterator[str]:
+        """Let processes meet in a place of the test's own; give the body the name of their folder."""
+        base = self.folder()
+        with mock.patch("os.access", return_value=False), mock.patch("tempfile.gettempdir", lambda: base):
+            yield os.path.join(base, "authserver-%d" % os.geteuid())
+
     def test_a_trap_is_not_stepped_into(self) -> None:
         """Nothing is shared then, the log says so, and nothing is made in there; it is served all the same."""
-        for trap in ["a link to a folder of ours", "a link", "a folder that others may enter", "a link as the file"] + [
-                "somebody else's folder"] * ROOT:
-            base = self.folder()
-            path, own = os.path.join(base, "authserver-%d" % os.geteuid()), os.path.join(base, "own")
-            os.mkdir(own, 0o700)
-            if trap in ("a link", "a link to a folder of ours"):
-                os.symlink("/" if trap == "a link" else "own", path)
-            else:
-                os.mkdir(path)
-                os.chmod(path, 0o755 if "others" in trap else 0o700)
-                os.chown(path, *[NOBODY if "else" in trap else -1] * 2)
-            passwords = users(trap=base)
-            if "file" in trap:
-                os.symlink("../own/x", os.path.join(path, (authserver.LAYOUT + passwords.fingerprint()).hex()))
-            with self.subTest(trap), mock.patch("os.access", return_value=False), \
-                    mock.patch("tempfile.gettempdir", lambda: base):
+        own = self.folder()
+        passwords = users(trap=own)
+        name = (authserver.LAYOUT + passwords.fingerprint()).hex()
+
+        def make(path: str, mode: int = 0o700, owner: int = -1, link: str = "") -> None:
+            os.mkdir(path)
+            os.chmod(path, mode)
+            os.chown(path, owner, owner)
+            if link:
+                os.symlink(link, os.path.join(path, name))
+        for trap, lay in [("a link", lambda path: os.symlink("/", path)),
+                          ("a link to a folder of ours", lambda path: os.symlink(own, path)),
+                          ("a folder that others may enter", lambda path: make(path, 0o755)),
+                          ("a link as the file", lambda path: make(path, link=own + "/x"))] + [
+                          ("somebody else's folder", lambda path: make(path, owner=NOBODY))] * ROOT:
+            with self.subTest(trap), self.elsewhere() as path:
+                lay(path)
                 self.said.clear()
                 application = protect_wsgi(echo, passwords)
                 self.assertRegex(self.said[0], "unable to share nonces with other processes: ")
                 self.assertEqual(called_page(application, JIM, REMOTE_ADDR="")[0], 200)
-            self.assertEqual(os.listdir(own), [])
+                self.assertEqual(os.listdir(own), [])
 
     def test_who_comes_at_the_same_time_waits(self) -> None:
         """The folder is locked while a file is made; and a disk that is full is found, not mapped."""
-        base = self.folder()
-        path = os.path.join(base, "authserver-%d" % os.geteuid())
-        os.mkdir(path, 0o700)
-        folder = os.open(path, os.O_RDONLY)
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        with mock.patch("os.access", return_value=False), mock.patch("tempfile.gettempdir", lambda: base):
+        with self.elsewhere() as path:
+            os.mkdir(path, 0o700)
+            folder = os.open(path, os.O_RDONLY)
+            fcntl.flock(folder, fcntl.LOCK_EX)
             with concurrent.futures.ThreadPoolExecutor(1) as pool:
                 opened = pool.submit(authserver.open_shared_file, "name", 4096)
                 self.assertEqual(concurrent.futures.wait([opened], 0.2).done, set())
                 os.close(folder)
-            self.assertEqual(os.fstat(opened.result()).st_size, 4096)
-            os.close(opened.result())
+            with open(opened.result(), "rb") as file:
+                self.assertEqual(os.fstat(file.fileno()).st_size, 4096)
             with mock.patch("os.pwrite", return_value=5), self.assertRaises(OSError):
                 authserver.open_shared_file("other", 4096)
 
@@ -5179,7 +5184,6 @@ server = AuthServer(("127.0.0.1", 0), page, authenticator=Authenticator(password
 
     @needs_linux
     def test_a_frozen_process_answers_what_has_come(self) -> None:
-        """After SIGSTOP for longer than every deadline: what is in the sockets is answered, not expired."""
         pid = self.box.server.pid
         with Wire(self.at) as silent, Wire(self.at) as half, contextlib.ExitStack() as stack:
             half.sendall(head()[:20])
@@ -5218,7 +5222,6 @@ threading.Thread.start = start
 
     @needs_linux
     def test_beyond_the_bound_is_503(self) -> None:
-        """More waiting handlers than --stream-threads: the next is told to come back; then it goes on."""
         request(self.at, "/shut")
         with contextlib.ExitStack() as stack:
             for _ in range(19):
@@ -5230,7 +5233,6 @@ threading.Thread.start = start
         until(lambda: request(self.at, "/open").status == 200, "room")
 
     def test_a_full_process_table_is_survived(self) -> None:
-        """When no thread can be started for a while, requests fail; afterwards they do not."""
         request(self.at, "/full")
         for _ in range(60):
             with contextlib.suppress(OSError, IndexError, ValueError):
@@ -5240,7 +5242,6 @@ threading.Thread.start = start
 
     @needs_linux
     def test_no_password_stays_in_memory(self) -> None:
-        """After requests with Basic no container of the process holds the credentials."""
         secret, ann = JIM[6:][::-1], basic("ann", "other")  # reversed: the question has not what it looks for
         with Wire(self.at) as wire:
             self.assertEqual({wire.ask("/x").status for _ in range(4)}, {200})
@@ -5259,9 +5260,9 @@ def secure(address: str, context: Optional[ssl.SSLContext] = None, **settings: A
     return context.wrap_socket(Wire(address), suppress_ragged_eofs=False, **settings)
 
 
-def https(address: str, *words: str, context: Optional[ssl.SSLContext] = None) -> Answer:
+def https(address: str, *words: str) -> Answer:
     """Send one request over TLS, and read the answer."""
-    with secure(address, context) as wire:
+    with secure(address) as wire:
         return Wire.exchange(wire, head(*words))
 
 
@@ -5400,7 +5401,6 @@ class Https(HttpsTest):
                 self.assertEqual(statuses(said), [200] * want)
 
     def test_a_handshake_that_stalls_keeps_nobody_waiting(self) -> None:
-        """Who stops in the middle of it is closed after the time for it; others are served meanwhile."""
         with contextlib.ExitStack() as stack:
             stalled = [stack.enter_context(Wire(self.at)) for _ in range(20)]
             for number, wire in enumerate(stalled):
@@ -5464,13 +5464,6 @@ server.socket = context.wrap_socket(server.socket, server_side=True)
             wire.sendall(b"0\r\n\r\n")
             Wire.hear(wire)
 
-    def test_nobody_gets_in_without_the_password(self) -> None:
-        """401 without it; Basic and Digest with it; nothing is said in clear."""
-        challenge = https(self.at, "/x", "GET", "").field("www-authenticate") or ""
-        auths = ("", WRONG, JIM, Digest(challenge, uri="/x").field())
-        self.assertEqual([https(self.at, "/x", "GET", auth).status for auth in auths], [401, 401, 200, 200])
-        self.assertEqual(statuses(talk(self.at, head("/x"), True)), [400])
-
 
 @needs("openssl")
 class HttpsCommand(BoxTest):
@@ -5480,22 +5473,13 @@ class HttpsCommand(BoxTest):
     def setUp(self) -> None:
         super().setUp()
         self.pem = make_certificate(self.box)
-        self.passwords = self.box.write("passwords", "jim:plain:secret\n", 0o600, NOBODY if ROOT else -1)
-        self.common = ["--passwords", self.passwords, "--bind", "127.0.0.1:0"]
+        passwords = self.box.write("passwords", "jim:plain:secret\n", 0o600)
+        self.common = ["--passwords", passwords, "--bind", "127.0.0.1:0"]
 
     def part(self, name: str, pattern: str = KEY, mode: int = 0o600, source: str = "") -> str:
         """Write what matches, of the certificate and its key, to a file of its own."""
         found = re.findall("(?s)-----BEGIN %s-----.*?-----END [^\n]*\n" % pattern, read(source or self.pem))
         return self.box.write(name, found[0], mode)
-
-    def shown(self, address: str) -> bytes:
-        """Return the certificate that a server shows."""
-        with secure(address) as wire:
-            return bytes(wire.getpeercert(True))
-
-    def starts(self, *options: str) -> str:
-        """Start a daemon with the certificate, and return its address."""
-        return self.box.address(self.box.start(*self.common, "--tls-cert", self.pem, *options))
 
     def test_mistakes_at_start(self) -> None:
         """Each is a line that names the file, exit status 2; nobody is asked for a key's password."""
@@ -5542,8 +5526,7 @@ class HttpsCommand(BoxTest):
 
     @needs_linux
     def test_a_session_goes_on_in_another_worker(self) -> None:
-        """What one worker began another resumes, in TLS 1.2 and 1.3, without a full handshake."""
-        at = self.starts("--workers", "2")
+        at = self.box.address(self.box.start(*self.common, "--tls-cert", self.pem, "--workers", "2"))
         workers = family(self.box.pid())[1:3]
         for old in (0, getattr(ssl, "OP_NO_TLSv1_3", 0)):
             context, session = trusting(), None
@@ -5556,35 +5539,6 @@ class HttpsCommand(BoxTest):
                     self.assertEqual(wire.session_reused, session is not None)
                     session = wire.session
                 os.kill(stopped, signal.SIGCONT)
-
-    def test_a_renewed_certificate_and_a_restart_lose_nothing(self) -> None:
-        """reload takes the new certificate, restart the new code: no request fails meanwhile, kept or new."""
-        at = self.starts("--workers", "2")
-        shown = [self.shown(at)]
-        with calling(at, context=trusting()) as (callers, _):
-            for action in ("reload", "restart", "reload"):
-                os.replace(make_certificate(self.box, "new.pem"), self.pem)
-                self.box.command(action)
-                shown.append(self.shown(at))
-        self.assertEqual([caller.failures for caller in callers], [[]] * 4)
-        self.assertEqual(len(set(shown)), 4)
-        self.box.write("cert.pem", "nonsense", 0o600)
-        self.assertIn("cert.pem", self.box.command("reload", want=1).err)
-        self.assertEqual(self.shown(at), shown[-1])
-        self.assertEqual(re.findall("Traceback(?:\n.*){9}", read(self.box.log)), [])
-
-    @needs_root
-    def test_a_key_of_roots_is_taken_by_restart(self) -> None:
-        """After the drop to another user the key cannot be read again: `try: ... restart`; and that works."""
-        if not python_runs_as(NOBODY):
-            self.skipTest("needs a Python that user %d can run" % NOBODY)
-        at = self.starts(*AS_NOBODY)
-        before = self.shown(at)
-        make_certificate(self.box)
-        self.assertRegex(self.box.command("reload", want=1).err, r"cert\.pem.*Permission denied\ntry: .*restart")
-        self.assertEqual(self.shown(at), before)
-        self.box.command("restart")
-        self.assertNotEqual(self.shown(at), before)
 
 
 PUBLIC = r'''
@@ -5617,7 +5571,6 @@ class Public(HttpTest):
         super().set_up()
 
     def test_its_border(self) -> None:
-        """Each spelling of what lies below is served to everybody, nothing beside it."""
         for want, paths in (
                 (200, ("/open/page", "/open/", "/healthz?x=/../y", "//open/page", "/%6Fpen/p%61ge", "http://x/open/page")),
                 (401, ("/opened/page", "/open%20/page", "/Open/page", "/open;/page", "/open/../closed/page", "/open/%00",
@@ -5683,15 +5636,12 @@ class HttpCommand(BoxTest):
     log, logged = HttpTest.log, HttpTest.logged
 
     def serve(self, *options: str, **popen: Any) -> str:
-        """Run authserver.py with one user."""
         return self.box.serve("--passwords", self.passwords(), *options, **popen)
 
     def passwords(self, stored: str = "plain:secret") -> str:
-        """Return the path of a file with one user."""
         return self.box.write("passwords", "jim:%s\n" % stored, 0o600)
 
     def argv(self, *options: str) -> List[str]:
-        """Return the command line of a server."""
         return [PYTHON, AUTHSERVER, "--passwords", self.passwords(), *options]
 
     def test_addresses_of_every_form(self) -> None:
@@ -5725,13 +5675,12 @@ class HttpCommand(BoxTest):
         self.assertNotIn("try:", self.log())
 
     def test_a_unix_socket_is_replaced_when_nobody_listens(self) -> None:
-        """A socket file of a dead server is no obstacle, one of a living server is."""
-        place = "unix:" + self.box.path("sock")
-        self.serve("--bind", place)
-        self.assertIn("unable to bind unix:", run(self.argv("--bind", place), 1).err)
-        self.box.kill(self.box.server)
-        self.box.launch(*self.argv("--bind", place))
-        self.assertEqual(request(place, "/", "GET", "").status, 401)
+        place, passwords = "unix:" + self.box.path("sock"), self.passwords()
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(place[5:])
+        with authserver.bind(contract(["--passwords", passwords, "--bind", place])):
+            code, said = told("--passwords", passwords, "--bind", place)
+            self.assertEqual((code, "unable to bind unix:" in said, reach(place)), (1, True, None))
 
     def test_mistakes_are_named(self) -> None:
         """Exit 2 for a wrong option, 1 for what cannot be bound; one line that says which."""
@@ -5793,15 +5742,8 @@ class HttpCommand(BoxTest):
                 self.assertIn("GET /last", self.log())
                 remove(self.box.output)
 
-    @needs_crypt
-    def test_a_slow_hash_is_verified_beside_the_loop(self) -> None:
-        words = ["--passwords", self.passwords(crypted("secret", "$6$rounds=1000$saltsalt$")), "--bind", "127.0.0.1:0"]
-        with serving(authserver.bind(contract(words + ["--schemes", "basic"]))) as at:
-            self.assertEqual([request(at, "/", "GET", auth).status for auth in (JIM, WRONG, JIM)], [200, 401, 200])
-
     @needs_linux
     def test_a_log_that_cannot_be_written_stops_nothing(self) -> None:
-        """With the access log on a full disk it serves on, and says how many lines were lost once it can."""
         at = "127.0.0.1:%d" % free_port()
         with open("/dev/full", "wb") as full:
             self.box.spawn(*self.argv("--bind", at), stdout=full)
@@ -5811,7 +5753,6 @@ class HttpCommand(BoxTest):
 
     @needs_linux
     def test_at_the_limit_of_files_the_oldest_idle_connections_make_room(self) -> None:
-        """With 300 connections on 100 descriptors new clients are served, and no CPU is burnt."""
         path = self.box.write("few.py", PRELUDE + '''
 import resource
 resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
@@ -5830,7 +5771,6 @@ sys.exit(authserver.main(sys.argv[1:]))''')
         until(lambda: request(at).status == 200, "recovery")
 
     def test_a_start_that_failed_takes_the_first_password_back(self) -> None:
-        """The file of a first start is removed by abandon(), and when bind() itself fails."""
         path = self.box.path("x.passwords")
         more: Dict[str, Any] = {"may_create": True, "config_prefix": self.box.path("x.")}
         server = authserver.bind(contract(["--bind", "127.0.0.1:0"], **more))
@@ -5890,7 +5830,6 @@ class HttpRoot(HttpTest):
 
     @needs_crypt
     def test_files_that_are_asked_for_ahead_leave_one_after_the_other(self) -> None:
-        """While the first waits for a slow hash, the next waits as well: no file is sent in another's place."""
         line = "jim:%s\n" % crypted("secret", "$6$rounds=1000$saltsalt$")
         passwords = Passwords(None, "files", authserver.parse_passwords(line, "files")[0])
         with serving(AuthServer(("127.0.0.1", 0), authserver.Files(self.box.path("tree")),
@@ -5902,7 +5841,6 @@ class HttpRoot(HttpTest):
 
     @needs("curl")
     def test_curl_resumes(self) -> None:
-        """curl -C - gets the rest of a file that was cut."""
         part = self.box.path("part")
         with open(part, "wb+") as file:
             file.write(self.tree["sub/ü.bin"][:1234567])
@@ -5913,7 +5851,6 @@ class HttpRoot(HttpTest):
 
     @needs("wget")
     def test_wget_mirrors(self) -> None:
-        """wget -r finds every file by the listings, and its bytes are equal."""
         run(["wget", "-q", "-r", "-np", "-nH", "--user=jim", "--password=secret", "-P", self.box.make("mirror"),
              "http://%s/" % self.at])
         for name, content in self.tree.items():
@@ -6006,7 +5943,6 @@ class RealClients(HttpTest):
 
     @property
     def url(self) -> str:
-        """Return the address of the example."""
         return "http://%s/example/foo" % self.at
 
     def test_python_clients(self) -> None:
@@ -10102,15 +10038,15 @@ def block(first: str, word: str = "") -> str:
 
 # -- 5.1 Beside other programs: proxies, several machines, hosts of many kinds --
 #
-# Real ones, where installed, with the blocks of README in FRAMES; what Traefik and Envoy send.
+# Real ones, where installed, with the blocks of README in a frame; what Traefik and Envoy send.
 # Words in capitals are replaced.
 
-FRAMES = {
-    "nginx": """daemon off; master_process off; pid nginx.pid; error_log error.log; events { }
-http { access_log off; client_body_temp_path t1; proxy_temp_path t2; fastcgi_temp_path t3;
-uwsgi_temp_path t4; scgi_temp_path t5; upstream nodes { NODES keepalive 8; }
-server { listen FRONT; BLOCK } }
-""", "haproxy": """global
+NGINX = """daemon off; master_process off; pid nginx.pid; error_log error.log; events { worker_connections 1024; }
+http { access_log access.log; client_body_temp_path t1; proxy_temp_path t2; fastcgi_temp_path t3; uwsgi_temp_path t4;
+scgi_temp_path t5; keepalive_requests 100000000; default_type text/html; sendfile on;
+upstream nodes { NODES keepalive 8; } server { listen FRONT SSL; BLOCK } }
+"""
+HAPROXY = """global
  stats socket "STATS"
 defaults
  mode http
@@ -10120,26 +10056,32 @@ defaults
 frontend all
  bind FRONT
  default_backend authserver
-BLOCK""", "caddy": """{
+BLOCK"""
+CADDY = """{
  admin off
 }
 http://:PORT {
  bind 127.0.0.1
 BLOCK}
-"""}
-PROXIES = {"nginx": ["nginx", "-e", "stderr", "-p", "FOLDER", "-c", "FILE"],
-           "haproxy": ["haproxy", "-db", "-q", "-f", "FILE"],
-           "caddy": ["caddy", "run", "--adapter", "caddyfile", "--config", "FILE"]}
+"""
+SERVERS = {"nginx": (NGINX, ["nginx", "-e", "stderr", "-p", "FOLDER", "-c", "FILE"]),
+    "haproxy": (HAPROXY, ["haproxy", "-db", "-q", "-f", "FILE"]),
+    "caddy": (CADDY, ["caddy", "run", "--adapter", "caddyfile", "--config", "FILE"]),
+    "lighttpd": ("BLOCK", ["lighttpd", "-D", "-f", "FILE"]), "stock": ("BLOCK", [PYTHON, "FILE", "PORT"]),
+    "http.server": ("", [PYTHON, "-m", "http.server", "--bind", "127.0.0.1", "--directory", "www", "PORT"]),
+    "authserver": ("", [PYTHON, AUTHSERVER, "--bind", "FRONT"])}
 
 
-def proxy(box: Box, program: str, text: str, **words: str) -> str:
-    """Run a proxy with a block of README until it listens, and return its address."""
-    words = dict({"BLOCK": text, "NODES": "server 127.0.0.1:1;"}, **words)
+def other(box: Box, program: str, text: str, options: Sequence[str] = (), popen: Optional[Dict[str, Any]] = None,
+          **words: str) -> str:
+    """Run a server with a block of its settings until it listens, and return its address."""
+    words = dict({"BLOCK": text, "NODES": "server 127.0.0.1:1;", "SSL": ""}, **words)
     words.update(PORT=str(free_port()), STATS=box.path("stats"), FOLDER=box.folder)
     words["FRONT"] = front = "127.0.0.1:" + words["PORT"]
-    text = functools.reduce(lambda all, word: all.replace(word, words[word]), words, FRAMES[program])
-    words["FILE"] = box.write(program + ".conf", text)
-    box.server = box.spawn(*[words.get(word, word) for word in PROXIES[program]])
+    frame, argv = SERVERS[program]
+    words["FILE"] = box.write(program + ".conf", functools.reduce(
+        lambda text, word: text.replace(word, words[word]), words, frame))
+    box.server = box.spawn(*[words.get(word, word) for word in argv], *options, **popen or {})
     until(lambda: not reach(front) or box.server.poll() is not None, program)
     assert box.server.poll() is None, read(box.output)
     return front
@@ -10183,7 +10125,7 @@ class ForwardAuth(HttpTest):
         for program, first, word in (("nginx", "location / {", "auth_request"), ("caddy", "forward_auth", "")):
             if shutil.which(program) and os.path.exists(README):
                 text = block(first, word).replace("127.0.0.1:8081", cls.at).replace("127.0.0.1:3000", behind)
-                cls.fronts[program] = proxy(cls.box, program, text)
+                cls.fronts[program] = other(cls.box, program, text)
 
     @contextlib.contextmanager
     def through(self, program: str) -> Iterator[str]:
@@ -10195,7 +10137,6 @@ class ForwardAuth(HttpTest):
 
     @needs("curl")
     def test_curl_gets_through(self) -> None:
-        """curl --digest, --basic and --anyauth, GET and POST with a body; with a wrong password 401."""
         for program in ("nginx", "caddy"):
             with self.through(program) as at:
                 for kind, data in [(kind, data) for kind in ("--digest", "--basic", "--anyauth") for data in ("", "a=b")]:
@@ -10308,7 +10249,6 @@ class Caller(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        """Ask on one connection as long as it lasts, then on another."""
         while not self.end.wait(self.pause):
             try:
                 plain = Wire(self.address)
@@ -10375,7 +10315,6 @@ class Machines(SharedBoxTest):
 
     @classmethod
     def start(cls, number: int) -> None:
-        """Start the daemon of a node."""
         cls.nodes[number].start("--bind", cls.places[number], *cls.options)
 
     @classmethod
@@ -10398,12 +10337,11 @@ class Machines(SharedBoxTest):
                     text = re.sub(" server .*\n", "", block("backend authserver")).replace("option httpchk GET /healthz", check)
                     text += "".join(" server n%d %s check inter 100ms fall 2 rise 1\n" % pair for pair in enumerate(self.places))
                     nodes = ""
-                fronts.append(proxy(self.box, program, text, NODES=nodes))
+                fronts.append(other(self.box, program, text, NODES=nodes))
                 self.addCleanup(self.box.kill, self.box.server)
         return fronts
 
     def sees(self, *want: str) -> None:
-        """Wait until HAProxy sees the nodes so."""
         stats = "unix:" + self.box.path("stats")
         until(lambda: re.findall(r"(?m)^authserver,n\d,(?:[^,]*,){15}(\w+)",
                                  talk(stats, b"show stat\n").decode()) == list(want), "nodes %s" % (want,))
@@ -10456,8 +10394,6 @@ class Machines(SharedBoxTest):
         self.assertEqual(said, [200, 200, 200, 401, 401, 401])
 
 
-LOGROTATE = 'LOG {\n rotate 9\n nocreate\n postrotate\n  RELOAD\n endscript\n}\n'
-SUPERVISORD = "[supervisord]\nnodaemon=true\nlogfile=s.log\npidfile=s.pid\n[program:authserver]\ncommand=RUN\n"
 CONTAINER = r'''
 mount -t tmpfs -o mode=1777 none "$1" && cp "$2" "$1/users" && chmod 0444 "$1/users" &&
 mount -o remount,ro,bind "$1" && mount -t tmpfs -o mode=1777 none "$3" &&
@@ -10465,8 +10401,9 @@ mount -o remount,ro,bind / && shift 3 && exec "$@"
 '''
 
 
+@unittest.skipUnless(os.path.exists(README), "needs README")
 class Supervisors(BoxTest):
-    """What people run it under, beyond what Readme tries"""
+    """What people run it under, as README says it"""
 
     def setUp(self) -> None:
         super().setUp()
@@ -10475,9 +10412,11 @@ class Supervisors(BoxTest):
         self.options = ["--bind", self.at, "--passwords", self.passwords, "--workers", "1"]
 
     def write(self, name: str, text: str, mode: int = 0o644) -> str:
-        """Write a file of settings; each command as a shell and supervisord read it."""
-        for word, argv in (("RUN", self.box.argv("run", *self.options)), ("LOG", [self.box.log]),
-                           ("RELOAD", self.box.argv("reload", "--quiet"))):
+        """Write a file of settings, with this box's paths and commands, as a shell and supervisord read them."""
+        daemonize = "python3 /opt/d/daemonize.py "
+        for word, argv in ((daemonize + "run @/etc/d.conf", self.box.argv("run", *self.options)),
+                           (daemonize + "reload --quiet", self.box.argv("reload", "--quiet")),
+                           ("/var/log/authserver.log", [self.box.log]), ("/run/authserver.pid", [self.box.pidfile])):
             text = text.replace(word, " ".join(map(shlex.quote, argv)))
         return self.box.write(name, text, mode)
 
@@ -10487,7 +10426,7 @@ class Supervisors(BoxTest):
         """Rename and reload under load, the log in a folder where only root may create: no line lost."""
         self.box.write("passwords", ha1_line("jim", "secret"), 0o640, NOBODY)
         self.box.start(*self.options, *AS_NOBODY, "--log-bytes", "0")
-        rotate = ["logrotate", "-f", "-s", self.box.path("state"), self.write("rotate.conf", LOGROTATE)]
+        rotate = ["logrotate", "-f", "-s", self.box.path("state"), self.write("rotate.conf", block("/var/log/authserver.log"))]
         with calling(self.at) as (callers, go_on):
             for _ in range(4):
                 run(rotate, 0)
@@ -10505,10 +10444,11 @@ class Supervisors(BoxTest):
         self.assertEqual(os.stat(self.box.log).st_uid, NOBODY)
 
     def test_supervisors(self) -> None:
-        """supervisord and runit start it, start it again when it is killed, and end it."""
         self.box.make("service")
-        self.write("service/run", "#!/bin/sh\nexec 2>&1\nexec RUN\n", 0o755)
-        for argv in (["supervisord", "-c", self.write("s.conf", SUPERVISORD)], ["runsv", self.box.path("service")]):
+        program = block("[program:")
+        self.write("service/run", "#!/bin/sh\nexec 2>&1\nexec " + program.partition("command=")[2], 0o755)
+        conf = self.write("s.conf", "[supervisord]\nnodaemon=true\nlogfile=s.log\npidfile=s.pid\n" + program)
+        for argv in (["supervisord", "-c", conf], ["runsv", self.box.path("service")]):
             with self.subTest(argv[0]):
                 if not shutil.which(argv[0]):
                     self.skipTest("needs " + argv[0])
@@ -10523,13 +10463,17 @@ class Supervisors(BoxTest):
     @needs_other_user
     @needs("unshare")
     def test_a_container(self) -> None:
-        """pid 1, a user without a name, a root that is read-only, a secret of mode 0444: it serves, and ends."""
-        secrets, temp = self.box.make("secrets"), self.box.make("tmp")
-        self.box.pidfile = self.box.path("tmp", "d.pid")
+        """Its command is pid 1 of a user without a name; the root is read-only, the secret of mode 0444."""
+        words = dict(re.findall(r"(?m)^([A-Z]+) (.*)$", block("FROM").replace("\\\n", "")))
+        self.assertEqual(words["COPY"].split(), ["daemonize.py", "authserver.py", "/opt/d/"])
+        secrets, temp, (uid, gid) = self.box.make("secrets"), self.box.make("tmp"), words["USER"].split(":")
+        argv = [word.replace("/tmp", temp).replace("/run/secrets", secrets).replace(":8081", self.at)
+                for word in json.loads(words["CMD"])]
+        self.assertEqual(argv[:3], ["python3", "/opt/d/daemonize.py", "run"])
         child = self.box.spawn(
-            "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", CONTAINER,
-            "sh", secrets, self.passwords, temp, "setpriv", "--reuid", "10001", "--regid", "10001",
-            "--clear-groups", *self.box.argv("run", "--bind", self.at, "--passwords", secrets + "/users"))
+            "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", CONTAINER, "sh",
+            secrets, self.passwords, temp, "setpriv", "--reuid", uid, "--regid", gid, "--clear-groups",
+            PYTHON, DAEMONIZE, *argv[2:])
         until(lambda: not reach(self.at), "a container")
         self.assertEqual(request(self.at).status, 200)
         os.kill(family(child.pid)[1], signal.SIGTERM)  # its pid 1
@@ -10537,6 +10481,12 @@ class Supervisors(BoxTest):
 
 
 # -- 5.2 daemonize.py with authserver.py ----------------------------------------
+
+
+def shown(address: str) -> bytes:
+    """Return the certificate that a server shows."""
+    with secure(address) as wire:
+        return bytes(wire.getpeercert(True))
 
 
 class Together(BoxTest):
@@ -10548,7 +10498,6 @@ class Together(BoxTest):
         return self.box.start("--bind", "127.0.0.1:0", "--passwords", self.box.path("passwords"), *options, **keys)
 
     def serving(self, *options: str, text: str = "") -> str:
-        """Start it, and return its address."""
         return self.box.address(self.started(*options, text=text))
 
     def test_start_serves_basic_and_digest(self) -> None:
@@ -10592,18 +10541,26 @@ class Together(BoxTest):
         self.assertEqual(enters(at, "jim", "other"), [200] * 2)
 
     @needs_root
-    def test_roots_passwords_serve_a_daemon_without_rights(self) -> None:
-        """A password file that only root can read is read before the drop; reload says `try: restart`."""
-        at = self.serving(*AS_NOBODY, "--workers", "1")
+    @needs("openssl")
+    def test_roots_files_serve_a_daemon_without_rights(self) -> None:
+        """Passwords and key that only root can read are read before the drop; reload says `try: restart`."""
+        if not python_runs_as(NOBODY):
+            self.skipTest("needs a Python that user %d can run" % NOBODY)
+        pem = make_certificate(self.box)
+        at = self.serving(*AS_NOBODY, "--workers", "1", "--tls-cert", pem)
+        first = shown(at)
         self.box.write("passwords", ha1_line("jim", "new"), 0o600)
-        self.assertIn("try: daemonize.py restart", self.box.command("reload", want=1).err)
-        self.assertEqual(enters(at), [200] * 2)
+        self.assertRegex(self.box.command("reload", want=1).err, "passwords.*\ntry: daemonize.py restart")
+        os.chown(self.box.path("passwords"), NOBODY, NOBODY)
+        make_certificate(self.box)
+        self.assertRegex(self.box.command("reload", want=1).err, r"cert\.pem.*Permission denied\ntry: .*restart")
+        self.assertEqual((shown(at), https(at).status), (first, 200))
         self.box.command("restart")
-        self.assertEqual(enters(at, "jim", "new"), [200] * 2)
+        self.assertNotEqual(shown(at), first)
+        self.assertEqual([https(at, "/", "GET", auth).status for auth in (JIM, basic("jim", "new"))], [401, 200])
 
     @needs_root
     def test_it_serves_in_an_empty_jail(self) -> None:
-        """--chroot with an empty folder and --uid: served, logged, restarted, stopped."""
         jail = self.box.make("jail")
         at = self.serving("--chroot", jail, *AS_NOBODY)
         self.assertEqual(enters(at), [200] * 2)
@@ -10614,15 +10571,28 @@ class Together(BoxTest):
         self.assertEqual((self.box.processes(), os.listdir(jail)), ([], []))
 
     def test_no_request_is_lost_in_restarts_and_reloads(self) -> None:
-        """Basic and Digest, kept and new connections, through restart and reload: no failed request."""
-        with calling(self.serving("--workers", "2")) as (callers, go_on):
-            for action in ("restart", "reload", "restart"):
-                self.box.command(action)
-                go_on()
-        self.assertEqual([caller.failures for caller in callers], [[]] * 4)
+        """Basic and Digest, kept and new connections; the new certificate is taken each time, a bad one refused."""
+        for tls in [False] + [True] * bool(shutil.which("openssl")):
+            pem = ["--tls-cert", make_certificate(self.box)] if tls else []
+            at = self.serving("--workers", "2", *pem)
+            seen = [shown(at)] if tls else []
+            with self.subTest(tls=tls), calling(at, context=trusting() if tls else None) as (callers, go_on):
+                for action in ("reload", "restart", "reload"):
+                    if tls:
+                        os.replace(make_certificate(self.box, "new.pem"), pem[1])
+                    self.box.command(action)
+                    seen += [shown(at)] if tls else []
+                    go_on()
+            self.assertEqual([caller.failures for caller in callers], [[]] * 4)
+            self.assertEqual(len(set(seen)), 4 * tls)
+            if tls:
+                self.box.write("cert.pem", "nonsense", 0o600)
+                self.assertIn("cert.pem", self.box.command("reload", want=1).err)
+                self.assertEqual(shown(at), seen[-1])
+            self.box.command("stop")
+        self.assertEqual(re.findall("Traceback(?:\n.*){9}", read(self.box.log)), [])
 
     def test_a_restart_costs_a_digest_client_one_silent_stale(self) -> None:
-        """After a restart an old nonce gets `stale=true` once, and is never accepted twice."""
         at = self.serving()
         proof, seen = digest(at, "/"), []
         for action in ("status", "restart"):
@@ -10643,7 +10613,6 @@ class Together(BoxTest):
         self.assertEqual(getattr(reach(first), "errno", 0), errno.ECONNREFUSED)
 
     def test_a_socket_of_systemd_is_served_wherever_it_is(self) -> None:
-        """With LISTEN_FDS and no --bind the handed socket is served, and no other one is opened."""
         passwords = self.box.write("passwords", ha1_line("jim", "secret"), 0o600)
         _, at = self.activated(*self.box.argv("run", "--passwords", passwords, "--workers", "1"))
         until(self.box.pid, "a pidfile")
@@ -10681,34 +10650,19 @@ class DefaultFilesTest(BoxTest):
 class FirstStart(DefaultFilesTest):
     """The very first start"""
 
-    def test_the_command_that_changes_it_knows_the_realm(self) -> None:
-        """What the first start says changes that user in that realm and reloads that daemon; restart keeps it."""
-        result = self.action("start", "--realm", "a b")
-        at = self.box.address(result)
-        self.assertIn("\ntry: curl --digest -u admin http://%s/example/foo\n" % at, result.out)
-        password, change, reload = re.findall(r"(?m)^password: (.+)\n.*\nchange it: (.+) && (.+)$", result.out)[0]
-        self.action("restart")
-        self.assertEqual(enters(at, "admin", password), [200] * 2)
-        self.assertIn("changed", run(["sh", "-c", change + " --stdin"], 0, b"new\n").out)
-        self.assertIn("reloaded", run(["sh", "-c", reload], 0).out)
-        self.assertEqual(enters(at, "admin", "new"), [200] * 2)
-        for argv in (["start", "--quiet"], ["run"]):    # which never make one
-            err = self.box.daemonize(*argv, "--name", self.name + "2", "--realm", "c", want=2).err
-            self.assertRegex(err, r"(?m)^try: .*authserver\.py passwd \S+ \S+ --realm c$")
-            self.assertFalse(os.path.exists(self.passwords.replace(self.name, self.name + "2")))
+    def test_quiet_start_and_run_never_make_one(self) -> None:
+        for argv in (["start", "--quiet"], ["run"]):
+            for realm in ([], ["--realm", "c"]):
+                err = self.action(*argv, *realm, want=2).err
+                self.assertRegex(err, r"(?m)^try: .*authserver\.py passwd \S+ \S+%s$" % "".join(" " + word for word in realm))
+                self.assertFalse(os.path.exists(self.passwords))
 
     @needs_root
     def test_the_file_is_for_the_daemons_group(self) -> None:
-        """With --uid the first password file is root:GROUP 0640, so that reload can read it."""
         self.action("start", *AS_NOBODY, "--gid", str(OTHER))
         info = os.stat(self.passwords)
         self.assertEqual((info.st_uid, info.st_gid, info.st_mode & 0o777), (0, OTHER, 0o640))
         self.action("reload")
-
-    def test_a_start_that_fails_takes_the_file_away(self) -> None:
-        with taken_port() as port:
-            self.action("start", "--bind", "127.0.0.1:%d" % port, want=1)
-        self.assertFalse(os.path.exists(self.passwords))
 
     def test_restart_on_a_unix_socket_is_a_first_start(self) -> None:
         """restart of what never ran is start: with unix:PATH it prints a curl line with --unix-socket."""
@@ -10734,17 +10688,19 @@ class FirstMinute(DefaultFilesTest):
     @needs("curl")
     def test_what_it_says_can_be_pasted(self) -> None:
         """user, password (once), kept in, change it, try: in these lines; the commands work as they stand."""
-        said = self.start()
+        said = self.start("--realm", "a b")
         url = "http://%s/" % self.box.address(said)
-        found = re.search("(?m)^user: admin\npassword: (\\S{12,})\nkept in: (.*)\nchange it: (python3 .* passwd .* admin "
+        found = re.search("(?m)^user: admin\npassword: (\\S{12,})\nkept in: (.*)\nchange it: (python3 .* passwd .* admin .*"
                           "&& python3 .* reload.*)\ntry: (curl --digest -u admin %s)\n\\Z" % url, said.out)
         self.assertTrue(found, said.out)
         password, path, change, again = found.groups() if found else ("",) * 4
         self.assertEqual((shlex.split(path), said.err), ([self.passwords], ""))
         self.assertEqual(os.stat(self.passwords).st_mode & 0o777, 0o600)
+        self.action("restart", env={"DAEMONIZE_TEST": self.box.folder})
         for new in ("", "another one"):
             if new:  # asked twice, on the terminal, and there is none
-                run(["sh", "-c", change], 0, ((new + "\n") * 2).encode(), env=self.box.env, start_new_session=True, cwd="/")
+                done = run(["sh", "-c", change], 0, ((new + "\n") * 2).encode(), env=self.box.env, start_new_session=True, cwd="/")
+                self.assertRegex(done.out, "changed.*(?s:.*)reloaded")
             command = again.replace("-u admin", "-u 'admin:%s' -sf --noproxy '*'" % (new or password))
             self.assertIn("a b.txt</a>", run(["sh", "-c", command], 0, cwd="/").out)
             self.assertIn("shared", run(["sh", "-c", command.replace(url, url + "a%20b.txt")], 0, cwd="/").out)
@@ -10833,7 +10789,6 @@ class Readme(DefaultFilesTest):
         os.chmod(self.box.folder, 0o777)
 
     def section(self, title: str) -> str:
-        """Return the text under a heading."""
         text = read(README).split("\n%s\n%s\n" % (title, "-" * len(title)))[1]
         return re.split(r"\n.+\n[-=]{3,}\n", text)[0]
 
@@ -10893,7 +10848,6 @@ class Readme(DefaultFilesTest):
     @needs_home
     @needs("curl", "openssl")
     def test_its_commands_do_it_under_other_names(self) -> None:
-        """For whoever cannot hide: with names and ports of this run's own."""
         self.box.write("README", self.unique(read(README)))
         self.play(self.enter(hidden=False), self.unique)
 
@@ -10940,7 +10894,6 @@ class Readme(DefaultFilesTest):
         self.assertEqual(set(keywords) - set(words), {"stdout", "pidfile"})
 
     def test_each_message_is_one_of_the_code(self) -> None:
-        """Each of 25 messages that README explains is in a string of the programs."""
         nodes = [node for path in SOURCES for node in ast.walk(ast.parse(read(path)))]
         # Until Python 3.7 a string is ast.Str, with s; since then a Constant, with value.
         values = [vars(node).get("value", vars(node).get("s")) for node in nodes]
@@ -10982,24 +10935,17 @@ class MyHandler(http.server.SimpleHTTPRequestHandler):
 
     @needs_other_user
     @needs("nsenter", "curl")
-    def test_what_it_says_of_cron_logrotate_and_fail2ban(self) -> None:
-        """The crontab starts and restarts without a word; logrotate loses no line; the jail is one."""
+    def test_what_it_says_of_cron_and_fail2ban(self) -> None:
+        """The crontab starts and restarts without a word; the jail is one."""
         do = self.prepare()
         for line in block("@reboot").splitlines():
             command = re.sub(r"^(@\w+|(\S+ ){4}\S+) +root ", "", line)
             said = do("exec env -i \"PATH=$PATH\" HOME=/ LOGNAME=root sh -c '%s'" % command)
             self.assertEqual((said.out, said.err), ("", ""), line)
-        for word in ("wrong", "wrong", "secret"):
-            do("curl -u jim:%s http://127.0.0.1:8081/README" % word, None)
+        do("curl -u jim:secret http://127.0.0.1:8081/README")
         if shutil.which("fail2ban-client"):
             do("cat >/etc/fail2ban/jail.d/authserver.local", data="[sshd]\nenabled = false\n" + block("[authserver]"))
             self.assertIn("OK", do("fail2ban-client -t").out)
-        if shutil.which("logrotate"):
-            do("cat >/etc/logrotate.d/authserver", data=block("/var/log/authserver.log").replace("/opt/d", "/run/d"))
-            do("logrotate -f -s /run/state /etc/logrotate.d/authserver")
-            do("curl -u jim:secret http://127.0.0.1:8081/LICENSE", None)
-            counts = do("cd /var/log; grep -c GET authserver.log; grep -c GET authserver.log.1").out
-            self.assertEqual(counts.split(), ["1", "3"])
         do("python3 daemonize.py stop")
 
     @needs_other_user
@@ -11039,39 +10985,11 @@ class MyHandler(http.server.SimpleHTTPRequestHandler):
     @needs_root
     @needs("systemd-analyze")
     def test_what_it_says_of_systemd(self) -> None:
-        """systemd itself finds nothing wrong in the units."""
         units = [self.box.write("authserver." + name, block(first, word).replace("/usr/bin/python3", PYTHON))
                  for name, first, word in (("service", "[Service]", "Type"), ("socket", "[Socket]", "Listen"))]
         said = run(["systemd-analyze", "verify"] + units)
         about = [line for line in said.err.splitlines() if "authserver." in line]
         self.assertEqual((said.code, about), (0, []))
-
-    @needs_other_user
-    @needs("nsenter", "supervisord")
-    def test_what_it_says_of_supervisord(self) -> None:
-        """It keeps it running, and ends it."""
-        do = self.prepare()
-        self.box.write("s.conf", "[supervisord]\nnodaemon=true\nuser=root\n"
-                       + block("[program:").replace("/opt/d", "/run/d"))
-        said = do("supervisord -c s.conf & until python3 daemonize.py status; do sleep 0.1; done; "
-                  "kill $!; wait; python3 daemonize.py status", 3).out
-        self.assertIn("authserver is running", said)
-
-    @needs_other_user
-    @needs("nsenter")
-    def test_what_it_says_of_containers(self) -> None:
-        """The Dockerfile copies what there is; its command is pid 1 as an ordinary user, and serves."""
-        do = self.enter()
-        words = dict(re.findall(r"(?m)^([A-Z]+) (.*)$", block("FROM").replace("\\\n", "")))
-        self.assertEqual(words["COPY"].split(), ["daemonize.py", "authserver.py", "/opt/d/"])
-        do("mkdir /run/secrets; echo secret | python3 authserver.py passwd --stdin /run/secrets/users jim; "
-           "chmod 444 /run/secrets/users")
-        uid, gid = words["USER"].split(":")
-        argv = " ".join(json.loads(words["CMD"])).replace("/tmp/pid", "/run/home/pid")
-        said = do("unshare -p -f --mount-proc setpriv --reuid %s --regid %s --clear-groups %s & "
-                  "curl --digest -u jim:secret http://127.0.0.1:8081/example/foo; "
-                  "kill $(cat /proc/$!/task/$!/children); wait $!" % (uid, gid, argv))
-        self.assertIn("for jim", said.out, said.err)
 
 
 # -- Bench: beside the servers that are installed here -----------------------
@@ -11098,26 +11016,19 @@ class Server(http.server.socketserver.ThreadingMixIn, http.server.HTTPServer):
     request_queue_size = 128
 Server(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
-NGINX = """daemon off; worker_processes 1; pid FOLDER/nginx.pid; error_log /dev/null crit;
-events { worker_connections 1024; }
-http { access_log FOLDER/nginx.log; keepalive_requests 100000000; default_type text/html;
-sendfile on; client_body_temp_path FOLDER/1; proxy_temp_path FOLDER/2;
-fastcgi_temp_path FOLDER/3; uwsgi_temp_path FOLDER/4; scgi_temp_path FOLDER/5;
-server { listen 127.0.0.1:PORT SSL; root FOLDER/www; auth_basic bench; ssl_certificate FOLDER/pem;
-ssl_certificate_key FOLDER/pem; auth_basic_user_file FOLDER/nginx.users;
-location /example/ { try_files /foo =404; } } }
-"""
-LIGHTTPD = """server.modules = ("mod_auth", "mod_authn_file", "mod_accesslog", "mod_rewrite")
+BLOCKS = {"stock": STOCK, "nginx": """root www; auth_basic bench; auth_basic_user_file nginx.users;
+ssl_certificate pem; ssl_certificate_key pem; location /example/ { try_files /foo =404; }""", "lighttpd": """
+server.modules = ("mod_auth", "mod_authn_file", "mod_accesslog", "mod_rewrite")
 server.document-root = "FOLDER/www"
 server.port = PORT
 server.bind = "127.0.0.1"
-accesslog.filename = "FOLDER/lighttpd.log"
+accesslog.filename = "FOLDER/access.log"
 server.max-keep-alive-requests = 100000000
 url.rewrite-once = ("^/example/" => "/foo")
 auth.backend = "plain"
 auth.backend.plain.userfile = "FOLDER/lighttpd.users"
 auth.require = ("/" => ("method" => "SCHEME", "realm" => "bench", "require" => "valid-user"))
-"""
+"""}
 
 
 def load(address: str, scheme: str, seconds: float, connections: int = 16, keeps: bool = True,
@@ -11137,67 +11048,38 @@ class Bench:
 
     def __init__(self, box: Box, seconds: float) -> None:
         self.box, self.seconds, self.rows = box, seconds, {}  # type: Box, float, Dict[Any, List[Any]]
-        self.folder = tempfile.mkdtemp(dir=TEMP)  # no space, no umlaut: not every server can
-        os.chmod(self.folder, 0o755)
-        os.makedirs(self.folder + "/www/many")
-        self.passwords = self.write("users", ha1_line("jim", "secret"), 0o600)
-        self.write("pem", read(make_certificate(box)) if shutil.which("openssl") else "", 0o600)
-        for name, text in (("www/foo", "foo ok" + "x" * 94), ("www/1k", "x" * 1024), ("stock.py", STOCK),
+        os.makedirs(box.path("www", "many"))
+        self.passwords = box.write("users", ha1_line("jim", "secret"), 0o600)
+        box.write("pem", read(make_certificate(box)) if shutil.which("openssl") else "", 0o600)
+        for name, text in (("www/foo", "foo ok" + "x" * 94), ("www/1k", "x" * 1024),
                            ("nginx.users", "jim:{PLAIN}secret\n"), ("lighttpd.users", "jim:secret\n")):
-            self.write(name, text)
+            box.write(name, text)
         for number in range(10000):
-            self.write("www/many/file-%d" % number, "")
-
-    def write(self, name: str, text: str, mode: int = 0o644) -> str:
-        """Write a file; return its path."""
-        return Box.write(self, os.path.join(self.folder, name), text, mode)  # type: ignore[arg-type]
-
-    def path(self, name: str) -> str:
-        """Return a path."""
-        return name
-
-    def argv(self, name: str, port: int, scheme: str, options: Sequence[str]) -> List[str]:
-        """Return the command line of a server."""
-        def filled(text: str) -> str:
-            for word, value in (("FOLDER", self.folder), ("PORT", str(port)), ("SCHEME", scheme),
-                                ("SSL", "ssl" * ("--tls-cert" in options))):
-                text = text.replace(word, value)
-            return text
-        commands = {
-            "authserver": [PYTHON, AUTHSERVER, "--bind", "127.0.0.1:PORT", "--passwords", self.passwords, *options],
-            "stock": [PYTHON, "FOLDER/stock.py", "PORT"],
-            "http.server": [PYTHON, "-m", "http.server", "--bind", "127.0.0.1", "--directory", "FOLDER/www", "PORT"],
-            "nginx": ["nginx", "-c", self.write("nginx-%d" % port, filled(NGINX))],
-            "lighttpd": ["lighttpd", "-D", "-f", self.write("lighttpd-%d" % port, filled(LIGHTTPD))]}
-        return [filled(word) for word in commands[name]]
+            box.write("www/many/file-%d" % number, "")
 
     def measure(self, what: str, scheme: str, names: Sequence[str], options: Sequence[str] = (), **asked: Any) -> None:
         """Start each server on a core of its own, load it, and note what that cost."""
         for name in names:
             if name in ("nginx", "lighttpd") and not shutil.which(name):
                 continue
-            port = free_port()
-            address = "127.0.0.1:%d" % port
-            server = self.box.spawn(*self.argv(name, port, scheme, options), preexec_fn=pin(0))
-            until(lambda: server.poll() is not None or not reach(address), "a listening server", 10)
-            assert server.poll() is None, read(self.box.output)[-2000:]
+            address = other(self.box, name, BLOCKS.get(name, ""), ["--passwords", self.passwords, *options] * (name == "authserver"),
+                            {"preexec_fn": pin(0)}, SCHEME=scheme, SSL="ssl" * ("--tls-cert" in options))
             load(address, scheme, 0.3, **asked)
-            began, before = time.monotonic(), cpu_seconds(server.pid)
+            pid, began = self.box.server.pid, time.monotonic()
+            before = cpu_seconds(pid)
             answers, failures = load(address, scheme, self.seconds, **asked)
             assert answers and not failures, "%s: %d answers, %s" % (name, answers, failures[:3])
-            cost = 1e6 * (cpu_seconds(server.pid) - before) / answers
-            self.note(what, scheme, name, cost, answers / (time.monotonic() - began), memory(server.pid))
-            server.terminate()  # nginx ends its worker
-            server.wait()
+            cost = 1e6 * (cpu_seconds(pid) - before) / answers
+            self.note(what, scheme, name, cost, answers / (time.monotonic() - began), memory(pid))
+            self.box.kill(self.box.server)
 
     def note(self, what: str, scheme: str, name: str, *values: float) -> None:
-        """Keep the figures of one round."""
         self.rows.setdefault((what, scheme, name), []).append(values)
 
     def round(self) -> None:
         """Measure everything once; ours is the first of each kind."""
         many = ["/example/foo%d?a=b" % number for number in range(2000)]
-        www, pem = ["--root", self.folder + "/www"], self.folder + "/pem"
+        www, pem = ["--root", self.box.path("www")], self.box.path("pem")
         for scheme, names in (("basic", ["authserver", "stock", "nginx"]), ("digest", ["authserver", "lighttpd"])):
             self.measure("one URL", scheme, names)
             self.measure("2,000 URLs in turn", scheme, names, paths=many)
@@ -11216,16 +11098,15 @@ class Bench:
         real = [sys.executable, SOURCES[0]]     # not what was compiled for the tests
         start = real + self.box.argv("start", "--logfile", self.box.log, "--bind", at, "--workers", "1",
                                      "--passwords", self.passwords)[2:]
-        other = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", at.rpartition(":")[2]]
-        for name, begin in (("daemonize", lambda: run(start, 0, env=self.box.env)),
-                            ("http.server", lambda: self.box.spawn(*other))):  # type: str, Any
-            began, child = time.monotonic(), begin()
-            until(lambda: not reach(at), name)
-            request(at, "/", "GET", "")
-            took, pid = 1e3 * (time.monotonic() - began), getattr(child, "pid", 0) or self.box.pid()
-            self.note("start to first answer, ms", "", name, took, 0.0, memory(pid))
-            self.box.command("stop")
-        self.box.kill(child)
+        began = time.monotonic()
+        run(start, 0, env=self.box.env)
+        request(at, "/", "GET", "")
+        self.note("start to first answer, ms", "", "daemonize", 1e3 * (time.monotonic() - began), 0.0, memory(self.box.pid()))
+        self.box.command("stop")
+        began = time.monotonic()
+        request(other(self.box, "http.server", ""), "/", "GET", "")
+        self.note("start to first answer, ms", "", "http.server", 1e3 * (time.monotonic() - began), 0.0, memory(self.box.server.pid))
+        self.box.kill(self.box.server)
         for name, argv in (("daemonize", real + self.box.argv("status")[2:]),
                            ("python3 -c pass", [sys.executable, "-c", "pass"])):
             self.note("status of nothing, ms", "", name, 1e3 * run(argv).seconds, 0.0, 0.0)
@@ -11259,8 +11140,9 @@ def bench(argv: List[str]) -> int:
     parser.add_argument("--seconds", type=float, default=2.0, help="for each figure (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="the median of so many (%(default)s)")
     options = parser.parse_args(argv)
-    global PYTHON, DAEMONIZE, AUTHSERVER
-    PYTHON, (DAEMONIZE, AUTHSERVER) = sys.executable, SOURCES   # what a user starts
+    global DAEMONIZE
+    DAEMONIZE = SOURCES[0]      # what a user starts
+    SERVERS["authserver"] = ("", [PYTHON, SOURCES[1], "--bind", "FRONT"])
     pin(-1)()
     setUpModule()
     measured = Bench(Box(), options.seconds)
@@ -11268,7 +11150,6 @@ def bench(argv: List[str]) -> int:
         measured.round()
     measured.print_table()
     measured.box.close()
-    remove(measured.folder)
     return 0
 
 
@@ -11301,25 +11182,21 @@ class LifeCycle:
         self.box, self.random, self.steps, self.end = Box(), random, 0, threading.Event()
         self.strangers = [self.box.stranger() for _ in range(3)]
         self.options = ["--bind", "127.0.0.1:%d" % free_port(), "--workers", "2"]
-        self.load = [Questioner(self.options[1], "basic", False, self.end, pause=0.001) for _ in range(2)]
+        self.load = [Questioner(self.options[1], "basic", False, self.end) for _ in range(2)]
         self.step_start()  # restart repeats the last start: there must have been one
 
     def step_start(self) -> None:
-        """start: afterwards it runs."""
         self.box.start(*self.options, app=APP)
         self.answers()
 
     def step_stop(self) -> None:
-        """stop: afterwards nothing is left."""
         self.box.command("stop")
         assert not self.daemons(), self.daemons()
 
     def step_restart(self) -> None:
-        """restart: nothing is lost when it was running."""
         self.lossless("restart", 0)
 
     def step_reload(self) -> None:
-        """reload: nothing is lost when it was running; 3 when not."""
         self.lossless("reload", 0 if self.running() else 3)
 
     def step_broken_restart(self) -> None:
@@ -11373,7 +11250,6 @@ class LifeCycle:
             self.box.command(self.random.choice(["stop", "status", "reload"]), want=None)
 
     def running(self) -> int:
-        """Return the pid of the daemon if it runs."""
         return self.box.pid() if self.box.command("status", want=None).code == 0 else 0
 
     def daemons(self) -> List[int]:
@@ -11381,7 +11257,6 @@ class LifeCycle:
         return sorted(set(self.box.processes()) - {one.pid for one in self.strangers})
 
     def answers(self) -> None:
-        """Wait until the daemon answers."""
         until(lambda: not reach(self.options[1]) and ask(self.options[1]), "an answer")
 
     def lossless(self, action: str, status: int) -> None:
@@ -11400,7 +11275,6 @@ class LifeCycle:
         assert len(os.listdir(self.box.folder)) <= 9, os.listdir(self.box.folder)
 
     def step(self) -> str:
-        """Take one random step and return its name."""
         name = self.random.choice([name for name in dir(self) if name.startswith("step_")])
         try:
             getattr(self, name)()
@@ -11411,7 +11285,6 @@ class LifeCycle:
         return name[5:]
 
     def close(self) -> None:
-        """End the load and the box."""
         self.end.set()
         for one in self.load:
             one.join()
@@ -11621,11 +11494,6 @@ def short_id(test: Any) -> str:
     return re.sub(r"\b(__main__|test_all)\.", "", getattr(test, "test_case", test).id())
 
 
-def sentence(test: Any) -> str:
-    """Return what a test says, by its docstring or else its name."""
-    return test.shortDescription() or short_id(test).rpartition(".test_")[2].replace("_", " ")
-
-
 def row_of(test: Any) -> str:
     """Return a subTest's own sentence, "" for a test."""
     text = test.id()[len(test.test_case.id()):] if hasattr(test, "test_case") else ""
@@ -11633,46 +11501,45 @@ def row_of(test: Any) -> str:
 
 
 class Sentences(unittest.TestResult):
-    """What came of the tests of one subject, in sentences."""
+    """What came of the tests of one subject: a record of each, in the words of JSON."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.lines: List[str] = []              # for -v
-        self.rows: List[str] = []               # the subTests of the test under way
-        self.before, self.passed = (0, 0), 0
+        self.records: List[Dict[str, Any]] = []
 
-    def faults(self) -> List[Tuple[Any, str]]:
-        """Return the tests that failed, and subTests, with what they said."""
-        return self.failures + self.errors + [(test, "It passed, which was not expected")
-                                              for test in self.unexpectedSuccesses]
+    def record(self, test: Any) -> Dict[str, Any]:
+        """Return the record of the test under way, which a subTest belongs to; or of setUpClass."""
+        name = short_id(test)
+        if [record["name"] for record in self.records[-1:]] != [name]:
+            sentence = test.shortDescription() or name.rpartition(".test_")[2].replace("_", " ")
+            self.records.append({"name": name, "sentence": sentence, "rows": [], "faults": [], "skips": [], "skipped": ""})
+        return self.records[-1]
 
-    def whole_skips(self) -> List[Tuple[Any, str]]:
-        """Return the tests, not subTests, that were skipped."""
-        return [(test, why) for test, why in self.skipped if not hasattr(test, "test_case")]
-
-    def startTest(self, test: unittest.TestCase) -> None:
-        """Remember what had failed before."""
+    def startTest(self, test: Any) -> None:
+        """Begin its record."""
         super().startTest(test)
-        self.before, self.rows = (len(self.faults()), len(self.whole_skips())), []
+        self.record(test)
+
+    def addError(self, test: Any, err: Any) -> None:
+        """Keep what a test, or subTest, said when it failed."""
+        self.record(test)["faults"].append((row_of(test), self._exc_info_to_string(err, test)))  # type: ignore[attr-defined]
+
+    addFailure = addError
+
+    def addUnexpectedSuccess(self, test: Any) -> None:
+        """Keep it as a failure."""
+        self.record(test)["faults"].append(("", "It passed, which was not expected"))
 
     def addSubTest(self, test: Any, subtest: Any, err: Any) -> None:
-        """Keep the row's sentence."""
-        super().addSubTest(test, subtest, err)
-        self.rows.append("        " + row_of(subtest) + " FAILED" * bool(err))
+        """Keep the row's sentence, for -v."""
+        self.record(test)["rows"].append("        " + row_of(subtest) + " FAILED" * bool(err))
+        if err:
+            self.addError(subtest, err)
 
-    def stopTest(self, test: unittest.TestCase) -> None:
-        """Count the test, and keep its sentence."""
-        failed, skips = self.faults()[self.before[0]:], self.whole_skips()[self.before[1]:]
-        self.passed += not failed and not skips
-        said = " (skipped: %s)" % skips[0][1] if skips else " FAILED" * bool(failed)
-        self.lines += ["    %s%s" % (sentence(test), said)] + self.rows
-        super().stopTest(test)
-
-    def report(self) -> Dict[str, Any]:
-        """Return everything in the words of JSON."""
-        faults = [(short_id(test), sentence(test), row_of(test), text) for test, text in self.faults()]
-        return {"passed": self.passed, "faults": faults, "skips": [(short_id(test), why) for test, why in self.skipped],
-                "lines": self.lines, "skipped": len(self.whole_skips())}
+    def addSkip(self, test: Any, reason: str) -> None:
+        """Keep why a test, or only a row of it, was skipped."""
+        self.record(test)["skips"].append(reason)
+        self.record(test)["skipped"] = "" if hasattr(test, "test_case") else " (skipped: %s)" % reason
 
 
 def tests_of(subject: Any) -> List[str]:
@@ -11744,32 +11611,32 @@ class Part:
             result = Sentences()
             suite(self.subject, names).run(result)
             gc.collect()  # a socket that nobody closed is told of now
-            json.dump(result.report(), self.results)
+            json.dump(result.records, self.results)
             self.results.flush()
         except BaseException:
             traceback.print_exc()
         sys.stdout.flush()
         os._exit(0)
 
-    def report(self, verbose: bool) -> Dict[str, Any]:
-        """Print how the subject went, and return what its process reported."""
+    def report(self, verbose: bool) -> List[Dict[str, Any]]:
+        """Print how the subject went, and return the records that its process made."""
         name, seconds = self.subject.__name__, time.monotonic() - self.began
         with self.output, self.results:
             self.output.seek(0)
             said = self.output.read().decode(errors="backslashreplace")
             self.results.seek(0)
-            report: Dict[str, Any] = json.loads(self.results.read() or "{}") or {
-                "passed": 0, "skips": [], "skipped": 0, "lines": [],
-                "faults": [(name, "The process that ran it reports what came of it.", "", said)]}
-        if "ResourceWarning" in said:
-            report["faults"].append((name, "Everything that is opened is closed.", "", said))
-        failed = len({fault[0] for fault in report["faults"]})
+            records: List[Dict[str, Any]] = json.loads(self.results.read() or "[]")
+        for sentence, holds in (("The process that ran it reports what came of it.", records),
+                                ("Everything that is opened is closed.", "ResourceWarning" not in said)):
+            if not holds:
+                records.append({"name": name, "sentence": sentence, "rows": [], "faults": [("", said)], "skips": [], "skipped": ""})
         if verbose:
             say("\n%s" % (self.subject.__doc__ or name).splitlines()[0])
-            say("".join(line + "\n" for line in report["lines"]), end="")
-        print("%s %d tests %.1f s%s" % (name, report["passed"] + report["skipped"] + failed, seconds,
-                                        ", %d failed" % failed if failed else ""), flush=True)
-        return report
+            for record in records:
+                say("\n".join(["    " + record["sentence"] + (" FAILED" * bool(record["faults"]) or record["skipped"])] + record["rows"]))
+        failed = sum(bool(record["faults"]) for record in records)
+        print("%s %d tests %.1f s%s" % (name, len(records), seconds, ", %d failed" % failed if failed else ""), flush=True)
+        return records
 
 
 def say(text: str, end: str = "\n") -> None:
@@ -11780,8 +11647,8 @@ def say(text: str, end: str = "\n") -> None:
 
 
 def run_parts(chosen: Dict[Any, List[str]], verbose: bool) -> List[Dict[str, Any]]:
-    """Run the subjects in children, PARTS at a time; return their reports."""
-    waiting, running, reports = list(chosen.items()), {}, []  # type: Any, Dict[int, Part], List[Dict[str, Any]]
+    """Run the subjects in children, PARTS at a time; return their records."""
+    waiting, running, records = list(chosen.items()), {}, []  # type: Any, Dict[int, Part], List[Dict[str, Any]]
     try:
         while waiting or running:
             while waiting and len(running) < PARTS:
@@ -11792,30 +11659,31 @@ def run_parts(chosen: Dict[Any, List[str]], verbose: bool) -> List[Dict[str, Any
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
             pid = os.wait()[0]
             if pid in running:  # as the first process of a container we inherit others
-                reports.append(running.pop(pid).report(verbose))
+                records += running.pop(pid).report(verbose)
     finally:
         for pid in running:
             os.killpg(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-    return reports
+    return records
 
 
-def summarize(reports: List[Dict[str, Any]], left: List[str], verbose: bool) -> int:
+def summarize(records: List[Dict[str, Any]], left: List[str], verbose: bool) -> int:
     """Print failures, seed, skips and the three numbers; return the exit status."""
-    faults = [fault for report in reports for fault in report["faults"]]
-    faults += [("The run", "Nothing is left behind.", "", "\n".join(left))] * bool(left)
-    for name, said, row, text in faults:
-        say("\nFAILED %s\n%s\n%s%s" % (name, said, row and "  %s\n" % row, text.rstrip()))
-    print("\nseed %d" % SEED)
     reasons: Dict[str, List[str]] = {}
-    for name, why in [skip for report in reports for skip in report["skips"]]:
-        reasons.setdefault(why, []).append(name)
+    if left:
+        records.append({"name": "The run", "sentence": "Nothing is left behind.", "faults": [("", "\n".join(left))], "skips": []})
+    for record in records:
+        for row, text in record["faults"]:
+            say("\nFAILED %s\n%s\n%s%s" % (record["name"], record["sentence"], row and "  %s\n" % row, text.rstrip()))
+        for why in record["skips"]:
+            reasons.setdefault(why, []).append(record["name"])
+    print("\nseed %d" % SEED)
     for why, names in sorted(reasons.items()):
         print("skipped, %s: %d" % (why, len(names)))
         print("".join("    %s\n" % name for name in names) * verbose, end="")
-    passed, skipped = (sum(report[word] for report in reports) for word in ("passed", "skipped"))
-    failed = len({fault[0] for fault in faults})
-    print("%d passed, %d failed, %d skipped" % (passed, failed, skipped), flush=True)
+    failed = sum(bool(record["faults"]) for record in records)
+    skipped = sum(bool(record["skipped"]) for record in records if not record["faults"])
+    print("%d passed, %d failed, %d skipped" % (len(records) - failed - skipped, failed, skipped), flush=True)
     return 1 if failed else 0
 
 
@@ -11839,8 +11707,7 @@ def run_tests(argv: List[str]) -> int:
     if not chosen:
         print("no test matches %s" % " ".join(options.k), file=sys.stderr)
         return 1
-    reports = run_parts(chosen, options.verbose)
-    return summarize(reports, clean_up(), options.verbose)
+    return summarize(run_parts(chosen, options.verbose), clean_up(), options.verbose)
 
 
 class Itself(BoxTest):
@@ -11862,32 +11729,6 @@ class Itself(BoxTest):
                 found, text = called(action, words)
                 self.assertEqual(found, code)
                 self.assertIn(said, text)
-
-    def test_is_a_failure_told(self) -> None:
-        class Poor(unittest.TestCase):
-            def test_bad(self) -> None:
-                for word in ("good", "bad"):
-                    with self.subTest(word):
-                        self.assertEqual(word, "good")
-
-            def test_good(self) -> None:
-                pass
-
-            @unittest.skip("needs more")
-            def test_skipped(self) -> None:
-                pass
-
-            def test_open(self) -> None:
-                os.open(os.devnull, os.O_RDONLY)
-                self.file = open(os.devnull)
-                del self.file
-        with contextlib.redirect_stdout(io.StringIO()) as said:
-            code = summarize(run_parts({Poor: tests_of(Poor)}, True), ["a file"], True)
-        self.assertEqual(code, 1)
-        for line in ("    bad FAILED\n        good\n        bad FAILED\n    good\n    skipped (skipped: needs more)\n    open\n",
-                     "\nFAILED The run\nNothing is left behind.\n", "Everything that is opened is closed.",
-                     "\nskipped, needs more: 1\n", "\n2 passed, 3 failed, 1 skipped\n"):
-            self.assertIn(line, said.getvalue())
 
     def test_the_first_word_may_be_bench(self) -> None:
         self.assertIn("--rounds", run(self.SELF + ["bench", "--help"], 0, env=self.box.env, cwd=HERE).out)
