@@ -5710,6 +5710,7 @@ class HttpCommand(BoxTest):
         self.assertEqual(names[:3] + names[6:], ["jim", "a%20b%22", "%C3%BC%E2%80%A8", "-", "jim"])
         self.assertEqual((len(set(names[:6])), "-" in names[3:6]), (6, False))
         self.logged("refused jim: bad password")
+        self.assertNotIn("refused -", self.log())       # who has shown nothing yet
 
     def test_TERM_and_INT_end_it(self) -> None:
         """With exit status 0 and the last line in the log; its passwords came from standard input."""
