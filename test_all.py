@@ -10842,7 +10842,7 @@ class ReadmeSays(ReadmeTest):
         for name in names:
             self.assertRegex(source, r'"%s"|\.%s\b' % (name, name))
         keywords = re.findall(r"(\w+):", re.findall(r"(?s)def startstop\((.*?)\*\*more", source)[0])
-        keywords += re.findall(r'"(\w+)"', re.findall(r'name not in \((.*?)\)', source)[0])
+        keywords += re.findall(r'"(\w+)"', re.findall(r'names = \{("uid".*?)\}', source)[0])
         words = re.findall(r"\w+", own[own.index("More keywords"):].replace("stdout", ""))
         self.assertEqual(set(keywords) - set(words), {"stdout", "pidfile"})
 
