@@ -6392,8 +6392,11 @@ def parent(pid: int) -> int:
 
 def fds_of(pid: int) -> List[str]:
     """Return what the descriptors of a process lead to."""
-    folder = "/proc/%d/fd/" % pid
-    return [os.readlink(folder + fd) for fd in sorted(os.listdir(folder), key=int)]
+    folder, found = "/proc/%d/fd/" % pid, []
+    for fd in sorted(os.listdir(folder), key=int):
+        with contextlib.suppress(FileNotFoundError):    # it was closed just now
+            found.append(os.readlink(folder + fd))
+    return found
 
 
 def ask(address: str, question: str = "") -> Any:
@@ -6460,7 +6463,7 @@ class Prompt(Box):
     prompt: Any = None
 
     def python(self, code: str, *argv: str, want: Optional[int] = 0, **popen: Any) -> Result:
-        """Run Python code beside daemonize.py; in a process that is started for it if it is a special one."""
+        """Run Python code beside daemonize.py; in a process of its own if that is a special one."""
         if popen:
             return super().python(code, *argv, want=want, **popen)
         began = time.monotonic()
@@ -6470,14 +6473,15 @@ class Prompt(Box):
         self.prompt.stdin.flush()
         if not select.select([self.prompt.stdout], [], [], PATIENCE)[0]:
             raise AssertionError("no end within %s s: %s" % (PATIENCE, " ".join(argv)))
-        result = Result(*json.loads(self.prompt.stdout.readline().decode()), time.monotonic() - began)
+        answer = json.loads(self.prompt.stdout.readline().decode())
+        result = Result(*answer, time.monotonic() - began)
         if want not in (None, result.code):
             raise AssertionError("exit status %s, not %s: %s\n%s%s" % (
                 result.code, want, " ".join(argv), result.out, result.err))
         return result
 
     def daemonize(self, *argv: str, want: Optional[int] = 0, **popen: Any) -> Result:
-        """Run `daemonize.py ARGV...` by what it calls itself; from its beginning for a special caller."""
+        """Run `daemonize.py ARGV...`; from its very beginning for a special caller."""
         if popen:
             return super().daemonize(*argv, want=want, **popen)
         return self.python("sys.exit(daemonize.main(sys.argv[1:]))", *argv, want=want)
@@ -6511,6 +6515,15 @@ class CommandTest(BoxTest):
         """Run a line of shell, whose $@ is argv, and $0 zero."""
         return run(["sh", "-c", script, zero, *argv], want, env=self.box.env, cwd=self.box.folder)
 
+    def says(self, words: str, *argv: str, want: int = 0, **popen: Any) -> None:
+        """Run a command on the box's pidfile (start: and log); look at what it says, and where."""
+        act = self.box.start if argv[0] == "start" else functools.partial(self.box.command, argv[0])
+        result = act(*argv[1:], want=want, **popen)
+        self.assertRegex(result.out + result.err, words)
+        self.assertNotIn("Traceback", result.err)
+        complains = ["daemonize: " in text for text in (result.out, result.err)]
+        self.assertEqual(complains, [False, bool(result.err)])
+
     def patched(self, code: str, *argv: str, want: int = 0) -> Result:
         """Run a command where that code has changed daemonize.py."""
         return self.box.python(code + "\nsys.exit(daemonize.main(sys.argv[1:]))", *argv, want=want)
@@ -6524,9 +6537,9 @@ class CommandTest(BoxTest):
             yield wire
 
     @contextlib.contextmanager
-    def locked(self, byte: int, kind: int = fcntl.LOCK_EX, name: str = "d.pid.lock") -> Iterator[None]:
+    def locked(self, byte: int, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
         """Hold a byte of the lock file."""
-        with open(self.box.path(name), "rb+") as lock:
+        with open(self.box.pidfile + ".lock", "rb+") as lock:
             fcntl.lockf(lock, kind, 1, byte)
             yield
 
@@ -6566,31 +6579,28 @@ class CommandLine(CommandTest):
             self.assertRegex(self.box.daemonize(*argv).out, r"\Adaemonize\.py \d+\.\d+\n\Z")
 
     def test_a_wrong_command_line_is_refused_before_anything_happens(self) -> None:
-        unknown, number, name = ("unrecognized arguments: %s\n", "invalid number value",
-                                 "unable to name it")
-        rows = [("", "expected one of start, "), ("begin", "expected one of start, "),
-                ("APP --name a/b", name), ("APP @none", "unable to read "),
-                ("start --pidfile d.pid --", "no COMMAND after --"),
-                ("start --pidfile d.pid --word x -- sleep 9", unknown % "--word x"),
-                ("restart --pidfile d.pid hello", unknown % "hello")]
-        rows += [("APP " + typo, unknown % typo) for typo in (
-            "--pidfle x", "--wrod x", "--wor x", "stray")]
-        rows += [("APP " + words, number) for words in (
-            "--workers -1", "--workers=0", "--workers=1025", "--umask 9", "--umask=1000",
-            "--timeout soon", "--timeout=nan", "--timeout=-1", "--timeout=inf",
-            "--start-timeout=1e7", "--log-bytes=-1", "--log-keep many", "--log-keep=1001")]
-        for action in ("stop", "status", "reload"):     # one word gets the --name that was meant
-            cure = "try: daemonize.py %s --name hello\n" % action
-            rows += [(action + " --pidfile d.pid hello", cure),
-                     (action + " --pidfile d.pid --bind=:1", "try: daemonize.py -h\n")]
-        app = " ".join(["start", *self.FILES, "--app", "app.py"])
-        self.box.write("app.py", APP)
-        for typed, said in rows:
-            with self.subTest(typed):
-                self.assertIn(said, self.refused(*typed.replace("APP", app).split()))
+        numbers = ("workers -1", "workers=0", "workers=1025", "umask 9", "umask=1000",
+                   "timeout soon", "timeout=nan", "timeout=-1", "timeout=inf", "start-timeout=1e7",
+                   "log-bytes=-1", "log-keep many", "log-keep=1001")
+        rows = [("expected one of start, ", "|begin"), ("unable to name it", "APP --name a/b"),
+                ("no COMMAND after --", "start --pidfile d.pid --"),
+                ("unable to read ", "APP @none"),
+                ("invalid number value", "|".join("APP --" + words for words in numbers)),
+                ("unrecognized arguments: --word x\n", "start --pidfile d.pid --word x -- sleep 9"),
+                ("unrecognized arguments: ", "APP --pidfle x|APP --wrod x|APP --wor x|APP stray|"
+                 "restart --pidfile d.pid hello"),
+                ("try: daemonize.py -h\n", "stop --bind=:1|status --bind=:1|reload --bind=:1")]
+        rows += [("try: daemonize.py %s --name hello\n" % action, action + " --pidfile d.pid hello")
+                 for action in ("stop", "status", "reload")]     # the --name that was meant
+        app = " ".join(["start", *self.FILES, "--app", self.box.write("app.py", APP)[-6:]])
+        for said, typed in rows:
+            for words in typed.replace("APP", app).split("|"):
+                with self.subTest(words):
+                    self.assertIn(said, self.refused(*words.split()))
         for word in (".", "..", "...", "", "a b", "a/b", "a\n", "\u00e9", "$x"):
             with self.subTest(name=word):
-                self.assertIn(name, self.refused("start", "--pidfile", "d.pid", "--name", word, *NAP))
+                said = self.refused("start", "--pidfile", "d.pid", "--name", word, *NAP)
+                self.assertIn("unable to name it", said)
 
     def test_options_can_stand_in_a_file(self) -> None:
         """Quoting, comments, UTF-8; a pipe's words are noted, a file is read again at a restart."""
@@ -6618,29 +6628,30 @@ class CommandLine(CommandTest):
     def test_foreign_text_is_printed_escaped(self) -> None:
         """No control character comes out; and a letter that ASCII (env -i) lacks does no harm."""
         red = ["--pidfile", "x/\x1b[31mred.pid", "--logfile", "l", "--app", "\x1b[31mred.py"]
-        for argv, words, popen in (
-                (["start", *red], r"\\x1b\[31mred", {}), (["status", *red], r"\\x1b\[31mred", {}),
-                (["stop", *red], r"\\x1b\[31mred", {}), (["start", "--app", "\x1bred.py"], r"\\x1bred", {}),
-                (["start", "--pidfile", os.fsdecode(b"n\xc3\xb6/d.pid"), "--logfile", "l", "--app",
-                  self.box.write("app.py", APP)], "^daemonize: fatal: unable to .*n\u00f6", {"env": {}})):
-            said = "".join(self.box.daemonize(*argv, want=None, **popen)[1:3])
-            self.assertRegex(said, words)
-            self.assertNotRegex(said, "\x1b|Traceback")
+        for action in ("start", "status", "stop"):
+            result = self.box.daemonize(action, *red, want=None)
+            self.assertIn("\\x1b[31mred", result.out + result.err)
+            self.assertNotRegex(result.out + result.err, "\x1b|Traceback")
+        self.box.pidfile = self.box.path(os.fsdecode(b"n\xc3\xb6"), "d.pid")
+        said = self.box.start(app=APP, env={}, want=1).err
+        self.assertRegex(said, "\\Adaemonize: fatal: unable to .*n\u00f6")
+        self.assertNotIn("Traceback", said)
 
     def test_a_user_that_it_cannot_be(self) -> None:
         """No such name; 2^32 - 1, to the kernel "leave it", or more; for an ordinary user root."""
         numbers = ["--gid 4294967295", "--gid 4294967296", "--uid 4294967295",
                    "--uid 4294967295 --gid 1", "--uid %s --gid 1" % ("9" * 30)]
         unable = r"\Adaemonize: fatal: unable to switch to [^\n]+\n(try: .*\n)?\Z"
-        for options in ["--uid no-such-name", "--gid no-such-name"] + (numbers if ROOT else ["--uid 0"]):
+        names = ["--uid no-such-name", "--gid no-such-name"]
+        for options in names + (numbers if ROOT else ["--uid 0"]):
             with self.subTest(options):
                 said = self.box.start(*options.split(), app=APP, want=1).err
                 self.assertRegex(said, unable)
-                self.assertIn("no-such-name" * (options[-1] == "e"), said)
+                self.assertIn("no-such-name" * (options in names), said)
         self.assertEqual(self.box.processes(), [])
 
     def test_a_script_is_a_program(self) -> None:
-        """--app of what has no top-level bind: refused before it runs, with the line that runs it."""
+        """--app of what has no top-level bind: refused before it runs; the line that runs it."""
         files = ["start", *self.FILES, "--app"]
         script, other = "try: daemonize.py start -- python3 %s\n", "%s: its bind is no function"
         for text, words in (
@@ -6654,17 +6665,20 @@ class CommandLine(CommandTest):
         self.box.write("app0.py", APP)
         attempt = ("try:\n    from nowhere import bind\nexcept ImportError:\n"
                    "    def bind(options): return")
-        for text in ("from app0 import *\n", APP.replace("def bind(options):\n    return", attempt)):
+        attempt = APP.replace("def bind(options):\n    return", attempt)
+        for text in ("from app0 import *\n", attempt):
             self.box.daemonize(*files, self.box.write("app1.py", text))
             self.box.command("stop")
 
     def test_the_name_is_that_of_what_is_hosted(self) -> None:
         """The program's, the FILE's of an interpreter, else --name.  Which restart is bare."""
         rows = {"start -- /bin/sleep 9": "sleep", "start -- python3 -u x/b.py c": "b",
-                "start -- sh run.sh": "run", "start -- sh -c x": "sh", "start -- node srv.js": "srv",
-                "start -- python3.9 -m a": "python3", "start --name n -- perl a.pl": "n",
-                "restart": "True", "restart --quiet --timeout 10": "True",     # 027 is the default,
-                "restart --umask 027": "False", "restart --log-keep 5": "False"}    # but it was typed
+                "start -- sh run.sh": "run", "start -- sh -c x": "sh",
+                "start -- node srv.js": "srv", "start -- python3.9 -m a": "python3",
+                "start --name n -- perl a.pl": "n",
+                "restart": "True", "restart --quiet --timeout 10": "True",
+                # These are the defaults; but they were typed.
+                "restart --umask 027": "False", "restart --log-keep 5": "False"}
         said = self.box.python(
             "for words in sys.argv[1:]:\n    action, *options = words.split()\n"
             "    plan = daemonize.parse([action, '--pidfile=p'] + options)\n"
@@ -6672,38 +6686,42 @@ class CommandLine(CommandTest):
         self.assertEqual(said.split(), list(rows.values()))
 
     def test_a_name_that_is_in_use(self) -> None:
-        """By another program: exit 1; with other options: how to have them.  It is the daemon's name."""
-        one, two = (self.box.write(name, "import time\ntime.sleep(600)\n") for name in ("1.py", "2.py"))
+        """By another program: exit 1; with other options: how to have them."""
+        nap = "import time\ntime.sleep(600)\n"
+        one, two = self.box.write("1.py", nap), self.box.write("2.py", nap)
         self.box.start("--name", "n", "--", PYTHON, one)
-        for options, want, words in (
-                (["--", PYTHON, two], 1, r"held by pid %d, which hosts .*1\.py\ntry: --name\n\Z"),
-                (["--umask", "0", "--", PYTHON, one], 0, r"already running with pid %d\n.*\n"
-                 r"try: daemonize\.py restart .*--umask 0 -- ")):
-            result = self.box.start("--name", "n", *options, want=want)
-            self.assertRegex(result.out + result.err, words % self.box.pid())
+        self.says(r"held by pid %d, which hosts .*1\.py\ntry: --name\n\Z" % self.box.pid(),
+                  "start", "--name", "n", "--", PYTHON, two, want=1)
+        self.says(r"already running with pid %d\n.*\ntry: daemonize\.py restart .*--umask 0 -- "
+                  % self.box.pid(), "start", "--name", "n", "--umask", "0", "--", PYTHON, one)
         for action, want in (("status", 0), ("stop", 0), ("status", 3), ("stop", 0)):
-            result = self.box.command(action, want=want)    # not "authserver", where only a pidfile
-            self.assertNotIn("authserver", result.out + result.err)     # is known
+            self.says(r"(?s)\A(?!.*authserver)", action, want=want)     # where only a pidfile is known
 
 
 class Start(SharedBoxTest):
-    """A daemon after `start` by a careless parent (signals ignored and blocked, descriptors open)"""
+    """A daemon after `start` by a careless parent: signals ignored and blocked, a pipe open"""
     leak: bool
     before: Tuple[str, float]  # the pidfile's text, and when it was written
+    result: Result
     address: str
     facts: Dict[str, Any]
     pid: int
 
     @classmethod
     def set_up(cls) -> None:
-        """Start APP from a parent that ignores and blocks signals and has a pipe open."""
+        """Start APP from a parent with a pipe and a million (or all that it may) descriptors."""
         def careless() -> None:
             for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE, signal.SIGUSR1):
                 signal.signal(number, signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGCHLD])
             os.umask(0)
+            for limit in (1000000, resource.getrlimit(resource.RLIMIT_NOFILE)[1]):
+                with contextlib.suppress(ValueError, OSError):
+                    return resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
         reader, writer = os.pipe()
-        cls.address = cls.box.host("--word", "hello", pass_fds=[writer], preexec_fn=careless)
+        careless_parent = {"pass_fds": [writer], "preexec_fn": careless}
+        cls.result = cls.box.start("--word", "hello", app=APP, **careless_parent)
+        cls.address = cls.box.address(cls.result)
         os.close(writer)
         cls.leak = not select.select([reader], [], [], 0)[0]
         os.close(reader)
@@ -6726,7 +6744,7 @@ class Start(SharedBoxTest):
         self.assertNotEqual(parent(self.pid), os.getpid())
 
     def test_nothing_of_the_callers_is_left(self) -> None:
-        """In /, umask 027, no signal blocked or ignored, no pipe (cron would wait), no folder open."""
+        """In /, umask 027, no signal blocked or ignored, no pipe (cron would wait), no folder."""
         facts, fds = self.facts, self.facts["fds"]
         self.assertEqual((facts["cwd"], facts["umask"], facts["blocked"], self.leak),
                          ("/", 0o027, [], False))
@@ -6737,36 +6755,38 @@ class Start(SharedBoxTest):
 
     @needs_linux
     def test_what_is_open(self) -> None:
-        """The lock once, in the daemon alone, which cannot write it; the log as stdout and stderr."""
-        files, theirs = "/proc/%d/fd/" % self.pid, list(self.facts["fds"].values())
-        lock, = [fd for fd in os.listdir(files) if os.readlink(files + fd) == self.box.pidfile + ".lock"]
-        flags = re.findall(r"flags:\s+(\d+)", read("/proc/%d/fdinfo/%s" % (self.pid, lock)))
+        """The lock, in the daemon alone, which cannot write it; the log as stdout and stderr."""
+        lock, theirs = self.box.pidfile + ".lock", list(self.facts["fds"].values())
+        fd, = [fd for fd in glob.glob("/proc/%d/fd/*" % self.pid) if os.readlink(fd) == lock]
+        flags = re.findall(r"flags:\s+(\d+)", read(fd.replace("/fd/", "/fdinfo/")))
         self.assertEqual(int(flags[0], 8) & os.O_ACCMODE, os.O_RDONLY)
         self.assertEqual([name for name in theirs if name.startswith(self.box.pidfile)], [])
-        for names in (fds_of(self.pid), theirs):    # a third one would keep the space of a log that is gone
+        # A third one would keep the space of a log that is gone.
+        for names in (fds_of(self.pid), theirs):
             self.assertEqual((names.count(self.box.log), names.count("/dev/null")), (2, 1))
         # A worker's listener, a pair of its own, this connection, its channel: no end that the
         # daemon has, too, for whose EOF somebody could wait.
         self.assertEqual(sum("socket:" in name for name in theirs), 5)
 
     def test_start_again_says_so_and_changes_nothing(self) -> None:
-        self.assertEqual(self.before[0], "%d\n" % self.facts["pid"])    # complete when start returned
+        self.assertLess(self.result.seconds, SOON)      # no loop over all numbers of descriptors
+        self.assertEqual(self.before[0], "%d\n" % self.facts["pid"])    # it was complete
         self.assertIn("already running with pid %d" % self.pid, self.box.start(app=APP).out)
         self.assertEqual((read(self.box.pidfile), os.stat(self.box.pidfile).st_mtime), self.before)
         self.assertEqual(ask(self.address)["pid"], self.pid)
         self.assertEqual(self.box.start("--quiet", app=APP)[1:3], ("", ""))
 
-    def test_status_is_for_a_person(self) -> None:
+    def test_status_is_for_a_person_or_a_program(self) -> None:
         """First line: name, pid, uptime, addresses; then a row each for what else is known."""
         first, *rows = self.box.command("status").out.splitlines()
-        self.assertRegex(first, r"\Aapp is running: pid %d, up \d+ s, on %s\Z" % (self.pid, self.address))
+        running = r"\Aapp is running: pid %d, up \d+ s, on %s\Z" % (self.pid, self.address)
+        self.assertRegex(first, running)
         facts = dict(re.split(r"  +", row.strip(), 1) for row in rows)
-        self.assertEqual(len({row.index(value) for row, value in zip(rows, facts.values())}), 1, "aligned")
+        columns = {row.index(value) for row, value in zip(rows, facts.values())}
+        self.assertEqual(len(columns), 1, "aligned")
         self.assertEqual([facts[name] for name in ("word", "workers", "restarts", "log", "user")],
                          ["hello", str(self.facts["worker"]), "0", self.box.log,
                           "%s (%d)" % (pwd.getpwuid(os.getuid()).pw_name, os.getuid())])
-
-    def test_status_is_json_for_programs(self) -> None:
         report = json.loads(self.box.command("status", "--json", env={}, cwd="/").out)
         self.assertEqual([report[name] for name in ("pid", "uid", "word", "addresses")],
                          [self.pid, os.getuid(), "hello", [self.address]])
@@ -6776,28 +6796,17 @@ class Start(SharedBoxTest):
 class Starting(CommandTest):
     """Ways to call `start`"""
 
-    def test_limits_and_signals_of_the_caller_do_not_matter(self) -> None:
-        """A million descriptors allowed: start is quick.  TERM ignored and blocked: so is stop."""
-        def careless() -> None:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-            for limit in (1000000, resource.getrlimit(resource.RLIMIT_NOFILE)[1]):
-                with contextlib.suppress(ValueError, OSError):
-                    return resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-        result = self.box.start(app=APP, preexec_fn=careless)
-        self.assertLess(result.seconds, SOON)
-        self.assertEqual(ask(self.box.address(result))["pid"], self.box.pid())
-        self.stops()
-
     @needs_linux
     def test_streams_may_be_closed_and_others_open(self) -> None:
-        """0 to 2 become /dev/null and the log, and bind may use them; what a shell left open is closed."""
-        app = self.starting(app=APP + "def bind(options):\n    sys.stdout.write('x' + sys.stdin.read())\n"
+        """0 to 2 are /dev/null and the log, and bind may use them; what a shell left is closed."""
+        app = self.starting(app=APP + "def bind(options):\n    print('x' + sys.stdin.read())\n"
                             "    sys.stderr.write('y')\n    return Server(options)\n")
-        program = self.starting("--", "sh", "-c", "echo printed; echo also >&2; exec sleep 600", app="")
-        # What is hosted is asked later than the streams: so either will do, but where all are closed.
-        for number, argv in enumerate((program, app, program, app, program, app, program, app, program)):
-            closed = [text for bit, text in ((1, "<&-"), (2, ">&-"), (4, "2>&-")) if min(number, 7) & bit]
+        program = self.starting(
+            "--", "sh", "-c", "echo printed; echo also >&2; exec sleep 600", app="")
+        # What is hosted is asked later than the streams: either will do, but where all are closed.
+        for number, argv in enumerate([program, app] * 4 + [program]):
+            closed = [text for bit, text in ((1, "<&-"), (2, ">&-"), (4, "2>&-"))
+                      if min(number, 7) & bit]
             with self.subTest(closed, program=argv is program):
                 self.shell('exec "$@" 3<"$0" 4<"$0" 9<"$0" ' + " ".join(closed), *argv, zero=README)
                 self.assertRegex(read(self.box.pidfile), r"\A\d+\n\Z")
@@ -6806,15 +6815,11 @@ class Starting(CommandTest):
                     self.assertEqual(names[:3], ["/dev/null"] + [self.box.log] * 2)
                     self.assertNotIn(README, names)
                 self.box.command("stop")
-        self.assertEqual([read(self.box.log).count(word) for word in ("printed\n", "also\n")], [5, 5])
-
-    def test_a_pipe_behind_start_ends_with_start(self) -> None:
-        """`start | cat` and $(start) return at once: no process keeps the caller's streams."""
-        said = self.shell('text=$("$@" 2>&1 | cat); echo "said: $text"', *self.starting())
-        self.assertEqual(ask(self.box.address(said))["pid"], self.box.pid())
+        printed = [read(self.box.log).count(word) for word in ("printed\n", "also\n")]
+        self.assertEqual(printed, [5, 5])
 
     def test_the_order_of_the_steps(self) -> None:
-        """bind is root's, with the terminal; workers and probe the user's, detached; the pid is last."""
+        """bind is root's, with the terminal; workers and probe the user's; the pid is last."""
         steps, folder = self.box.path("steps"), self.box.folder
         self.box.start("--workers", "1", *AS_USER, app=APP + """
 steps = os.open(%r, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -6868,7 +6873,7 @@ Server.probe = first("probe", Server.probe)
         self.assertEqual(set(os.listdir(self.box.folder)) & {"d.pid", "d.log"}, {"d.log"})
 
     def test_what_bind_knows_and_makes(self) -> None:
-        """It knows our own files.  A file of the import, or of a worker, has --umask, one of bind 0600."""
+        """It knows our own files.  A file of import or worker has --umask, one of bind 0600."""
         said = self.box.start("--umask", "002", "--log-keep", "2", app=APP + (
             "made = lambda name: open(%r + name, 'w').close()\nmade('import')\ndef bind(options):\n"
             "    made('bind')\n    print(*options.private_files, sep='\\n', flush=True)\n"
@@ -6898,13 +6903,14 @@ Server.probe = first("probe", Server.probe)
 
     @needs_other_user
     def test_no_usable_home_is_said(self) -> None:
-        """Who has none, or may not write there, though only --logfile is missing; of status that is 4."""
+        """Who has none, or may not write there, also when only --logfile is missing."""
         start = ["start", "--app", self.box.write("app.py", APP)]
         theirs = ["--pidfile", self.box.path(self.box.make("theirs", 0o755, OTHER), "d.pid")]
         lacks, denied = "try: .*--pidfile", (r"\A.*unable to use the home directory of uid %d: "
                                              r"Permission denied\ntry: --pidfile --logfile" % OTHER)
-        for uid, argv, want, words in ((NOBODY, start, 1, lacks), (54321, ["status"], 4, lacks),
-                                       (OTHER, start, 1, denied), (OTHER, start + theirs, 1, denied)):
+        for uid, argv, want, words in (
+                (NOBODY, start, 1, lacks), (54321, ["status"], 4, lacks),
+                (OTHER, start, 1, denied), (OTHER, start + theirs, 1, denied)):
             with self.subTest(uid, argv=argv[2:]):
                 said = self.box.daemonize(*argv, want=want, cwd="/", preexec_fn=drop(uid))
                 self.assertRegex(said.err, "(?m)" + words)
@@ -6919,16 +6925,25 @@ Server.probe = first("probe", Server.probe)
         for action in ("status", "stop"):
             self.box.command(action, **sealed)
 
-    def test_the_folder_may_be_a_link_of_ones_own(self) -> None:
-        """Pidfile and log below links, absolute and relative: start, restart with its options, stop."""
-        os.symlink(self.box.move("real"), self.box.path("absolute"))
-        os.symlink("absolute", self.box.path("relative"))
-        self.box.pidfile, self.box.log = (self.box.path("relative", name) for name in ("d.pid", "d.log"))
+    def test_the_folder_may_be_a_link(self) -> None:
+        """Absolute and relative; a restart means the pidfile that was typed, wherever they lead."""
+        pidfile, link = os.path.join(self.box.move("real"), "d.pid"), self.box.path("link")
+        os.symlink(os.path.dirname(pidfile), self.box.path("absolute"))
+        os.symlink("absolute", link)
+        self.box.pidfile, self.box.log = (os.path.join(link, name) for name in ("d.pid", "d.log"))
         address = self.box.host("--word", "linked")
         self.box.command("restart")
-        self.assertEqual((self.box.status()["word"], ask(address)["pid"]), ("linked", self.box.pid()))
-        self.box.command("stop")
-        self.assertLessEqual(set(os.listdir(self.box.path("real"))), {"d.log", "d.pid.lock"})
+        self.assertEqual(self.box.status()["word"], "linked")
+        self.assertEqual(ask(address)["pid"], self.box.pid())
+        old = read(pidfile)
+        os.unlink(link)
+        os.symlink(self.box.make("other"), link)
+        self.box.pidfile = pidfile
+        self.box.command("restart")
+        self.assertNotIn(read(pidfile), ("", old))
+        self.assertLessEqual(set(os.listdir(link)), {"d.log"})      # that was typed at the start
+        self.stops()
+        self.assertEqual(set(os.listdir(self.box.path("real"))), {"d.log", "d.pid.lock"})
 
 
 class StartFailure(CommandTest):
@@ -6956,36 +6971,31 @@ class StartFailure(CommandTest):
                 (fail + "def bind(o): pass\nfail()\n", raised, 1), ("def bind(:\n", r"bind\(:", 1),
                 (APP + fail + "bind = fail\n", raised, 1),
                 (APP + fail + "Server.probe = fail\n", raised, 1),
-                (APP + "def bind(options):\n    sys.exit('no licence')\n", "fatal: no licence\n", 1),
+                (APP + "def bind(o):\n    sys.exit('no licence')\n", "fatal: no licence\n", 1),
                 (APP + refuse + "bind = refuse\n", refused, 2),     # as for a wrong command line
                 (APP + refuse + "Server.probe = refuse\n", refused, 1),     # which was right
                 (APP + deep, "RecursionError", 1),      # of a hundred KiB the end says most
                 (APP + probe + "time.sleep(600)\n", "not ready after", 1, "--start-timeout", "0.5"),
-                # It closes its end, and goes on; the daemon is killed, and has a worker with a child.
-                (APP + probe + "os.closerange(3, 256) or time.sleep(600)\n", "before it was ready", 1),
-                (APP + probe + "time.sleep(0.3) or os.kill(os.getppid(), 9)\nServer.serve_forever = "
-                 "lambda self: subprocess.call(['sleep', '600'])\n", "signal 9", 1)):
+                # It closes its end, and goes on; a killed daemon has a worker with a child.
+                (APP + probe + "os.closerange(3, 256) or time.sleep(600)\n", "before it was", 1),
+                (APP + probe + "time.sleep(0.3) or os.kill(os.getppid(), 9)\n"
+                 "Server.serve_forever = lambda self: os.system('sleep 600')\n", "signal 9", 1)):
             with self.subTest(text[-20:]):
                 self.box.write("d.pid", "4711\n" * text.startswith(APP))
                 self.assertRegex(self.fails(text, *options, want=want), words)
 
     def test_who_is_killed_before_it_is_ready_is_noticed_at_once(self) -> None:
         """The starter (in bind), the daemon (workers, status) or a worker (probe)."""
-        deaths = (("os._exit(4)", "4"), ("os.kill(os.getpid(), 9)", "signal 9"), ("sys.exit(3)", "3"))
+        deaths = ("os._exit(4)", "4"), ("os.kill(os.getpid(), 9)", "signal 9"), ("sys.exit(3)", "3")
         for place, count in (("bind = %s", 3), ("Server.probe = %s", 3), ("Server.status = %s", 2),
-                             ("Server.workers = property(%s)", 2)):     # the daemon survives SystemExit
+                             ("Server.workers = property(%s)", 2)):     # it survives SystemExit
             for death, words in deaths[:count]:
                 with self.subTest(place % death):
-                    self.assertRegex(self.fails(APP + place % ("lambda *x: " + death) + "\n"), words)
-
-    def test_what_bind_made_is_taken_back_in_peace(self) -> None:
-        """An abandon() that needs a moment is not cut short by the command, which has heard why."""
-        os.mkdir(self.box.log)
-        self.fails(APP + "Server.abandon = lambda self: (time.sleep(0.3), os.mkdir('taken back'))\n")
-        self.assertTrue(os.path.isdir(self.box.path("taken back")))
+                    text = APP + place % ("lambda *x: " + death) + "\n"
+                    self.assertRegex(self.fails(text), words)
 
     def test_what_cannot_be_used_is_named(self) -> None:
-        """A port in use; a folder that is missing or read-only; a log that is no file, or a link."""
+        """A port in use; a folder that is missing or sealed; a log that is no file, or a link."""
         target, sealed = self.box.write("target", "precious"), self.box.make("sealed", 0o555)
         missing, path_of = self.box.path("missing", "x"), self.box.path
         os.mkfifo(path_of("fifo"))
@@ -6993,24 +7003,26 @@ class StartFailure(CommandTest):
         os.link(target, path_of("a hardlink"))
         with taken_port() as port:
             rows = [("--bind", "127.0.0.1:%d" % port), ("--logfile", self.box.folder)]
-            rows += [("--logfile", path_of(name)) for name in ("fifo", "/dev/full", "a symlink", "a hardlink")]
-            rows += [(option, missing) for option in ["--pidfile", "--logfile", "--rundir"] + ["--chroot"] * ROOT]
-            rows += [(option, os.path.join(sealed, "x")) for option in ("--pidfile", "--logfile") if not ROOT]
+            logs = [path_of(name) for name in ("fifo", "/dev/full", "a symlink", "a hardlink")]
+            rows += [("--logfile", path) for path in logs]
+            rows += [(option, missing) for option in ("--pidfile", "--logfile", "--rundir")]
+            rows += [("--chroot", missing)] if ROOT else [(option, os.path.join(sealed, "x"))
+                                                          for option in ("--pidfile", "--logfile")]
             for option, path in rows:
                 with self.subTest(option, path=path):
                     self.assertIn(path[-8:].replace("/x", ""), self.fails(APP, option, path))
-        self.assertEqual((read(target), os.path.exists(os.path.dirname(missing))), ("precious", False))
+        self.assertEqual((read(target), os.path.exists(path_of("missing"))), ("precious", False))
 
     def test_a_program_that_ends_at_once_has_not_started(self) -> None:
         """Even with 0: its last words are shown; one that the kernel refuses is named, and why."""
-        script = self.box.write("s.py", "import sys\nprint('so short')\nsys.exit('no ' + 'licence')\n")
+        script = self.box.write("s.py", "import sys\nprint('short')\nsys.exit('no ' + 'licence')\n")
         plain, torn, text = (self.box.write(name, content, mode) for name, content, mode in (
             ("plain", "", 0o644), ("torn", "#!/no/such\n", 0o755), ("text", "text\n", 0o755)))
         detached = "try: its option for the foreground"
         for hosted, words in (
-                ([PYTHON, script], "(?s)so short.*no licence.*status 1"),
+                ([PYTHON, script], "(?s)short.*no licence.*status 1"),
                 ([PYTHON, "-c", "def f():\n    return 1 / 0\nf()\n"], "ZeroDivisionError"),
-                (["true"], "status 0.*\n" + detached), (["sh", "-c", "sleep 600 & exit 0"], detached),
+                (["true"], "status 0.*\n" + detached), (["sh", "-c", "sleep 9 & exit 0"], detached),
                 (["sh", "-c", "kill -9 $$"], "signal 9"), (["sh", "-c", "exit 7"], "7"),
                 (["no-such-program"], "no-such-program: no such program"),
                 ([plain], "plain: Permission denied"),
@@ -7045,14 +7057,14 @@ class Stop(CommandTest):
     """`stop` returns when nothing of the daemon is left"""
 
     def test_children_and_grandchildren_end_with_the_daemon(self) -> None:
-        """By stop, twice, SIGTERM and SIGINT: the application is told, the port is free, no pid is left."""
+        """By stop, twice, SIGTERM, SIGINT: the application is told, the port free, no pid left."""
         app = APP + "Server.server_close = lambda self: print('closed', flush=True)\n"
         address = "127.0.0.1:%d" % free_port()
         for count, number in enumerate((0, 0, signal.SIGTERM, signal.SIGINT), 1):
             with self.subTest(number):
                 self.assertEqual(self.box.host("--bind", address, app=app), address)
-                ask(address, "run two")
-                until(lambda: self.box.processes()[4:], "five")
+                ask(address, "run one" if number else "run two")    # a shell's & ignores SIGINT
+                until(lambda: self.box.processes()[2 if number else 4:], "all of them")
                 if number:
                     os.kill(self.box.pid(), number)
                     until(lambda: not self.box.processes(), "the end of all")
@@ -7089,15 +7101,16 @@ class Stop(CommandTest):
         self.assertIn(self.box.command("status", want=None, preexec_fn=stranger).code, (0, 4))
 
     def test_whom_it_finds_and_signals(self) -> None:
-        """What a moment decides, played: who has not left its parent's group yet, who forks, what time is left."""
+        """What a moment decides, played: whose group it is in, who forks, what time is left."""
         for code, said in ((    # Between fork(2) and its setpgid(2) a child is in our group.
                 "import signal\nos.setsid()\nchild = os.fork() or signal.pause()\n"
                 "daemonize.signal_each([daemonize.look_at(child)], 9, True)\n"
                 "print(os.wait() == (child, 9))", "True"), (
                 # What the daemon has used up of --timeout its children do not get again.
                 "import time\nclass Target:\n    pid, leader, members = 0, 0, 0\n"
-                "    send = send_all = lambda *a: 0\nseconds = []\ndef end_all(members, kill, timeout):\n"
-                "    seconds.append(timeout)\n    time.sleep(0.3)\ndaemonize.end_all = end_all\n"
+                "    send = send_all = lambda *a: 0\nseconds = []\n"
+                "def end_all(members, kill, timeout):\n    seconds.append(timeout)\n"
+                "    time.sleep(0.3)\ndaemonize.end_all = end_all\n"
                 "daemonize.end_daemon(Target(), 1)\nprint(seconds[0] == 1, 0 < seconds[1] <= 0.7)",
                 "True True"), (     # A child that is listed before its parent; a session's orphan.
                 "me = os.getpid()\nfamily = [(14, 13, 9), (13, 12, 9), (12, 11, 9), (11, me, 9), "
@@ -7105,7 +7118,8 @@ class Stop(CommandTest):
                 "[daemonize.Process(p, pp, p, s, '') for p, pp, s in family]\n"
                 "print(*[[p.pid for p in daemonize.family(s)] for s in (None, 7)])",
                 "[14, 13, 12, 11] [14, 13, 12, 11, 15]"), (     # Each look is followed by a kill.
-                "left = [3, 2, 1]\nprint(daemonize.end_all(lambda: left, left.pop, 0), left)", "True []")):
+                "left = [3, 2, 1]\nprint(daemonize.end_all(lambda: left, left.pop, 0), left)",
+                "True []")):
             with self.subTest(said):
                 self.assertEqual(self.box.python(code).out, said + "\n")
 
@@ -7117,12 +7131,15 @@ class Stop(CommandTest):
             self.assertLess(self.box.command("stop", "--timeout", "15").seconds, SOON)
 
     def test_no_name_of_it_stays(self) -> None:
-        """Of a daemon that lives, or was killed: pidfile and socket are gone; a folder there is let be."""
+        """Of one that lives, or was killed (status 1); a folder in a file's place is let be."""
         names = [self.box.pidfile, self.box.pidfile + ".sock"]
-        for number in (0, signal.SIGKILL):
+        for kills in (False, True):
             self.box.start(*NAP)
-            os.kill(self.box.pid(), number)
-            self.box.command("stop")
+            if kills:
+                self.assertEqual(self.box.slay(), self.box.pid())
+                self.says("is dead", "status", want=1)
+                self.says('"state": "dead"', "status", "--json", want=1)
+            self.stops()
             self.assertEqual([os.path.exists(name) for name in names], [False, False])
         for name in names:
             os.mkdir(name)
@@ -7134,26 +7151,17 @@ class Status(CommandTest):
     """`status` has the exit codes of LSB"""
 
     def test_never_started_is_3(self) -> None:
-        """Without a pidfile, with an empty one, without its folder: nothing runs, stops, or can reload."""
+        """Without a pidfile, with an empty one, without its folder: stop is 0, reload 3."""
         self.box.write("empty.pid", "")
         for name in ("d.pid", "empty.pid", os.path.join("fresh", "d.pid")):
             self.box.pidfile = self.box.path(name)
             for action, want in (("status", 3), ("stop", 0), ("stop", 0), ("reload", 3)):
-                with self.subTest(name, action=action):
-                    self.assertIn("not running", self.box.command(action, want=want).out)
-            self.assertEqual(self.box.command("stop", "--quiet").out, "")
+                self.says("not running", action, want=want)
+            self.says(r"\A\Z", "stop", "--quiet")
         self.assertFalse(os.path.exists(self.box.path("fresh")))
 
-    def test_dead_with_a_pidfile_is_1(self) -> None:
-        """After SIGKILL the pidfile still names a pid; stop has nothing to stop, and the pidfile goes."""
-        self.box.start(app=APP)
-        self.assertEqual(self.box.slay(), self.box.pid())
-        self.box.command("status", want=1)
-        self.assertIsInstance(json.loads(self.box.command("status", "--json", want=1).out), dict)
-        self.stops()
-
     def test_what_the_application_raises_refuses_that_call_and_no_more(self) -> None:
-        """status() and reload() that raise, SystemExit too, cost one answer; the daemon lives on."""
+        """status() and reload() that raise, SystemExit too, cost one answer."""
         broken = self.box.path("broken")
         self.box.start(app=APP + "Server.status = Server.reload = lambda self: "
                        "exec(open(%r).read()) if os.path.exists(%r) else {}\n" % (broken, broken))
@@ -7195,7 +7203,7 @@ class Status(CommandTest):
         until(lambda: len(fds_of(self.box.pid())) == before, "as few descriptors as before")
 
     def test_who_asks_and_reads_nothing_holds_nobody_up(self) -> None:
-        """Questions without end, no answer read: the caller is hung up, and the next one is heard."""
+        """Questions without end, no answer read: it is hung up, and the next one is heard."""
         self.patched("daemonize.ANSWER = 0.3", *self.starting(*NAP, app="")[2:])
 
         def is_hung_up() -> bool:
@@ -7210,7 +7218,7 @@ class Status(CommandTest):
         self.assertNotIn("note", self.box.status())
 
     def test_the_daemon_overrules_nothing_that_the_kernel_says(self) -> None:
-        """An answer that claims another pid, state or uid, or is no answer: status says what is so."""
+        """An answer that claims another pid, state or uid, or is none: status says what is so."""
         self.box.start("--name", "n", *NAP)
         lies = {"pid": 1, "state": "dead", "name": "x", "uid": 77, "user": "x", "uptime": 1e9}
         for said in (lies, [7], 7, "x", None):
@@ -7223,24 +7231,24 @@ class Status(CommandTest):
 
     def test_what_is_said_looks_like_no_line_of_ours(self) -> None:
         """Facts with names that we use, or line ends: a row is one line.  And so is a reason's."""
-        said = {"event": "a", "self": "b", "one": "a\nb", "two": ["c\nd", "e"], "addresses": ["f\ng"],
-                "x\nb is running: pid 1": "y\nc is running: pid 2"}
+        said = {"event": "a", "self": "b", "one": "a\nb", "two": ["c\nd", "e"],
+                "addresses": ["f\ng"], "x\nb is running: pid 1": "y\nc is running: pid 2"}
         self.box.start(app=APP + "Server.status = lambda self: %r\n" % said)
         self.assertLessEqual(said.items(), self.box.status().items())
         first, *rows = self.box.command("status").out.splitlines()
         self.assertIn("on f\\ng", first)
         self.assertEqual([row for row in rows if not row.startswith("  ")], [])
         self.assertIn("b is running: pid 1", "".join(rows))
-        self.assertEqual([row.split(None, 1)[1] for row in rows if row.split()[0] in ("one", "two")],
-                         ["a\\nb", "c\\nd e"])
-        reason = "no\ndaemonize: fatal: lost\ntry: daemonize.py restart"     # a cure names this daemon
+        values = [row.split(None, 1)[1] for row in rows if row.split()[0] in ("one", "two")]
+        self.assertEqual(values, ["a\\nb", "c\\nd e"])
+        reason = "no \ud800\ndaemonize: fatal: lost\ntry: daemonize.py restart"   # its cure names us
         code = "daemonize.ask = lambda *words: {'reason': %r}" % reason
         self.assertEqual(self.patched(code, *self.box.argv("reload")[2:], want=1).err,
-                         "daemonize: fatal: unable to reload app: no\n  daemonize: fatal: lost\n"
+                         "daemonize: fatal: unable to reload app: no ?\n  daemonize: fatal: lost\n"
                          "try: daemonize.py restart --pidfile '%s'\n" % self.box.pidfile)
 
     def test_silent_conversations_keep_nobody_out(self) -> None:
-        """Nine callers who say nothing: status works, the longest silent are hung up, an heir is not."""
+        """Nine callers: status works, the longest silent are hung up, an heir is not."""
         wait = self.box.path("wait")
         self.box.start(app=UNREADY + repr(wait))
         old = self.box.pid()
@@ -7254,7 +7262,8 @@ class Status(CommandTest):
             for _ in range(9):
                 stack.enter_context(self.control())
             os.unlink(wait)
-            self.assertEqual((child.wait(PATIENCE), is_alive(old), strays(self.box)), (0, False, []))
+            self.assertEqual(child.wait(PATIENCE), 0)
+            self.assertEqual((is_alive(old), strays(self.box)), (False, []))
             self.assertIn("word", self.box.status())
         self.assertNotIn("warning", read(self.box.output))
 
@@ -7281,15 +7290,16 @@ class Restart(CommandTest):
         self.box.write("app.py", APP.replace('"first"', '"another"'))
         self.box.command("restart", env=dict(self.box.env, FRESH="yes"), cwd="/")
         facts = ask(address)
-        self.assertEqual((facts["version"], facts["umask"], facts["env"].get("FRESH"), facts["pid"]),
-                         ("another", 0o077, "yes", self.box.pid()))
+        self.assertEqual([facts[name] for name in ("version", "umask", "pid")],
+                         ["another", 0o077, self.box.pid()])
+        self.assertEqual(facts["env"].get("FRESH"), "yes")
         self.assertEqual((self.box.status()["word"], is_alive(old)), ("kept", False))
         self.box.command("restart", "--app", "app.py", "--logfile", self.box.log, "--bind", address,
                          "--word", "new")
         self.assertEqual((ask(address)["umask"], self.box.status()["word"]), (0o027, "new"))
 
     def test_restart_of_nothing_is_start(self) -> None:
-        """Also with the options of the last start, whose folder is gone: relative paths mean / now."""
+        """Also with the options of the last one, whose folder is gone: relative paths mean /."""
         words = "--logfile", self.box.log, "--app", self.box.write("app.py", APP), "--word", "first"
         self.box.command("restart", *words, cwd=self.box.make("sub"))
         self.box.command("stop")
@@ -7297,7 +7307,7 @@ class Restart(CommandTest):
         gone = "warning: the folder of the last start is gone: .*sub; relative paths mean /"
         for state in ("stopped", "running"):
             with self.subTest(state):
-                self.assertRegex(self.box.command("restart").err, gone)
+                self.says(gone, "restart")
                 self.assertEqual(self.box.status()["word"], "first")
 
     def test_broken_new_code_leaves_the_old_one_serving(self) -> None:
@@ -7333,54 +7343,35 @@ class Restart(CommandTest):
             self.assertTrue(is_alive(heir))
 
     def test_the_new_one_begins_when_the_old_one_has_stopped(self) -> None:
-        """No client meets both: release() comes after each drain().  server_close() is the last one's."""
+        """No client meets both: release() comes after each drain(); server_close() last of all."""
         say = "Server.%s = lambda self: print('%s', flush=True)\n"
-        self.box.start("--workers", "2", app=APP + say % ("hold", "held") + say % ("release", "released")
-                       + say % ("server_close", "closed") + "well = Server.drain\nServer.drain = lambda self: "
-                       "time.sleep(0.5) or print('drained', flush=True) or well(self)\n")
+        says = (("hold", "held"), ("release", "released"), ("server_close", "closed"))
+        self.box.start("--workers", "2", app=APP + "".join(say % words for words in says) + (
+            "well = Server.drain\nServer.drain = lambda self: "
+            "time.sleep(0.5) or print('drained', flush=True) or well(self)\n"))
         self.box.command("restart")
         until(lambda: read(self.box.log).count("released") == 2, "both released")
         self.box.command("stop")
         self.assertEqual(re.findall("held|drained|released|closed", read(self.box.log)),
                          ["held"] + ["drained"] * 2 + ["released"] * 2 + ["closed"])
 
-    def test_the_pidfile_is_the_one_that_was_typed(self) -> None:
-        """The old words name it through a link, which leads elsewhere by now."""
-        pidfile, link = os.path.join(self.box.make("real"), "d.pid"), self.box.path("link")
-        os.symlink("real", link)
-        self.box.start("--pidfile", os.path.join(link, "d.pid"), app=APP)
-        os.unlink(link)
-        os.symlink(self.box.make("other"), link)
-        old = read(pidfile)
-        self.box.daemonize("restart", "--pidfile", pidfile)
-        self.assertNotIn(read(pidfile), ("", old))
-        self.assertEqual(os.listdir(link), [])
-
-    def test_no_connection_is_lost_under_load(self) -> None:
-        """Clients that connect all the time through three restarts see no failure."""
-        address, pids = self.box.host(), set()
-        with meanwhile(*[lambda: pids.add(ask(address, "sleep 0"))] * 3):
-            for _ in range(3):
-                self.box.command("restart")
-        self.assertGreaterEqual(len(pids), 3)
-        self.assertEqual(strays(self.box), [])
-
     def test_commands_at_once_take_turns(self) -> None:
-        """Three restarts leave a daemon, two stops none, one of each either; the pidfile is true."""
+        """Three restarts leave a daemon, two stops none, one of each either."""
         both = (["restart", "stop"], (True, False))
         for actions, lives in ((["restart"] * 3, (True,)), both, (["stop"] * 2, (False,)), both):
             self.box.start(app=APP)
             children = [self.box.spawn(*self.box.argv(action)) for action in actions]
             ends = [child.wait(PATIENCE) for child in children]
             self.assertEqual(ends, [0] * len(actions), read(self.box.output))
-            self.assertEqual((strays(self.box), bool(self.box.processes())), ([], bool(self.box.pid())))
-            self.assertIn(bool(self.box.pid()), lives)
-            if self.box.pid():
+            runs = bool(self.box.pid())
+            self.assertEqual((strays(self.box), bool(self.box.processes())), ([], runs))
+            self.assertIn(runs, lives)
+            if runs:
                 self.assertEqual(ask(self.box.address())["pid"], self.box.pid())
         self.assertNotIn("Traceback", read(self.box.output))
 
     def test_a_program_is_looked_up_before_the_old_one_is_stopped(self) -> None:
-        """In an application's place it has no port; one that is missing leaves the old one running."""
+        """In an application's place it has no port; one that is missing leaves the old one."""
         address = self.box.host("--name", "n")
         program = self.box.write("program", "#!/bin/sh\nexec sleep 600\n", 0o755)
         self.box.command("restart", "--name", "n", "--logfile", self.box.log, "--", program)
@@ -7390,15 +7381,14 @@ class Restart(CommandTest):
         pid = self.box.pid()
         self.assertNotEqual(pid, old)
         os.rename(program, program + ".away")
-        self.assertIn("program", self.box.command("restart", want=1).err)
+        self.says("program", "restart", want=1)
         self.assertEqual((self.box.pid(), is_alive(pid)), (pid, True))
         self.box.write("program", "#!/bin/sh\nexit 5\n", 0o755)
-        result = self.box.command("restart", want=1)
-        self.assertRegex(result.out + result.err, "(?i)nothing (runs|is running)|not running")
+        self.says("nothing runs|not running", "restart", want=1)
         self.assertEqual(self.box.processes(), [])
 
     def test_who_does_not_go_is_killed_after_the_timeout(self) -> None:
-        """A long answer, a script that ignores TERM: killed after what was typed now, said, and replaced."""
+        """A long answer, a script that ignores TERM: after what was typed now; that is said."""
         script = "--", "sh", "-c", "trap '' TERM; while :; do sleep 1; done"
         for app, hosted, word in ((APP, (), "drain"), ("", script, "end")):
             with self.subTest(word), contextlib.ExitStack() as stack:
@@ -7412,7 +7402,7 @@ class Restart(CommandTest):
                 self.box.command("stop", "--timeout", "0")
 
     def test_an_application_that_cannot_drain_is_ended(self) -> None:
-        """Without a drain() the old one ends as by SIGTERM, after the new one is ready; workers, too."""
+        """As by SIGTERM, once the new one is ready; workers, too."""
         address = self.box.host("--workers", "2", app=APP + "del Server.drain\n")
         old = self.box.processes()
         self.assertEqual(self.box.command("restart").err, "")
@@ -7440,10 +7430,10 @@ class Reload(CommandTest):
     def test_a_reload_that_is_refused_changes_nothing(self) -> None:
         """Its reason is told, and logged; one that an application does not know is none."""
         refuse = "def no(self):\n    raise ValueError('line 7: no colon')\nServer.reload = no\n"
-        for text, want, words in ((refuse, 1, "line 7: no colon"), ("del Server.reload\n", 0, "reloaded")):
+        for text, want, words in ((refuse, 1, "line 7: no colon"),
+                                  ("del Server.reload\n", 0, "reloaded")):
             address = self.box.host(app=APP + text)
-            result = self.box.command("reload", want=want)
-            self.assertIn(words, result.out + result.err)
+            self.says(words, "reload", want=want)
             self.assertEqual(ask(address)["pid"], self.box.pid())
             before = len(read(self.box.log))
             os.kill(self.box.pid(), signal.SIGHUP)
@@ -7451,15 +7441,15 @@ class Reload(CommandTest):
             self.box.command("stop")
 
     def test_a_probe_that_hangs_at_reload_leaves_no_process(self) -> None:
-        self.box.start("--workers", "1", "--start-timeout", "1", app=APP + (
-            "Server.probe = lambda self: os.path.exists(%r) and time.sleep(600)\n" % self.box.path("hang")))
+        hangs = "Server.probe = lambda self: os.path.exists(%r) and time.sleep(600)\n"
+        self.box.start("--start-timeout", "1", app=APP + hangs % self.box.path("hang"))
         before = sorted(self.box.processes())
         self.box.write("hang", "")
-        self.assertIn("not ready after 1 s", self.box.command("reload", want=1).err)
+        self.says("not ready after 1 s", "reload", want=1)
         self.assertEqual(sorted(self.box.processes()), before)
 
     def test_reload_again_and_again(self) -> None:
-        """Five, after a start or a restart: the same daemon, fresh workers, no descriptor is left."""
+        """Five times: the same daemon, fresh workers, no descriptor is left."""
         def kinds() -> List[str]:
             return sorted(re.sub(r"\d+", "", name) for name in ask(address)["fds"].values())
         for workers, again in ((1, False), (2, False), (1, True), (3, True)):
@@ -7471,25 +7461,25 @@ class Reload(CommandTest):
                 with self.subTest(workers, again=again, number=number):
                     self.box.command("reload")
                     facts = ask(address)        # at once: who answers is a fresh one already
-                    self.assertEqual((facts["reloads"], facts["pid"], self.box.pid()), (number, pid, pid))
-                    until(lambda: len(self.box.processes()) == 1 + workers, "the end of the old workers")
-            # No end of the conversation that asked for it: its caller would wait for it.  Nor a second log.
+                    self.assertEqual((facts["reloads"], facts["pid"]), (number, pid))
+                    until(lambda: len(self.box.processes()) == 1 + workers, "the end of the old")
+            # No end of the talk that asked for it: its caller would wait.  Nor a second log.
             self.assertEqual((self.box.status()["restarts"], kinds()), (0, first))
             until(lambda: len(fds_of(self.box.pid())) <= before, "as few descriptors as at first")
             self.box.command("stop")
         self.assertEqual(read(self.box.log).count("reloaded\n"), 20)
 
     def test_reload_of_a_program_is_SIGHUP(self) -> None:
-        """A program that handles SIGHUP gets it; for any other one reload is refused, and it lives on."""
+        """Who handles SIGHUP gets it; for any other program reload is refused, and it lives on."""
         hears = "trap 'echo got it' HUP; while :; do sleep 0.05; done"
         self.box.start("--name", "p", "--", "sh", "-c", hears)
         for _ in range(2):
-            self.assertIn("p is reloaded", self.box.command("reload").out)
+            self.says("p is reloaded", "reload")
         os.kill(self.box.pid(), signal.SIGHUP)
         until(lambda: "got it" in read(self.box.log), "its word")
         self.box.command("restart", "--logfile", self.box.log, *NAP)
         pid = self.box.pid()
-        self.assertIn("does not handle SIGHUP", self.box.command("reload", want=1).err)
+        self.says("does not handle SIGHUP", "reload", want=1)
         os.kill(pid, signal.SIGHUP)
         said = until(lambda: self.box.status()["last_error"], "a word on it")
         self.assertIn("does not handle SIGHUP", said)
@@ -7530,19 +7520,21 @@ class Run(CommandTest):
         """Pid, session and streams are the caller's; so is its restart, and it is the only one."""
         child = self.foreground("--word", "front")
         facts = ask(self.address())
-        self.assertEqual((facts["pid"], self.box.pid(), facts["sid"]), (child.pid, child.pid, os.getsid(0)))
+        self.assertEqual((facts["pid"], self.box.pid()), (child.pid, child.pid))
+        self.assertEqual(facts["sid"], os.getsid(0))
         self.assertEqual(self.box.status()["word"], "front")
         ask(self.address(), "print seen")
         self.assertIn("seen\nraw seen\n", read(self.box.output))
         self.assertIn("try: systemctl restart", self.box.command("restart", want=1).err)
-        self.assertIn("already running with pid %d" % child.pid, run(self.argv(), 1, env=self.box.env).err)
+        second = run(self.argv(), 1, env=self.box.env).err
+        self.assertIn("already running with pid %d" % child.pid, second)
         self.assertEqual((child.poll(), strays(self.box)), (None, []))
-        self.assertLess(self.box.command("stop").seconds, SOON)  # a zombie so far: that counts as stopped
+        self.assertLess(self.box.command("stop").seconds, SOON)  # a zombie counts as stopped
         self.assertEqual(child.wait(PATIENCE), 0)
 
     def test_TERM_and_INT_end_it(self) -> None:
         """And its children, and grandchildren that left everything behind; no pid is left."""
-        # What a shell starts by & ignores SIGINT: that is killed.  SIGTERM is told to all, and obeyed.
+        # What a shell starts by & ignores SIGINT: that is killed.  SIGTERM is obeyed by all.
         rows = [(signal.SIGTERM, "60", "", 5), (signal.SIGINT, "0.5", "", 5)]
         if LINUX and not run([PYTHON, "-c", "import ctypes"]).code:
             orphans = "(setsid sleep 600 & setsid sh -c 'sleep 600 & sleep 600' &); sleep 600"
@@ -7555,33 +7547,26 @@ class Run(CommandTest):
                     ask(self.address(), "run two")
                 until(lambda: len(self.box.processes()) >= count, "all of them")
                 child.send_signal(number)
-                self.assertEqual((child.wait(PATIENCE), self.box.processes(), read(self.box.pidfile)), (0, [], ""))
+                self.assertEqual((child.wait(PATIENCE), self.box.processes()), (0, []))
+                self.assertEqual(read(self.box.pidfile), "")
                 self.box.command("status", want=3)
 
-    def test_stop_signals_nothing_but_its_pid(self) -> None:
-        """It ends run and what it started, never its neighbours in the caller's process group."""
-        shell = self.box.spawn("sh", "-c", 'sleep 600 & "$@" & wait', "sh", *self.argv(),
-                               start_new_session=True)
-        ask(self.address(), "run one")
-        self.box.command("stop")
-        left = [read("/proc/%d/cmdline" % pid) for pid in self.box.processes()]
-        self.assertEqual(sorted(line.partition("\0")[0] for line in left), ["sh", "sleep"], left)
-        os.killpg(shell.pid, signal.SIGKILL)
-
     def test_its_exit_status_is_the_programs(self) -> None:
-        for code, status in (("exit 5", 5), ("sleep 0.5; exit 7", 7), ("kill -9 $$", 137), ("true", 0)):
+        ends = {"exit 5": 5, "sleep 0.5; exit 7": 7, "kill -9 $$": 137, "true": 0}
+        for code, status in ends.items():
             self.box.command("run", "--", "sh", "-c", code, want=status)
         self.assertEqual(read(self.box.pidfile), "")
 
     def test_a_failure_is_told_like_at_start(self) -> None:
-        """A NOTIFY_SOCKET that leads nowhere, an application that cannot bind, a pidfile that is none."""
+        """A NOTIFY_SOCKET that leads nowhere, a bind() that fails, a pidfile that is none."""
         nowhere = r"\Adaemonize: fatal: unable to connect to NOTIFY_SOCKET .+: .+\n\Z"
-        for end, notify, words in (("", self.box.path("nobody"), nowhere), ("", "@" + TOKEN, nowhere),
-                                   ("bind = 1 / 0\n", "", "ZeroDivisionError")):
-            argv = self.argv(app=APP + end)
-            self.assertRegex(run(argv, 1, env=dict(self.box.env, NOTIFY_SOCKET=notify)).err, words)
-            self.assertEqual((read(self.box.pidfile), os.path.exists(self.box.pidfile) and notify != ""),
-                             ("", False))
+        for notify in (self.box.path("nobody"), "@" + TOKEN):
+            env = dict(self.box.env, NOTIFY_SOCKET=notify)
+            self.assertRegex(run(self.argv(), 1, env=env).err, nowhere)
+            self.assertFalse(os.path.exists(self.box.pidfile))
+        said = run(self.argv(app=APP + "bind = 1 / 0\n"), 1, env=self.box.env).err
+        self.assertIn("ZeroDivisionError", said)
+        self.assertEqual(read(self.box.pidfile), "")
         os.mkfifo(self.box.path("fifo"))    # seen after bind(): what that made is taken back
         self.box.pidfile = self.box.path("fifo")
         app = APP + "Server.abandon = lambda self: open('taken back', 'w')\n"
@@ -7609,7 +7594,7 @@ class Run(CommandTest):
         self.assertRegex(heard, r"(?s)STATUS=.*RELOADING=1\nMONOTONIC_USEC=\d+\n")
 
     def test_TERM_with_sockets_of_systemd_drains(self) -> None:
-        """They are served, the variables gone; what was accepted is answered, what waits is the next one's."""
+        """They are served; what was accepted is answered, what waits is the next one's."""
         child, address = self.activated(*self.argv())
         self.assertEqual(self.address(), address)
         self.assertEqual([name for name in ask(address)["env"] if name.startswith("LISTEN_")], [])
@@ -7621,7 +7606,7 @@ class Run(CommandTest):
         self.assertEqual(self.box.processes(), [])
 
     def test_a_second_TERM_waits_for_no_answer(self) -> None:
-        """With sockets of systemd the first TERM drains; the second ends it, long before --timeout."""
+        """The first one drains, with sockets of systemd; that ends long before --timeout."""
         child, address = self.activated(*self.argv())
         self.address()
         with self.busy(address):
@@ -7631,7 +7616,7 @@ class Run(CommandTest):
             self.assertEqual(child.wait(SOON), 0)
 
     def test_descriptors_that_are_not_meant_are_not_served(self) -> None:
-        """LISTEN_PID another's: let be.  Descriptor 3 is /dev/null: closed.  It is none: refused."""
+        """LISTEN_PID another's: let be.  Descriptor 3 /dev/null: closed.  It is none: refused."""
         child, address = self.activated(*self.argv(), pid="1")
         self.assertNotEqual(self.address(), address)
         self.box.kill(child)
@@ -7649,7 +7634,8 @@ class Run(CommandTest):
         for number in (signal.SIGTERM, signal.SIGKILL):
             for argv, count in ((self.argv(), 3), (program, 5)):
                 with self.subTest(number, count=count):
-                    shell = self.box.spawn("sh", "-c", '"$@"; true', "sh", *argv, start_new_session=True)
+                    script = ["sh", "-c", '"$@"; true', "sh", *argv]
+                    shell = self.box.spawn(*script, start_new_session=True)
                     until(lambda: len(self.box.processes()) >= count and self.box.pid(), "all")
                     os.killpg(shell.pid, number)
                     shell.wait()
@@ -7658,7 +7644,7 @@ class Run(CommandTest):
 
     @needs_linux
     def test_its_streams_are_the_callers(self) -> None:
-        """Also by --logfile -, /dev/stdout, or a link there, which start refuses; closed ones are /dev/null."""
+        """By any name of theirs that start refuses as a log; closed ones are /dev/null."""
         os.symlink("/dev/stdout", self.box.path("link.log"))
         for log in ("-", "/dev/stdout", "/dev/stderr", "link.log"):
             words = "--logfile", log, "--", "cat"
@@ -7671,7 +7657,7 @@ class Run(CommandTest):
             self.assertEqual(fds_of(pid)[:3], ["/dev/null"] * 3)
 
     def test_nohup_means_it(self) -> None:
-        """A SIGHUP that the caller ignored stays so, in the program, too; reload works all the same."""
+        """A SIGHUP that the caller ignored stays so, in the program, too; reload works."""
         child = self.foreground(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
         self.assertIn(signal.SIGHUP, ask(self.address())["ignored"])
         child.send_signal(signal.SIGHUP)
@@ -7679,35 +7665,41 @@ class Run(CommandTest):
         self.assertEqual((ask(self.address())["reloads"], child.poll()), (1, None))
 
     def test_its_terminal_ends_it(self) -> None:
-        """A hang-up, or Ctrl-C below a script that called it.  A program gets one KeyboardInterrupt."""
-        careful = ("import time\ntry:\n    print('begun', flush=True); time.sleep(600)\n"
-                   "except KeyboardInterrupt:\n    time.sleep(0.3); print('cleaned', flush=True)\n")
-        program = self.argv("--logfile", self.box.log, "--", PYTHON, "-c", careful, app="")
-        for argv, ends in ((self.argv(), "hang-up"), (self.argv(), "Ctrl-C"), (program, "Ctrl-C"), (program, "INT")):
-            with self.subTest(ends, program=argv is program):
-                terminal = self.terminal('"$@"; :', *argv) if ends != "INT" else self.box.spawn(*argv)
+        """A hang-up, or Ctrl-C below a script that called it.  A program is interrupted once."""
+        script = ("import time\ntry:\n    print('begun', flush=True)\n    time.sleep(600)\n"
+                  "except KeyboardInterrupt:\n    time.sleep(0.3)\n"
+                  "    print('cleaned', flush=True)\n")
+        careful = self.argv("--logfile", self.box.log, "--", PYTHON, "-c", script, app="")
+        for program, end in ((False, "hang-up"), (False, "Ctrl-C"),
+                             (True, "Ctrl-C"), (True, "INT")):
+            with self.subTest(end, program=program):
+                argv = careful if program else self.argv()
+                terminal = end != "INT" and self.terminal('"$@"; :', *argv) or self.box.spawn(*argv)
                 pid = until(self.box.pid, "a pidfile")
-                if argv is program:
+                if program:
                     until(lambda: "begun" in read(self.box.log), "its word")
                 else:
                     self.assertTrue(ask(self.address())["tty"])
-                if ends == "Ctrl-C":
+                if end == "Ctrl-C":
                     os.write(terminal, b"\x03")
                 else:
-                    os.kill(pid, signal.SIGINT if ends == "INT" else signal.SIGHUP)
+                    os.kill(pid, signal.SIGINT if program else signal.SIGHUP)
                 until(lambda: not is_alive(pid), "the end")
                 self.assertEqual(read(self.box.pidfile), "")
-                if argv is program:
-                    self.assertEqual(re.findall("cleaned|Traceback", read(self.box.log)), ["cleaned"])
+                if program:
+                    said = re.findall("cleaned|Traceback", read(self.box.log))
+                    self.assertEqual(said, ["cleaned"])
                     os.unlink(self.box.log)
 
-    def test_TERM_in_a_terminal_leaves_the_neighbours_alone(self) -> None:
-        """stop of a run in a shell's foreground group: the shell and what it runs beside go on."""
+    def test_stop_leaves_the_neighbours_alone(self) -> None:
+        """In a shell's foreground group: the shell, and what it runs beside, go on."""
         self.terminal('sleep 600 & "$@"; touch "$0/next"; wait', *self.argv())
         ask(self.address(), "run two")
-        os.kill(self.box.pid(), signal.SIGTERM)
+        until(lambda: len(self.box.processes()) == 7, "shell, sleep, run, worker, its family")
+        self.box.command("stop")
         until(lambda: os.path.exists(self.box.path("next")), "the shell's next command")
-        until(lambda: len(self.box.processes()) == 2, "shell and neighbour alone")
+        left = [read("/proc/%d/cmdline" % pid).partition("\0")[0] for pid in self.box.processes()]
+        self.assertEqual(sorted(left), ["sh", "sleep"] if LINUX else [])
 
     @needs_root
     @needs("unshare")
@@ -7742,19 +7734,17 @@ class Pidfile(CommandTest):
         dead.wait()
         own, gone = "%d\n" % os.getpid(), "%d\n" % dead.pid
         # The mode of those that a start takes over: it becomes ours, so that monitors can read it.
-        rows = [(self.theirs, 0o666), (self.theirs, 0o600), ("", 0o600), (gone, 0o600), ("abc", 0o644),
-                ("-1\n", 0o644), ("1\n", 0o644)]
+        rows = [(self.theirs, 0o666), (self.theirs, 0o600), ("", 0o600), (gone, 0o600),
+                ("abc", 0o644), ("-1\n", 0o644), ("1\n", 0o644)]
         rows += [(text, 0) for text in (own, "12abc", "0\n", "99999999999\n", "-" + self.theirs,
                                         " +" + self.theirs, "\0" * 32, "7" * 1000000)]
         for text, mode in rows:
             self.box.write("d.pid", text, mode or 0o644)
-            for action, want in (("status", 1 if text else 3), ("stop", 0)):
+            is_dead = 1, "is dead.*" + "to a stranger" * (text == self.theirs)
+            status = is_dead if text else (3, "not running")
+            for action, (want, words) in (("status", status), ("stop", (0, "not running"))):
                 with self.subTest(text[:20].strip(), action=action):
-                    result = self.box.command(action, want=want)
-                    words = "is dead.*" + "to a stranger" * (text == self.theirs) if want == 1 else "not running"
-                    self.assertRegex(result.out + result.err, "(?s)" + words)
-                    self.assertNotIn("Traceback", result.err)
-                    self.assertLess(len(result.out), 1000)
+                    self.says(r"(?s)\A(?=.{1,1000}\Z).*" + words, action, want=want)
             if mode:
                 self.box.write("d.pid", text, mode)
                 self.box.start(app=APP)
@@ -7770,26 +7760,29 @@ class Pidfile(CommandTest):
         os.mkdir(path("folder"))
         os.mkfifo(path("fifo"))
         os.link(target, path("hardlink"))
-        for name, leads in (("symlink", target), ("dangling", path("nowhere")), ("itself", path("itself"))):
-            os.symlink(leads, path(name))
+        os.symlink(target, path("symlink"))
+        os.symlink(path("nowhere"), path("dangling"))
+        os.symlink("itself", path("itself"))
         for name in ("folder", "fifo", "hardlink", "dangling", "itself", "symlink"):
             self.box.pidfile = path(name)
             with self.subTest(name):
                 said = self.box.start(*NAP, want=1).err
                 self.assertRegex(said, "^daemonize: fatal: unable to .*" + name)
-                for action, codes in (("status", (1, 3, 4)), ("stop", (0, 1))) * (name in ("fifo", "symlink")):
-                    result = self.box.command(action, want=None)
-                    self.assertIn(result.code, codes, result)
-                    said += result.out + result.err
+                if name in ("fifo", "symlink"):
+                    results = [self.box.command(action, want=None) for action in ("status", "stop")]
+                    self.assertIn(results[0].code, (1, 3, 4))
+                    self.assertIn(results[1].code, (0, 1))
+                    said += "".join(result.out + result.err for result in results)
                 self.assertNotRegex(said, "Traceback|SECRET")
                 self.assertIn("is a symbolic link" * (name == "symlink"), said)
         after = os.stat(target)
-        self.assertEqual((read(target), after.st_mode, after.st_uid, after.st_mtime, os.path.exists(path("nowhere"))),
-                         (self.theirs + "SECRET\n", before.st_mode, before.st_uid, before.st_mtime, False))
+        self.assertEqual((read(target), after.st_mode, after.st_uid, after.st_mtime),
+                         (self.theirs + "SECRET\n", before.st_mode, before.st_uid, before.st_mtime))
+        self.assertFalse(os.path.exists(path("nowhere")))
         self.assertEqual((self.stranger.poll(), self.box.processes()), (None, [self.stranger.pid]))
 
     def test_a_pidfile_deleted_or_replaced_while_running_misleads_nobody(self) -> None:
-        """The lock tells who it is; and a daemon that ends empties no pidfile that names somebody else."""
+        """The lock tells who it is; and who ends empties no pidfile that names somebody else."""
         for text, end in (("", 0), (self.theirs, 0), (self.theirs, signal.SIGTERM)):
             self.box.start(app=APP)
             pid = self.box.pid()
@@ -7801,31 +7794,32 @@ class Pidfile(CommandTest):
             self.assertIn("already running with pid %d" % pid, self.box.start(app=APP).out)
             if end:
                 os.kill(pid, end)
-                until(lambda: not self.box.processes()[1:], "its end")
+                until(lambda: not is_alive(pid), "its end")
                 self.assertEqual(read(self.box.pidfile), text)
             else:
                 self.box.command("stop")
             self.assertEqual((is_alive(pid), self.stranger.poll()), (False, None))
 
     def test_the_same_pid_again_is_no_other_daemon(self) -> None:
-        """A pidfile that holds the very pid of the command (containers recycle) does not block it."""
+        """A pidfile that names the very command (containers recycle pids) does not block it."""
         argv = self.starting(*NAP, app="")
         self.shell('echo $$ > "$0"; exec "$@"', *argv, zero=self.box.pidfile)
         self.box.command("status")
 
     def test_what_is_in_the_place_of_socket_or_lock_is_refused(self) -> None:
-        """PIDFILE.sock that is a folder: what is in it stays.  A lock that others can open they could hold."""
+        """A folder: what is in it stays.  A lock that others can open they could hold."""
         self.box.make("d.pid.sock")
-        precious = self.box.write(os.path.join("d.pid.sock", "precious"), "precious")
+        precious = self.box.write("d.pid.sock/precious", "precious")
         for words in (r"(?m)^daemonize: fatal: unable to bind .*d\.pid\.sock: .+\n\Z",
                       r"d\.pid\.lock: others can read it"):
             self.assertRegex(self.box.start(app=APP, want=1).err, words)
             self.box.command("stop", want=None)
-            self.assertEqual((read(precious), self.box.processes()), ("precious", [self.stranger.pid]))
+            self.assertEqual(read(precious), "precious")
+            self.assertEqual(self.box.processes(), [self.stranger.pid])
             self.box.write("d.pid.lock", "{}", 0o644)
 
     def test_a_pid_is_never_half_written(self) -> None:
-        """Over a longer text: who reads in between finds the new pid in the first line, then it alone."""
+        """Over a longer text: who reads in between finds the new pid in the first line."""
         self.box.write("d.pid", "99999999999\n")
         said = self.box.python(
             "fd, real = os.open('d.pid', os.O_RDWR), os.ftruncate\ndef ftruncate(*to):\n"
@@ -7834,7 +7828,7 @@ class Pidfile(CommandTest):
         self.assertEqual((said, read(self.box.pidfile)), ("[b'77']\n", "77\n"))
 
     def test_who_comes_second_writes_no_pid(self) -> None:
-        """Somebody took the instance lock while our probe was at work: the pidfile is that one's."""
+        """Somebody took the instance lock while our probe was at work: the pidfile is theirs."""
         mine, wait = "%d\n" % os.getpid(), self.box.write("wait", "")
         self.box.write("d.pid", mine)
         child = self.box.spawn(*self.starting(app=UNREADY + repr(wait)))
@@ -7862,13 +7856,14 @@ class Lock(CommandTest):
     def test_of_twenty_starts_at_once_one_wins(self) -> None:
         argv = self.starting()
         starts = [self.box.spawn(*argv) for _ in range(20)]
-        self.assertEqual([start.wait(PATIENCE) for start in starts], [0] * 20, read(self.box.output))
+        ends = [start.wait(PATIENCE) for start in starts]
+        self.assertEqual(ends, [0] * 20, read(self.box.output))
         self.assertEqual(strays(self.box), [])
         others = read(self.box.output).count("already running with pid %d\n" % self.box.pid())
         self.assertEqual(others, 19)
 
     def test_after_SIGKILL_the_next_start_works_at_once(self) -> None:
-        """Nothing is left on the port, and neither worker nor a child that left the session has the lock."""
+        """Nothing is left on the port; no worker, no child with its own session, has the lock."""
         options = "--bind", "127.0.0.1:%d" % free_port(), "--workers", "2"
         ask(self.box.host(*options), "run own session")
         until(lambda: len(self.box.processes()) == 4, "a child")
@@ -7878,54 +7873,53 @@ class Lock(CommandTest):
         self.assertEqual(ask(address)["pid"], self.box.pid())
 
     def test_a_command_that_waits_says_for_whom(self) -> None:
-        """stop during a start waits for its turn, names the pid that it waits for, and then stops."""
+        """stop during a start waits for its turn, and then stops."""
         app = APP + "Server.probe = lambda self: time.sleep(600)\n"
         first = self.box.spawn(*self.starting("--start-timeout", "2", app=app))
         until(lambda: read(self.box.log), "the first word of the application")
-        self.assertIn("waiting for pid %d, " % first.pid, self.box.command("stop").err)
+        self.says("waiting for pid %d, " % first.pid, "stop")
         self.assertEqual((first.wait(PATIENCE), self.box.processes()), (1, []))
 
     def test_a_turn_that_never_comes_is_given_up(self) -> None:
-        """A command, or a starter that undoes what it made, is busy for too long: its pid is said."""
+        """A command, or a starter that undoes what it made, is busy: its pid is said."""
         self.box.start(*NAP)
-        busy = self.BUSY % os.getpid()
-        for byte, kind, actions in ((0, fcntl.LOCK_EX, ("stop", "restart")), (2, fcntl.LOCK_SH, ("stop",))):
+        for action, byte, kind in (("stop", 0, fcntl.LOCK_EX), ("restart", 0, fcntl.LOCK_EX),
+                                   ("stop", 2, fcntl.LOCK_SH)):
             with self.locked(byte, kind):
-                for action in actions:
-                    self.assertRegex(self.box.command(action, *self.SHORT, want=1).err, busy)
+                self.says(self.BUSY % os.getpid(), action, *self.SHORT, want=1)
                 self.box.command("status")
         self.box.command("stop")
 
     @needs_other_user
     def test_root_that_is_busy_is_waited_for(self) -> None:
-        """The turn of a user's own daemon, held by a command of root's: the user's commands wait, too."""
+        """The turn of a user's own daemon, held by a command of root's: the user's wait, too."""
         self.box.move("theirs", 0o755, NOBODY)
         user = {"preexec_fn": drop(NOBODY), "cwd": "/"}
         self.box.start(*NAP, **user)
-        with self.locked(0, name="theirs/d.pid.lock"):
-            said = self.box.command("stop", *self.SHORT, want=1, **user).err
-            self.assertRegex(said, self.BUSY % os.getpid())
+        with self.locked(0):
+            self.says(self.BUSY % os.getpid(), "stop", *self.SHORT, want=1, **user)
 
     @needs_linux
     def test_a_daemon_is_no_second_one(self) -> None:
-        """Who finds the instance lock with another than the one that it replaces gives its own back."""
-        self.box.write("lock", "")
-        with self.locked(1, fcntl.LOCK_SH, "lock"):
+        """Who finds the instance lock with another than its predecessor gives its own back."""
+        self.box.write("d.pid.lock", "")
+        with self.locked(1, fcntl.LOCK_SH):
             said = self.box.python(
-                "for old in None, 1, int(sys.argv[1]):\n    fd = os.open('lock', 0)\n"
+                "for old in None, 1, int(sys.argv[1]):\n    fd = os.open('d.pid.lock', 0)\n"
                 "    try: daemonize.take_instance(fd, old)\n"
                 "    except daemonize.Fatal as error: print(error)\n"
-                "    print(' %d ' % os.getpid() in open('/proc/locks').read())", str(os.getpid())).out
+                "    print(' %d ' % os.getpid() in open('/proc/locks').read())\n",
+                str(os.getpid())).out
         refusal = "unable to start: already running with pid %d" % os.getpid()
         self.assertEqual(said.splitlines(), [refusal, "False", refusal, "False", "True"])
 
     def test_what_changes_between_two_looks(self) -> None:
-        """Played: a daemon comes to its place, a start that we waited for succeeds, or fails and tidies up."""
+        """Played: a daemon comes to its place, a start succeeds, or fails and tidies up."""
         self.box.start(app=APP)
         status, start = self.box.argv("status")[2:], self.starting(*NAP, app="")[2:]
         # status has seen no lock: the daemon that listens is no orphan for that.
-        self.patched("real, seen = daemonize.lock_holder, []\n"
-                     "daemonize.lock_holder = lambda *args: real(*args) if seen else seen.append(1)\n"
+        self.patched("real, seen = daemonize.lock_holder, []\ndaemonize.lock_holder = "
+                     "lambda *args: real(*args) if seen else seen.append(1)\n"
                      "daemonize.Lock.record = lambda self: None", *status)
         # It had found no lock file, and is refused now: that file is another's, and stays.
         said = self.patched("real = daemonize.exists\ndaemonize.exists = "
@@ -7935,8 +7929,9 @@ class Lock(CommandTest):
         self.box.command("stop")
         # The file is removed between our open(2) and our lock: we lock the new one.
         said = self.box.python(
-            "import fcntl\nreal, gone = fcntl.lockf, []\ndef lockf(*words):\n    if not gone:\n"
-            "        gone.append(os.unlink('d.pid.lock'))\n    return real(*words)\nfcntl.lockf = lockf\n"
+            "import fcntl\nreal, gone = fcntl.lockf, []\ndef lockf(*words):\n"
+            "    if not gone:\n        gone.append(os.unlink('d.pid.lock'))\n"
+            "    return real(*words)\nfcntl.lockf = lockf\n"
             "with daemonize.Turn(daemonize.parse(['stop', '--pidfile', 'd.pid'])) as turn:\n"
             "    print(os.fstat(turn.fd).st_nlink, gone)").out
         self.assertEqual(said, "1 [None]\n")
