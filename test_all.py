@@ -6695,7 +6695,7 @@ class CommandLine(CommandTest):
         self.says(r"already running with pid %d\n.*\ntry: daemonize\.py restart .*--umask 0 -- "
                   % self.box.pid(), "start", "--name", "n", "--umask", "0", "--", PYTHON, one)
         for action, want in (("status", 0), ("stop", 0), ("status", 3), ("stop", 0)):
-            self.says(r"(?s)\A(?!.*authserver)", action, want=want)     # where only a pidfile is known
+            self.says(r"(?s)\A(?!.*authserver)", action, want=want)     # by the pidfile alone
 
 
 class Start(SharedBoxTest):
@@ -7200,11 +7200,13 @@ class Status(CommandTest):
         for said in (b'{"event": "status"}\n', b"{", b"tea\n"):
             with self.control() as control:
                 control.sendmsg([said], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, cargo)])
+        self.box.status()       # is answered after them
         until(lambda: len(fds_of(self.box.pid())) == before, "as few descriptors as before")
 
     def test_who_asks_and_reads_nothing_holds_nobody_up(self) -> None:
         """Questions without end, no answer read: it is hung up, and the next one is heard."""
-        self.patched("daemonize.ANSWER = 0.3", *self.starting(*NAP, app="")[2:])
+        much = "daemonize.Program.facts = lambda self: {'x': 'y' * 60000}"
+        self.patched("daemonize.ANSWER = 0.3\n" + much, *self.starting(*NAP, app="")[2:])
 
         def is_hung_up() -> bool:
             try:
@@ -7241,7 +7243,8 @@ class Status(CommandTest):
         self.assertIn("b is running: pid 1", "".join(rows))
         values = [row.split(None, 1)[1] for row in rows if row.split()[0] in ("one", "two")]
         self.assertEqual(values, ["a\\nb", "c\\nd e"])
-        reason = "no \ud800\ndaemonize: fatal: lost\ntry: daemonize.py restart"   # its cure names us
+        # No reason may look like our line; the cure in it names this daemon.
+        reason = "no \ud800\ndaemonize: fatal: lost\ntry: daemonize.py restart"
         code = "daemonize.ask = lambda *words: {'reason': %r}" % reason
         self.assertEqual(self.patched(code, *self.box.argv("reload")[2:], want=1).err,
                          "daemonize: fatal: unable to reload app: no ?\n  daemonize: fatal: lost\n"
@@ -7311,14 +7314,14 @@ class Restart(CommandTest):
                 self.assertEqual(self.box.status()["word"], "first")
 
     def test_broken_new_code_leaves_the_old_one_serving(self) -> None:
-        address = self.box.host("--start-timeout", "2")
+        address = self.box.host("--start-timeout", "3")
         pid, fds = self.box.pid(), len(ask(address)["fds"])
         probe = APP + "Server.probe = lambda self: "
         for broken, words in (("def bind(:", "def bind"), (APP + "bind = 1 / 0", "ZeroDivision"),
                               (APP + "Server.__init__ = lambda *x: 1 / 0", "ZeroDivision"),
                               (probe + "1 / 0", "ZeroDivision"),
                               (probe + "os.kill(os.getpid(), 9)", "signal 9"),
-                              (probe + "time.sleep(600)", "not ready after 2 s")):
+                              (probe + "time.sleep(600)", "not ready after 3 s")):
             with self.subTest(broken[-40:]):
                 self.box.write("app.py", broken)
                 self.assertRegex(self.box.command("restart", want=1).err, words)
@@ -7360,7 +7363,8 @@ class Restart(CommandTest):
         both = (["restart", "stop"], (True, False))
         for actions, lives in ((["restart"] * 3, (True,)), both, (["stop"] * 2, (False,)), both):
             self.box.start(app=APP)
-            children = [self.box.spawn(*self.box.argv(action)) for action in actions]
+            rest = self.box.argv("")[3:]
+            children = [self.box.spawn(PYTHON, LEAN, action, *rest) for action in actions]
             ends = [child.wait(PATIENCE) for child in children]
             self.assertEqual(ends, [0] * len(actions), read(self.box.output))
             runs = bool(self.box.pid())
@@ -7449,7 +7453,7 @@ class Reload(CommandTest):
         self.assertEqual(sorted(self.box.processes()), before)
 
     def test_reload_again_and_again(self) -> None:
-        """Five times: the same daemon, fresh workers, no descriptor is left."""
+        """Three times: the same daemon, fresh workers, no descriptor is left."""
         def kinds() -> List[str]:
             return sorted(re.sub(r"\d+", "", name) for name in ask(address)["fds"].values())
         for workers, again in ((1, False), (2, False), (1, True), (3, True)):
@@ -7457,7 +7461,7 @@ class Reload(CommandTest):
             if again:
                 self.box.command("restart")
             pid, before, first = self.box.pid(), len(fds_of(self.box.pid())), kinds()
-            for number in range(1, 6):
+            for number in (1, 2, 3):
                 with self.subTest(workers, again=again, number=number):
                     self.box.command("reload")
                     facts = ask(address)        # at once: who answers is a fresh one already
@@ -7467,7 +7471,7 @@ class Reload(CommandTest):
             self.assertEqual((self.box.status()["restarts"], kinds()), (0, first))
             until(lambda: len(fds_of(self.box.pid())) <= before, "as few descriptors as at first")
             self.box.command("stop")
-        self.assertEqual(read(self.box.log).count("reloaded\n"), 20)
+        self.assertEqual(read(self.box.log).count("reloaded\n"), 12)
 
     def test_reload_of_a_program_is_SIGHUP(self) -> None:
         """Who handles SIGHUP gets it; for any other program reload is refused, and it lives on."""
@@ -7667,8 +7671,8 @@ class Run(CommandTest):
     def test_its_terminal_ends_it(self) -> None:
         """A hang-up, or Ctrl-C below a script that called it.  A program is interrupted once."""
         script = ("import time\ntry:\n    print('begun', flush=True)\n    time.sleep(600)\n"
-                  "except KeyboardInterrupt:\n    time.sleep(0.3)\n"
-                  "    print('cleaned', flush=True)\n")
+                  "except KeyboardInterrupt:\n    print('interrupted', flush=True)\n"
+                  "    time.sleep(0.3)\n    print('cleaned', flush=True)\n")
         careful = self.argv("--logfile", self.box.log, "--", PYTHON, "-c", script, app="")
         for program, end in ((False, "hang-up"), (False, "Ctrl-C"),
                              (True, "Ctrl-C"), (True, "INT")):
@@ -7680,7 +7684,12 @@ class Run(CommandTest):
                     until(lambda: "begun" in read(self.box.log), "its word")
                 else:
                     self.assertTrue(ask(self.address())["tty"])
-                if end == "Ctrl-C":
+                if program and end == "Ctrl-C":
+                    os.kill(pid, signal.SIGSTOP)    # the program shall be the first to hear of it
+                    os.write(terminal, b"\x03")
+                    until(lambda: "interrupted" in read(self.box.log), "its word")
+                    os.kill(pid, signal.SIGCONT)
+                elif end == "Ctrl-C":
                     os.write(terminal, b"\x03")
                 else:
                     os.kill(pid, signal.SIGINT if program else signal.SIGHUP)
@@ -7854,7 +7863,7 @@ class Lock(CommandTest):
     BUSY = "unable to lock .*: pid %d is still busy with it"
 
     def test_of_twenty_starts_at_once_one_wins(self) -> None:
-        argv = self.starting()
+        argv = [PYTHON, LEAN] + self.starting()[2:]
         starts = [self.box.spawn(*argv) for _ in range(20)]
         ends = [start.wait(PATIENCE) for start in starts]
         self.assertEqual(ends, [0] * 20, read(self.box.output))
@@ -7886,7 +7895,9 @@ class Lock(CommandTest):
         for action, byte, kind in (("stop", 0, fcntl.LOCK_EX), ("restart", 0, fcntl.LOCK_EX),
                                    ("stop", 2, fcntl.LOCK_SH)):
             with self.locked(byte, kind):
-                self.says(self.BUSY % os.getpid(), action, *self.SHORT, want=1)
+                argv = self.box.argv(action, *self.SHORT)[2:]
+                said = self.patched("daemonize.TICK = 0.1", *argv, want=1).err
+                self.assertRegex(said, self.BUSY % os.getpid())
                 self.box.command("status")
         self.box.command("stop")
 
