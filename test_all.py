@@ -7030,6 +7030,7 @@ class StartFailure(CommandTest):
                 ([text], "unable to execute .*text: Exec format error")):
             with self.subTest(hosted[-1]):
                 self.assertRegex(self.fails("", "--name", "p", "--", *hosted), words)
+        self.assertIn("short", read(self.box.log))      # a log that says something stays
 
     @needs_root
     def test_a_full_disk_leaves_nothing_half_made(self) -> None:
@@ -7230,6 +7231,10 @@ class Status(CommandTest):
                 self.assertEqual([facts[name] for name in ("pid", "state", "name", "uid")],
                                  [self.box.pid(), "running", "n", os.getuid()])
                 self.assertLess(facts["uptime"], 1000)
+        silence = "daemonize.ANSWER = 0.2\nos.kill(%d, 19)" % self.box.pid()
+        for code in ("daemonize.Channel.take = lambda self: b''", silence):
+            said = self.patched(code, *self.box.argv("status")[2:]).out
+            self.assertRegex(said, r"(?s)\An is running: .*unable to ask it: it does not answer\n")
 
     def test_what_is_said_looks_like_no_line_of_ours(self) -> None:
         """Facts with names that we use, or line ends: a row is one line.  And so is a reason's."""
@@ -7563,10 +7568,11 @@ class Run(CommandTest):
 
     def test_a_failure_is_told_like_at_start(self) -> None:
         """A NOTIFY_SOCKET that leads nowhere, a bind() that fails, a pidfile that is none."""
-        nowhere = r"\Adaemonize: fatal: unable to connect to NOTIFY_SOCKET .+: .+\n\Z"
-        for notify in (self.box.path("nobody"), "@" + TOKEN):
+        nowhere = r"\Adaemonize: fatal: unable to connect to NOTIFY_SOCKET .+: %s\n\Z"
+        for notify, reason in ((self.box.path("nobody"), "No such file or directory"),
+                               ("@" + TOKEN, "Connection refused")):    # an abstract name
             env = dict(self.box.env, NOTIFY_SOCKET=notify)
-            self.assertRegex(run(self.argv(), 1, env=env).err, nowhere)
+            self.assertRegex(run(self.argv(), 1, env=env).err, nowhere % reason)
             self.assertFalse(os.path.exists(self.box.pidfile))
         said = run(self.argv(app=APP + "bind = 1 / 0\n"), 1, env=self.box.env).err
         self.assertIn("ZeroDivisionError", said)
@@ -7749,8 +7755,8 @@ class Pidfile(CommandTest):
                                         " +" + self.theirs, "\0" * 32, "7" * 1000000)]
         for text, mode in rows:
             self.box.write("d.pid", text, mode or 0o644)
-            is_dead = 1, "is dead.*" + "to a stranger" * (text == self.theirs)
-            status = is_dead if text else (3, "not running")
+            lives = "(?=.*to a stranger)" if text in (self.theirs, own, "1\n") else "(?!.*stranger)"
+            status = (1, "is dead" + lives) if text else (3, "not running")
             for action, (want, words) in (("status", status), ("stop", (0, "not running"))):
                 with self.subTest(text[:20].strip(), action=action):
                     self.says(r"(?s)\A(?=.{1,1000}\Z).*" + words, action, want=want)
