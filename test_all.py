@@ -6543,12 +6543,16 @@ class CommandTest(BoxTest):
             fcntl.lockf(lock, kind, 1, byte)
             yield
 
-    def control(self) -> socket.socket:
+    def control(self) -> Any:
         """Return a connection to the daemon's control socket."""
+        def dialled() -> Optional[Wire]:
+            with contextlib.suppress(BlockingIOError):      # eight are waiting to be accepted
+                return connect("unix:d.pid.sock")
+            return None
         here = os.getcwd()
         os.chdir(self.box.folder)       # its address holds 107 bytes
         try:
-            return connect("unix:d.pid.sock")
+            return until(dialled, "a place in the queue")
         finally:
             os.chdir(here)
 
@@ -7129,7 +7133,8 @@ class Stop(CommandTest):
         self.box.start(app=APP)
         self.box.command("restart")
         with self.busy(self.box.address()):
-            self.assertLess(self.box.command("stop", "--timeout", "15").seconds, SOON)
+            result = self.box.command("stop", "--timeout", "15", "--quiet")
+            self.assertEqual((result.out, result.seconds < SOON), ("", True))
 
     def test_no_name_of_it_stays(self) -> None:
         """Of one that lives, or was killed (status 1); a folder in a file's place is let be."""
@@ -7188,7 +7193,11 @@ class Status(CommandTest):
                     with self.control() as control:
                         control.sendall(said)
                     self.assertTrue(is_alive(self.box.pid()))
-            facts = self.box.status()       # it is asked after all of them, and forgets no error
+            with self.control() as control:
+                control.sendall(b'{"event": ')
+                facts = self.box.status()       # is asked after all of them, and forgets no error
+                control.sendall(b'"status"}\n')     # a line may come in pieces
+                self.assertIn('"said"', control.makefile().readline())
             self.assertEqual((facts["pid"], facts["last_error"]), (self.box.pid(), ""))
             self.assertNotIn("Traceback", read(self.box.log))
             self.box.command("stop")
@@ -7537,6 +7546,7 @@ class Run(CommandTest):
         self.assertIn("try: systemctl restart", self.box.command("restart", want=1).err)
         second = run(self.argv(), 1, env=self.box.env).err
         self.assertIn("already running with pid %d" % child.pid, second)
+        self.assertIn('"pid": %d,' % child.pid, read(self.box.pidfile + ".lock"))
         self.assertEqual((child.poll(), strays(self.box)), (None, []))
         self.assertLess(self.box.command("stop").seconds, SOON)  # a zombie counts as stopped
         self.assertEqual(child.wait(PATIENCE), 0)
@@ -7890,10 +7900,14 @@ class Lock(CommandTest):
     def test_a_command_that_waits_says_for_whom(self) -> None:
         """stop during a start waits for its turn, and then stops."""
         app = APP + "Server.probe = lambda self: time.sleep(600)\n"
-        first = self.box.spawn(*self.starting("--start-timeout", "2", app=app))
+        first = self.box.spawn(*self.starting(app=app))
         until(lambda: read(self.box.log), "the first word of the application")
-        self.says("waiting for pid %d, " % first.pid, "stop")
-        self.assertEqual((first.wait(PATIENCE), self.box.processes()), (1, []))
+        second = self.box.spawn(*self.box.argv("stop"))
+        waits = "waiting for pid %d, " % first.pid
+        until(lambda: waits in read(self.box.output), "whom it waits for")
+        first.terminate()
+        self.assertEqual((first.wait(PATIENCE), second.wait(PATIENCE)), (130, 0))
+        self.assertEqual(self.box.processes(), [])
 
     def test_a_turn_that_never_comes_is_given_up(self) -> None:
         """A command, or a starter that undoes what it made, is busy: its pid is said."""
