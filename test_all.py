@@ -6578,7 +6578,8 @@ class CommandLine(CommandTest):
             text = self.box.daemonize(action, "--app", app, "-h").out
             words = of_start * (action == "start") + "--pidfile --name --timeout"
             self.assertEqual([word for word in words.split() if word not in text], [], action)
-        self.assertIn("authserver.py", self.box.daemonize("-h").out)
+        self.assertIn("--realm", self.box.daemonize("-h").out)      # of authserver.py
+        self.assertNotIn("--realm", self.box.daemonize("start", "-h", "--", "sleep").out)
         for argv in (["--version"], ["stop", "--version"]):
             self.assertRegex(self.box.daemonize(*argv).out, r"\Adaemonize\.py \d+\.\d+\n\Z")
 
@@ -6592,7 +6593,7 @@ class CommandLine(CommandTest):
                 ("invalid number value", "|".join("APP --" + words for words in numbers)),
                 ("unrecognized arguments: --word x\n", "start --pidfile d.pid --word x -- sleep 9"),
                 ("unrecognized arguments: ", "APP --pidfle x|APP --wrod x|APP --wor x|APP stray|"
-                 "restart --pidfile d.pid hello"),
+                 "restart --pidfile d.pid --logfile d.log hello"),
                 ("try: daemonize.py -h\n", "stop --bind=:1|status --bind=:1|reload --bind=:1")]
         rows += [("try: daemonize.py %s --name hello\n" % action, action + " --pidfile d.pid hello")
                  for action in ("stop", "status", "reload")]     # the --name that was meant
@@ -6774,6 +6775,8 @@ class Start(SharedBoxTest):
 
     def test_start_again_says_so_and_changes_nothing(self) -> None:
         self.assertLess(self.result.seconds, SOON)      # no loop over all numbers of descriptors
+        said = "app is running with pid %d, listening on %s\n" % (self.pid, self.address)
+        self.assertEqual((self.result.out, self.result.err), (said, ""))
         self.assertEqual(self.before[0], "%d\n" % self.facts["pid"])    # it was complete
         self.assertIn("already running with pid %d" % self.pid, self.box.start(app=APP).out)
         self.assertEqual((read(self.box.pidfile), os.stat(self.box.pidfile).st_mtime), self.before)
@@ -7716,15 +7719,17 @@ class Run(CommandTest):
                     self.assertEqual(said, ["cleaned"])
                     os.unlink(self.box.log)
 
+    @needs_linux
     def test_stop_leaves_the_neighbours_alone(self) -> None:
         """In a shell's foreground group: the shell, and what it runs beside, go on."""
+        def program_of(pid: int) -> str:
+            return read("/proc/%d/cmdline" % pid).partition("\0")[0]
         self.terminal('sleep 600 & "$@"; touch "$0/next"; wait', *self.argv())
         ask(self.address(), "run two")
         until(lambda: len(self.box.processes()) == 7, "shell, sleep, run, worker, its family")
         self.box.command("stop")
         until(lambda: os.path.exists(self.box.path("next")), "the shell's next command")
-        left = [read("/proc/%d/cmdline" % pid).partition("\0")[0] for pid in self.box.processes()]
-        self.assertEqual(sorted(left), ["sh", "sleep"] if LINUX else [])
+        until(lambda: sorted(map(program_of, self.box.processes())) == ["sh", "sleep"], "no one else")
 
     @needs_root
     @needs("unshare")
