@@ -6531,9 +6531,12 @@ class CommandTest(BoxTest):
     @contextlib.contextmanager
     def busy(self, address: str, seconds: str = "600") -> Iterator[Wire]:
         """Keep a worker of APP busy with a request."""
+        def count() -> int:
+            return (read(self.box.log) + read(self.box.output)).count("sleeping")
         with connect(address) as wire:
+            before = count()
             wire.sendall(b"sleep %s\n" % seconds.encode())
-            until(lambda: "sleeping" in read(self.box.log) + read(self.box.output), "a busy worker")
+            until(lambda: count() > before, "a busy worker")
             yield wire
 
     @contextlib.contextmanager
