@@ -7086,15 +7086,16 @@ class Stop(CommandTest):
                 self.assertEqual(read(self.box.log).count("closed\n"), count)
 
     def test_who_does_not_end_is_killed_after_the_timeout(self) -> None:
-        """And stop says so.  Who was stopped by SIGSTOP goes on, obeys, and is not killed."""
+        """And stop says so.  Who was stopped by SIGSTOP, or needs a moment, is not killed."""
         ignore = ("Server.serve_forever = lambda self: ignore()\n"
                   "def ignore():\n    signal.signal(15, signal.SIG_IGN)\n    time.sleep(600)\n")
+        slow = "trap 'sleep 1.2; echo ended; exit' TERM; while :; do sleep 0.05; done"
         killed, stopped = "did not end within 0.4 s: killed", r"\A\w+ is stopped"
         for name, app, timeout, words in (
                 ("ignores", APP + ignore, "0.4", killed), ("child", APP, "0.4", killed),
-                ("stopped", APP, "8", stopped), ("nap", "", "8", stopped)):
+                ("stopped", APP, "8", stopped), ("slow", "", "8", stopped)):
             with self.subTest(name):
-                started = self.box.start(*([] if app else NAP), app=app)
+                started = self.box.start(*([] if app else ["--", "sh", "-c", slow]), app=app)
                 if name == "child":
                     ask(self.box.address(started), "run stubborn")
                 if words == stopped:
@@ -7103,6 +7104,7 @@ class Stop(CommandTest):
                 self.assertRegex(result.out, words)
                 self.assertEqual(self.box.processes(), [])
                 self.assertLess(result.seconds, SOON)
+        self.assertIn("ended\n", read(self.box.log))
 
     @needs_other_user
     def test_a_stranger_has_no_permission(self) -> None:
