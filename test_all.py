@@ -7734,7 +7734,7 @@ class Run(CommandTest):
         until(lambda: len(self.box.processes()) == 7, "shell, sleep, run, worker, its family")
         self.box.command("stop")
         until(lambda: os.path.exists(self.box.path("next")), "the shell's next command")
-        until(lambda: sorted(map(program_of, self.box.processes())) == ["sh", "sleep"], "no one else")
+        until(lambda: sorted(map(program_of, self.box.processes())) == ["sh", "sleep"], "the end")
 
     @needs_root
     @needs("unshare")
