@@ -2192,24 +2192,23 @@ def as_user(identity: Optional[Identity], action: Callable[[], Any]) -> None:
         raise OSError(result, os.strerror(result))
 
 
-def end_daemon(target: Target, timeout: float, how: str = "end") -> None:
-    """End a daemon and what it started: SIGTERM, wait, SIGKILL, and say so if that was needed.
+def end_daemon(target: Target, timeout: float, is_told: bool = False) -> bool:
+    """End a daemon and what it started: SIGTERM, wait, SIGKILL.  True if that was needed.
 
-    First the daemon alone, which tells the others; then who is left.  One that is to drain was
-    told so by its heir.
+    First the daemon alone, which tells the others; then who is left.  is_told: to drain, by its
+    heir.
     """
     with trying_to("stop pid %d" % target.pid):
         # One deadline for both halves: --timeout is what a person waits.
         deadline = time.monotonic() + timeout
-        if how == "end":
+        if not is_told:
             target.send(signal.SIGTERM)
             target.send(signal.SIGCONT)             # one that was stopped obeys when it goes on
         was_killed = end_all(target.leader, lambda: target.send(signal.SIGKILL), timeout)
         # The daemon is gone, and with it whoever knew its children: now the session tells.
         target.send_all(signal.SIGTERM)
         left = max(0.0, deadline - time.monotonic())
-        if end_all(target.members, lambda: target.send_all(signal.SIGKILL), left) or was_killed:
-            warn("pid %d did not %s within %g s: killed" % (target.pid, how, timeout))
+        return end_all(target.members, lambda: target.send_all(signal.SIGKILL), left) or was_killed
 
 
 # -- 12. Programs ------------------------------------------------------------
@@ -2493,13 +2492,16 @@ def stop(plan: Plan) -> int:
         if pid is None:
             say_stopped(plan)
         else:
-            end_daemon(Target(turn, pid), plan.options.timeout)
+            was_killed = end_daemon(Target(turn, pid), plan.options.timeout)
             # The lock decides, here as well: "stopped" is when nobody holds it any more.  That is
             # a promise to the next command line (`stop && rm -r ...`, `stop && start`).
             left = turn.holder()
             if left is not None:
                 raise Fatal("unable to stop %s: pid %s holds its lock" % (plan.name, left))
-            say(plan, "%s is stopped" % plan.name)
+            if was_killed:              # even with --quiet
+                emit(1, "%s did not end within %g s: killed\n" % (plan.name, plan.options.timeout))
+            else:
+                say(plan, "%s is stopped" % plan.name)
         # The names last, when nobody holds the lock any more: as long as something of it lives,
         # monitors find its pid.  Both may be there after a kill -9, too.
         for path in (plan.files.pidfile, plan.files.control):
@@ -3239,7 +3241,7 @@ def replace(plan: Plan, turn: Lock, pid: int, has_sockets: bool) -> None:
         if plan.kind == "program" and plan.chroot is None:
             find_program(plan.command[0])
             check_script(plan)
-        end_daemon(target, plan.options.timeout)
+        see_out(plan, target, "end")
     try:
         launch(heir, turn)
     except Unknown:                     # the old one may serve, the new one, or nobody
@@ -3254,7 +3256,13 @@ def replace(plan: Plan, turn: Lock, pid: int, has_sockets: bool) -> None:
         # The heir has them now.  Not by close(2): that may linger; exit(2) does not.
         for end in [heir.talk.end, heir.control, *heir.sockets]:
             end.detach()
-        end_daemon(target, plan.options.timeout, "drain")
+        see_out(plan, target, "drain")
+
+
+def see_out(plan: Plan, target: Target, how: str) -> None:
+    """End the old daemon; one that drains was told to by the new one."""
+    if end_daemon(target, plan.options.timeout, how == "drain"):
+        warn("pid %d did not %s within %g s: killed" % (target.pid, how, plan.options.timeout))
 
 
 def take_over(plan: Plan, pid: int) -> Start:
@@ -3301,8 +3309,6 @@ def is_legacy(fd: int) -> bool:
     with contextlib.suppress(OSError):      # a file, no memfd
         return is_small_file and bool(fcntl.fcntl(fd, F_GET_SEALS) & F_SEAL_SHRINK)
     return False
-
-
 
 
 # -- 18. Other systems -------------------------------------------------------
