@@ -999,7 +999,6 @@ class Turn(Lock):
 
     def wait(self) -> None:
         """Wait until it is ours, and say for whom: who has it may need a whole start and stop."""
-        # After a moment, not at once: most waits are shorter than what there is to read.
         if wait_until(self.take, TICK):
             return
         holder = lock_holder(self.fd, TURN) or lock_holder(self.fd, UNDOING)
