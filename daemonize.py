@@ -1006,7 +1006,6 @@ class Turn(Lock):
 
     def wait(self) -> None:
         """Wait until it is ours, and say for whom: who has it may need a whole start and stop."""
-        # After a moment, not at once: most waits are shorter than what there is to read.
         if wait_until(self.take, TICK):
             return
         holder = lock_holder(self.fd, TURN) or lock_holder(self.fd, UNDOING)
@@ -1401,10 +1400,17 @@ def do_nothing(signum: int, frame: Optional[FrameType]) -> None:
     """Take no notice of a signal.  Not SIG_IGN: children would inherit that, over exec too."""
 
 
-def end_once(signum: int, frame: Optional[FrameType]) -> None:
+def end_once() -> None:
     """Leave at TERM and INT by the normal exit, once, so that every `finally` runs."""
-    set_handlers(ENDINGS, do_nothing)
-    raise SystemExit(0)
+    owner = os.getpid()
+
+    def on_end(signum: int, frame: Optional[FrameType]) -> None:
+        if os.getpid() != owner:        # a child of Python 3.6, which knows no register_at_fork
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+        set_handlers(ENDINGS, do_nothing)
+        raise SystemExit(0)
+    set_handlers(ENDINGS, on_end)
 
 
 def reset_handlers() -> None:
@@ -1438,7 +1444,7 @@ def guard_forks() -> None:
 def be_starter(start: Start, turn: Lock) -> None:
     """Live as the starter: do what needs root or the terminal, then see the daemon to its place."""
     # From here on the terminal is still there, and root's rights: what fails is told in full.
-    set_handlers({signal.SIGTERM}, end_once)    # bind() may hang: so its `finally` runs
+    end_once()                                  # bind() may hang: so its `finally` runs
     set_handlers({signal.SIGINT, signal.SIGHUP}, do_nothing)    # for the command: it will tell us
     # The fd only: record locks are not inherited, and the command's is not touched by this.
     # Before we open the file again, for closing any fd of it would drop our own lock.
@@ -1847,7 +1853,7 @@ class Daemon:
         """
         guard_forks()
         # Until we have the place SIGTERM just ends us: there is nothing yet that could be lost.
-        set_handlers(ENDINGS, end_once)
+        end_once()
         try:
             # As in the picture of section 7: able, ready, the place; nobody is let in before.
             self.host.children = self.host.fresh()
@@ -2979,7 +2985,7 @@ class Service(Host):
         SIGTERM ends it by SystemExit in the main thread, so that the application's `finally` runs.
         """
         import threading
-        set_handlers(ENDINGS, end_once)
+        end_once()
         # These are for the daemon.
         set_handlers({signal.SIGHUP, signal.SIGUSR1}, do_nothing, spares_ignored=True)
         if self.is_heir and self.is_owner:      # forked since settle(): nobody will say it

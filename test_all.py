@@ -9449,7 +9449,7 @@ class CannotTell(BoxTest):
         self.box.move("closed", 0o700)
         self.box.command("status", want=4, preexec_fn=drop(NOBODY))
         self.box.start("--", "sleep", "600")
-        self.all_say(r"unable to look at \S.*closed/d\.pid\.lock: Permission denied", preexec_fn=drop(NOBODY))
+        self.all_say(r"unable to (look at|use) \S.*closed\b.*: Permission denied", preexec_fn=drop(NOBODY))
 
     @needs_root
     @needs("unshare")
