@@ -118,7 +118,6 @@ CLOCK_SKEW = 30.0           # seconds that machines with one nonce secret may di
 NC_WINDOW = 64              # uses of a nonce that may overtake one another: a 64-bit word
 NONCE_SLOTS = 1 << 16       # nonces in use whose counts are kept, 24 bytes each
 CLIENT_BUCKETS = 1 << 16    # of clients whose failures are counted, 16 bytes each
-MAX_ROWS = 64               # processes that count for themselves
 MAX_FAILURES = (10, 60.0)   # wrong passwords in so many seconds: more than a person mistypes
 MAX_CREDENTIALS = 16384     # characters of an Authorization field: a uri of 8 KiB fits
 MAX_HOPS = 10               # proxies behind one another, in X-Forwarded-For
@@ -730,24 +729,17 @@ class Passwords:
 is_nonce = re.compile(r"[A-Za-z0-9_-]{36}").fullmatch
 
 
-def find_mac() -> Callable[[bytes, bytes], bytes]:
-    """Return sign(key, data): 12 bytes that only a holder of the key can make."""
-    try:
-        hashlib.blake2s(b"", key=b"key", digest_size=12)
-    except (AttributeError, TypeError, ValueError):     # FIPS mode knows no BLAKE2, or no key to it
-        return lambda key, data: hmac.new(key, data, "sha256").digest()[:12]
-    # BLAKE2 takes a key, so this is a MAC by itself: a third of the time of HMAC with SHA-256.
-    return lambda key, data: hashlib.blake2s(data, key=key, digest_size=12).digest()
-
-
-sign = find_mac()
+def sign(key: bytes, data: bytes) -> bytes:
+    """Return 12 bytes that only a holder of the key can make."""
+    # Not BLAKE2, which takes a key by itself and is faster: FIPS mode does not know it.
+    return hmac.new(key, data, "sha256").digest()[:12]
 
 
 def make_nonce(key: bytes, now: float, salt: bytes) -> str:
     """Return a nonce: time, salt (6 random bytes and 4 that name the issuer), signature.
 
     >>> make_nonce(b"key", 1.0, b"random" + b"boot")
-    'AAAAAGRyYW5kb21ib290W8okM-1KMPfcdDSm'
+    'AAAAAGRyYW5kb21ib290b2VOC7vqGL0z-4L4'
 
     See: RFC 7616 section 3.3, also why the client's address is not in it: "requests from
     a single user often go through different proxies".
@@ -799,17 +791,17 @@ def advance_window(highest: int, seen: int, nonce_count: int) -> Optional[Tuple[
     return highest, seen | 1 << -ahead
 
 
-# The table, from its first byte: what it is, its secrets, its clock; a row of counters for each
-# worker; a slot for each nonce in use (time and random bytes, highest nc, its window); a
-# bucket for some of the clients (failures, since when).
+# The table, from its first byte: what it is, its secrets, its clock; the counters; a slot for
+# each nonce in use (time and random bytes, highest nc, its window); a bucket for some of the
+# clients (failures, since when).
 HEADER = struct.Struct("<8s32s16s32sdd")    # layout, nonce key, salt, issuers, offset, started
-LAYOUT = b"authsv02"
+LAYOUT = b"authsv03"
 ISSUERS = 56                                # where they begin in it
-ROW = struct.Struct("<%dQ" % len(COUNTERS))
+COUNTS = struct.Struct("<%dQ" % len(COUNTERS))
 SLOT = struct.Struct("<11sxIQ")
 BUCKET = struct.Struct("<QQ")
-ROWS = 128
-SLOTS = ROWS + MAX_ROWS * ROW.size
+COUNTS_AT = 128
+SLOTS = COUNTS_AT + COUNTS.size
 BUCKETS = SLOTS + NONCE_SLOTS * SLOT.size
 TABLE_SIZE = BUCKETS + CLIENT_BUCKETS * BUCKET.size
 
@@ -835,12 +827,10 @@ def open_memory(size: int) -> int:
 @functools.lru_cache(maxsize=1024)
 def find_buckets(salt: bytes, client: str) -> Tuple[int, int]:
     """Return where a client's two buckets are; nobody without the salt can choose them."""
-    signature = sign(salt, client.encode("utf-8", "replace"))
-    first, second = (int.from_bytes(signature[i:i + 4], "big") for i in (0, 4))
-    # The second lies among the others: one client never has the same bucket twice.
-    second = first + 1 + second % (CLIENT_BUCKETS - 1)
-    return (BUCKETS + BUCKET.size * (first % CLIENT_BUCKETS),
-            BUCKETS + BUCKET.size * (second % CLIENT_BUCKETS))
+    first, second, _ = struct.unpack("<3I", sign(salt, client.encode("utf-8", "replace")))
+    # One of the even and one of the odd: one client never has the same bucket twice.
+    return (BUCKETS + BUCKET.size * (first * 2 % CLIENT_BUCKETS),
+            BUCKETS + BUCKET.size * (second * 2 % CLIENT_BUCKETS + 1))
 
 
 class Exclusively:
@@ -880,7 +870,6 @@ class SharedTable:
         self.fd = open_memory(TABLE_SIZE) if fd < 0 else fd
         self._memory = mmap.mmap(self.fd, TABLE_SIZE)
         self._mutex = threading.RLock()
-        self._row, self._owner = -1, 0          # of our counters; the pid that claimed it
         self.alone = False                      # True: no other process has this table
         with self._exclusively(0):
             if self._memory[:8] != LAYOUT:
@@ -911,11 +900,6 @@ class SharedTable:
     def issuers(self) -> bytes:
         """Who we are, and were in the seven eras before: 4 bytes each."""
         return self._memory[ISSUERS:ISSUERS + 32]
-
-    @property
-    def started(self) -> float:
-        """Since when this table watches."""
-        return float(HEADER.unpack_from(self._memory)[5])
 
     def set_clock(self, wall: float) -> None:
         """Begin a new era if the time of day has jumped: only machines that share need this."""
@@ -955,9 +939,9 @@ class SharedTable:
         nonces count from when we began to watch. Where its clock is ahead of ours, one that was
         used before that can pass once more: README says so.
         """
-        issuers = self.issuers
+        *_, issuers, _, started = HEADER.unpack_from(self._memory)
         former = [issuers[i:i + 4] for i in range(4, 32, 4)]
-        return body[11:] in former or nonce_time(body) < self.started
+        return body[11:] in former or nonce_time(body) < started
 
     # -- clients who guess: each counts in two buckets, and is locked out when both are full. Two
     # attackers of one bucket cannot reset each other, and an innocent would have to share both.
@@ -984,31 +968,18 @@ class SharedTable:
             left = min(left, since / 100 + seconds - now)
         return max(0.0, left)
 
-    # -- counters: a row for each worker, written by nobody else
-
-    def _own_row(self) -> int:
-        """Return the offset of our row; it is ours for as long as we hold the lock on it."""
-        if self._owner != os.getpid():
-            self._owner = os.getpid()
-            for number in range(MAX_ROWS):
-                self._row = ROWS + ROW.size * number
-                with contextlib.suppress(OSError):      # another process has it
-                    fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, self._row)
-                    break
-        return self._row
+    # -- counters
 
     def add(self, counter: str, amount: int = 1) -> None:
         """Add to one of COUNTERS."""
-        with self._mutex:
-            row = self._own_row()
-            values = list(ROW.unpack_from(self._memory, row))
-            values[COUNTERS.index(counter)] += amount
-            ROW.pack_into(self._memory, row, *values)
+        with self._exclusively(COUNTS_AT):
+            counts = self.statistics()
+            counts[counter] += amount
+            COUNTS.pack_into(self._memory, COUNTS_AT, *counts.values())
 
     def statistics(self) -> Dict[str, int]:
         """Return all COUNTERS with their values, of all who ever counted."""
-        rows = ROW.iter_unpack(self._memory[ROWS:SLOTS])
-        return dict(zip(COUNTERS, map(sum, zip(*rows))))
+        return dict(zip(COUNTERS, COUNTS.unpack_from(self._memory, COUNTS_AT)))
 
 
 # -- 5. The authenticator -----------------------------------------------------
@@ -1841,11 +1812,8 @@ STYLE = (
     "@media(max-width:32rem){body{margin:1rem auto}th+th,td+td{padding-left:1rem}i{display:none}}")
 EXPLANATIONS = {
     401: "This is for who has a password. To try again, reload the page.",
-    403: "The server may not give you this.",
-    404: "There is nothing here.",
     429: "Too many wrong passwords came from your address. Wait a minute, then reload the page.",
-    500: "Something went wrong here; the log of the server says what.",
-    503: "The server cannot answer just now. Reload the page in a moment.",
+    500: "The log of the server says what went wrong.",
 }
 HTML = ("Content-Type", "text/html; charset=utf-8")
 # Browsers shall not guess that a text is a program: https://fetch.spec.whatwg.org/#nosniff
@@ -1913,11 +1881,10 @@ def page_answer(server: "AuthServer", request: Request) -> Answer:
     try:
         assert server.page is not None
         answer = server.page(request)
-        if not isinstance(answer, Answer) or answer.status not in STATUS_LINES:
-            raise TypeError(f"expected an Answer with a status of HTTP, not {answer!r:.40}")
-        # Our own pages say nothing that ends a line; a program's may.
-        if server.has_guest and ends_line("".join([name + value for name, value in answer.fields])):
-            raise ValueError("control characters in its fields")    # which would become others
+        # Our own pages say nothing that ends a line, and so begins another field; a program's may.
+        if answer.status not in STATUS_LINES or server.has_guest and ends_line(
+                "".join([name + value for name, value in answer.fields])):
+            raise ValueError(f"no answer of HTTP: {answer!r:.80}")
     except Exception:
         server.log.error(f"error: {request.line}: {traceback.format_exc()}")
         answer = error_answer(500)
@@ -3351,9 +3318,7 @@ LAST = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
 # What a symlink then is (ENOTDIR: with O_DIRECTORY; EMLINK: on FreeBSD), or may be.
 IS_LINK = (errno.ELOOP, errno.ENOTDIR, errno.EMLINK)
 MAX_LINKS = 40          # on one path, as many as the kernel follows: path_resolution(7)
-MAX_LISTED = 20000      # entries of a folder; they take 0.1 s, in which nobody else is served
-YOUNG = 2.0             # seconds, the coarsest clock of a file system (FAT): what is younger may
-                        # still change without a new time
+MAX_LISTED = 10000      # entries of a folder; they take 0.1 s, in which nobody else is served
 STATUS_OF = dict.fromkeys((
     errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG,
     errno.EINVAL, errno.EILSEQ,         # no link after all; names that this file system cannot have
@@ -3361,20 +3326,17 @@ STATUS_OF = dict.fromkeys((
 STATUS_OF.update({errno.EACCES: 403, errno.EPERM: 403, errno.EMFILE: 503, errno.ENFILE: 503,
                   errno.ESTALE: 503, errno.EAGAIN: 503})    # another's lease: see fcntl(2)
 
-# The same on every box, whatever its /etc/mime.types says.
+# What mimetypes has not, or not in every Python. XML says by itself which encoding it has.
 TYPES = """
-    text/html html htm, text/css css, text/javascript js mjs, text/markdown md, text/csv csv,
-    text/plain txt text log conf cfg ini toml yaml yml sh py c h rst diff patch, text/vtt vtt,
-    application/json json map, application/xml xml, application/pdf pdf, application/wasm wasm,
-    application/manifest+json webmanifest, application/gzip gz tgz, application/zip zip,
-    application/x-tar tar, application/x-bzip2 bz2, application/x-xz xz, application/zstd zst,
-    font/woff woff, font/woff2 woff2, image/png png, image/jpeg jpg jpeg, image/gif gif,
-    image/webp webp, image/avif avif, image/svg+xml svg, image/x-icon ico, audio/mpeg mp3,
-    audio/mp4 m4a, audio/ogg ogg oga opus, audio/flac flac, audio/wav wav, video/mp4 mp4 m4v,
-    video/webm webm, video/ogg ogv, video/quicktime mov, video/x-matroska mkv"""
-TYPE_OF = {"." + extension: kind + ("; charset=utf-8" if kind.startswith("text/") else "")
+    text/javascript js mjs, text/markdown md, text/vtt vtt,
+    text/plain text log conf cfg ini toml yaml yml sh py c h rst diff patch,
+    application/xml xml, application/wasm wasm, application/gzip gz tgz, application/zstd zst,
+    application/x-bzip2 bz2, application/x-xz xz, font/woff woff, font/woff2 woff2,
+    image/webp webp, image/avif avif, audio/mp4 m4a, audio/ogg ogg oga opus, audio/flac flac,
+    video/mp4 m4v, video/webm webm, video/ogg ogv, video/x-matroska mkv"""
+TYPE_OF = {"." + extension: kind
            for kind, *extensions in map(str.split, TYPES.split(",")) for extension in extensions}
-# Python's own, for the rest. What the system has is in other tables (but with Python 3.6).
+# The rest. What the system has is in other tables of it (but with Python 3.6).
 more_types = functools.lru_cache(maxsize=None)(mimetypes.MimeTypes)
 
 
@@ -3387,27 +3349,22 @@ def content_type(name: str) -> str:
     ('text/html; charset=utf-8', 'application/gzip', 'application/octet-stream')
     """
     extension, unknown = os.path.splitext(name.lower())[1], "application/octet-stream"
-    return TYPE_OF.get(extension) or more_types().types_map[True].get(extension, unknown)
+    kind = TYPE_OF.get(extension) or more_types().types_map[True].get(extension, unknown)
+    return kind + "; charset=utf-8" if kind.startswith("text/") else kind
 
 
 @functools.lru_cache(maxsize=1024)
-def describe(name: bytes, inode: int, size: int, mtime_ns: int, modified: int, is_young: bool,
-             is_public: bool) -> Tuple[str, Fields, Sequence[Any]]:
-    """Return the tag of a file, the fields of an answer with it, and the proofs for If-Range.
+def describe(name: bytes, inode: int, size: int, mtime_ns: int, modified: int,
+             is_public: bool) -> Tuple[str, Fields]:
+    """Return the tag of a file, and the fields of an answer with it.
 
-    A young file may change without a new time. So its tag is weak, and not the one that it
-    will get: what was kept of its youth is fetched again.
-
-    See: RFC 9110 section 8.8; 13.1.5: for If-Range, a weak one proves nothing.
+    See: RFC 9110 section 8.8.
     """
-    weak, dash = ("W/", "-") if is_young else ("", "")
-    tag = f'{weak}"{mtime_ns:x}-{size:x}-{inode:x}{dash}"'
-    date = email.utils.formatdate(modified, usegmt=True)
+    tag = f'"{mtime_ns:x}-{size:x}-{inode:x}"'
     fields = (("Content-Type", content_type(name.decode("latin-1"))), NOSNIFF,
-              ("Accept-Ranges", "bytes"), ("ETag", tag), ("Last-Modified", date))
-    # As text, for a client has both from us; None: it sends no If-Range.
-    proofs = (None,) if is_young else (None, [tag], [date])
-    return tag, fields + (() if is_public else PRIVATE), proofs
+              ("Accept-Ranges", "bytes"), ("ETag", tag),
+              ("Last-Modified", email.utils.formatdate(modified, usegmt=True)))
+    return tag, fields + (() if is_public else PRIVATE)
 
 
 # RFC 9110 section 8.8.3: entity-tag = [ "W/" ] DQUOTE *etagc DQUOTE
@@ -3544,14 +3501,15 @@ def answer_file(fd: int, name: bytes, found: os.stat_result, request: Request) -
     size, now, values = found.st_size, request.now, request.values
     # Section 8.8.2.1: it "MUST NOT" be later than the Date; and some dates have no words.
     modified = max(0, min(int(found.st_mtime), int(now)))
-    tag, fields, proofs = describe(name, found.st_ino, size, found.st_mtime_ns, modified,
-                                   now - found.st_mtime < YOUNG, request.username is None)
+    tag, fields = describe(name, found.st_ino, size, found.st_mtime_ns, modified,
+                           request.username is None)
     status, part = check_conditions(values, tag, modified), None
     if status == 304:
         return Answer(304, fields[3:])      # from ETag on, what keeps a copy up to date
     if status == 412:
         return refuse(412, request)
-    if "range" in values and request.method == "GET" and values.get("if-range") in proofs:
+    # Of If-Range the tag alone is taken: a date says nothing of a second change in its second.
+    if "range" in values and request.method == "GET" and values.get("if-range", [tag]) == [tag]:
         part = parse_range(",".join(values["range"]), size)
     if part is None:
         return Answer(200, fields, read_part(fd, 0, size))
@@ -3564,10 +3522,6 @@ def answer_file(fd: int, name: bytes, found: os.stat_result, request: Request) -
 
 # -- 12. Listings -------------------------------------------------------------
 
-# RFC 3986 section 2.3: unreserved. All else is encoded in href: so nothing in a name can end the
-# attribute, and "a:b" has no scheme. (The slash: what is spelled is many names at once.)
-RESERVED = re.compile("[^A-Za-z0-9._~/-]+")
-quote_run = functools.lru_cache(maxsize=1024)(lambda run: urllib.parse.quote(os.fsencode(run), ""))
 # Shown as U+FFFD: controls, what turns the direction of the text, what HTML does not allow.
 UNSHOWABLE = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufdd0-\ufdef\ufffe\uffff]")
 DIGITS = re.compile("[0-9]+")
@@ -3582,20 +3536,6 @@ def showable(name: str) -> str:
     if name.isprintable():
         return name
     return UNSHOWABLE.sub("\ufffd", os.fsencode(name).decode("utf-8", "replace"))
-
-
-def spell(names: Sequence[str]) -> Iterable[Tuple[str, str, str, str]]:
-    """Return of each name what sorts it as people do, itself, its href and its text.
-
-    >>> list(spell(["A9&"]))
-    [('a00000000000000000009&', 'A9&', 'A9%26', 'A9&amp;')]
-    """
-    # All names in one text, which takes a third of the time; no name has a slash.
-    text = "/".join(names)
-    keys = DIGITS.sub(lambda match: match[0].zfill(20), text.lower())
-    hrefs = RESERVED.sub(lambda match: quote_run(match[0]), text)
-    labels = html.escape(showable(text))
-    return zip(keys.split("/"), names, hrefs.split("/"), labels.split("/"))
 
 
 def human_size(size: int) -> str:
@@ -3778,7 +3718,7 @@ class Files:
         three system calls for a name; lstat(2) alone answers for nearly all.
         """
         lines = []
-        for key, name, href, label in spell(names):
+        for name in names:
             try:
                 found = os.stat(name, dir_fd=fd, follow_symlinks=False)
                 if stat.S_ISLNK(found.st_mode):
@@ -3794,8 +3734,13 @@ class Files:
             if mode & needed != needed and not os.access(name, needed & 7, dir_fd=fd):
                 continue
             slash, size = ("", human_size(found.st_size)) if is_file else ("/", "")
-            date = human_date(int(found.st_mtime) // 60)
-            line = f'<tr><td><a href="{href}{slash}">{label}{slash}</a><td>{size}<td>{date}\n'
+            # Encoded but for what is unreserved: nothing in a name can end the attribute, and
+            # "a:b" has no scheme.
+            href, label = urllib.parse.quote(os.fsencode(name), ""), html.escape(showable(name))
+            line = (f'<tr><td><a href="{href}{slash}">{label}{slash}</a><td>{size}<td>'
+                    f'{human_date(int(found.st_mtime) // 60)}\n')
+            # As people sort: a9 before a10.
+            key = DIGITS.sub(lambda match: match[0].zfill(20), name.lower())
             lines.append((is_file, key, name, line))
         return [line for *_, line in sorted(lines)]
 
@@ -3854,16 +3799,6 @@ class Files:
 # Whatever is found on a port is sent to it: half of a handshake, noise, HTTP in clear. None of it
 # is an error of ours, so each is one line in the log, with the reason that OpenSSL gives.
 
-def expiry_of(certificate: str) -> float:
-    """Return when the first certificate of a PEM text ends, in seconds since the epoch."""
-    der = ssl.PEM_cert_to_DER_cert(certificate[certificate.index("-----BEGIN CERT"):
-                                               certificate.index("-----END CERT") + 25])
-    # RFC 5280 section 4.1.2.5: validity is two times, each a UTCTime or a GeneralizedTime.
-    found = re.findall(rb"\x17\r(\d{12})Z|\x18\x0f(\d{14})Z", der)
-    short, long = found[1]
-    digits = (long or (b"20" if short < b"5" else b"19") + short).decode("ascii")
-    return float(calendar.timegm(time.strptime(digits, "%Y%m%d%H%M%S")))
-
 
 def tls_context(certificate: str, key: Optional[str]) -> Any:
     """Return the context of HTTPS: TLS 1.2 and 1.3, and otherwise ssl's own defaults.
@@ -3871,11 +3806,8 @@ def tls_context(certificate: str, key: Optional[str]) -> Any:
     One for all workers, made before they are forked: so each can go on with a session that
     another has begun, for they have the same keys of its tickets.
     """
-    text, key = read_secrets("certificate", certificate, is_strict=False), key or certificate
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        expiry = expiry_of(text)
-    except (ValueError, IndexError):
+    key, context = key or certificate, ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    if "-----BEGIN CERT" not in read_secrets("certificate", certificate, is_strict=False):
         raise Refusal(f"unable to use certificate {certificate}: there is none in it (PEM)")
     with trying_to(f"use key {key}"):
         try:
@@ -3894,9 +3826,10 @@ def tls_context(certificate: str, key: Optional[str]) -> Any:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
     else:
         context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
-    if expiry < time.time():
-        warn(f"certificate {certificate} has expired")
     return context
+
+
+HTTPS_ONLY = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\nAsk again with https://\n"
 
 
 class TLSConnection(Connection):
@@ -3950,13 +3883,10 @@ class TLSConnection(Connection):
         self.server.log.error(f"{self.host or '-'}: refused -: " + (
             "plain HTTP, where HTTPS is spoken" if plain else f"TLS: {reason}"))
         if plain:
-            page = html_page("HTTPS only", "<p>Ask again with https://")
-            head = (f"{STATUS_LINES[400]}{self.server.stamp}Content-Type: {HTML[1]}\r\n"
-                    f"Content-Length: {len(page)}\r\nConnection: close\r\n\r\n")
             with contextlib.suppress(OSError):
-                # Under the encryption; it is 1 KiB, which an empty buffer takes at once. And
-                # what has come is read, or to close would be a reset, and the answer lost.
-                socket.socket.send(self.socket, head.encode("ascii") + page)
+                # Under the encryption; an empty buffer takes it at once. And what has come is
+                # read, or to close would be a reset, and the answer lost.
+                socket.socket.send(self.socket, HTTPS_ONLY)
                 socket.socket.recv(self.socket, READ_SIZE)
         self.close()
 

@@ -1191,14 +1191,6 @@ class Nonces(AuthTestCase):
         client.authenticator = make(nonce_secret=b"t" * 32)
         self.assertTrue(is_stale(client.ask(now=NOW + 7)))
 
-    def test_signs_whatever_this_hashlib_lacks(self) -> None:
-        """No BLAKE2, one without keys, or one that is forbidden: 12 bytes that depend on key and data."""
-        for error in (AttributeError, TypeError, ValueError):
-            with self.subTest(error), mock.patch.object(hashlib, "blake2s", side_effect=error):
-                sign = authserver.find_mac()
-                made = {sign(key, data) for key in (b"k", b"l") for data in (b"", b"x")}
-                self.assertEqual([len(mac) for mac in made], [12] * 4)
-
     def test_a_clock_that_is_right_begins_no_era(self) -> None:
         """Within CLOCK_SKEW of the time of day what was used stays used, and the nonce good; beyond, all are stale once."""
         client = Client(make())
@@ -1237,26 +1229,18 @@ class Nonces(AuthTestCase):
             table.set_clock(table.now() - 3600)
             self.assertEqual(Client(client.authenticator, now=NOW - 3600).ask(now=NOW - 3600).status, 200)
 
-    def test_each_process_counts_in_a_row_of_its_own(self) -> None:
-        """For as long as it lives; the sum is of all who ever counted."""
-        table, rows, pids = authserver.SharedTable(), [], []    # type: Any, List[int], List[int]
-        told, tell = os.pipe()
+    def test_no_process_undoes_what_another_counts(self) -> None:
+        """At the same time, in the same row; the sum is of all who ever counted."""
+        table, pids = authserver.SharedTable(), []      # type: Any, List[int]
         for _ in range(3):
             pids.append(os.fork())
             if not pids[-1]:
-                for _ in range(5):
+                for _ in range(2000):
                     table.add("busy")
-                os.write(tell, b"%d\n" % table._own_row())
-                signal.pause()
-            rows.append(int(os.read(told, 9)))
-        table.add("busy", 2)
-        self.assertEqual(len({*rows, table._own_row()}), 4)
+                os._exit(0)
         for pid in pids:
-            os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-        self.assertEqual((table.statistics()["busy"], sum(table.statistics().values())), (17, 17))
-        for fd in (told, tell):
-            os.close(fd)
+        self.assertEqual((table.statistics()["busy"], sum(table.statistics().values())), (6000, 6000))
 
     def test_a_lock_is_given_back(self) -> None:
         """What one process has used and counted, another can at once; where the lock cannot be had, nothing is changed."""
@@ -3025,18 +3009,6 @@ class FilesAnswerTests(FilesTest):
             self.assertEqual(self.validator("Last-Modified"), date, mtime)
             self.assertIn("a.txt", self.text())
 
-    def test_a_young_file(self) -> None:
-        """While time alone may not tell a change, the tag is weak, and not the later one."""
-        self.write("tree/a.txt", b"0123456789")
-        young = self.validator(now=OLD + 1)
-        self.assertRegex(young, '^W/"')
-        self.assertNotIn(self.validator(), young)
-        for now, fields, status in ((OLD, {"if_none_match": young}, 304), (NOW, {"if_none_match": young}, 200),
-                                    (OLD, {"if_match": young}, 412), (OLD, {"if_match": young[2:]}, 412),
-                                    (OLD, {"range": "bytes=1-"}, 206),
-                                    (OLD, {"range": "bytes=1-", "if_range": young}, 200)):
-            self.assertEqual(self.get("/a.txt", now=now, **fields).status, status, fields)
-
     def test_conditions(self) -> None:
         """If-Match, If-Unmodified-Since, If-None-Match, If-Modified-Since, Range: in this order."""
         self.write("tree/a.txt", b"0123456789")
@@ -3087,7 +3059,7 @@ class FilesAnswerTests(FilesTest):
         for text in ("bytes=0-", "bytes=-5", "bytes=3-4"):
             self.assertEqual(self.get("/empty", range=text).status, 200)
         tag = self.validator()
-        for text, status in ((tag, 206), ("Sun, 09 Sep 2001 01:46:40 GMT", 206), ('"x"', 200), ("W/" + tag, 200),
+        for text, status in ((tag, 206), ("Sun, 09 Sep 2001 01:46:40 GMT", 200), ('"x"', 200), ("W/" + tag, 200),
                              ("Sun, 09 Sep 2001 01:46:41 GMT", 200), ("", 200), ("*", 200), (tag + "," + tag, 200)):
             self.assertEqual(self.get("/a.txt", range="bytes=1-2", if_range=text).status, status, text)
         self.assertEqual(self.get("/a.txt", if_range=tag).status, 200)
@@ -5167,11 +5139,15 @@ class Processes(GuardTest):
     def test_two_dictionaries_in_one_process(self) -> None:
         """To open the second one's file gives back no lock of the first; a disk that is full is found, not mapped."""
         first = authserver.shared_table(users(first=TOKEN))
-        row = first._own_row()
-        second = authserver.shared_table(users(second=TOKEN))
-        child = os.fork()
-        if not child:
-            os._exit(first._own_row() == row)
+        with first._exclusively(0):
+            second = authserver.shared_table(users(second=TOKEN))
+            child = os.fork()
+            if not child:
+                try:
+                    fcntl.lockf(first.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)
+                except OSError:
+                    os._exit(0)
+                os._exit(1)
         self.assertEqual(os.waitpid(child, 0)[1], 0)
         self.assertIsNot(first, second)
         self.assertIs(first, authserver.shared_table(users(first=TOKEN)))
@@ -5608,18 +5584,6 @@ class HttpsCommand(BoxTest):
         if ROOT:        # as containers are given their secrets: root's, 0444, which nobody can change
             with mock.patch.object(os, "geteuid", return_value=NOBODY):
                 authserver.tls_context(cert, self.part("c.key", "[A-Z ]*KEY", 0o444))
-
-    def test_an_expired_certificate_is_a_warning(self) -> None:
-        """It is served, with a warning; one that lasts for decades without."""
-        der = ssl.PEM_cert_to_DER_cert(read(self.part("a.crt", "CERTIFICATE")))
-        first, last = re.findall(rb"\x17\r\d{12}Z", der)
-        for end, warns in ((b"200101000000Z", True), (b"491231235959Z", False)):
-            changed = ssl.DER_cert_to_PEM_cert(der.replace(first + last, first + b"\x17\r" + end))
-            path = self.box.write("dated.pem", read(self.part("a.key", "[A-Z ]*KEY")) + changed, 0o600)
-            with self.subTest(end):
-                self.assertEqual(https(self.box.serve(*self.common[:2], "--tls-cert", path), "/").status, 200)
-                self.assertEqual("dated.pem has expired\n" in read(self.box.output), warns)
-                self.box.kill(self.box.server)
 
     def test_every_address_speaks_it_and_offers_both_schemes(self) -> None:
         """Basic and Digest also where a network reaches; a unix socket stays plain."""
