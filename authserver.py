@@ -123,7 +123,7 @@ MAX_CREDENTIALS = 16384     # characters of an Authorization field: a uri of 8 K
 MAX_HOPS = 10               # proxies behind one another, in X-Forwarded-For
 MAX_TEXT = 1024             # bytes of a name or user:password; to normalize 16 KiB takes 100 ms
 MAX_CHALLENGE = 255         # characters; wget (1.21 to 1.24) aborts on more, before another
-SLOW_HASHES = 2             # verified at a time, so that guessing cannot take every CPU
+SLOW_HASHES = 1             # verified at a time: crypt(3) cannot make more, nor take every CPU
 SLOW_QUEUE = 32             # more that may wait for their turn; the next is told 503
 REMEMBERED = 8192           # credentials found right: a token by its hash, a frame as text, < 3 KiB
 COUNTERS = ("requests", "challenges", "failures", "stale", "replays", "lockouts", "malformed",
@@ -1071,12 +1071,6 @@ class Attempt:
                  client: Optional[str], time: float, schemes: Sequence[str]) -> None:
         self.method, self.target, self.authorization = method, target, authorization
         self.client, self.time, self.schemes = client, time, schemes
-
-
-def call_for(read: Callable[[], bytes]) -> Generator[Any, Any, bytes]:
-    """Read a body as the authenticator wants it read: it asks, and we wait."""
-    content: bytes = (yield read)
-    return content
 
 
 def at_once(asking: Asking) -> Verdict:
@@ -2422,7 +2416,7 @@ class Connection(Channel):
         if is_trusted:                      # it may speak for others
             request.host, request.client = server.proxies.find_client(peer, said)
         if request.asked:
-            asked = asked_about(request, server.forward_auth)
+            asked = asked_about(request)
             if not asked or not is_trusted:
                 return Verdict(403, reason="forward-auth: no --trusted-proxy, or not one method "
                                            "and one URI")
@@ -3999,8 +3993,8 @@ class Follower:
         return passed
 
     def give_up(self) -> bytes:
-        """Return what was held back; from now on nothing is."""
-        head, self.head, self.raw = self.head, b"", bool(self.head) or self.raw
+        """Return what was held back; from now on nothing is, and this answer is the last."""
+        head, self.head, self.raw, self.closes = self.head, b"", True, True
         return head
 
     def complete(self, head: bytes, is_new: bool) -> bytes:
@@ -4050,8 +4044,8 @@ class HandlerSocket:
 
     Reading gives the head, the body as it came, and then its end.  Writing goes to the client.
 
-    Instance variables for the server: verdict; answer, as far as it could be followed; nonsense,
-    what was wrong with the body; gone, the client; is_shut, bypassed, failed: what became of it.
+    Instance variables for the server: verdict; follower; nonsense, what was wrong with the body;
+    gone, the client has left; is_shut, the handler has closed it.
     """
 
     def __init__(self, connection: Connection, octets: bytes, request: Request, body: Body) -> None:
@@ -4059,8 +4053,7 @@ class HandlerSocket:
         self.pending = octets                   # for the handler to read
         self.follower = Follower(request, body, connection.server.draining)
         self.nonsense: Optional[BadRequest] = None
-        # The client has left; the handler has closed it, has handed it out, has raised.
-        self.gone = self.is_shut = self.bypassed = self.failed = False
+        self.gone = self.is_shut = False
         self.timeout: Optional[float] = None    # as the handler wants it
         self.patience = PACE_SECONDS            # for bytes of the body
         self.is_parsed = False                  # the handler has seen the request
@@ -4095,7 +4088,6 @@ class HandlerSocket:
         """Return what the real socket has; what could carry bytes past us is the last we know."""
         if name not in ("family", "type", "proto", "getsockname", "getpeername", "getsockopt",
                         "setsockopt", "cipher", "version", "getpeercert", "context"):
-            self.bypassed = True
             self.put(self.follower.give_up())
         return getattr(self.connection.socket, name)
 
@@ -4111,9 +4103,7 @@ class HandlerSocket:
             self.pending = self.receive(None)
         elif not self.pending and not self.follower.is_complete():
             self.pending, self.body.taken = self.body.taken or self.receive_body(), b""
-        piece, rest = self.pending[:size], self.pending[size:]
-        if not flags & socket.MSG_PEEK:
-            self.pending = rest
+        piece, self.pending = self.pending[:size], self.pending[size:]
         return piece
 
     def recv_into(self, buffer: Any, size: int = 0, flags: int = 0) -> int:
@@ -4206,7 +4196,7 @@ class HandlerSocket:
         try:
             server.finish_request(self, connection.address)     # type: ignore[arg-type]
         except BaseException:           # SystemExit, too: the loop goes on without this thread
-            self.failed = True
+            answer.closes = True
             if not self.gone and not self.nonsense:
                 server.handle_error(self, connection.address)
         if answer.head:                 # what looked like the beginning of an answer
@@ -4217,14 +4207,12 @@ class HandlerSocket:
 
     def is_silent(self) -> bool:
         """Return whether nothing has been answered, and somebody is there to be told."""
-        answer = self.follower
-        return not (answer.status or answer.raw or self.bypassed or self.gone)
+        return not (self.follower.status or self.follower.raw or self.gone)
 
     def ends_connection(self) -> bool:
         """Return whether nobody knows, or everybody, that this answer was the last one here."""
         answer = self.follower
-        return bool(answer.fault or answer.closes or answer.upgraded or self.nonsense or self.gone
-                    or self.failed or self.bypassed)
+        return bool(answer.fault or answer.closes or answer.upgraded or self.nonsense or self.gone)
 
 
 class Once(http.server.BaseHTTPRequestHandler):
@@ -4238,31 +4226,28 @@ class Once(http.server.BaseHTTPRequestHandler):
 
     remote_user: Optional[str] = None
     auth_type = ""
-    needs_server = True         # which asks for the password; protect() needs none
 
     def handle_one_request(self) -> None:
         """Handle it, and no more: to handle() this was the last one."""
         super().handle_one_request()
-        if isinstance(self.request, HandlerSocket):
-            self.close_connection = True
+        self.close_connection = True
 
     def parse_request(self) -> bool:
         """Parse the first request, and end the connection, as far as we know it, at the second."""
         sock: Any = self.request
-        if isinstance(sock, HandlerSocket):
-            if sock.is_parsed:
-                self.close_connection = True
-                return False
-            sock.is_parsed, verdict = True, sock.verdict
-            self.remote_user, self.auth_type = verdict.username, verdict.scheme
-        elif self.needs_server:
+        if not isinstance(sock, HandlerSocket):
             raise PermissionError("nobody has been asked for a password: AuthServer was gone round")
+        self.close_connection = sock.is_parsed
+        if sock.is_parsed:
+            return False
+        sock.is_parsed = True
+        self.remote_user, self.auth_type = sock.verdict.username, sock.verdict.scheme
         return super().parse_request()
 
     def log_request(self, code: Union[int, str] = "-", size: Union[int, str] = "-") -> None:
         """Leave it to AuthServer's access log, unless the handler has a log of its own."""
         base, own = http.server.BaseHTTPRequestHandler, super().log_request
-        if not isinstance(self.request, HandlerSocket) or base.log_message is not type(
+        if not isinstance(self.server, AuthServer) or base.log_message is not type(
                 self).log_message or base.log_request is not getattr(own, "__func__", own):
             own(code, size)
 
@@ -4287,10 +4272,14 @@ def find_attribute(handler_class: Any, name: str) -> Any:
 
 # -- 16. protect() and protect_wsgi() -----------------------------------------
 #
-# Here other people's servers read the requests and write the answers, in a thread or a
-# process for each. Where they do less than we need, it is done here: the head is read once
-# more, strictly; and what a refused client still sends is read to its end, or the server
-# would take it for the next request, or close on it: then the client's system throws the
+# Under a server of other people each connection has a thread, and a handler of its own to read
+# requests. Ours is another one: it tells their story just as the loop does, with the strict parser
+# and all, but waits where the loop would go on; and the handler, when it is its turn, gets
+# what it gets from AuthServer, a socket whose client sends one request (15). So a handler that
+# reads in its own way, or not at all, cannot go round the password.
+#
+# WSGI servers read requests themselves. What a refused client still sends is read to its end, or
+# they would take it for the next request, or close on it: then the client's system throws the
 # answer away before it has been read (RFC 9112 section 9.6).
 #
 # The processes of a WSGI server know nothing of one another. They meet in a file that has
@@ -4298,16 +4287,12 @@ def find_attribute(handler_class: Any, name: str) -> Any:
 # or below the temporary folder. Who uses it holds a lock on it; what nobody uses is removed
 # by the next one who comes, for its clock may be that of another boot.
 #
-#     handle_one_request()      http.server's: reads the request line
-#       parse_request()         ours; where AuthServer has asked already, no more than the next line
-#         parse_request()       http.server's
-#         parse_head()          ours: is it the same that http.server has read?
-#         Gate.judge()          the authenticator; it may call for the body (auth-int)
-#         refuse()              401, and the rest of the body is read: the handler never runs
-#       do_GET()                the handler's
-#         end_headers()         ours: Authentication-Info
+#     Guard()                   made with a socket: by a server of other people
+#       serve()                 until nobody asks any more
+#         answer()              the story of a request (9)
+#           Guard()             made with a HandlerSocket: the handler itself
 #
-#     application(environ)      ours: judge_environ(), which is all of this for WSGI
+#     application(environ)      ours: judge_environ(), the same for WSGI
 #       application(environ)    theirs, with REMOTE_USER
 
 LINGER_SECONDS = 10.0       # for which a refused client may go on sending
@@ -4355,7 +4340,7 @@ def shared_table(passwords: Passwords) -> SharedTable:
     return table
 
 
-def read_on(read: Callable[[], bytes]) -> bool:
+def read_on(read: Callable[[], Optional[bytes]]) -> bool:
     """Read what a refused client still sends; return whether that has come to an end.
 
     Not for ever: a client that sends a byte now and then would hold a thread, and of those a
@@ -4394,143 +4379,89 @@ class Gate:
         for warning in passwords.warnings:
             self.log.warning(warning)
 
-    def judge(self, attempt: Attempt, peer: str, forwarded: str, is_safe: bool,
-              read: Callable[[], bytes]) -> Verdict:
-        """Return the verdict on an attempt of peer, whose body read() would return.
 
-        is_safe: nobody can listen on its way.
-        """
-        authenticator = self.authenticator
-        attempt.read_body = functools.partial(call_for, read)
-        # Whom a proxy speaks for, before anything is judged: a lock-out would hit that one. Cut,
-        # for it is remembered, and who asks may have written it; a proxy's word is at the end.
-        host, attempt.client = self.proxies.find_client(peer, forwarded[-MAX_TEXT:])
-        attempt.time, attempt.schemes = authenticator.clock(), authenticator.offered(is_safe)
-        try:
-            verdict = at_once(authenticator.judge(attempt))
-        except BadRequest as error:         # from read_body
-            verdict = Verdict(error.status, reason=str(error))
-        if verdict.status != 200 and verdict.reason != "no credentials":
-            self.log.warning("%s: refused %s: %s", host, log_name(verdict.log_user), verdict.reason)
-        return verdict
+class StockConnection(Connection):
+    """A connection that another server has accepted: in its thread, which may wait.
+
+    serve tells the stories of its requests; run makes a handler of a socket.
+    """
+
+    __slots__ = ("run",)
+
+    def serve(self, run: Callable[[Any], Any], patience: float) -> None:
+        """Answer what is asked, until an answer is the last, or nobody asks any more."""
+        self.run = run
+        while not self.closing:
+            self.socket.settimeout(patience)
+            octets = self.receive()
+            if not octets:
+                return
+            self.server.look_at_clock()
+            self.buffer += octets
+            self.advance()
+            while self.server.later.pop(self, self) is None:
+                self.advance()
+        if self.lingers or self.buffer:
+            # Our side first: the client must see the end of the answer, or it might wait for more.
+            with contextlib.suppress(OSError):
+                self.shut()
+                self.socket.settimeout(LINGER_SECONDS)
+                read_on(self.receive)
+
+    def hand_over(self) -> None:
+        """Send what is ready."""
+        octets, self.output = self.output, b""
+        self.socket.sendall(octets)
+
+    def lend(self, work: Callable[[], Any]) -> None:
+        """Do it here and now: nobody else waits for this thread."""
+        self.go_on(work())
+
+
+class Host(AuthServer):
+    """What such a connection takes for its server: the authenticator, and a log."""
+
+    def __init__(self, gate: Gate) -> None:
+        super().__init__(None, http.server.BaseHTTPRequestHandler, True, gate.authenticator,
+                         [Listener(None, ())])      # type: ignore[arg-type]
+        self.proxies = gate.proxies
+        self.log: Any = argparse.Namespace(error=functools.partial(gate.log.warning, "%s"))
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Run the handler, as the server of other people would."""
+        request.connection.run(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Leave what a handler raised to that server."""
+        raise       # noqa: PLE0704 (called where it was caught)
 
 
 class Guard(Once):
     """What protect() puts before a handler; on AuthServer, which has asked already, idle.
 
-    It comes first in the class that protect() makes, so that no handler's own parse_request()
-    or end_headers() goes before it; where a handler has one, super() leads there.
+    It comes first in the class that protect() makes: so a socket, which only a server of other
+    people hands to a handler, never gets to the handler itself, whatever that would do with it.
     """
 
-    gate: Gate
-    needs_server = False
-    info: Fields = ()           # for the handler's answer
-    expects = unread = False    # a client that waits for 100 Continue; a body nobody has read
+    _host: Host
 
-    def parse_request(self) -> bool:
-        """Ask for the password when http.server has read a head and before it acts on it."""
-        self.info, self.expects = (), False         # not those of the last request
-        if isinstance(self.request, HandlerSocket):     # AuthServer adds its fields itself
-            passes = super().parse_request()
-        else:
-            verdict = self.ask()
-            passes, self.info = verdict.status == 200, verdict.fields
-            self.remote_user, self.auth_type = verdict.username, verdict.scheme
-        # Now, and not when http.server meets the field: to whom the password has been asked of.
-        return passes and (not self.expects or super().handle_expect_100())
-
-    def handle_expect_100(self) -> bool:
-        """Put 100 Continue off: http.server would say it before the password is asked for."""
-        self.expects = True
-        return True
-
-    def ask(self) -> Verdict:
-        """Return the verdict on the request, and answer if it may not pass."""
-        octets = line = getattr(self, "raw_requestline")    # the type stubs do not list it
-        while line not in (b"\r\n", b"\n", b"") and len(octets) <= MAX_HEAD:
-            line = self.rfile.readline(MAX_HEAD)
-            octets += line
-        # http.server first: what it refuses, it refuses as it would without us. Then the strict
-        # parser, for what http.server has read may not be what the client meant.
-        stream, self.rfile = self.rfile, io.BytesIO(octets.partition(b"\n")[2])
-        try:
-            if not super().parse_request():         # and has said why
-                return UNASKED
-        finally:
-            self.rfile = stream
-        self.unread = True                          # of a head that we cannot read, anything
-        try:
-            request = parse_head(octets)
-            self.unread = request.has_body()
-            verdict = self.judge(request)
-        except BadRequest as error:
-            verdict = Verdict(error.status)
-        if verdict.status != 200:
-            self.refuse(verdict)
-        return verdict
-
-    def judge(self, request: Request) -> Verdict:
-        """Return the verdict on a request that http.server and parse_head understand."""
-        is_safe = (hasattr(self.connection, "getpeercert")      # TLS
-                   or is_private(getattr(self.server, "socket", self.connection)))
-        # A unix socket's peer has no address, or "".
-        return self.gate.judge(request, self.client_address[0] if self.client_address else "",
-                               request.fields.forwarded, is_safe,
-                               functools.partial(self.read_content, request.fields))
-
-    def read_content(self, fields: FieldBlock) -> bytes:
-        """Return the body, for qop=auth-int; the handler reads it again, and is the last."""
-        if fields.chunked or fields.length > IN_MEMORY:
-            raise BadRequest(411 if fields.chunked else 413, "body too large for auth-int")
-        if self.expects:
-            self.expects = not super().handle_expect_100()
-        content = self.rfile.read(max(0, fields.length))
-        # The last: what the client has sent after it lies in the stream that is replaced here.
-        self.rfile, self.close_connection, self.unread = io.BytesIO(content), True, False
-        return content
-
-    def refuse(self, verdict: Verdict) -> None:
-        """Answer a request that may not pass; let a client that is still sending read it."""
-        page = error_page(verdict.status)
-        # Before send_response(): a handler's own may look at it.
-        self.close_connection = self.close_connection or self.unread
-        self.send_response(verdict.status)
-        closes = [("Connection", "close")] * self.close_connection
-        for name, value in (*verdict.fields, HTML, ("Content-Length", str(len(page))), *closes):
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(page if self.command != "HEAD" else b"")
-        if self.unread:
-            # Our side first: the client must see the end of the answer, or it might wait for more.
-            with contextlib.suppress(OSError):          # it has left, or says nothing
-                self.connection.shutdown(socket.SHUT_WR)
-                self.connection.settimeout(LINGER_SECONDS)
-                read_on(functools.partial(self.connection.recv, IN_MEMORY))
-
-    def end_headers(self) -> None:
-        """Add Authentication-Info to the handler's answer."""
-        for name, value in self.info:
-            self.send_header(name, value)
-        super().end_headers()
-
-
-def check_handler(handler: Any) -> None:
-    """Refuse what would never ask for the password; by name, and before it serves anybody.
-
-    The password is asked for in parse_request(). A handler with a loop of its own that reads
-    requests in another way would go round it, and nothing would show it: it would just serve.
-    """
-    if (not isinstance(handler, type) or issubclass(handler, Guard)
-            or not issubclass(handler, http.server.BaseHTTPRequestHandler)):
-        raise TypeError(f"unable to protect {handler!r:.60}: expected a class of handlers, derived "
-                        f"from BaseHTTPRequestHandler, and not protected yet")
-    for name in ("handle", "handle_one_request"):
-        method: Any = getattr(handler, name)
-        code = getattr(getattr(method, "__wrapped__", method), "__code__", None)
-        # By the names in its code: what calls none of these cannot come to parse_request().
-        if not {"handle", "handle_one_request", "parse_request"} & {*getattr(code, "co_names", ())}:
-            raise TypeError(f"unable to protect {handler.__name__}: its {name}() does not call "
-                            f"parse_request(), where the password is asked for")
+    def __init__(self, request: Any, client_address: Any, server: Any, *rest: Any,
+                 **named: Any) -> None:
+        if isinstance(request, HandlerSocket):
+            super().__init__(request, client_address, server,   # type: ignore[arg-type]
+                             *rest, **named)
+            return
+        is_safe = (hasattr(request, "getpeercert")      # TLS
+                   or is_private(getattr(server, "socket", request)))
+        host = self._host
+        assert host.authenticator is not None
+        # Who closes after each answer, as http.server does unless it is told otherwise, may serve
+        # one connection at a time: after a refusal, too, the next one must get its turn.
+        host.draining = self.protocol_version < "HTTP/1.1"
+        StockConnection(host, Listener(request, host.authenticator.offered(is_safe), None, False),
+                        request, client_address).serve(
+            lambda sock: type(self)(sock, client_address, server, *rest, **named),
+            self.timeout or WAITS["idle"])
 
 
 def protect(handler_class: Any, passwords: Passwords,
@@ -4545,10 +4476,13 @@ def protect(handler_class: Any, passwords: Passwords,
     if isinstance(handler_class, functools.partial):
         return functools.partial(protect(handler_class.func, passwords, trusted_proxies, **offer),
                                  *handler_class.args, **handler_class.keywords)
-    check_handler(handler_class)
+    if (not isinstance(handler_class, type) or issubclass(handler_class, Guard)
+            or not issubclass(handler_class, http.server.BaseHTTPRequestHandler)):
+        raise TypeError(f"unable to protect {handler_class!r:.60}: expected a class of handlers, "
+                        f"derived from BaseHTTPRequestHandler, and not protected yet")
     gate = Gate(passwords, trusted_proxies, offer)
     return type(handler_class.__name__, (Guard, handler_class), {
-        "__module__": handler_class.__module__, "gate": gate,
+        "__module__": handler_class.__module__, "_host": Host(gate),
         "authenticator": gate.authenticator, "proxies": gate.proxies})      # for AuthServer
 
 
@@ -4582,7 +4516,7 @@ def body_of(environ: Dict[str, Any]) -> Iterator[bytes]:
         yield piece
 
 
-def read_signed(environ: Dict[str, Any], body: Iterator[bytes]) -> bytes:
+def read_signed(environ: Dict[str, Any], body: Iterator[bytes]) -> Generator[Any, Any, bytes]:
     """Return the body, for qop=auth-int; the application reads it again."""
     content = b""
     for piece in body:
@@ -4591,25 +4525,44 @@ def read_signed(environ: Dict[str, Any], body: Iterator[bytes]) -> bytes:
             raise BadRequest(413, "body too large for auth-int")
     environ["wsgi.input"] = io.BytesIO(content)
     return content
+    yield       # as no_body() does
+
+
+def attempt_of(gate: Gate, environ: Dict[str, Any], body: Iterator[bytes]) -> Tuple[str, Attempt]:
+    """Return whom the log names, and the attempt that a WSGI environment describes."""
+    peer, field = environ.get("REMOTE_ADDR", ""), environ.get("HTTP_AUTHORIZATION")
+    address, authenticator = parse_address(peer), gate.authenticator
+    is_safe = (not peer or environ.get("wsgi.url_scheme") == "https"    # no peer: a unix socket
+               or address is not None and address.is_loopback)
+    target = environ.get("RAW_URI") or environ.get("REQUEST_URI")       # gunicorn; the others
+    # Whom a proxy speaks for, before anything is judged: a lock-out would hit that one. Cut,
+    # for it is remembered, and who asks may have written it; a proxy's word is at the end.
+    forwarded = environ.get("HTTP_X_FORWARDED_FOR", "")[-MAX_TEXT:]
+    host, client = gate.proxies.find_client(peer, forwarded)
+    attempt = Attempt(environ["REQUEST_METHOD"], str(target or ""),
+                      () if field is None else (field,), client, authenticator.clock(),
+                      authenticator.offered(is_safe))
+    attempt.read_body = functools.partial(read_signed, environ, body)
+    if not target:
+        attempt.same_target = functools.partial(is_same_resource, environ)
+    return host, attempt
 
 
 def judge_environ(gate: Gate, environ: Dict[str, Any]) -> Verdict:
     """Return the verdict on the request that a WSGI environment describes."""
-    peer, field = environ.get("REMOTE_ADDR", ""), environ.get("HTTP_AUTHORIZATION")
     # One iterator for both who may read it: what the first has read the second must not expect.
-    address, body = parse_address(peer), body_of(environ)
-    target = environ.get("RAW_URI") or environ.get("REQUEST_URI")       # gunicorn; the others
-    attempt = Attempt(environ["REQUEST_METHOD"], str(target or ""),
-                      () if field is None else (field,), None, 0.0, ())
-    if not target:
-        attempt.same_target = functools.partial(is_same_resource, environ)
-    is_safe = (not peer or environ.get("wsgi.url_scheme") == "https"    # no peer: a unix socket
-               or address is not None and address.is_loopback)
-    verdict = gate.judge(attempt, peer, environ.get("HTTP_X_FORWARDED_FOR", ""), is_safe,
-                         functools.partial(read_signed, environ, body))
+    body = body_of(environ)
+    host, attempt = attempt_of(gate, environ, body)
+    try:
+        verdict = at_once(gate.authenticator.judge(attempt))
+    except BadRequest as error:         # from read_signed()
+        verdict = Verdict(error.status, reason=str(error))
+    if verdict.status == 200:
+        return verdict
+    if verdict.reason != "no credentials":
+        gate.log.warning("%s: refused %s: %s", host, log_name(verdict.log_user), verdict.reason)
     # What read_signed() has left of the body, or all of it.
-    if verdict.status != 200 and not read_on(lambda: next(body, b"")) and (
-            not environ.get("CONTENT_LENGTH")):
+    if not read_on(lambda: next(body, b"")) and not environ.get("CONTENT_LENGTH"):
         # Of chunks cheroot does not find the end by itself: this ends the connection.
         raise ConnectionAbortedError("a refused client does not stop sending")
     return verdict
@@ -4653,31 +4606,25 @@ def protect_wsgi(application: Any, passwords: Passwords,
 
 # -- 17. Forward-auth ---------------------------------------------------------
 #
-# nginx (auth_request), Traefik (forwardAuth), Caddy (forward_auth) and Envoy (ext_authz) can
-# ask another server whether a request may pass. They send its header fields on, and say its
-# method and target in fields of their own (Envoy: as they are, below a prefix). 2xx lets it
-# pass, 401 and 403 go to the client; anything else nginx turns into 500.
+# nginx (auth_request), Traefik (forwardAuth) and Caddy (forward_auth) can ask another server
+# whether a request may pass. They send its header fields on, and say its method and target in
+# fields of their own. 2xx lets it pass, 401 and 403 go to the client; anything else nginx turns
+# into 500.
 
 METHOD_FIELDS = ("x-original-method", "x-forwarded-method")
 TARGET_FIELDS = ("x-original-uri", "x-forwarded-uri")
 
 
-def asked_about(request: Request, prefix: str) -> Optional[Tuple[str, str]]:
+def asked_about(request: Request) -> Optional[Tuple[str, str]]:
     """Return method and target of the request that a proxy asks about; None: it does not say.
 
     Two fields that say the same thing may be from two proxies, or one from the client: then
     they must agree, or nobody knows what would be let through.
     """
-    said = [{value for name in names for value in request.values.get(name, ())} or {""}
-            for names in (METHOD_FIELDS, TARGET_FIELDS)]
-    if max(map(len, said)) > 1:
-        return None
-    (method,), (target,) = said
-    rest = request.target[len(prefix):]         # Envoy's way: what stands behind the prefix
-    if rest.startswith("/") and request.path == request.target and not method and not target:
-        return request.method, rest
-    # Not both ways at once, but for a slash that somebody set behind the prefix.
-    return (method, target) if method and target and (rest == "/" or rest[:1] != "/") else None
+    methods, targets = ({value for name in names for value in request.values.get(name, ())}
+                        for names in (METHOD_FIELDS, TARGET_FIELDS))
+    is_clear = len(methods) == len(targets) == 1 and "" not in methods | targets
+    return (methods.pop(), targets.pop()) if is_clear else None
 
 
 def is_same_spelling(uri: str, target: str) -> bool:
@@ -4734,27 +4681,22 @@ def passwd_command(path: str, usernames: Sequence[str], realm: str) -> str:
 
 
 @functools.lru_cache(maxsize=None)
-def load_crypt() -> Tuple[Callable[[bytes, bytes], Optional[bytes]], threading.Semaphore]:
-    """Return crypt(phrase, setting) of the C library, and how many may call it at a time.
+def load_crypt() -> Tuple[Callable[[bytes, bytes], Optional[bytes]], Any]:
+    """Return crypt(phrase, setting) of the C library, and a lock for who calls it.
 
     Python's own crypt left with 3.13, and stopped all threads while it hashed. crypt(3) keeps
-    its result where all threads write theirs: one at a time where there is no crypt_r(3).
+    its result where all threads write theirs: one at a time. (Not crypt_r(3): how large its
+    memory must be depends on the library, and not every box has it.)
     """
     for name in ("libcrypt.so.1", "libcrypt.so.2", "libcrypt.so.5", None):
         try:
             import ctypes           # 3 ms and a megabyte, only for who has such hashes
-            library = ctypes.CDLL(name)
-            function = getattr(library, "crypt_r", None) or library.crypt
+            function = ctypes.CDLL(name).crypt
         except (ImportError, OSError, AttributeError):
             continue
         function.restype = ctypes.c_char_p
-        if not hasattr(library, "crypt_r"):
-            return function, threading.Semaphore(1)
-        # struct crypt_data has 131,232 bytes in an old glibc, and less elsewhere.
-        return (lambda phrase, setting, crypt_r=function: crypt_r(
-            phrase, setting, ctypes.create_string_buffer(160 * 1024)),
-            threading.Semaphore(SLOW_HASHES))
-    return (lambda phrase, setting: None), threading.Semaphore(1)
+        return function, threading.Lock()
+    return (lambda phrase, setting: None), threading.Lock()
 
 
 FORMS: Set[Tuple[str, int]] = set()     # kinds and lengths of hashes that libcrypt makes
@@ -5024,13 +4966,9 @@ def run_passwd(path: str, username: str, realm: str = REALM, from_stdin: bool = 
         password = octets.decode("utf-8", "surrogateescape")
     else:
         import getpass              # termios and more, for this verb alone
-        try:
-            password = getpass.getpass("new password: ")
-            if getpass.getpass("again: ") != password:
-                raise Refusal("unable to set the password: the two differ")
-        except UnicodeError:
-            raise Refusal("unable to read the password: not in the encoding of this locale\n"
-                          "try: export LC_ALL=C.UTF-8")
+        password = getpass.getpass("new password: ")
+        if getpass.getpass("again: ") != password:
+            raise Refusal("unable to set the password: the two differ")
     done = change_password(path, username, realm, password)
     # The realm, for it is what one forgets: a line for another one lets nobody in here.
     return f"user {username!r} {done} in {path} (realm {realm!r})"
@@ -5137,19 +5075,8 @@ def open_socket(text: str, place: Place) -> socket.socket:
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
-        raise BindError(f"unable to bind {text}: {error.strerror or error}"
-                        + bind_advice(text, place, error))
+        raise BindError(f"unable to bind {text}: {error.strerror or error}")
     return sock
-
-
-def bind_advice(text: str, place: Place, error: OSError) -> str:
-    """Return the second line of a message about an address that we could not have."""
-    host, _, port = text.rpartition(":")
-    if place.family != socket.AF_UNIX and error.errno == errno.EADDRINUSE:
-        return f"\ntry: ss -ltnp 'sport = :{port}'   # says who has it"
-    if place.family != socket.AF_UNIX and error.errno == errno.EACCES and int(port) < 1024:
-        return f"\ntry: --bind {host}:{8000 + int(port)}   # or as root"
-    return ""
 
 
 def remove_stale_socket(path: str) -> None:
@@ -5292,13 +5219,11 @@ def check_options(options: argparse.Namespace) -> None:
             (options.stream_threads < 1,
              f"use --stream-threads {options.stream_threads}: expected at least 1"),
             (options.tls_key and not options.tls_cert, "use --tls-key: --tls-cert is missing"),
-            (options.forward_auth and not options.forward_auth.startswith("/"),
-             f"answer at {options.forward_auth}: it does not begin with /"),
             # A prefix is plain, a path encoded: one that does not fit itself fits no path.
-            *[(not prefix.startswith("/") or not is_public(
-                [os.fsencode(prefix)], urllib.parse.quote(os.fsencode(prefix))),
-               f"make {prefix} public: no path, as it is once decoded, begins with it")
-              for prefix in options.public]):
+            *[(path[:1] != "/" or not is_public(
+                [os.fsencode(path)], urllib.parse.quote(os.fsencode(path))),
+               f"use prefix {path}: no path, as it is once decoded, begins with it")
+              for path in [options.forward_auth or "/", *options.public]]):
         if is_wrong:
             raise Refusal(f"unable to {text}")
 
@@ -5535,7 +5460,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             server.serve_forever()
     except KeyboardInterrupt:           # how one ends what runs in a terminal: no mistake
         pass
-    except (OSError, Refusal) as error:
+    # UnicodeError: a password that was typed in another encoding than the locale's.
+    except (OSError, Refusal, UnicodeError) as error:
         say(f"authserver: fatal: {error}", sys.stderr)
         return int(getattr(error, "status", 1))
     return 0

@@ -776,7 +776,10 @@ def attempt(authenticator: Authenticator, *fields: str, client: Optional[str] = 
             read_body: Callable[[], bytes] = bytes) -> Any:
     """Return the verdict on a request with these Authorization fields."""
     found = authserver.Attempt(method, target, fields, client, now, schemes or authenticator.schemes)
-    found.read_body = functools.partial(authserver.call_for, read_body)
+
+    def reading() -> Any:
+        return (yield read_body)
+    found.read_body = reading
     return authserver.at_once(authenticator.judge(found))
 
 
@@ -1557,16 +1560,15 @@ class SlowHashes(AuthTestCase):
             self.assertTrue(Passwords.read(self.write("ann:%s\n" % good), "files").check_password("ann", "secret"))
 
     def test_finds_crypt_by_whatever_name_it_has(self) -> None:
-        """crypt_r for two at a time; crypt, one at a time; neither, and the file is refused, not the log-ins."""
+        """crypt, one at a time; without it the file is refused, not the log-ins."""
         import ctypes
-        plain, reentrant = mock.Mock(spec=["crypt"]), mock.Mock(spec=["crypt_r"])
-        plain.crypt.return_value = reentrant.crypt_r.return_value = b"made"
-        for libraries, made, count in (([OSError, reentrant], b"made", 2), ([plain], b"made", 1),
-                                       ([mock.Mock(spec=[])] + [OSError] * 3, None, 1)):
+        plain = mock.Mock(spec=["crypt"])
+        plain.crypt.return_value = b"made"
+        for libraries, made in (([OSError, plain], b"made"), ([plain], b"made"), ([mock.Mock(spec=[])] + [OSError] * 3, None)):
             with mock.patch.object(ctypes, "CDLL", side_effect=libraries):
                 function, turns = authserver.load_crypt.__wrapped__()
             self.assertEqual(made, function(b"phrase", b"setting"))
-            self.assertEqual([True] * count + [False], [turns.acquire(blocking=False) for _ in range(count + 1)])
+            self.assertEqual([True, False], [turns.acquire(blocking=False) for _ in range(2)])
         with mock.patch.object(authserver, "load_crypt", lambda: (function, threading.Semaphore(1))), \
                 mock.patch.object(authserver, "FORMS", set()):
             path = self.write("u0:$6$rounds=1000$saltsalt$" + "x" * 86)
@@ -1733,11 +1735,11 @@ class PasswdVerb(AuthTestCase):
         self.assertEqual("# precious\n", read(path))
 
     def test_a_password_that_the_locale_cannot_read_is_refused(self) -> None:
-        """In the locale of cron a typed umlaut is not mangled: the command says what to do instead."""
+        """In the locale of cron a typed umlaut is not mangled."""
         path = self.write("")
         error = UnicodeDecodeError("ascii", b"\xc3", 0, 1, "ordinal not in range(128)")
         with mock.patch("getpass.getpass", side_effect=error):
-            self.refuses("try: export LC_ALL=C.UTF-8", authserver.run_passwd, path, "jim", "files")
+            self.assertIn("fatal: 'ascii' codec can't decode", told("passwd", path, "jim")[1])
         self.assertEqual("", read(path))
 
     def test_eight_at_once(self) -> None:
@@ -1766,7 +1768,7 @@ class Addresses(AuthTestCase):
     """--bind takes what the kernel takes, and says what to do about the rest"""
 
     def test_what_is_wrong_with_an_address(self) -> None:
-        """Form, port, taken, only root's."""
+        """Form, port, taken."""
         for text in ("80", "a b:80", "[::1", "::1:80", "unix:", "host:", "h:-1", "h:8o",
                      "127.0.0.1:65536", ":99999", "[::1]:100000"):
             self.refuses("unable to bind .*: expected HOST:PORT.*ports are 0 to 65535", authserver.parse_bind, text)
@@ -1774,13 +1776,7 @@ class Addresses(AuthTestCase):
             taken.bind(("127.0.0.1", 0))
             taken.listen(1)
             text = "127.0.0.1:%d" % taken.getsockname()[1]
-            self.refuses(r"unable to bind %s: .*\ntry: ss -ltnp 'sport = :%s'" % (text, text[10:]),
-                         authserver.open_socket, text, authserver.parse_bind(text))
-        denied = OSError(errno.EACCES, "Permission denied")
-        for text, advice in ((":80", "\ntry: --bind :8080"), ("127.0.0.1:443", "\ntry: --bind 127.0.0.1:8443"),
-                             (":8000", ""), ("unix:/root/s", "")):
-            said = authserver.bind_advice(text, authserver.parse_bind(text), denied)
-            self.assertTrue(said.startswith(advice) and bool(said) == bool(advice), said)
+            self.refuses(r"unable to bind %s: Address already in use" % text, authserver.open_socket, text, authserver.parse_bind(text))
 
     def test_keeps_the_scope_of_a_link_local_address(self) -> None:
         """The interface stands in the address to bind, in what fits it, and in the URL."""
@@ -4226,7 +4222,7 @@ class HttpIdioms(SharedBoxTest):
             with self.subTest(name):
                 guarded = protect(handler, USERS)
                 stock, ours = (self.bytes_of(kind(("127.0.0.1", 0), guarded), handler.ASKED)
-                               for kind in (StockServer, AuthServer))
+                               for kind, guarded in ((StockServer, handler), (AuthServer, guarded)))
                 self.assertNotIn(statuses(stock)[:1], ([], [401]))
                 self.assertEqual(stock, ours)
 
@@ -4534,7 +4530,7 @@ class HttpHooks(BoxTest):
 
     @needs_crypt
     def test_slow_hashes_are_bounded_and_keep_nobody_waiting(self) -> None:
-        """Two are made at a time, two more wait, the next is told 503 at once."""
+        """One is made at a time, two more wait, the next is told 503 at once."""
         path = self.box.write("hashed", "jim:%s\n" % crypted("secret", "$6$rounds=1000$saltsalt$"), 0o600)
         authenticator = Authenticator(Passwords.read(path, "files"), schemes=["basic"])
         with mock.patch.object(authserver, "SLOW_QUEUE", 2):
@@ -4546,7 +4542,7 @@ class HttpHooks(BoxTest):
             return function(phrase, setting)
         with mock.patch.object(authserver, "load_crypt", lambda: (slow, threading.Semaphore(2))), serving(server) as at, \
                 contextlib.ExitStack() as stack:
-            wires = [stack.enter_context(Wire(at)) for _ in range(6)]
+            wires = [stack.enter_context(Wire(at)) for _ in range(5)]
             for number, wire in enumerate(wires):
                 wire.sendall(head("/x", "GET", basic("jim", "w%d" % number)))
             busy = until(lambda: len(select.select(wires, [], [], 0)[0]) > 1 and select.select(wires, [], [], 0)[0],
@@ -4758,7 +4754,8 @@ class Bodies(GuardTest):
                     with self.subTest(name, method=method, fields=fields):
                         said = talk(address, head("/", method, "", *fields) + body, True)
                         self.assertEqual(statuses(said), [401])
-                        self.assertEqual(name != "wsgiref", b"\r\nConnection: close\r\n" in said)
+                        self.assertEqual(name == "stock 1.0" or name != "wsgiref" and body is chunk,
+                                         b"\r\nConnection: close\r\n" in said)
         with Wire(self.hosts()[0][1]) as wire:      # without a body the connection stays
             self.assertEqual([wire.ask("/", "GET", auth).status for auth in ("", JIM, "", JIM)], [401, 200, 401, 200])
 
@@ -4872,9 +4869,9 @@ class Callers(GuardTest):
         answer = request(address, "/", "GET", digest(address, "/", body=b""))
         self.assertEqual((answer.status, (answer.field("Authentication-Info") or "")[:9]), (200, 'rspauth="'))
         self.assertEqual(request(address, "/", "POST", digest(address, "/", "POST", body=b"x"), CHUNKED,
-                                 data=b"1\r\nx\r\n0\r\n\r\n").status, 411)
+                                 data=b"1\r\nx\r\n0\r\n\r\n").status, 200)
         with Wire(address) as wire:
-            wire.sendall(head("/", "POST", digest(address, "/", "POST", body=b"x"), "Content-Length: 1", "Expect: 100-continue"))
+            wire.sendall(head("/", "POST", digest(address, "/", "POST", body=b"x"), "Content-Length: 1", "Expect: 100-continue", CLOSE))
             self.assertTrue(wire.recv(12).startswith(b"HTTP/1.1 100"))
             wire.sendall(b"x")
             self.assertEqual(statuses(wire.hear()), [200])
@@ -4908,7 +4905,7 @@ class Callers(GuardTest):
         with mock.patch.object(authserver.TrustedProxies, "_find_client", find):
             for _, address in self.hosts():
                 request(address, "/", "GET", JIM, "X-Forwarded-For: %s, 192.0.2.7" % ("x" * 9000), EMPTY)
-        self.assertEqual([0 < size < 2000 for size in seen], [True] * 3)
+        self.assertEqual([size < 2000 for size in seen], [True] * 3)
 
     def test_basic_is_not_offered_to_a_network(self) -> None:
         """Digest alone, unless TLS or a loopback lies between, or schemes says so; Basic is not accepted either."""
@@ -4963,6 +4960,16 @@ class Callers(GuardTest):
         request(self.serve(protect(Echo, users())), "/", "GET", basic("bob", "x"), EMPTY)
         self.assertEqual(self.said, ["127.0.0.1: refused bob: unknown user"])
 
+    def test_a_stock_server_logs_what_it_does(self) -> None:
+        """Who gets in stands in the log of http.server, as without protect(), and what a handler raises goes to its server."""
+        def fail(handler: Any) -> None:
+            raise KeyError("on purpose")
+        with mock.patch("http.server.BaseHTTPRequestHandler.log_message", lambda _, *words: self.said.append(words[1])):
+            request(self.serve(protect(Echo, users())), "/", "GET", JIM, EMPTY)
+        self.assertEqual(self.said, ["GET / HTTP/1.1"])
+        self.assertEqual(talk(self.serve(protect(type("Failing", (Echo,), {"do_GET": fail}), users())), head("/")), b"")
+        self.assertEqual(self.errors, ["'on purpose'"])
+
 
 class Spellings(GuardTest):
     """A Digest proof opens the resource that it names, however that is spelt, and no other"""
@@ -5001,11 +5008,7 @@ class Construction(GuardTest):
 
     def test_type_errors(self) -> None:
         """No handler, no application, no dictionary, protected twice, loops that never ask."""
-        def deaf(self: Any) -> None:
-            self.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n")
-        Deaf, Blind = type("Deaf", (Echo,), {"handle": deaf}), type("Blind", (Echo,), {"handle_one_request": deaf})
-        for thing, name in ((Deaf, r"Deaf: its handle\(\)"), (Blind, r"Blind: its handle_one_request\(\)"), (
-                protect(Echo, users()), "Echo.*not protected yet"), (object, "object"), (None, "None"), (
+        for thing, name in ((protect(Echo, users()), "Echo.*not protected yet"), (object, "object"), (None, "None"), (
                 functools.partial(int, base=2), "int"), (Echo.do_GET, "do_GET"), ("Echo", "Echo")):
             with self.assertRaisesRegex(TypeError, "unable to protect .*" + name):
                 protect(thing, users())
@@ -5024,7 +5027,7 @@ class Construction(GuardTest):
         self.refuses("--schemes basic", protect, Echo, Passwords.read(path, "files"))
 
     def test_loops_of_ones_own_that_ask(self) -> None:
-        """A handle() that calls the next one, a copy of handle_one_request, a parse_request: asked, and served."""
+        """A handle() that calls the next one, a copy of handle_one_request, a parse_request, one that reads nothing: asked, and served."""
         class Polite(Echo):
             """Catches what the client does, reads less than http.server, closes after each request"""
 
@@ -5041,8 +5044,11 @@ class Construction(GuardTest):
                 found = super().parse_request()
                 self.close_connection = True
                 return found
-        address = self.serve(protect(Polite, users()))
-        self.assertEqual([statuses(talk(address, head("/", "GET", auth, EMPTY))) for auth in (JIM, "")], [[200], [401]])
+        def deaf(self: Any) -> None:
+            self.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n")
+        for handler in (Polite, type("Deaf", (Echo,), {"handle": deaf}), type("Blind", (Echo,), {"handle_one_request": deaf})):
+            address = self.serve(protect(handler, users()))
+            self.assertEqual([statuses(talk(address, head("/", "GET", auth, EMPTY, CLOSE))) for auth in (JIM, "")], [[200], [401]])
 
 
 class Processes(GuardTest):
@@ -5148,7 +5154,7 @@ class Processes(GuardTest):
                 except OSError:
                     os._exit(0)
                 os._exit(1)
-        self.assertEqual(os.waitpid(child, 0)[1], 0)
+            self.assertEqual(os.waitpid(child, 0)[1], 0)
         self.assertIsNot(first, second)
         self.assertIs(first, authserver.shared_table(users(first=TOKEN)))
         with mock.patch("os.pwrite", return_value=5), self.assertRaises(OSError):
@@ -5810,8 +5816,8 @@ class HttpCommand(BoxTest):
                 (2, ["--max-failures", "x"], "max-failures"), (2, ["--trusted-proxy", "x"], "proxy"),
                 (2, ["--nonce-lifetime", "0"], "nonce-lifetime"),
                 (2, ["--stream-threads", "0"], "stream-threads 0: expected at least 1"),
-                (2, ["--stream-threads", "-1"], "stream-threads"), (2, ["--public", "x"], "public"),
-                (2, ["--forward-auth", "x"], "answer at x"),
+                (2, ["--stream-threads", "-1"], "stream-threads"), (2, ["--public", "x"], "use prefix x"),
+                (2, ["--forward-auth", "x"], "use prefix x"),
                 (2, ["--nonce-lifetime", "nan"], "nonce-lifetime"), (2, ["--allow-partial"], "partial"),
                 (2, ["--bind", "x" * 64 + ":0"], "unable to bind"), (2, ["--root", "\x1b[31m"], "\\x1b[31m"),
                 (1, ["--bind", "unix:" + precious], "unable to bind unix:"),
@@ -10221,7 +10227,7 @@ def refusal(address: str, scheme: str, user: str, password: str) -> int:
 
 # -- 5.1 Beside other programs: proxies, several machines, hosts of many kinds --
 #
-# Real ones, where installed; what Traefik and Envoy send.  Words in capitals are replaced.
+# Real ones, where installed; what Traefik sends.  Words in capitals are replaced.
 
 NGINX_FRAME = """daemon off; master_process off; pid nginx.pid; error_log error.log; events { }
 http { access_log off; client_body_temp_path t1; proxy_temp_path t2; fastcgi_temp_path t3;
@@ -10294,12 +10300,11 @@ ASKED = ["X-Original-Method: GET", "X-Original-URI: /a/x"]
 SHAPES = {  # what is sent with METHOD of TARGET
     "nginx": "GET /auth|X-Original-Method: METHOD|X-Original-URI: TARGET",
     "Traefik": "GET /auth?query|X-Forwarded-Method: METHOD|X-Forwarded-Uri: TARGET|X-Forwarded-For: 192.0.2.1",
-    "Envoy": "METHOD /authTARGET|Content-Length: 0|X-Forwarded-For: 192.0.2.1|X-Forwarded-Proto: https",
     "two that agree": "GET /auth/|X-Forwarded-Method: METHOD|X-Original-URI: TARGET|X-Forwarded-Uri: TARGET"}
 UNCLEAR = {
     "nothing": [], "an URI without a method": ASKED[1:], "a method without an URI": ASKED[:1],
     "two URIs": ASKED + ["X-Original-URI: /y"], "two methods": ASKED + ["X-Original-Method: POST"],
-    "an URI of two minds": ASKED + ["X-Forwarded-Uri: /y"], "a path and an URI": ASKED[1:], "a path and all": ASKED,
+    "an URI of two minds": ASKED + ["X-Forwarded-Uri: /y"], "a path and an URI": ASKED[1:],
     "a method of two minds": ASKED + ["X-Forwarded-Method: POST"], "a path and a method": ASKED[:1],
     "an empty URI": ASKED[:1] + ["X-Original-URI:"], "an empty URI beside one": ASKED + ["X-Forwarded-Uri:"]}
 
@@ -10372,7 +10377,7 @@ class ForwardAuth(HttpTest):
                         self.assertIn(request(at, "/p", "GET", auth, name + ": /q").status, (401, 403))
 
     def test_what_proxies_send(self) -> None:
-        """nginx, Traefik, Caddy, Envoy: a proof for the method and target that they say, once, as jim."""
+        """nginx, Traefik, Caddy: a proof for the method and target that they say, once, as jim."""
         for who, shape in SHAPES.items():
             for method, target in (("GET", "/"), ("POST", "/a%20b?c=d"), ("PROPFIND", "/auth/x/")):
                 with self.subTest("%s %s %s" % (who, method, target)):
