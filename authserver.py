@@ -3347,20 +3347,6 @@ def content_type(name: str) -> str:
     return kind + "; charset=utf-8" if kind.startswith("text/") else kind
 
 
-@functools.lru_cache(maxsize=1024)
-def describe(name: bytes, inode: int, size: int, mtime_ns: int, modified: int,
-             is_public: bool) -> Tuple[str, Fields]:
-    """Return the tag of a file, and the fields of an answer with it.
-
-    See: RFC 9110 section 8.8.
-    """
-    tag = f'"{mtime_ns:x}-{size:x}-{inode:x}"'
-    fields = (("Content-Type", content_type(name.decode("latin-1"))), NOSNIFF,
-              ("Accept-Ranges", "bytes"), ("ETag", tag),
-              ("Last-Modified", email.utils.formatdate(modified, usegmt=True)))
-    return tag, fields + (() if is_public else PRIVATE)
-
-
 # RFC 9110 section 8.8.3: entity-tag = [ "W/" ] DQUOTE *etagc DQUOTE
 find_tags = re.compile(r'(W/)?("[\x21\x23-\x7e\x80-\xff]*")').findall
 # RFC 9110 section 14.1.2: int-range = first-pos "-" [ last-pos ]; suffix-range = "-" suffix-length
@@ -3495,8 +3481,11 @@ def answer_file(fd: int, name: bytes, found: os.stat_result, request: Request) -
     size, now, values = found.st_size, request.now, request.values
     # Section 8.8.2.1: it "MUST NOT" be later than the Date; and some dates have no words.
     modified = max(0, min(int(found.st_mtime), int(now)))
-    tag, fields = describe(name, found.st_ino, size, found.st_mtime_ns, modified,
-                           request.username is None)
+    tag = f'"{found.st_mtime_ns:x}-{size:x}-{found.st_ino:x}"'
+    fields = (("Content-Type", content_type(name.decode("latin-1"))), NOSNIFF,
+              ("Accept-Ranges", "bytes"), ("ETag", tag),
+              ("Last-Modified", email.utils.formatdate(modified, usegmt=True)),
+              *private_fields(request))
     status, part = check_conditions(values, tag, modified), None
     if status == 304:
         return Answer(304, fields[3:])      # from ETag on, what keeps a copy up to date
@@ -3583,7 +3572,7 @@ def is_below(path: str, folder: str) -> bool:
 class Files:
     """The page of a folder: the files below it, and listings.
 
-    For the caller: exposed, which of the secrets lie below it; open() and close().
+    For the caller: open() and close().
     secrets are paths of files that are never served, by whatever name they are found;
     chroot is where the process will be locked in before the first request, or None.
     """
@@ -3594,9 +3583,9 @@ class Files:
         self.path, real = os.path.abspath(root), os.path.realpath(root)
         # How absolute links begin that stay inside.
         self.prefixes = {os.path.join(os.fsencode(path), b"") for path in (self.path, real)}
-        self.exposed = [path for path in secrets if is_below(path, real)]
-        # Those are found by their place: each may be replaced, or made, while we serve.
-        self.inside = [os.path.relpath(os.path.realpath(path), real) for path in self.exposed]
+        # Those below it are found by their place: each may be replaced, or made, while we serve.
+        self.inside = [os.path.relpath(os.path.realpath(path), real)
+                       for path in secrets if is_below(path, real)]
         self.known: Dict[Tuple[int, int], Tuple[str, int]] = {}
         self.open()
         self.note_secrets([os.path.realpath(path) for path in secrets])
@@ -3863,8 +3852,8 @@ class TLSConnection(Connection):
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as wish:
             self.watch(isinstance(wish, ssl.SSLWantWriteError))
         except (OSError, ValueError) as error:
-            said = str(getattr(error, "reason", None) or error)
-            self.give_up(re.sub(r" \(_ssl\.c:\d+\)", "", said))
+            # Without the place in Python's source.
+            self.give_up(str(getattr(error, "reason", None) or error).partition(" (_ssl")[0])
         else:
             self.watch(False)
             self.wait("first")
@@ -3874,8 +3863,8 @@ class TLSConnection(Connection):
     def give_up(self, reason: str) -> None:
         """End a handshake that failed: with words, where plain HTTP has come."""
         plain = reason == "HTTP_REQUEST"
-        self.server.log.error(f"{self.host or '-'}: refused -: " + (
-            "plain HTTP, where HTTPS is spoken" if plain else f"TLS: {reason}"))
+        said = "plain HTTP, where HTTPS is spoken" if plain else "TLS: " + reason
+        self.server.log.error(f"{self.host or '-'}: refused -: {said}")
         if plain:
             with contextlib.suppress(OSError):
                 # Under the encryption; an empty buffer takes it at once. And what has come is
@@ -4713,8 +4702,6 @@ def check_crypted(entry: Entry) -> Entry:
         raise Refusal("field 3: nothing may follow a hash of htpasswd")
     if not is_crypted(entry.crypted):
         raise Refusal(f"field 2: {entry.crypted[:5]}... is no hash we know (htpasswd -B makes one)")
-    if kind[0] == "{" and SHA1 is None:
-        raise Refusal(f"field 2: the hashlib of this Python lacks SHA-1, for {kind}")
     if entry.is_slow and form not in FORMS:
         function, turns = load_crypt()
         with turns:
@@ -5139,7 +5126,7 @@ def open_sockets(options: argparse.Namespace) -> List[socket.socket]:
 #       make_server()
 #         make_page()           the folder before the ports: one that is open, and closed again,
 #         make_listeners()      would look like a server that crashed; the key before them, too
-#         make_authenticator()  last: only the addresses decide in which schemes every user must
+#         Authenticator()       last: only the addresses decide in which schemes every user must
 #                               be servable
 #     serve_forever()           as the daemon's user, in each worker
 #       reread()                ... but this in the daemon itself, at `reload`, with its rights
@@ -5282,17 +5269,6 @@ def greet(user: str, password: str, path: str, options: argparse.Namespace,
             f"try: curl {insecure}--digest -u {user} {url}")
 
 
-def make_authenticator(options: argparse.Namespace, path: str,
-                       schemes: Sequence[str]) -> Authenticator:
-    """Return the authenticator that the options ask for."""
-    secret = read_nonce_secret(options.nonce_secret) if options.nonce_secret else b""
-    return Authenticator(
-        read_passwords(path, options.realm), schemes,
-        parse_choice(options.algorithms, CANONICAL.values()),
-        parse_choice(options.qop, ("auth", "auth-int")), options.nonce_lifetime, secret,
-        inherited_table(options.legacy), parse_max_failures(options.max_failures))
-
-
 def make_listeners(options: argparse.Namespace) -> List[Listener]:
     """Return the listening sockets, each with what is offered there.
 
@@ -5325,13 +5301,9 @@ def make_page(options: argparse.Namespace, path: str) -> Page:
     # Not served, by whatever name: Files knows them by device and inode.
     secrets = [path, options.nonce_secret, options.tls_key or options.tls_cert,
                *options.private_files]
-    files = Files(options.root, options.hidden,
-                  [os.path.abspath(name) for name in secrets if name and name != "-"],
-                  options.chroot)
-    for name in files.exposed:
-        warn(f"{name} lies below --root {options.root}: it is not served, but would be safer "
-             f"elsewhere")
-    return files
+    return Files(options.root, options.hidden,
+                 [os.path.abspath(name) for name in secrets if name and name != "-"],
+                 options.chroot)
 
 
 def make_server(options: argparse.Namespace, path: str) -> AuthServer:
@@ -5339,8 +5311,14 @@ def make_server(options: argparse.Namespace, path: str) -> AuthServer:
     page, listeners = make_page(options, path), make_listeners(options)
     # All that any address offers: chosen schemes are those of each, and else the longer has both.
     schemes = max((item.schemes for item in listeners), key=len)
-    server = AuthServer(None, page, True, make_authenticator(options, path, schemes), listeners,
-                        options.public, options.stream_threads)
+    authenticator = Authenticator(
+        read_passwords(path, options.realm), schemes,
+        parse_choice(options.algorithms, CANONICAL.values()),
+        parse_choice(options.qop, ("auth", "auth-int")), options.nonce_lifetime,
+        read_nonce_secret(options.nonce_secret) if options.nonce_secret else b"",
+        inherited_table(options.legacy), parse_max_failures(options.max_failures))
+    server = AuthServer(None, page, True, authenticator, listeners, options.public,
+                        options.stream_threads)
     server.proxies = TrustedProxies(options.trusted_proxy)
     server.forward_auth = options.forward_auth or ""
     # Those that we may use, which macOS does not tell. More than four workers wait for one another:
