@@ -4305,9 +4305,7 @@ def open_shared_file(name: str, size: int) -> int:
 def shared_table(passwords: Passwords) -> SharedTable:
     """Return the table of all processes that serve this dictionary."""
     name = (LAYOUT + passwords.fingerprint()).hex()
-    table = TABLES.get(name)
-    if table is None:
-        table = TABLES[name] = SharedTable(open_shared_file(name, TABLE_SIZE))
+    table = TABLES[name] = TABLES.get(name) or SharedTable(open_shared_file(name, TABLE_SIZE))
     return table
 
 
@@ -4378,7 +4376,10 @@ class StockConnection(Connection):
     def hand_over(self) -> None:
         """Send what is ready."""
         octets, self.output = self.output, b""
-        self.socket.sendall(octets)
+        try:
+            self.socket.sendall(octets)
+        except OSError:         # its client has left, or does not read
+            self.closing = True
 
     def lend(self, work: Callable[[], Any]) -> None:
         """Do it here and now: nobody else waits for this thread."""
@@ -4878,23 +4879,6 @@ def write_file(path: str, text: str, gid: Optional[int] = None, replace: bool = 
             os.unlink(new)
 
 
-@contextlib.contextmanager
-def locked(path: str) -> Iterator[bool]:
-    """Have other passwd commands wait for this file; False: there is none to wait for.
-
-    The lock goes with the file when that is replaced: who has waited looks whether the name
-    still stands for what was locked. Of those who make a new file only one succeeds.
-    """
-    while os.path.exists(path):
-        # To write: a file system over a network locks nothing else.
-        with open(path, "rb+") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-            if os.path.exists(path) and os.path.samestat(os.fstat(stream.fileno()), os.stat(path)):
-                yield True
-                return
-    yield False
-
-
 def change_password(path: str, username: str, realm: str, password: Optional[str]) -> str:
     """Set the password of a user in a file, or delete the user (None); return what was done."""
     username = normal_username(username)
@@ -4902,18 +4886,19 @@ def change_password(path: str, username: str, realm: str, password: Optional[str
     new_lines = [] if password is None else password_lines(username, realm, password)
     # Through links, or the rename would replace a link by a file.
     target = os.path.realpath(path)
-    with trying_to(f"write passwords {path}"):
-        try:
-            with locked(target) as exists:
-                # Read only now, under the lock: or a change just made would be undone. Not
-                # strictly: if others may read it, what takes its place is 0600.
-                old = read_secrets("passwords", target, is_strict=False) if exists else ""
-                known = any(is_line_of(line, username, realm) for line in old.split("\n"))
-                if password is None and not known:
-                    raise Refusal(f"unable to delete user {username!r}: not in {path}")
-                write_file(target, edit_passwords(old, username, realm, new_lines), replace=exists)
-        except FileExistsError:     # made by another one meanwhile: now there is one to edit
-            return change_password(path, username, realm, password)
+    with trying_to(f"write passwords {path}"), contextlib.ExitStack() as stack:
+        # Others wait for the folder: the file, with a lock on it, will be another one.
+        folder = os.open(os.path.dirname(target), os.O_RDONLY)
+        stack.callback(os.close, folder)
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        exists = os.path.exists(target)
+        # Read only now, under the lock: or a change just made would be undone. Not strictly: if
+        # others may read it, what takes its place is 0600.
+        old = read_secrets("passwords", target, is_strict=False) if exists else ""
+        known = any(is_line_of(line, username, realm) for line in old.split("\n"))
+        if password is None and not known:
+            raise Refusal(f"unable to delete user {username!r}: not in {path}")
+        write_file(target, edit_passwords(old, username, realm, new_lines), replace=exists)
     return "deleted" if password is None else "changed" if known else "added"
 
 
