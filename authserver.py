@@ -5399,8 +5399,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             server.serve_forever()
     except KeyboardInterrupt:           # how one ends what runs in a terminal: no mistake
         pass
-    # UnicodeError: a password that was typed in another encoding than the locale's.
-    except (OSError, Refusal, UnicodeError) as error:
+    except (OSError, Refusal, UnicodeError) as error:       # Unicode: as typed, in another locale
         say(f"authserver: fatal: {error}", sys.stderr)
         return int(getattr(error, "status", 1))
     return 0
