@@ -4322,29 +4322,6 @@ def read_on(read: Callable[[], Optional[bytes]]) -> bool:
     return False
 
 
-class Gate:
-    """The authenticator before other people's code, with what it needs to know of the host.
-
-    Unless schemes says what is offered, Basic is not where it could be listened to: there the
-    password itself would be read, and not only what it protects.
-    """
-
-    def __init__(self, passwords: Passwords, trusted_proxies: Optional[Sequence[str]],
-                 offer: Dict[str, Any], share: bool = False) -> None:
-        # To the program's own log: it has a name there, and who is in charge may silence it.
-        import logging          # 8 ms, only for programs
-        self.log = logging.getLogger("authserver")
-        if share and "table" not in offer:
-            try:
-                offer["table"] = shared_table(passwords)
-            except OSError as error:
-                self.log.warning("unable to share nonces with other processes: %s", error)
-        self.authenticator = Authenticator(passwords, **offer)
-        self.proxies = TrustedProxies(trusted_proxies)
-        for warning in passwords.warnings:
-            self.log.warning(warning)
-
-
 class StockConnection(Connection):
     """A connection that another server has accepted: in its thread, which may wait.
 
@@ -4387,13 +4364,31 @@ class StockConnection(Connection):
 
 
 class Host(AuthServer):
-    """What such a connection takes for its server: the authenticator, and a log."""
+    """The authenticator before other people's code, and what our own asks of its server.
 
-    def __init__(self, gate: Gate) -> None:
-        super().__init__(None, http.server.BaseHTTPRequestHandler, True, gate.authenticator,
+    Unless schemes says what is offered, Basic is not where it could be listened to: there the
+    password itself would be read, and not only what it protects.
+    """
+
+    authenticator: Authenticator
+
+    def __init__(self, passwords: Passwords, trusted_proxies: Optional[Sequence[str]],
+                 offer: Dict[str, Any], share: bool = False) -> None:
+        # To the program's own log: it has a name there, and who is in charge may silence it.
+        import logging          # 8 ms, only for programs
+        error = functools.partial(logging.getLogger("authserver").warning, "%s")
+        if share and "table" not in offer:
+            try:
+                offer["table"] = shared_table(passwords)
+            except OSError as reason:
+                error(f"unable to share nonces with other processes: {reason}")
+        super().__init__(None, http.server.BaseHTTPRequestHandler, True,
+                         Authenticator(passwords, **offer),
                          [Listener(None, ())])      # type: ignore[arg-type]
-        self.proxies = gate.proxies
-        self.log: Any = argparse.Namespace(error=functools.partial(gate.log.warning, "%s"))
+        self.proxies = TrustedProxies(trusted_proxies)
+        self.log: Any = argparse.Namespace(error=error)
+        for warning in passwords.warnings:
+            error(warning)
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         """Run the handler, as the server of other people would."""
@@ -4422,7 +4417,6 @@ class Guard(Once):
         is_safe = (hasattr(request, "getpeercert")      # TLS
                    or is_private(getattr(server, "socket", request)))
         host = self._host
-        assert host.authenticator is not None
         # Who closes after each answer, as http.server does unless it is told otherwise, may serve
         # one connection at a time: after a refusal, too, the next one must get its turn.
         host.draining = self.protocol_version < "HTTP/1.1"
@@ -4448,10 +4442,10 @@ def protect(handler_class: Any, passwords: Passwords,
             or not issubclass(handler_class, http.server.BaseHTTPRequestHandler)):
         raise TypeError(f"unable to protect {handler_class!r:.60}: expected a class of handlers, "
                         f"derived from BaseHTTPRequestHandler, and not protected yet")
-    gate = Gate(passwords, trusted_proxies, offer)
+    host = Host(passwords, trusted_proxies, offer)
     return type(handler_class.__name__, (Guard, handler_class), {
-        "__module__": handler_class.__module__, "_host": Host(gate),
-        "authenticator": gate.authenticator, "proxies": gate.proxies})      # for AuthServer
+        "__module__": handler_class.__module__, "_host": host,
+        "authenticator": host.authenticator, "proxies": host.proxies})      # for AuthServer
 
 
 def is_same_resource(environ: Dict[str, Any], uri: str, target: str) -> bool:
@@ -4496,44 +4490,42 @@ def read_signed(environ: Dict[str, Any], body: Iterator[bytes]) -> Generator[Any
     yield       # as no_body() does
 
 
-def attempt_of(gate: Gate, environ: Dict[str, Any], body: Iterator[bytes]) -> Tuple[str, Attempt]:
-    """Return whom the log names, and the attempt that a WSGI environment describes."""
+def read_environ(host: Host, environ: Dict[str, Any], body: Iterator[bytes]) -> Request:
+    """Return the request that a WSGI environment describes."""
     peer, field = environ.get("REMOTE_ADDR", ""), environ.get("HTTP_AUTHORIZATION")
-    address, authenticator = parse_address(peer), gate.authenticator
-    is_safe = (not peer or environ.get("wsgi.url_scheme") == "https"    # no peer: a unix socket
-               or address is not None and address.is_loopback)
     target = environ.get("RAW_URI") or environ.get("REQUEST_URI")       # gunicorn; the others
+    request = Request(environ["REQUEST_METHOD"], str(target or ""),
+                      authorization=() if field is None else (field,))
+    if not target:
+        request.same_target = functools.partial(is_same_resource, environ)
+    request.read_body = functools.partial(read_signed, environ, body)
     # Whom a proxy speaks for, before anything is judged: a lock-out would hit that one. Cut,
     # for it is remembered, and who asks may have written it; a proxy's word is at the end.
-    forwarded = environ.get("HTTP_X_FORWARDED_FOR", "")[-MAX_TEXT:]
-    host, client = gate.proxies.find_client(peer, forwarded)
-    attempt = Attempt(environ["REQUEST_METHOD"], str(target or ""),
-                      () if field is None else (field,), client, authenticator.clock(),
-                      authenticator.offered(is_safe))
-    attempt.read_body = functools.partial(read_signed, environ, body)
-    if not target:
-        attempt.same_target = functools.partial(is_same_resource, environ)
-    return host, attempt
+    request.host, request.client = host.proxies.find_client(
+        peer, environ.get("HTTP_X_FORWARDED_FOR", "")[-MAX_TEXT:])
+    address = parse_address(peer)
+    is_safe = (not peer or environ.get("wsgi.url_scheme") == "https"    # no peer: a unix socket
+               or address is not None and address.is_loopback)
+    host.look_at_clock()
+    request.time, request.schemes = host.now, host.authenticator.offered(is_safe)
+    return request
 
 
-def judge_environ(gate: Gate, environ: Dict[str, Any]) -> Verdict:
-    """Return the verdict on the request that a WSGI environment describes."""
+def judge_environ(host: Host, environ: Dict[str, Any]) -> Request:
+    """Return the request that a WSGI environment describes, with the verdict on it."""
     # One iterator for both who may read it: what the first has read the second must not expect.
     body = body_of(environ)
-    host, attempt = attempt_of(gate, environ, body)
+    request = read_environ(host, environ, body)
     try:
-        verdict = at_once(gate.authenticator.judge(attempt))
+        request.verdict = at_once(host.authenticator.judge(request))
     except BadRequest as error:         # from read_signed()
-        verdict = Verdict(error.status, reason=str(error))
-    if verdict.status == 200:
-        return verdict
-    if verdict.reason != "no credentials":
-        gate.log.warning("%s: refused %s: %s", host, log_name(verdict.log_user), verdict.reason)
+        request.verdict = Verdict(error.status, reason=str(error))
     # What read_signed() has left of the body, or all of it.
-    if not read_on(lambda: next(body, b"")) and not environ.get("CONTENT_LENGTH"):
+    if request.verdict.status != 200 and not read_on(lambda: next(body, b"")) and (
+            not environ.get("CONTENT_LENGTH")):
         # Of chunks cheroot does not find the end by itself: this ends the connection.
         raise ConnectionAbortedError("a refused client does not stop sending")
-    return verdict
+    return request
 
 
 def protect_wsgi(application: Any, passwords: Passwords,
@@ -4547,26 +4539,27 @@ def protect_wsgi(application: Any, passwords: Passwords,
     or, where its address is a public one, everybody. With TLS at the proxy, on another machine,
     Basic is offered only if schemes says so: the request comes as plain HTTP from a network.
     """
-    gate = Gate(passwords, trusted_proxies, offer, True)
+    host = Host(passwords, trusted_proxies, offer, True)
 
     def guarded(environ: Dict[str, Any], start_response: Any) -> Any:
         """Answer a refusal, or else call the application."""
-        verdict = judge_environ(gate, environ)
+        request = judge_environ(host, environ)
+        verdict = request.verdict
 
-        def start(status: str, fields: List[Tuple[str, str]], *exc_info: Any) -> Any:
-            return start_response(status, list(fields) + list(verdict.fields), *exc_info)
+        def start(status: str, fields: Iterable[Tuple[str, str]], *exc_info: Any) -> Any:
+            return start_response(status, [*fields, *verdict.fields], *exc_info)
         if verdict.status == 200:
             # Set anew: a client cannot send these two, but a server in front may have.
             # WSGI text is bytes read as Latin-1 (PEP 3333).
             environ["REMOTE_USER"] = str(verdict.username).encode("utf-8").decode("latin-1")
             environ["AUTH_TYPE"] = verdict.scheme
             return application(environ, start)
-        page = error_page(verdict.status)
+        status, fields, page = refusal(host, request)
         # uWSGI closes without a word: who asks again at once, as under Digest, would be reset.
         closes = [("Connection", "close")] * ("uwsgi.version" in environ)
-        start(STATUS_LINES[verdict.status][9:].rstrip(),
-              [HTML, ("Content-Length", str(len(page)))] + closes)
-        return [] if environ["REQUEST_METHOD"] == "HEAD" else [page]
+        start(STATUS_LINES[status][9:].rstrip(),
+              [*fields, ("Content-Length", str(len(page))), *closes])
+        return [] if request.is_head else [page]
     return guarded
 
 

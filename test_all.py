@@ -4958,6 +4958,16 @@ class Callers(GuardTest):
         request(self.serve(protect(Echo, users())), "/", "GET", basic("bob", "x"), EMPTY)
         self.assertEqual(self.said, ["127.0.0.1: refused bob: unknown user"])
 
+    def test_a_clock_that_was_set_is_followed(self) -> None:
+        """With a secret that machines share, under WSGI, too: what one whose clock is right has signed is good."""
+        real, secret = time.time, {"nonce_secret": b"s" * 32}   # type: Any, Any
+        application = protect_wsgi(echo, users(), table=authserver.SharedTable(), **secret)
+        with mock.patch("time.time", lambda: real() + 3600):
+            called_page(application)
+            other = Authenticator(users(), **secret)
+            field = Client(other, now=other.clock() + 1).field()
+            self.assertEqual(called_page(application, field)[0], 200)
+
     def test_a_stock_server_logs_what_it_does(self) -> None:
         """Who gets in stands in the log of http.server, as without protect(), and what a handler raises goes to its server."""
         def fail(handler: Any) -> None:
