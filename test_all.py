@@ -1233,7 +1233,7 @@ class Nonces(AuthTestCase):
             self.assertEqual(Client(client.authenticator, now=NOW - 3600).ask(now=NOW - 3600).status, 200)
 
     def test_no_process_undoes_what_another_counts(self) -> None:
-        """At the same time, in the same row; the sum is of all who ever counted."""
+        """At the same time; the sum is of all who ever counted."""
         table, pids = authserver.SharedTable(), []      # type: Any, List[int]
         for _ in range(3):
             pids.append(os.fork())
