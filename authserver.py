@@ -124,7 +124,7 @@ MAX_CREDENTIALS = 16384     # characters of an Authorization field: a uri of 8 K
 MAX_HOPS = 10               # proxies behind one another, in X-Forwarded-For
 MAX_TEXT = 1024             # bytes of a name or user:password; to normalize 16 KiB takes 100 ms
 MAX_CHALLENGE = 255         # characters; wget (1.21 to 1.24) aborts on more, before another
-SLOW_HASHES = 1             # verified at a time: crypt(3) cannot make more, nor take every CPU
+SLOW_HASHES = 2             # verified at a time, so that guessing cannot take every CPU
 SLOW_QUEUE = 32             # more that may wait for their turn; the next is told 503
 REMEMBERED = 8192           # credentials found right: a token by its hash, a frame as text, < 3 KiB
 COUNTERS = ("requests", "challenges", "failures", "stale", "replays", "lockouts", "malformed",
@@ -730,18 +730,24 @@ class Passwords:
 is_nonce = re.compile(r"[A-Za-z0-9_-]{36}").fullmatch
 
 
-def sign(key: bytes, data: bytes) -> bytes:
-    """Return 12 bytes that only a holder of the key can make."""
-    # Not BLAKE2, which FIPS mode does not know, nor HMAC, which takes eight times as long: that
-    # is for hashes that are shown whole, from which one could go on to a longer message.
-    return hashlib.sha256(key + data).digest()[:12]
+def find_mac() -> Callable[[bytes, bytes], bytes]:
+    """Return sign(key, data): 12 bytes that only a holder of the key can make."""
+    try:
+        hashlib.blake2s(b"", key=b"key", digest_size=12)
+    except (AttributeError, TypeError, ValueError):     # FIPS mode knows no BLAKE2, or no key to it
+        return lambda key, data: hmac.new(key, data, "sha256").digest()[:12]
+    # BLAKE2 takes a key, so this is a MAC by itself: a third of the time of HMAC with SHA-256.
+    return lambda key, data: hashlib.blake2s(data, key=key, digest_size=12).digest()
+
+
+sign = find_mac()
 
 
 def make_nonce(key: bytes, now: float, salt: bytes) -> str:
     """Return a nonce: time, salt (6 random bytes and 4 that name the issuer), signature.
 
     >>> make_nonce(b"key", 1.0, b"random" + b"boot")
-    'AAAAAGRyYW5kb21ib290ED6aRuHlaECKAoYE'
+    'AAAAAGRyYW5kb21ib290W8okM-1KMPfcdDSm'
 
     See: RFC 7616 section 3.3, also why the client's address is not in it: "requests from
     a single user often go through different proxies".
@@ -2417,7 +2423,7 @@ class Connection(Channel):
         if is_trusted:                      # it may speak for others
             request.host, request.client = server.proxies.find_client(peer, said)
         if request.asked:
-            asked = asked_about(request)
+            asked = asked_about(request, server.forward_auth)
             if not asked or not is_trusted:
                 return Verdict(403, reason="forward-auth: no --trusted-proxy, or not one method "
                                            "and one URI")
@@ -3313,7 +3319,9 @@ LAST = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
 # What a symlink then is (ENOTDIR: with O_DIRECTORY; EMLINK: on FreeBSD), or may be.
 IS_LINK = (errno.ELOOP, errno.ENOTDIR, errno.EMLINK)
 MAX_LINKS = 40          # on one path, as many as the kernel follows: path_resolution(7)
-MAX_LISTED = 10000      # entries of a folder; they take 0.1 s, in which nobody else is served
+MAX_LISTED = 20000      # entries of a folder; they take 0.1 s, in which nobody else is served
+YOUNG = 2.0             # seconds, the coarsest clock of a file system (FAT): what is younger may
+                        # still change without a new time
 STATUS_OF = dict.fromkeys((
     errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG,
     errno.EINVAL, errno.EILSEQ,         # no link after all; names that this file system cannot have
@@ -3321,17 +3329,20 @@ STATUS_OF = dict.fromkeys((
 STATUS_OF.update({errno.EACCES: 403, errno.EPERM: 403, errno.EMFILE: 503, errno.ENFILE: 503,
                   errno.ESTALE: 503, errno.EAGAIN: 503})    # another's lease: see fcntl(2)
 
-# What mimetypes has not, or not in every Python. XML says by itself which encoding it has.
+# The same on every box, whatever its /etc/mime.types says.
 TYPES = """
-    text/javascript js mjs, text/markdown md, text/vtt vtt,
-    text/plain text log conf cfg ini toml yaml yml sh py c h rst diff patch,
-    application/xml xml, application/wasm wasm, application/gzip gz tgz, application/zstd zst,
-    application/x-bzip2 bz2, application/x-xz xz, font/woff woff, font/woff2 woff2,
-    image/webp webp, image/avif avif, audio/mp4 m4a, audio/ogg ogg oga opus, audio/flac flac,
-    video/mp4 m4v, video/webm webm, video/ogg ogv, video/x-matroska mkv"""
-TYPE_OF = {"." + extension: kind
+    text/html html htm, text/css css, text/javascript js mjs, text/markdown md, text/csv csv,
+    text/plain txt text log conf cfg ini toml yaml yml sh py c h rst diff patch, text/vtt vtt,
+    application/json json map, application/xml xml, application/pdf pdf, application/wasm wasm,
+    application/manifest+json webmanifest, application/gzip gz tgz, application/zip zip,
+    application/x-tar tar, application/x-bzip2 bz2, application/x-xz xz, application/zstd zst,
+    font/woff woff, font/woff2 woff2, image/png png, image/jpeg jpg jpeg, image/gif gif,
+    image/webp webp, image/avif avif, image/svg+xml svg, image/x-icon ico, audio/mpeg mp3,
+    audio/mp4 m4a, audio/ogg ogg oga opus, audio/flac flac, audio/wav wav, video/mp4 mp4 m4v,
+    video/webm webm, video/ogg ogv, video/quicktime mov, video/x-matroska mkv"""
+TYPE_OF = {"." + extension: kind + ("; charset=utf-8" if kind.startswith("text/") else "")
            for kind, *extensions in map(str.split, TYPES.split(",")) for extension in extensions}
-# The rest. What the system has is in other tables of it (but with Python 3.6).
+# Python's own, for the rest. What the system has is in other tables (but with Python 3.6).
 more_types = functools.lru_cache(maxsize=None)(mimetypes.MimeTypes)
 
 
@@ -3344,8 +3355,27 @@ def content_type(name: str) -> str:
     ('text/html; charset=utf-8', 'application/gzip', 'application/octet-stream')
     """
     extension, unknown = os.path.splitext(name.lower())[1], "application/octet-stream"
-    kind = TYPE_OF.get(extension) or more_types().types_map[True].get(extension, unknown)
-    return kind + "; charset=utf-8" if kind.startswith("text/") else kind
+    return TYPE_OF.get(extension) or more_types().types_map[True].get(extension, unknown)
+
+
+@functools.lru_cache(maxsize=1024)
+def describe(name: bytes, inode: int, size: int, mtime_ns: int, modified: int, is_young: bool,
+             is_public: bool) -> Tuple[str, Fields, Sequence[Any]]:
+    """Return the tag of a file, the fields of an answer with it, and the proofs for If-Range.
+
+    A young file may change without a new time. So its tag is weak, and not the one that it
+    will get: what was kept of its youth is fetched again.
+
+    See: RFC 9110 section 8.8; 13.1.5: for If-Range, a weak one proves nothing.
+    """
+    weak, dash = ("W/", "-") if is_young else ("", "")
+    tag = f'{weak}"{mtime_ns:x}-{size:x}-{inode:x}{dash}"'
+    date = email.utils.formatdate(modified, usegmt=True)
+    fields = (("Content-Type", content_type(name.decode("latin-1"))), NOSNIFF,
+              ("Accept-Ranges", "bytes"), ("ETag", tag), ("Last-Modified", date))
+    # As text, for a client has both from us; None: it sends no If-Range.
+    proofs = (None,) if is_young else (None, [tag], [date])
+    return tag, fields + (() if is_public else PRIVATE), proofs
 
 
 # RFC 9110 section 8.8.3: entity-tag = [ "W/" ] DQUOTE *etagc DQUOTE
@@ -3482,18 +3512,14 @@ def answer_file(fd: int, name: bytes, found: os.stat_result, request: Request) -
     size, now, values = found.st_size, request.now, request.values
     # Section 8.8.2.1: it "MUST NOT" be later than the Date; and some dates have no words.
     modified = max(0, min(int(found.st_mtime), int(now)))
-    tag = f'"{found.st_mtime_ns:x}-{size:x}-{found.st_ino:x}"'
-    fields = (("Content-Type", content_type(name.decode("latin-1"))), NOSNIFF,
-              ("Accept-Ranges", "bytes"), ("ETag", tag),
-              ("Last-Modified", email.utils.formatdate(modified, usegmt=True)),
-              *private_fields(request))
+    tag, fields, proofs = describe(name, found.st_ino, size, found.st_mtime_ns, modified,
+                                   now - found.st_mtime < YOUNG, request.username is None)
     status, part = check_conditions(values, tag, modified), None
     if status == 304:
         return Answer(304, fields[3:])      # from ETag on, what keeps a copy up to date
     if status == 412:
         return refuse(412, request)
-    # Of If-Range the tag alone is taken: a date says nothing of a second change in its second.
-    if "range" in values and request.method == "GET" and values.get("if-range", [tag]) == [tag]:
+    if "range" in values and request.method == "GET" and values.get("if-range") in proofs:
         part = parse_range(",".join(values["range"]), size)
     if part is None:
         return Answer(200, fields, read_part(fd, 0, size))
@@ -3573,7 +3599,7 @@ def is_below(path: str, folder: str) -> bool:
 class Files:
     """The page of a folder: the files below it, and listings.
 
-    For the caller: open() and close().
+    For the caller: exposed, which of the secrets lie below it; open() and close().
     secrets are paths of files that are never served, by whatever name they are found;
     chroot is where the process will be locked in before the first request, or None.
     """
@@ -3584,9 +3610,9 @@ class Files:
         self.path, real = os.path.abspath(root), os.path.realpath(root)
         # How absolute links begin that stay inside.
         self.prefixes = {os.path.join(os.fsencode(path), b"") for path in (self.path, real)}
-        # Those below it are found by their place: each may be replaced, or made, while we serve.
-        self.inside = [os.path.relpath(os.path.realpath(path), real)
-                       for path in secrets if is_below(path, real)]
+        self.exposed = [path for path in secrets if is_below(path, real)]
+        # Those are found by their place: each may be replaced, or made, while we serve.
+        self.inside = [os.path.relpath(os.path.realpath(path), real) for path in self.exposed]
         self.known: Dict[Tuple[int, int], Tuple[str, int]] = {}
         self.open()
         self.note_secrets([os.path.realpath(path) for path in secrets])
@@ -3783,6 +3809,16 @@ class Files:
 # Whatever is found on a port is sent to it: half of a handshake, noise, HTTP in clear. None of it
 # is an error of ours, so each is one line in the log, with the reason that OpenSSL gives.
 
+def expiry_of(certificate: str) -> float:
+    """Return when the first certificate of a PEM text ends, in seconds since the epoch."""
+    der = ssl.PEM_cert_to_DER_cert(certificate[certificate.index("-----BEGIN CERT"):
+                                               certificate.index("-----END CERT") + 25])
+    # RFC 5280 section 4.1.2.5: validity is two times, each a UTCTime or a GeneralizedTime.
+    found = re.findall(rb"\x17\r(\d{12})Z|\x18\x0f(\d{14})Z", der)
+    short, long = found[1]
+    digits = (long or (b"20" if short < b"5" else b"19") + short).decode("ascii")
+    return float(calendar.timegm(time.strptime(digits, "%Y%m%d%H%M%S")))
+
 
 def tls_context(certificate: str, key: Optional[str]) -> Any:
     """Return the context of HTTPS: TLS 1.2 and 1.3, and otherwise ssl's own defaults.
@@ -3790,8 +3826,11 @@ def tls_context(certificate: str, key: Optional[str]) -> Any:
     One for all workers, made before they are forked: so each can go on with a session that
     another has begun, for they have the same keys of its tickets.
     """
-    key, context = key or certificate, ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    if "-----BEGIN CERT" not in read_secrets("certificate", certificate, is_strict=False):
+    text, key = read_secrets("certificate", certificate, is_strict=False), key or certificate
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        expiry = expiry_of(text)
+    except (ValueError, IndexError):
         raise Refusal(f"unable to use certificate {certificate}: there is none in it (PEM)")
     with trying_to(f"use key {key}"):
         try:
@@ -3810,6 +3849,8 @@ def tls_context(certificate: str, key: Optional[str]) -> Any:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
     else:
         context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+    if expiry < time.time():
+        warn(f"certificate {certificate} has expired")
     return context
 
 
@@ -3850,15 +3891,29 @@ class TLSConnection(Connection):
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as wish:
             self.watch(isinstance(wish, ssl.SSLWantWriteError))
         except (OSError, ValueError) as error:
-            # Without the place in Python's source. HTTP_REQUEST is a client that speaks no TLS.
-            reason = str(getattr(error, "reason", None) or error).partition(" (_ssl")[0]
-            self.server.log.error(f"{self.host or '-'}: refused -: TLS: {reason}")
-            self.close()
+            said = str(getattr(error, "reason", None) or error)
+            self.give_up(re.sub(r" \(_ssl\.c:\d+\)", "", said))
         else:
             self.watch(False)
             self.wait("first")
             return True
         return False
+
+    def give_up(self, reason: str) -> None:
+        """End a handshake that failed: with words, where plain HTTP has come."""
+        plain = reason == "HTTP_REQUEST"
+        self.server.log.error(f"{self.host or '-'}: refused -: " + (
+            "plain HTTP, where HTTPS is spoken" if plain else f"TLS: {reason}"))
+        if plain:
+            page = html_page("HTTPS only", "<p>Ask again with https://")
+            head = (f"{STATUS_LINES[400]}{self.server.stamp}Content-Type: {HTML[1]}\r\n"
+                    f"Content-Length: {len(page)}\r\nConnection: close\r\n\r\n")
+            with contextlib.suppress(OSError):
+                # Under the encryption; it is 1 KiB, which an empty buffer takes at once. And
+                # what has come is read, or to close would be a reset, and the answer lost.
+                socket.socket.send(self.socket, head.encode("ascii") + page)
+                socket.socket.recv(self.socket, READ_SIZE)
+        self.close()
 
     def send(self, octets: bytes) -> int:
         """Return how many bytes went; encrypted is no more than may go now."""
@@ -4079,7 +4134,9 @@ class HandlerSocket:
             self.pending = self.receive(None)
         elif not self.pending and not self.follower.is_complete():
             self.pending, self.body.taken = self.body.taken or self.receive_body(), b""
-        piece, self.pending = self.pending[:size], self.pending[size:]
+        piece, rest = self.pending[:size], self.pending[size:]
+        if not flags & socket.MSG_PEEK:
+            self.pending = rest
         return piece
 
     def recv_into(self, buffer: Any, size: int = 0, flags: int = 0) -> int:
@@ -4330,14 +4387,16 @@ def read_on(read: Callable[[], Optional[bytes]]) -> bool:
 class StockConnection(Connection):
     """A connection that another server has accepted: in its thread, which may wait.
 
-    serve tells the stories of its requests; run makes a handler of a socket.
+    serve tells the stories of its requests; run makes a handler of a socket, show puts what the
+    handler never sees into its log.
     """
 
-    __slots__ = ("run",)
+    __slots__ = ("run", "show")
 
-    def serve(self, run: Callable[[Any], Any], patience: float) -> None:
+    def serve(self, run: Callable[[Any], Any], show: Callable[[Request], None],
+              patience: float) -> None:
         """Answer what is asked, until an answer is the last, or nobody asks any more."""
-        self.run = run
+        self.run, self.show = run, show
         while not self.closing:
             self.socket.settimeout(patience)
             octets = self.receive()
@@ -4363,6 +4422,11 @@ class StockConnection(Connection):
         except OSError:         # its client has left, or does not read
             self.closing = True
 
+    def finish(self, request: Request, answer: Answer, body: Body) -> None:
+        """Answer, and show the handler's log that we did."""
+        super().finish(request, answer, body)
+        self.show(request)
+
     def lend(self, work: Callable[[], Any]) -> None:
         """Do it here and now: nobody else waits for this thread."""
         self.go_on(work())
@@ -4379,6 +4443,10 @@ class Host(AuthServer):
 
     def __init__(self, passwords: Passwords, trusted_proxies: Optional[Sequence[str]],
                  offer: Dict[str, Any], share: bool = False) -> None:
+        # Before anything asks it something: a dict has no realm, and would say so less clearly.
+        if not isinstance(passwords, Passwords):
+            raise TypeError(f"unable to use {passwords!r:.40} as passwords: expected "
+                            f'Passwords({{"jim": "secret"}}, realm="files")')
         # To the program's own log: it has a name there, and who is in charge may silence it.
         import logging          # 8 ms, only for programs
         error = functools.partial(logging.getLogger("authserver").warning, "%s")
@@ -4419,6 +4487,7 @@ class Guard(Once):
             super().__init__(request, client_address, server,   # type: ignore[arg-type]
                              *rest, **named)
             return
+        self.client_address, self.server = client_address, server
         is_safe = (hasattr(request, "getpeercert")      # TLS
                    or is_private(getattr(server, "socket", request)))
         host = self._host
@@ -4428,7 +4497,19 @@ class Guard(Once):
         StockConnection(host, Listener(request, host.authenticator.offered(is_safe), None, False),
                         request, client_address).serve(
             lambda sock: type(self)(sock, client_address, server, *rest, **named),
-            self.timeout or WAITS["idle"])
+            self._show, self.timeout or WAITS["idle"])
+
+    def _show(self, request: Request) -> None:
+        """Log what never gets to a handler, as one would that http.server has refused."""
+        self.headers = http.client.HTTPMessage()
+        for name, values in request.values.items():
+            for value in values:
+                self.headers[name] = value
+        self.requestline, self.command, self.path = request.line, request.method, request.path
+        self.request_version = f"HTTP/1.{request.minor}"
+        # A log of its own may need what its own __init__() makes, which has not run.
+        with contextlib.suppress(AttributeError):
+            self.log_request(request.status)
 
 
 def protect(handler_class: Any, passwords: Passwords,
@@ -4544,6 +4625,8 @@ def protect_wsgi(application: Any, passwords: Passwords,
     or, where its address is a public one, everybody. With TLS at the proxy, on another machine,
     Basic is offered only if schemes says so: the request comes as plain HTTP from a network.
     """
+    if not callable(application):
+        raise TypeError(f"unable to protect {application!r:.60}: expected a WSGI application")
     host = Host(passwords, trusted_proxies, offer, True)
 
     def guarded(environ: Dict[str, Any], start_response: Any) -> Any:
@@ -4570,25 +4653,31 @@ def protect_wsgi(application: Any, passwords: Passwords,
 
 # -- 17. Forward-auth ---------------------------------------------------------
 #
-# nginx (auth_request), Traefik (forwardAuth) and Caddy (forward_auth) can ask another server
-# whether a request may pass. They send its header fields on, and say its method and target in
-# fields of their own. 2xx lets it pass, 401 and 403 go to the client; anything else nginx turns
-# into 500.
+# nginx (auth_request), Traefik (forwardAuth), Caddy (forward_auth) and Envoy (ext_authz) can
+# ask another server whether a request may pass. They send its header fields on, and say its
+# method and target in fields of their own (Envoy: as they are, below a prefix). 2xx lets it
+# pass, 401 and 403 go to the client; anything else nginx turns into 500.
 
 METHOD_FIELDS = ("x-original-method", "x-forwarded-method")
 TARGET_FIELDS = ("x-original-uri", "x-forwarded-uri")
 
 
-def asked_about(request: Request) -> Optional[Tuple[str, str]]:
+def asked_about(request: Request, prefix: str) -> Optional[Tuple[str, str]]:
     """Return method and target of the request that a proxy asks about; None: it does not say.
 
     Two fields that say the same thing may be from two proxies, or one from the client: then
     they must agree, or nobody knows what would be let through.
     """
-    methods, targets = ({value for name in names for value in request.values.get(name, ())}
-                        for names in (METHOD_FIELDS, TARGET_FIELDS))
-    is_clear = len(methods) == len(targets) == 1 and "" not in methods | targets
-    return (methods.pop(), targets.pop()) if is_clear else None
+    said = [{value for name in names for value in request.values.get(name, ())} or {""}
+            for names in (METHOD_FIELDS, TARGET_FIELDS)]
+    if max(map(len, said)) > 1:
+        return None
+    (method,), (target,) = said
+    rest = request.target[len(prefix):]         # Envoy's way: what stands behind the prefix
+    if rest.startswith("/") and request.path == request.target and not method and not target:
+        return request.method, rest
+    # Not both ways at once, but for a slash that somebody set behind the prefix.
+    return (method, target) if method and target and (rest == "/" or rest[:1] != "/") else None
 
 
 def is_same_spelling(uri: str, target: str) -> bool:
@@ -4645,22 +4734,27 @@ def passwd_command(path: str, usernames: Sequence[str], realm: str) -> str:
 
 
 @functools.lru_cache(maxsize=None)
-def load_crypt() -> Tuple[Callable[[bytes, bytes], Optional[bytes]], Any]:
-    """Return crypt(phrase, setting) of the C library, and a lock for who calls it.
+def load_crypt() -> Tuple[Callable[[bytes, bytes], Optional[bytes]], threading.Semaphore]:
+    """Return crypt(phrase, setting) of the C library, and how many may call it at a time.
 
     Python's own crypt left with 3.13, and stopped all threads while it hashed. crypt(3) keeps
-    its result where all threads write theirs: one at a time. (Not crypt_r(3): how large its
-    memory must be depends on the library, and not every box has it.)
+    its result where all threads write theirs: one at a time where there is no crypt_r(3).
     """
     for name in ("libcrypt.so.1", "libcrypt.so.2", "libcrypt.so.5", None):
         try:
             import ctypes           # 3 ms and a megabyte, only for who has such hashes
-            function = ctypes.CDLL(name).crypt
+            library = ctypes.CDLL(name)
+            function = getattr(library, "crypt_r", None) or library.crypt
         except (ImportError, OSError, AttributeError):
             continue
         function.restype = ctypes.c_char_p
-        return function, threading.Lock()
-    return (lambda phrase, setting: None), threading.Lock()
+        if not hasattr(library, "crypt_r"):
+            return function, threading.Semaphore(1)
+        # struct crypt_data has 131,232 bytes in an old glibc, and less elsewhere.
+        return (lambda phrase, setting, crypt_r=function: crypt_r(
+            phrase, setting, ctypes.create_string_buffer(160 * 1024)),
+            threading.Semaphore(SLOW_HASHES))
+    return (lambda phrase, setting: None), threading.Semaphore(1)
 
 
 FORMS: Set[Tuple[str, int]] = set()     # kinds and lengths of hashes that libcrypt makes
@@ -4677,6 +4771,8 @@ def check_crypted(entry: Entry) -> Entry:
         raise Refusal("field 3: nothing may follow a hash of htpasswd")
     if not is_crypted(entry.crypted):
         raise Refusal(f"field 2: {entry.crypted[:5]}... is no hash we know (htpasswd -B makes one)")
+    if kind[0] == "{" and SHA1 is None:
+        raise Refusal(f"field 2: the hashlib of this Python lacks SHA-1, for {kind}")
     if entry.is_slow and form not in FORMS:
         function, turns = load_crypt()
         with turns:
@@ -4912,9 +5008,13 @@ def run_passwd(path: str, username: str, realm: str = REALM, from_stdin: bool = 
         password = octets.decode("utf-8", "surrogateescape")
     else:
         import getpass              # termios and more, for this verb alone
-        password = getpass.getpass("new password: ")
-        if getpass.getpass("again: ") != password:
-            raise Refusal("unable to set the password: the two differ")
+        try:
+            password = getpass.getpass("new password: ")
+            if getpass.getpass("again: ") != password:
+                raise Refusal("unable to set the password: the two differ")
+        except UnicodeError:
+            raise Refusal("unable to read the password: not in the encoding of this locale\n"
+                          "try: export LC_ALL=C.UTF-8")
     done = change_password(path, username, realm, password)
     # The realm, for it is what one forgets: a line for another one lets nobody in here.
     return f"user {username!r} {done} in {path} (realm {realm!r})"
@@ -5021,8 +5121,19 @@ def open_socket(text: str, place: Place) -> socket.socket:
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
-        raise BindError(f"unable to bind {text}: {error.strerror or error}")
+        raise BindError(f"unable to bind {text}: {error.strerror or error}"
+                        + bind_advice(text, place, error))
     return sock
+
+
+def bind_advice(text: str, place: Place, error: OSError) -> str:
+    """Return the second line of a message about an address that we could not have."""
+    host, _, port = text.rpartition(":")
+    if place.family != socket.AF_UNIX and error.errno == errno.EADDRINUSE:
+        return f"\ntry: ss -ltnp 'sport = :{port}'   # says who has it"
+    if place.family != socket.AF_UNIX and error.errno == errno.EACCES and int(port) < 1024:
+        return f"\ntry: --bind {host}:{8000 + int(port)}   # or as root"
+    return ""
 
 
 def remove_stale_socket(path: str) -> None:
@@ -5260,9 +5371,13 @@ def make_page(options: argparse.Namespace, path: str) -> Page:
     # Not served, by whatever name: Files knows them by device and inode.
     secrets = [path, options.nonce_secret, options.tls_key or options.tls_cert,
                *options.private_files]
-    return Files(options.root, options.hidden,
-                 [os.path.abspath(name) for name in secrets if name and name != "-"],
-                 options.chroot)
+    files = Files(options.root, options.hidden,
+                  [os.path.abspath(name) for name in secrets if name and name != "-"],
+                  options.chroot)
+    for name in files.exposed:
+        warn(f"{name} lies below --root {options.root}: it is not served, but would be safer "
+             f"elsewhere")
+    return files
 
 
 def make_server(options: argparse.Namespace, path: str) -> AuthServer:
@@ -5397,7 +5512,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             server.serve_forever()
     except KeyboardInterrupt:           # how one ends what runs in a terminal: no mistake
         pass
-    except (OSError, Refusal, UnicodeError) as error:       # Unicode: as typed, in another locale
+    except (OSError, Refusal) as error:
         say(f"authserver: fatal: {error}", sys.stderr)
         return int(getattr(error, "status", 1))
     return 0

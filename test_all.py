@@ -1194,6 +1194,14 @@ class Nonces(AuthTestCase):
         client.authenticator = make(nonce_secret=b"t" * 32)
         self.assertTrue(is_stale(client.ask(now=NOW + 7)))
 
+    def test_signs_whatever_this_hashlib_lacks(self) -> None:
+        """No BLAKE2, one without keys, or one that is forbidden: 12 bytes that depend on key and data."""
+        for error in (AttributeError, TypeError, ValueError):
+            with self.subTest(error), mock.patch.object(hashlib, "blake2s", side_effect=error):
+                sign = authserver.find_mac()
+                made = {sign(key, data) for key in (b"k", b"l") for data in (b"", b"x")}
+                self.assertEqual([len(mac) for mac in made], [12] * 4)
+
     def test_a_clock_that_is_right_begins_no_era(self) -> None:
         """Within CLOCK_SKEW of the time of day what was used stays used, and the nonce good; beyond, all are stale once."""
         client = Client(make())
@@ -1372,11 +1380,12 @@ class PasswordFiles(AuthTestCase):
                     self.assertEqual(authserver.is_exposed(0), exposed)
 
     def test_fips_mode_is_told_by_line(self) -> None:
-        """Without MD5 the entries that need it are refused, each by its line and field."""
-        with mock.patch.dict(authserver.HASHES):
+        """Without MD5 or SHA-1 the entries that need them are refused, each by its line and field."""
+        with mock.patch.dict(authserver.HASHES), mock.patch.object(authserver, "SHA1", None):
             del authserver.HASHES["MD5"]
             path = self.write("%s\nann:%s\nbob:plain:x\n" % (LINE, SHA))
-            self.refuses("line 1: user 'jim': field 3: the hashlib of this Python lacks MD5", Passwords.read, path, "files")
+            self.refuses("line 1: user 'jim': field 3: the hashlib of this Python lacks MD5; "
+                         "line 2: user 'ann': field 2: .* lacks SHA-1", Passwords.read, path, "files")
             self.assertEqual(["SHA-256"], [name for name in users().entries["jim"].ha1 if name != "SHA-512-256"])
 
     def test_the_names_of_dictionaries_differ(self) -> None:
@@ -1559,15 +1568,16 @@ class SlowHashes(AuthTestCase):
             self.assertTrue(Passwords.read(self.write("ann:%s\n" % good), "files").check_password("ann", "secret"))
 
     def test_finds_crypt_by_whatever_name_it_has(self) -> None:
-        """crypt, one at a time; without it the file is refused, not the log-ins."""
+        """crypt_r for two at a time; crypt, one at a time; neither, and the file is refused, not the log-ins."""
         import ctypes
-        plain = mock.Mock(spec=["crypt"])
-        plain.crypt.return_value = b"made"
-        for libraries, made in (([OSError, plain], b"made"), ([plain], b"made"), ([mock.Mock(spec=[])] + [OSError] * 3, None)):
+        plain, reentrant = mock.Mock(spec=["crypt"]), mock.Mock(spec=["crypt_r"])
+        plain.crypt.return_value = reentrant.crypt_r.return_value = b"made"
+        for libraries, made, count in (([OSError, reentrant], b"made", 2), ([plain], b"made", 1),
+                                       ([mock.Mock(spec=[])] + [OSError] * 3, None, 1)):
             with mock.patch.object(ctypes, "CDLL", side_effect=libraries):
                 function, turns = authserver.load_crypt.__wrapped__()
             self.assertEqual(made, function(b"phrase", b"setting"))
-            self.assertEqual([True, False], [turns.acquire(blocking=False) for _ in range(2)])
+            self.assertEqual([True] * count + [False], [turns.acquire(blocking=False) for _ in range(count + 1)])
         with mock.patch.object(authserver, "load_crypt", lambda: (function, threading.Semaphore(1))), \
                 mock.patch.object(authserver, "FORMS", set()):
             path = self.write("u0:$6$rounds=1000$saltsalt$" + "x" * 86)
@@ -1734,11 +1744,11 @@ class PasswdVerb(AuthTestCase):
         self.assertEqual("# precious\n", read(path))
 
     def test_a_password_that_the_locale_cannot_read_is_refused(self) -> None:
-        """In the locale of cron a typed umlaut is not mangled."""
+        """In the locale of cron a typed umlaut is not mangled: the command says what to do instead."""
         path = self.write("")
         error = UnicodeDecodeError("ascii", b"\xc3", 0, 1, "ordinal not in range(128)")
         with mock.patch("getpass.getpass", side_effect=error):
-            self.assertIn("fatal: 'ascii' codec can't decode", told("passwd", path, "jim")[1])
+            self.refuses("try: export LC_ALL=C.UTF-8", authserver.run_passwd, path, "jim", "files")
         self.assertEqual("", read(path))
 
     def test_eight_at_once(self) -> None:
@@ -1767,7 +1777,7 @@ class Addresses(AuthTestCase):
     """--bind takes what the kernel takes, and says what to do about the rest"""
 
     def test_what_is_wrong_with_an_address(self) -> None:
-        """Form, port, taken."""
+        """Form, port, taken, only root's."""
         for text in ("80", "a b:80", "[::1", "::1:80", "unix:", "host:", "h:-1", "h:8o",
                      "127.0.0.1:65536", ":99999", "[::1]:100000"):
             self.refuses("unable to bind .*: expected HOST:PORT.*ports are 0 to 65535", authserver.parse_bind, text)
@@ -1775,7 +1785,13 @@ class Addresses(AuthTestCase):
             taken.bind(("127.0.0.1", 0))
             taken.listen(1)
             text = "127.0.0.1:%d" % taken.getsockname()[1]
-            self.refuses(r"unable to bind %s: Address already in use" % text, authserver.open_socket, text, authserver.parse_bind(text))
+            self.refuses(r"unable to bind %s: .*\ntry: ss -ltnp 'sport = :%s'" % (text, text[10:]),
+                         authserver.open_socket, text, authserver.parse_bind(text))
+        denied = OSError(errno.EACCES, "Permission denied")
+        for text, advice in ((":80", "\ntry: --bind :8080"), ("127.0.0.1:443", "\ntry: --bind 127.0.0.1:8443"),
+                             (":8000", ""), ("unix:/root/s", "")):
+            said = authserver.bind_advice(text, authserver.parse_bind(text), denied)
+            self.assertTrue(said.startswith(advice) and bool(said) == bool(advice), said)
 
     def test_keeps_the_scope_of_a_link_local_address(self) -> None:
         """The interface stands in the address to bind, in what fits it, and in the URL."""
@@ -2820,6 +2836,7 @@ class FilesPathTests(FilesTest):
         os.symlink("users", self.path("tree/link"))
         files = self.serve(secrets=(inside, outside, later, self.path("tree.txt")))
         names = dict.fromkeys(("/users", "/link", "/hard", "/log"), 404)
+        self.assertEqual(files.exposed, [inside, later])
         self.check_statuses(names, files)
         for path in (inside, outside, later):
             os.rename(self.write("tree/new", b"OUTSIDE", OLD + 1), path)
@@ -2861,7 +2878,7 @@ class FilesPathTests(FilesTest):
         for root in (self.root, self.path("link")):
             for secret in (real, self.path("link/users")):
                 files = self.serve(root, secrets=(secret,))
-                self.assertEqual(files.inside, ["users"])
+                self.assertEqual((files.exposed, files.inside), ([secret], ["users"]))
                 self.check_statuses({"/users": 404, "/one": 200, "/two": 200 if root != self.root else 404}, files)
         for chroot in (self.folder, self.root, self.path("link")):
             self.assertEqual(self.serve(self.path("link"), chroot=chroot).path, "/tree" if chroot == self.folder else "/.")
@@ -3003,6 +3020,18 @@ class FilesAnswerTests(FilesTest):
             self.assertEqual(self.validator("Last-Modified"), date, mtime)
             self.assertIn("a.txt", self.text())
 
+    def test_a_young_file(self) -> None:
+        """While time alone may not tell a change, the tag is weak, and not the later one."""
+        self.write("tree/a.txt", b"0123456789")
+        young = self.validator(now=OLD + 1)
+        self.assertRegex(young, '^W/"')
+        self.assertNotIn(self.validator(), young)
+        for now, fields, status in ((OLD, {"if_none_match": young}, 304), (NOW, {"if_none_match": young}, 200),
+                                    (OLD, {"if_match": young}, 412), (OLD, {"if_match": young[2:]}, 412),
+                                    (OLD, {"range": "bytes=1-"}, 206),
+                                    (OLD, {"range": "bytes=1-", "if_range": young}, 200)):
+            self.assertEqual(self.get("/a.txt", now=now, **fields).status, status, fields)
+
     def test_conditions(self) -> None:
         """If-Match, If-Unmodified-Since, If-None-Match, If-Modified-Since, Range: in this order."""
         self.write("tree/a.txt", b"0123456789")
@@ -3053,7 +3082,7 @@ class FilesAnswerTests(FilesTest):
         for text in ("bytes=0-", "bytes=-5", "bytes=3-4"):
             self.assertEqual(self.get("/empty", range=text).status, 200)
         tag = self.validator()
-        for text, status in ((tag, 206), ("Sun, 09 Sep 2001 01:46:40 GMT", 200), ('"x"', 200), ("W/" + tag, 200),
+        for text, status in ((tag, 206), ("Sun, 09 Sep 2001 01:46:40 GMT", 206), ('"x"', 200), ("W/" + tag, 200),
                              ("Sun, 09 Sep 2001 01:46:41 GMT", 200), ("", 200), ("*", 200), (tag + "," + tag, 200)):
             self.assertEqual(self.get("/a.txt", range="bytes=1-2", if_range=text).status, status, text)
         self.assertEqual(self.get("/a.txt", if_range=tag).status, 200)
@@ -4528,7 +4557,7 @@ class HttpHooks(BoxTest):
 
     @needs_crypt
     def test_slow_hashes_are_bounded_and_keep_nobody_waiting(self) -> None:
-        """One is made at a time, two more wait, the next is told 503 at once."""
+        """Two are made at a time, two more wait, the next is told 503 at once."""
         path = self.box.write("hashed", "jim:%s\n" % crypted("secret", "$6$rounds=1000$saltsalt$"), 0o600)
         authenticator = Authenticator(Passwords.read(path, "files"), schemes=["basic"])
         with mock.patch.object(authserver, "SLOW_QUEUE", 2):
@@ -4540,7 +4569,7 @@ class HttpHooks(BoxTest):
             return function(phrase, setting)
         with mock.patch.object(authserver, "load_crypt", lambda: (slow, threading.Semaphore(2))), serving(server) as at, \
                 contextlib.ExitStack() as stack:
-            wires = [stack.enter_context(Wire(at)) for _ in range(5)]
+            wires = [stack.enter_context(Wire(at)) for _ in range(6)]
             for number, wire in enumerate(wires):
                 wire.sendall(head("/x", "GET", basic("jim", "w%d" % number)))
             busy = until(lambda: len(select.select(wires, [], [], 0)[0]) > 1 and select.select(wires, [], [], 0)[0],
@@ -4973,10 +5002,25 @@ class Callers(GuardTest):
         def fail(handler: Any) -> None:
             raise KeyError("on purpose")
         with mock.patch("http.server.BaseHTTPRequestHandler.log_message", lambda _, *words: self.said.append(words[1])):
-            request(self.serve(protect(Echo, users())), "/", "GET", JIM, EMPTY)
-        self.assertEqual(self.said, ["GET / HTTP/1.1"])
+            address = self.serve(protect(Echo, users()))
+            for target, auth in (("/", JIM), ("/a", ""), ("/b c", JIM)):
+                request(address, target, "GET", auth, EMPTY)
+        self.assertEqual(self.said, ["GET / HTTP/1.1", "GET /a HTTP/1.1", "127.0.0.1: refused -: malformed: request line",
+                                     "GET /b c HTTP/1.1"])
         self.assertEqual(talk(self.serve(protect(type("Failing", (Echo,), {"do_GET": fail}), users())), head("/")), b"")
         self.assertEqual(self.errors, ["'on purpose'"])
+
+    def test_a_stock_server_logs_refusals_as_the_handler_would(self) -> None:
+        """By its own log_request(), with path and headers; one that needs what __init__() makes is no reason for no answer."""
+        def log(handler: Any, code: Any = "-", size: Any = "-") -> None:
+            self.said.append("%s %s %s %s" % (handler.address_string(), handler.path, int(code), handler.headers["X-Word"]))
+        address = self.serve(protect(type("Logging", (Echo,), {"log_request": log}), users()))
+        for auth in (JIM, "", "Basic"):
+            request(address, "/a", "GET", auth, EMPTY, "X-Word: x")
+        self.assertEqual([line for line in self.said if "refused" not in line],
+                         ["127.0.0.1 /a %d x" % status for status in (200, 401, 400)])
+        needy = type("Needy", (Echo,), {"log_message": lambda handler, *words: handler.made_by_init})
+        self.assertEqual(request(self.serve(protect(needy, users())), "/", "GET", "", EMPTY).status, 401)
 
 
 class Spellings(GuardTest):
@@ -5020,9 +5064,11 @@ class Construction(GuardTest):
                 functools.partial(int, base=2), "int"), (Echo.do_GET, "do_GET"), ("Echo", "Echo")):
             with self.assertRaisesRegex(TypeError, "unable to protect .*" + name):
                 protect(thing, users())
+        with self.assertRaisesRegex(TypeError, "unable to protect 'app'"):
+            protect_wsgi("app", users())
         for passwords in ({"jim": "secret"}, None, "users"):
             for make in (functools.partial(protect, Echo), functools.partial(protect_wsgi, echo)):
-                with self.assertRaises(AttributeError):
+                with self.assertRaisesRegex(TypeError, "as passwords"):
                     make(passwords)
         with self.assertRaises(TypeError):
             protect(Echo, users(), tables=1)
@@ -5419,14 +5465,14 @@ class Https(HttpsTest):
 
     def test_noise_is_a_line_of_the_log_and_nothing_else(self) -> None:
         """What is no handshake, or half of one: a line, no traceback, and the next client is served."""
-        hello, plain = client_hello(2), "TLS: HTTP_REQUEST$"
+        hello, plain = client_hello(2), "plain HTTP, where HTTPS is spoken$"
         for data, line in ((b"\x16\x03\x01", ""), (b"\0" * 500, ""), (hello[:30], ""), (hello + b"\xff" * 99, ""),
                            (hello + b"\x15\x03\x03\0\x02\x02\x30", ""), (b"\xff" * 3000, ""),
                            (b"GET / HTTP/1.1\r\n\r\n", plain), (b"PUT / HTTP/1.1\r\n\r\n" + b"a" * 500000, plain)):
             with self.subTest(data[:40]):
                 before = self.log().count("\n")
                 said = talk(self.at, data, True)
-                self.assertEqual(statuses(said), [])
+                self.assertEqual((statuses(said), b"https" in said), ([400] * bool(line == plain), line == plain))
                 self.assertEqual(https(self.at, "/").status, 200)
                 until(lambda: self.log().count("\n") >= before + 2, "both lines")
                 lines = sorted(self.log().split("\n")[before:])    # which is written first is not promised
@@ -5470,7 +5516,7 @@ class Https(HttpsTest):
             self.assertEqual([wire.recv(1) for wire in stalled], [b""] * 20)
 
     def test_a_look_at_the_port_is_no_error(self) -> None:
-        """Who resets before he is accepted, or speaks plain HTTP, leaves no traceback."""
+        """Who resets before he is accepted leaves no traceback; who speaks plain HTTP is told so, without a reset."""
         os.kill(self.box.server.pid, signal.SIGSTOP)
         try:
             for _ in range(5):
@@ -5480,8 +5526,8 @@ class Https(HttpsTest):
         self.assertEqual(https(self.at, "/").status, 200)
         self.assertNotIn("Traceback", self.log())
         with Wire(self.at) as wire:
-            wire.sendall(head("/", "GET", JIM))
-            self.logged("refused -: TLS: HTTP_REQUEST")
+            wire.sendall(head("/", "GET", JIM, "X: " + "a" * 5000))
+            self.assertEqual(statuses(b"".join(iter(lambda: wire.recv(65536), b""))), [400])
 
     @needs_linux
     def test_large_files_at_the_pace_of_their_readers(self) -> None:
@@ -5545,7 +5591,7 @@ server.socket = context.wrap_socket(server.socket, server_side=True)
         challenge = https(self.at, "/x", "GET", "").field("www-authenticate") or ""
         auths = ("", WRONG, JIM, Digest(challenge, uri="/x").field())
         self.assertEqual([https(self.at, "/x", "GET", auth).status for auth in auths], [401, 401, 200, 200])
-        self.assertEqual(statuses(talk(self.at, head("/x"), True)), [])
+        self.assertEqual(statuses(talk(self.at, head("/x"), True)), [400])
 
 
 @needs("openssl")
@@ -5596,6 +5642,18 @@ class HttpsCommand(BoxTest):
         if ROOT:        # as containers are given their secrets: root's, 0444, which nobody can change
             with mock.patch.object(os, "geteuid", return_value=NOBODY):
                 authserver.tls_context(cert, self.part("c.key", "[A-Z ]*KEY", 0o444))
+
+    def test_an_expired_certificate_is_a_warning(self) -> None:
+        """It is served, with a warning; one that lasts for decades without."""
+        der = ssl.PEM_cert_to_DER_cert(read(self.part("a.crt", "CERTIFICATE")))
+        first, last = re.findall(rb"\x17\r\d{12}Z", der)
+        for end, warns in ((b"200101000000Z", True), (b"491231235959Z", False)):
+            changed = ssl.DER_cert_to_PEM_cert(der.replace(first + last, first + b"\x17\r" + end))
+            path = self.box.write("dated.pem", read(self.part("a.key", "[A-Z ]*KEY")) + changed, 0o600)
+            with self.subTest(end):
+                self.assertEqual(https(self.box.serve(*self.common[:2], "--tls-cert", path), "/").status, 200)
+                self.assertEqual("dated.pem has expired\n" in read(self.box.output), warns)
+                self.box.kill(self.box.server)
 
     def test_every_address_speaks_it_and_offers_both_schemes(self) -> None:
         """Basic and Digest also where a network reaches; a unix socket stays plain."""
@@ -6024,12 +6082,13 @@ class HttpRoot(HttpTest):
 
     @needs_linux
     def test_a_secret_below_the_root_is_not_served(self) -> None:
-        """The password file in the folder is 404."""
+        """The password file in the folder is a warning at start, and 404."""
         passwords = self.box.write("tree/users", "jim:plain:secret\n", 0o600)
         at = self.box.launch(PYTHON, AUTHSERVER, "--bind", "127.0.0.1:0", "--passwords", passwords, "--root",
                              self.box.path("tree"))
         self.assertEqual(request(at, "/users").status, 404)
         self.assertNotIn(b"users", request(at, "/").body)
+        self.assertRegex(self.log(), "warning: .*users")
         os.unlink(passwords)
 
 
@@ -10232,7 +10291,7 @@ def refusal(address: str, scheme: str, user: str, password: str) -> int:
 
 # -- 5.1 Beside other programs: proxies, several machines, hosts of many kinds --
 #
-# Real ones, where installed; what Traefik sends.  Words in capitals are replaced.
+# Real ones, where installed; what Traefik and Envoy send.  Words in capitals are replaced.
 
 NGINX_FRAME = """daemon off; master_process off; pid nginx.pid; error_log error.log; events { }
 http { access_log off; client_body_temp_path t1; proxy_temp_path t2; fastcgi_temp_path t3;
@@ -10305,11 +10364,12 @@ ASKED = ["X-Original-Method: GET", "X-Original-URI: /a/x"]
 SHAPES = {  # what is sent with METHOD of TARGET
     "nginx": "GET /auth|X-Original-Method: METHOD|X-Original-URI: TARGET",
     "Traefik": "GET /auth?query|X-Forwarded-Method: METHOD|X-Forwarded-Uri: TARGET|X-Forwarded-For: 192.0.2.1",
+    "Envoy": "METHOD /authTARGET|Content-Length: 0|X-Forwarded-For: 192.0.2.1|X-Forwarded-Proto: https",
     "two that agree": "GET /auth/|X-Forwarded-Method: METHOD|X-Original-URI: TARGET|X-Forwarded-Uri: TARGET"}
 UNCLEAR = {
     "nothing": [], "an URI without a method": ASKED[1:], "a method without an URI": ASKED[:1],
     "two URIs": ASKED + ["X-Original-URI: /y"], "two methods": ASKED + ["X-Original-Method: POST"],
-    "an URI of two minds": ASKED + ["X-Forwarded-Uri: /y"], "a path and an URI": ASKED[1:],
+    "an URI of two minds": ASKED + ["X-Forwarded-Uri: /y"], "a path and an URI": ASKED[1:], "a path and all": ASKED,
     "a method of two minds": ASKED + ["X-Forwarded-Method: POST"], "a path and a method": ASKED[:1],
     "an empty URI": ASKED[:1] + ["X-Original-URI:"], "an empty URI beside one": ASKED + ["X-Forwarded-Uri:"]}
 
@@ -10382,7 +10442,7 @@ class ForwardAuth(HttpTest):
                         self.assertIn(request(at, "/p", "GET", auth, name + ": /q").status, (401, 403))
 
     def test_what_proxies_send(self) -> None:
-        """nginx, Traefik, Caddy: a proof for the method and target that they say, once, as jim."""
+        """nginx, Traefik, Caddy, Envoy: a proof for the method and target that they say, once, as jim."""
         for who, shape in SHAPES.items():
             for method, target in (("GET", "/"), ("POST", "/a%20b?c=d"), ("PROPFIND", "/auth/x/")):
                 with self.subTest("%s %s %s" % (who, method, target)):
@@ -10913,7 +10973,7 @@ class FirstMinute(DefaultFilesTest):
                                   for path in glob.glob(place + self.name + "*")] + self.box.processes(), [])
 
     def test_secrets_below_the_root(self) -> None:
-        """Password file, nonce secret, key, pidfile, lock, log: none is served, by no name."""
+        """Password file, nonce secret, key, pidfile, lock, log: each a warning, none is served, by no name."""
         pem, secret, second = make_certificate(self.box), self.box.path("nonces"), self.box.path("shared", "second")
         passwords = self.box.write("passwords", "jim:plain:secret\n", 0o600)
         os.link(passwords, second)
@@ -10925,6 +10985,7 @@ class FirstMinute(DefaultFilesTest):
             with self.subTest(name):
                 self.assertEqual(https(at, "/" + name).status, 404)
                 self.assertNotIn(b'href="%s"' % os.path.basename(name).encode(), https(at, "/").body + https(at, "/shared/").body)
+                self.assertEqual("/%s lies below" % name in said.err, path != second)
 
 
 @needs("openssl", "chromium")
