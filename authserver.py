@@ -3532,6 +3532,10 @@ def answer_file(fd: int, name: bytes, found: os.stat_result, request: Request) -
 
 # -- 12. Listings -------------------------------------------------------------
 
+# RFC 3986 section 2.3: unreserved. All else is encoded in href: so nothing in a name can end the
+# attribute, and "a:b" has no scheme. (The slash: what is spelled is many names at once.)
+RESERVED = re.compile("[^A-Za-z0-9._~/-]+")
+quote_run = functools.lru_cache(maxsize=1024)(lambda run: urllib.parse.quote(os.fsencode(run), ""))
 # Shown as U+FFFD: controls, what turns the direction of the text, what HTML does not allow.
 UNSHOWABLE = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufdd0-\ufdef\ufffe\uffff]")
 DIGITS = re.compile("[0-9]+")
@@ -3546,6 +3550,20 @@ def showable(name: str) -> str:
     if name.isprintable():
         return name
     return UNSHOWABLE.sub("\ufffd", os.fsencode(name).decode("utf-8", "replace"))
+
+
+def spell(names: Sequence[str]) -> Iterable[Tuple[str, str, str, str]]:
+    """Return of each name what sorts it as people do, itself, its href and its text.
+
+    >>> list(spell(["A9&"]))
+    [('a00000000000000000009&', 'A9&', 'A9%26', 'A9&amp;')]
+    """
+    # All names in one text, which takes a third of the time; no name has a slash.
+    text = "/".join(names)
+    keys = DIGITS.sub(lambda match: match[0].zfill(20), text.lower())
+    hrefs = RESERVED.sub(lambda match: quote_run(match[0]), text)
+    labels = html.escape(showable(text))
+    return zip(keys.split("/"), names, hrefs.split("/"), labels.split("/"))
 
 
 def human_size(size: int) -> str:
@@ -3728,7 +3746,7 @@ class Files:
         three system calls for a name; lstat(2) alone answers for nearly all.
         """
         lines = []
-        for name in names:
+        for key, name, href, label in spell(names):
             try:
                 found = os.stat(name, dir_fd=fd, follow_symlinks=False)
                 if stat.S_ISLNK(found.st_mode):
@@ -3744,13 +3762,8 @@ class Files:
             if mode & needed != needed and not os.access(name, needed & 7, dir_fd=fd):
                 continue
             slash, size = ("", human_size(found.st_size)) if is_file else ("/", "")
-            # Encoded but for what is unreserved: nothing in a name can end the attribute, and
-            # "a:b" has no scheme.
-            href, label = urllib.parse.quote(os.fsencode(name), ""), html.escape(showable(name))
-            line = (f'<tr><td><a href="{href}{slash}">{label}{slash}</a><td>{size}<td>'
-                    f'{human_date(int(found.st_mtime) // 60)}\n')
-            # As people sort: a9 before a10.
-            key = DIGITS.sub(lambda match: match[0].zfill(20), name.lower())
+            date = human_date(int(found.st_mtime) // 60)
+            line = f'<tr><td><a href="{href}{slash}">{label}{slash}</a><td>{size}<td>{date}\n'
             lines.append((is_file, key, name, line))
         return [line for *_, line in sorted(lines)]
 
