@@ -1806,11 +1806,15 @@ ends_line = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]").search
 
 STYLE = (
     ":root{color-scheme:light dark;font:100%/1.5 system-ui,sans-serif}"
-    "body{max-width:48rem;margin:2rem auto;padding:0 1rem}h1{font-size:1.3rem}a{color:inherit}"
-    "table,td:first-child{width:100%}th,td{border-bottom:1px solid #8883;text-align:left}"
-    "th+th,td+td{padding-left:1rem;text-align:right;white-space:nowrap}td a{display:block}"
-    "h1,td:first-child{overflow-wrap:anywhere}i{font-style:normal}"
-    "@media(max-width:32rem){i{display:none}}")
+    "body{max-width:48rem;margin:3rem auto;padding:0 1rem}h1{font-size:1.3rem}"
+    "a{color:inherit;text-underline-offset:.2em}a:hover{text-decoration:underline}"
+    "table,td:first-child{width:100%}table{border-spacing:0}"
+    "th,td{padding:.4rem 0;border-bottom:1px solid #8883;text-align:left}"
+    "th,td+td{font:.85rem system-ui,sans-serif;color:#777;white-space:nowrap}"
+    "th+th,td+td{padding-left:1.5rem;text-align:right;font-variant-numeric:tabular-nums}"
+    "td a{display:block;text-decoration:none}td a[href$='/']{font-weight:600}i{font-style:normal}"
+    "h1,td:first-child{overflow-wrap:anywhere}"
+    "@media(max-width:32rem){body{margin:1rem auto}th+th,td+td{padding-left:1rem}i{display:none}}")
 EXPLANATIONS = {
     401: "This is for who has a password. To try again, reload the page.",
     429: "Too many wrong passwords came from your address. Wait a minute, then reload the page.",
