@@ -4673,9 +4673,9 @@ class GuardTest(AuthTestCase):
             ("stock 1.1", protect(Echo, users(), **offer)), ("stock 1.0", protect(Old, users(), **offer)),
             ("wsgiref", protect_wsgi(echo, users(), **offer)))}
 
-    def continues(self, wire: Wire, auth: str) -> None:
+    def continues(self, wire: Wire, auth: str, *fields: str) -> None:
         """Send the head of a client that waits for 100 Continue, which comes; then its body."""
-        wire.sendall(head("/", "POST", auth, "Content-Length: 1", "Expect: 100-continue"))
+        wire.sendall(head("/", "POST", auth, "Content-Length: 1", "Expect: 100-continue", *fields))
         self.assertEqual(wire.recv(4096), b"HTTP/1.1 100 Continue\r\n\r\n")
         wire.sendall(b"x")
 
@@ -4766,11 +4766,11 @@ class Bodies(GuardTest):
         self.assertEqual((statuses(said), re.findall(b"jim Basic .", said)),
                          ([200] * 3, [b"jim Basic 1", b"jim Basic 5", b"jim Basic 0"]))
         with Wire(at) as wire:
-            self.continues(wire, digest(at, "/", "POST", body=b"x"))
+            self.continues(wire, digest(at, "/", "POST", body=b"x"), CLOSE)
             self.assertEqual(statuses(wire.hear()), [200])
 
     def test_auth_int_signs_it_whole_or_says_413(self) -> None:
-        """Up to 64 KiB the body is signed; what would be cut, or comes in chunks, is no wrong password."""
+        """Up to 64 KiB the body is signed, in chunks as well; what would be cut is no wrong password."""
         hosts = self.hosts(qop=["auth", "auth-int"])
         for name, at in hosts.items():
             for size, status in ((0, 200), (5, 200), (65536, 200), (65537, 413), (200000, 413)):
@@ -4784,19 +4784,18 @@ class Bodies(GuardTest):
         answer = request(at, "/", "GET", digest(at, "/", body=b""))
         self.assertEqual((answer.status, (answer.field("Authentication-Info") or "")[:9]), (200, 'rspauth="'))
         auth = digest(at, "/", "POST", body=b"x")
-        self.assertEqual(request(at, "/", "POST", auth, CHUNKED, data=b"1\r\nx\r\n0\r\n\r\n").status, 411)
+        self.assertEqual(request(at, "/", "POST", auth, CHUNKED, data=b"1\r\nx\r\n0\r\n\r\n").status, 200)
 
     def test_a_bad_head_has_one_answer_and_no_challenge(self) -> None:
-        """An endless one is not waited for; what http.server refuses, it refuses as it does without us."""
+        """An endless one is not waited for; nor is what nobody can read."""
         hosts = self.hosts()
         for name in ("stock 1.1", "stock 1.0"):
             for octets, status in ((G + b"X: y\r\n" * 6000, 431), (G + b"X: y\r\n" * 150 + b"\r\n", 431),
                                    (b"GET / HTTP/9.9\r\n\r\n", 505)):
                 with self.subTest(name, size=len(octets)), Wire(hosts[name]) as wire:
                     wire.sendall(octets)
-                    said = wire.hear()      # HTTP/9.9 is answered as 0.9 is, without a status line
-                    self.assertEqual((statuses(said), b"WWW-Authenticate" in said), ([status] * (status == 431), False))
-                    self.assertIn(b"%d" % status, said)
+                    said = wire.hear()
+                    self.assertEqual((statuses(said), b"WWW-Authenticate" in said), ([status], False))
 
 
 def called_page(application: Any, field: Optional[str] = None, **environ: str) -> Tuple[int, List[str]]:
