@@ -43,6 +43,7 @@ import http.client
 import http.server
 import importlib.machinery
 import io
+import itertools
 import json
 import marshal
 import os
@@ -911,16 +912,12 @@ class HeaderParsing(AuthTestCase):
 
     def test_what_is_as_long_as_it_may_be_is_read(self) -> None:
         """A field, a name with its password, realm, nonce and cnonce together; and no more."""
-        def padded(name: str) -> Callable[[int], str]:
-            return lambda size: self.field(**{name: '"%s"' % ("x" * (size - 2))})
-        rows: List[Tuple[int, Callable[[int], str]]] = [
-            (authserver.MAX_TEXT, lambda size: basic("a", "b" * (size - 2))),
-            (authserver.MAX_CREDENTIALS,
-             lambda size: self.field(",x=".ljust(size - len(self.field()), "y")))]
-        rows += [(authserver.MAX_TEXT, padded(name)) for name in ("realm", "nonce", "cnonce")]
-        for limit, function in rows:
-            self.assertEqual(401, attempt(self.authenticator, function(limit)).status)
-            self.malformed(function(limit + 1))
+        end = ",x=".ljust(authserver.MAX_CREDENTIALS - len(self.field()), "y")
+        for more in (0, 1):
+            text = "x" * (authserver.MAX_TEXT - 2 + more)
+            fields = [self.field(**{name: '"%s"' % text}) for name in ("realm", "nonce", "cnonce")]
+            for field in fields + [basic("a", text), self.field(end + "y" * more)]:
+                self.assertEqual(400 if more else 401, attempt(self.authenticator, field).status)
         # To normalize 16 KiB of combining characters would take a tenth of a second.
         long = "\u0315\u0300" * 300
         self.malformed(basic(long, "x"), basic("x", long),
@@ -1423,7 +1420,7 @@ class Limits(AuthTestCase):
                 if kind[0] == "$" and not line.startswith("ann:" + kind[:3]):
                     self.skipTest("needs a libcrypt that knows " + kind[:3])
                 passwords, value = self.read(line), line.split(":")[-1]
-                wrong = {"", "\0", "a" * 5000, right[:-1], right + "x", right + "\0x",
+                wrong = {"", "\0", "a" * 500, right[:-1], right + "x", right + "\0x",
                          right + "\ud800", right.swapcase(), line[4:], value,
                          value.partition("}")[2]} - {right}
                 self.gives(passwords.check_password, *[("ann", word, False) for word in wrong],
@@ -1432,11 +1429,7 @@ class Limits(AuthTestCase):
                 warning = r"\A\$2.\$04\$ in .*: bcrypt knows 72 bytes" if "$2" in kind else r"\A\Z"
                 self.assertRegex("".join(passwords.warnings), warning)
                 self.assertFalse(passwords.verify("ann", right + "\ud800"))     # only a program can
-
-    def test_every_byte_of_a_sha_counts(self) -> None:
-        """{SHA} and {SSHA}: any byte of the hash changed keeps the right password out."""
-        for kind, place in [(kind, place) for kind in ("{SHA}", "{SSHA}")
-                            for place in (0, 7, 9, 10, 12, 19)]:
+        for kind, place in itertools.product(("{SHA}", "{SSHA}"), (0, 7, 9, 10, 12, 19)):
             octets = bytearray(base64.b64decode(stored(kind, "secret").partition("}")[2]))
             octets[place] ^= 1
             passwords = self.read("ann:" + kind + base64.b64encode(octets).decode())
@@ -1558,12 +1551,16 @@ class PasswdVerb(AuthTestCase):
         self.assertEqual(["new", "new1", "new2"], sorted(os.listdir(os.path.dirname(path))))
 
     def test_what_is_written_anew_is_as_it_was(self) -> None:
-        """0640 stays, anything more open becomes 0600; a link stays; a full disk loses nothing."""
+        """0640, owner, group, a link stay; what was more open is 0600; a full disk loses nothing."""
+        owner = (NOBODY, OTHER) if ROOT else (os.getuid(), os.getgid())
         for before, after in ((0o640, 0o640), (0o600, 0o600), (0o644, 0o600), (0o666, 0o600)):
             path = self.write("# x\n", before)
+            os.chown(path, *owner)
             os.symlink(path, path + ".link")
             self.change(path + ".link", "jim")
-            self.assertEqual((after, True), (self.mode(path), os.path.islink(path + ".link")))
+            found = os.stat(path)
+            self.assertEqual((after, owner), (self.mode(path), (found.st_uid, found.st_gid)))
+            self.assertTrue(os.path.islink(path + ".link"))
         text = read(path)
         with mock.patch("os.fsync", side_effect=OSError(28, "No space left")):
             self.refuses("unable to write", self.change, path, "ann")
@@ -1780,10 +1777,9 @@ class DigestScheme(AuthTestCase):
         """Every algorithm and qop that is offered, with Authentication-Info; not another body."""
         algorithms = [name for name in authserver.CANONICAL.values() if name in authserver.HASHES]
         authenticator = make(algorithms=algorithms, qop=["auth", "auth-int"])
-        for algorithm, (qop, body) in [(name, pair) for name in algorithms for pair in (
-                ("auth", None), ("auth-int", b"hello"))]:  # type: str, Tuple[str, Optional[bytes]]
-            with self.subTest(algorithm, qop=qop):
-                client = Client(authenticator, algorithm=algorithm, qop=qop)
+        for algorithm, body in itertools.product(algorithms, (None, b"hello")):
+            with self.subTest(algorithm, body=body):
+                client = Client(authenticator, algorithm=algorithm, qop="auth" + "-int" * bool(body))
                 field = client.field(body=body, method="POST")
                 post = functools.partial(client.ask, field, method="POST")
                 if body:
@@ -1805,8 +1801,8 @@ class DigestScheme(AuthTestCase):
         field = client.field()
         start = field.index('response="') + 10
         for i in range(start, start + 32):
-            digit = "0" if field[i] != "0" else "1"
-            self.assertEqual("bad response", client.says(field[:i] + digit + field[i + 1:]), i)
+            wrong = field[:i] + "01"[field[i] == "0"] + field[i + 1:]
+            self.assertEqual("bad response", client.says(wrong), i)
         self.assertEqual("", client.says(field))
 
     def test_accepts_every_spelling_that_clients_use(self) -> None:
@@ -2098,7 +2094,7 @@ class Fuzz(AuthTestCase):
     def test_mutated_password_files_are_read_or_refused(self) -> None:
         """1,000 seeded mutations of a password file: entries and mistakes, no exception."""
         chance = Random(SEED)
-        text = "\n".join([LINE, "sha:" + SHA, "# x", "ann:plain:secret", "bob:$9$a$x", ""])
+        text = "\n".join([LINE, "sha:" + SHA, "# x", "ann:plain:secret", "bob:$1$a$x", ""])
         for _ in range(1000):
             authserver.parse_passwords(mutate(text, chance), "files")
 
@@ -2159,8 +2155,7 @@ class Fuzz(AuthTestCase):
 
     def test_a_thread_is_for_slow_hashes_only(self) -> None:
         """The judge asks for one where a hash takes long, for strangers too; else it answers."""
-        for slow, user, word in [(slow, user, word) for slow in (True, False)
-                                 for user in ("jim", "nobody") for word in ("x", "secret")]:
+        for slow, user, word in itertools.product((True, False), ("jim", "nobody"), ("x", "secret")):
             with self.subTest(user, slow=slow), \
                     mock.patch.object(Passwords, "is_slow", lambda *_: slow):
                 found = authserver.Attempt("GET", "/x", [basic(user, word)], None, NOW, ["basic"])
