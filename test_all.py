@@ -961,18 +961,19 @@ class DigestArithmetic(AuthTestCase):
 
     def test_serves_where_fips_mode_refuses_hashes(self) -> None:
         """Both schemes and a lock-out, with hashlib as Red Hat's FIPS mode leaves it."""
-        def strict(name: str, real: Callable[..., Any]) -> Any:
+        def strict(name: str) -> Any:
+            real = getattr(hashlib, name)
+
             def call(*data: bytes, usedforsecurity: bool = True, **keys: Any) -> Any:
                 if keys or usedforsecurity or name != "md5":
                     raise ValueError("disabled for FIPS")
                 return real(*data)
-            return mock.patch.object(hashlib, name, call)
-        module: Any = types.ModuleType("anew")   # what it can do it finds out once
+            return call
+        module: Any = types.ModuleType("anew")      # it finds out but once what it can do
         module.__file__ = AUTHSERVER
         loader = importlib.machinery.SourcelessFileLoader("anew", AUTHSERVER)
-        with contextlib.ExitStack() as stack:
-            for name in ("md5", "blake2s", "blake2b"):
-                stack.enter_context(strict(name, getattr(hashlib, name)))
+        names = ("md5", "blake2s", "blake2b")
+        with mock.patch.multiple(hashlib, **{name: strict(name) for name in names}):
             loader.exec_module(module)
             guarded = module.Authenticator(module.Passwords({"jim": "secret"}, realm="files"),
                                            max_failures=(1, 60.0))
@@ -980,9 +981,8 @@ class DigestArithmetic(AuthTestCase):
             said = [client.says(field, client="192.0.2.1", now=guarded.clock())
                     for field in (client.field(), JIM, WRONG, JIM)]
             self.assertEqual(said, ["", "", "bad password", "locked out"])
-        with mock.patch.object(hashlib, "new", side_effect=ValueError), \
-                mock.patch.object(hashlib, "none", None, create=True), \
-                mock.patch.object(hashlib, "other", side_effect=TypeError, create=True):
+        with mock.patch.multiple(hashlib, create=True, new=mock.Mock(side_effect=ValueError),
+                                 none=None, other=mock.Mock(side_effect=TypeError)):
             self.assertIsNone(authserver.find_hash("none", "sha512-256", "other"))
 
 
@@ -1462,6 +1462,7 @@ class SlowHashes(AuthTestCase):
             self.refuses("passwords.*: line 1: user 'bob': field 2: .*does not know [^;]*$",
                          self.read, bad, good)
             self.assertTrue(self.read(good).check_password("ann", "secret"))
+            self.assertEqual(len(authserver.FORMS), 1)      # and is known from now on
 
     def test_finds_crypt_by_whatever_name_it_has(self) -> None:
         """crypt_r for two at a time; crypt for one; neither: the file is refused, not log-ins."""
@@ -1718,9 +1719,10 @@ class BasicScheme(AuthTestCase):
         """In any case of Basic, with blanks, a colon, UTF-8, Latin-1; the log knows why not."""
         authenticator = make({"jim": "secret", "test": "123£", "col": "a:b"})
         for user, field, reason in (
-                ("jim", JIM, ""), ("jim", JIM.replace("Basic", "bAsIc"), ""),
-                ("jim", JIM.replace(" ", "   "), ""), ("col", basic("col", "a:b"), ""),
-                ("test", basic("test", "123£"), ""), ("test", basic("test", "123£", "latin-1"), ""),
+                *[("jim", text, "") for text in (
+                    JIM, JIM.replace("Basic", "bAsIc"), JIM.replace(" ", "   "))],
+                *[("test", basic("test", "123£", charset), "") for charset in ("utf-8", "latin-1")],
+                ("col", basic("col", "a:b"), ""),
                 ("jim", WRONG, "bad password"), ("jim", basic("jim", ""), "bad password"),
                 ("JIM", basic("JIM", "secret"), "unknown user"),
                 ("", basic("", ""), "unknown user")):
@@ -1735,43 +1737,36 @@ class BasicScheme(AuthTestCase):
         self.assertEqual((401, None, 1), (verdict.status, verdict.log_user, len(verdict.fields)))
 
 
-# What a client does wrong, what it is told, and whether that is a wrong password: then the
-# log has the name, and it counts towards the lock-out.  The same for a known and an unknown user.
-REFUSALS: Sequence[Tuple[str, Dict[str, Any], int, bool]] = (
-    ("a wrong password", {}, 401, True),
-    ("a response of zeros", {"response": '"%s"' % HEX}, 401, True),
-    ("a forged nonce", {"nonce": "0" * 36}, 401, True),
-    ("another user's response", {"username": '"ann"'}, 401, True),
-    ("another realm", {"realm": '"other"'}, 401, False),
-    ("an algorithm that is not offered", {"algorithm": "SHA-256"}, 401, False),
-    ("an algorithm that nobody knows", {"algorithm": "foo"}, 401, False),
-    ("a session algorithm", {"algorithm": "MD5-sess"}, 401, False),
-    ("auth-int, which is not offered", {"qop": "auth-int"}, 401, False),
-    ("qop in capitals", {"qop": '"AUTH"'}, 401, False), ("no qop", {"drop": ["qop"]}, 401, False),
-    ("RFC 2069", {"drop": ["qop", "nc", "cnonce"]}, 401, False),
-    ("no nonce, as LWP does", {"drop": ["nonce"]}, 401, False),
-    ("another path", {"uri": '"/y"'}, 400, False), ("another query", {"uri": '"/x?a"'}, 400, False),
-    ("no count", {"drop": ["nc"]}, 400, False))
-
-
 class DigestScheme(AuthTestCase):
     """Digest, as RFC 7616 has it"""
 
+    # What the log says of whom; RFC 2069 is the form without qop, LWP comes without a nonce.
+    REFUSALS: Sequence[Tuple[str, Sequence[Dict[str, Any]]]] = (
+        ("bad response", [{}, {"response": '"%s"' % HEX}, {"nonce": HEX}, {"username": '"ann"'}]),
+        ("another realm", [{"realm": '"other"'}]), ("no nonce yet", [{"drop": ["nonce"]}]),
+        ("algorithm or qop not offered", [
+            {"algorithm": "SHA-256"}, {"algorithm": "foo"}, {"algorithm": "MD5-sess"},
+            {"qop": "auth-int"}, {"qop": '"AUTH"'}, {"drop": ["qop"]},
+            {"drop": ["qop", "nc", "cnonce"]}]),
+        ("uri mismatch", [{"uri": '"/y"'}, {"uri": '"/x?a"'}]),
+        ("malformed: nc", [{"drop": ["nc"]}]))
+
     def test_what_is_refused(self) -> None:
-        """Each fault has its status, whoever is named; only a wrong password names and counts."""
-        for sentence, change, status, wrong in REFUSALS:
-            said = []
+        """A known and an unknown user alike; only a wrong password names one, and counts."""
+        for reason, change in [(reason, change) for reason, several in self.REFUSALS
+                               for change in several]:
+            fields, is_wrong = [], reason == "bad response"
             for user in ("jim", "nobody"):
-                with self.subTest(sentence, user=user):
-                    authenticator = make(max_failures=(1, 60.0))
-                    client = Client(authenticator, user, "wrong")
+                with self.subTest(reason, user=user, change=change):
+                    client = Client(make(max_failures=(1, 60.0)), user, "wrong")
                     verdict = client.ask(client.field(**change), client="192.0.2.1",
                                          read_body=self.fail)
-                    name = change.get("username", user).strip('"') if wrong else None
-                    self.assertEqual((status, None, name), verdict[:3])
-                    self.assertEqual(wrong, client.says(JIM, client="192.0.2.1") == "locked out")
-                    said.append(re.sub('nonce="[^"]*"', "", str(verdict.fields)))
-            self.assertEqual(*said)
+                    name = change.get("username", user).strip('"') if is_wrong else None
+                    said = "unknown user" if name == "nobody" else reason
+                    self.assertEqual((said, name), (verdict.reason, verdict.log_user))
+                    self.assertEqual(is_wrong, client.says(JIM, client="192.0.2.1") == "locked out")
+                    fields.append(re.sub('nonce="[^"]*"', "", str(verdict.fields)))
+            self.assertEqual(*fields)
 
     def test_lets_the_right_response_in_and_proves_itself_too(self) -> None:
         """Every algorithm and qop that is offered, with Authentication-Info; not another body."""
