@@ -1186,10 +1186,11 @@ class Nonces(AuthTestCase):
                 self.assertEqual("", client.says(count), ahead)
             self.assertEqual("replay", client.says(1))
             for ahead in (skew + 1, -skew - 1, -3600):
-                old, now = Client(client.authenticator, now=table.now()), table.now() + ahead
+                then, now = table.now(), table.now() + ahead
+                old = Client(client.authenticator, now=then)
                 table.set_clock(now)
                 new = Client(client.authenticator, now=now)
-                self.assertEqual([old.says(now=now), new.says(now=now)], ["stale", ""], ahead)
+                self.assertEqual([old.says(now=then), new.says(now=now)], ["stale", ""], ahead)
 
     def test_a_time_of_day_that_steps_is_not_looked_at(self) -> None:
         """By who shares no secret: what was used stays used, and all nonces stay good."""
@@ -1884,13 +1885,14 @@ class Challenges(AuthTestCase):
         plain = 'Basic realm="files", charset="UTF-8"'
         sessions = [name for name in authserver.HASHES if name.endswith("-sess")]
         rows: Any = (
-            ({"algorithms": ["SHA-256", "MD5"]}, False,
+            ({"algorithms": ["SHA-256", "MD5"]}, {},
              [line % ("", "SHA-256", ""), line % ("", "MD5", ""), plain]),
-            ({"schemes": ["basic"]}, False, [plain]),
-            ({"algorithms": sessions, "qop": ["auth", "auth-int"], "schemes": ["digest"]}, True,
+            ({"schemes": ["basic"]}, {}, [plain]),
+            ({"algorithms": sessions, "qop": ["auth", "auth-int"], "schemes": ["digest"]},
+             {"stale": True},
              [line % (",auth-int", name, ", stale=true") for name in sessions]))
-        for settings, stale, forms in rows:
-            fields = make(**settings).challenge(NOW, stale=stale)
+        for settings, keywords, forms in rows:
+            fields = make(**settings).challenge(NOW, **keywords)
             self.assertEqual(len(fields), len(forms))
             for (name, value), form in zip(fields, forms):
                 self.assertRegex(name + ": " + value, r"\AWWW-Authenticate: %s\Z" % form)
