@@ -1655,7 +1655,7 @@ class Addresses(AuthTestCase):
             self.refuses(r"unable to bind %s: .*\ntry: ss -ltnp 'sport = :%d'" % (text, port),
                          authserver.open_socket, text, authserver.parse_bind(text))
         denied = OSError(errno.EACCES, "Permission denied")
-        for text, advice in ((":80", "--bind :8080"), (":8000", ""), ("unix:/root/s", ""),
+        for text, advice in ((":80", "--bind :8080"), (":1024", ""), ("unix:/root/s", ""),
                              ("127.0.0.1:443", "--bind 127.0.0.1:8443")):
             said = authserver.bind_advice(text, authserver.parse_bind(text), denied)
             self.assertEqual(said.partition("   #")[0], advice and "\ntry: " + advice)
@@ -1976,7 +1976,9 @@ class LockOut(AuthTestCase):
         self.assertEqual(401, attempt(authenticator, client="192.0.2.1", now=NOW + 301).status)
         self.assertEqual(authenticator.table.statistics()["lockouts"], 3)
         authenticator.table.set_clock(NOW - 3600)   # a time ahead of now began no lock-out
-        self.assertEqual(self.status(authenticator, now=NOW - 3600), 200)
+        for guesses, status in ((0, 200), (2, 200), (1, 429)):
+            self.guess(authenticator, guesses, now=NOW - 3600)
+            self.assertEqual(self.status(authenticator, now=NOW - 3600), status)
 
     @mock.patch.object(Passwords, "is_slow", lambda *_: True)
     def test_slow_hashes_that_are_made_together(self) -> None:
@@ -2054,8 +2056,9 @@ class LockOut(AuthTestCase):
         """The rightmost address that is not a proxy's; nobody can choose his own."""
         one, own, local = ("192.0.2.1", "192.0.2.1"), "127.0.0.1", ("127.0.0.1", None)
         self.gives(lambda options, peer, forwarded: authserver.TrustedProxies(
-            options.split()).find_client(peer, forwarded),
-            ("", "192.0.2.1", "", one), ("", "192.0.2.1", "198.51.100.1", one),
+            options and options.split()).find_client(peer, forwarded),
+            (None, "10.0.0.1", "", ("10.0.0.1", None)), (None, "192.0.2.1", "", one),
+            ("", "10.0.0.1", "", ("10.0.0.1", "10.0.0.1")), ("", "192.0.2.1", "198.51.100.1", one),
             ("", own, "", local), ("", "::1", "", ("::1", None)),
             ("", "::ffff:127.0.0.1", "", local), ("", "::ffff:192.0.2.1", "", one),
             ("", "2001:db8::1:2", "", ("2001:db8::1:2", "2001:db8::/64")),
