@@ -1191,6 +1191,7 @@ class Nonces(AuthTestCase):
                 table.set_clock(now)
                 new = Client(client.authenticator, now=now)
                 self.assertEqual([old.says(now=then), new.says(now=now)], ["stale", ""], ahead)
+            self.assertEqual("stale", client.says(9))       # of three eras ago
 
     def test_a_time_of_day_that_steps_is_not_looked_at(self) -> None:
         """By who shares no secret: what was used stays used, and all nonces stay good."""
@@ -1639,6 +1640,24 @@ class PasswdVerb(AuthTestCase):
             self.assertEqual(names - {"#", "staff", "ann"}, {"u%d" % number for number in range(8)})
             self.assertTrue(read(path).startswith(text))
             self.assertEqual(os.listdir(os.path.dirname(path)), ["passwords"])
+
+    def test_who_has_waited_locks_what_is_there_now(self) -> None:
+        """What it had opened has lost its name to another one's change: nobody waits for that."""
+        path, before = self.write(""), ["ann", "bob"]
+        lock, write = fcntl.flock, authserver.write_file
+
+        def wait(stream: Any, how: int) -> None:
+            if before:
+                self.change(path, before.pop())
+            lock(stream, how)
+
+        def look(target: str, *words: Any, **keys: Any) -> None:
+            with open(target) as stream, self.assertRaises(BlockingIOError):
+                lock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            write(target, *words, **keys)
+        with mock.patch("fcntl.flock", wait), mock.patch.object(authserver, "write_file", look):
+            self.change(path, "jim")
+        self.assertEqual(set(Passwords.read(path, "files").entries), {"ann", "bob", "jim"})
 
 
 class Addresses(AuthTestCase):
