@@ -1026,7 +1026,7 @@ class Nonces(AuthTestCase):
         """Also shortly before it was made elsewhere; with stale, or near its end, comes another."""
         skew = authserver.CLOCK_SKEW
         for age, reason, word in (
-                (-skew - 0.5, "stale", "stale=true"), (-skew + 0.5, "", ""), (0, "", ""),
+                (-skew - 0.5, "stale", "stale=true"), (-skew, "", ""), (0, "", ""),
                 (269, "", ""), (271, "", "nextnonce="), (299.5, "", "nextnonce="),
                 (300, "stale", "stale=true")):
             client = Client(make())
