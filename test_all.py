@@ -41,7 +41,9 @@ import hashlib
 import html
 import http.client
 import http.server
+import importlib.machinery
 import io
+import itertools
 import json
 import marshal
 import multiprocessing
@@ -69,6 +71,8 @@ import tempfile
 import threading
 import time
 import traceback
+import types
+import unicodedata
 import unittest
 import urllib.error
 import urllib.parse
@@ -774,13 +778,19 @@ def crypted(password: str, setting: str) -> str:
 def attempt(authenticator: Authenticator, *fields: str, client: Optional[str] = None, now: float = NOW,
             target: str = "/x", method: str = "GET", schemes: Sequence[str] = (),
             read_body: Callable[[], bytes] = bytes) -> Any:
-    """Return the verdict on a request with these Authorization fields."""
+    """Return the verdict on a request with these Authorization fields; its parts fit together."""
     found = authserver.Attempt(method, target, fields, client, now, schemes or authenticator.schemes)
 
     def reading() -> Any:
         return (yield read_body)
     found.read_body = reading
-    return authserver.at_once(authenticator.judge(found))
+    verdict = authserver.at_once(authenticator.judge(found))
+    reason = verdict.reason.partition(":")[0]
+    assert verdict.status == {"": 200, "malformed": 400, "uri mismatch": 400, "locked out": 429}.get(
+        reason, 401), verdict
+    assert (verdict.username is not None) == (verdict.status == 200), verdict
+    assert is_stale(verdict) == (reason in ("stale", "replay")), verdict
+    return verdict
 
 
 def make(users: Optional[Dict[str, str]] = None, **settings: Any) -> Authenticator:
@@ -803,6 +813,12 @@ class Client(Digest):
     def ask(self, field: str = "", **settings: Any) -> Any:
         """Send a request, with the next field of this client or another one."""
         return attempt(self.authenticator, field or self.field(), **settings)
+
+    def says(self, field: Union[str, int] = "", **settings: Any) -> str:
+        """Do that, or send the field with this count; return why it is refused, or ""."""
+        if isinstance(field, int):
+            field = self.field("%08x" % field)
+        return str(self.ask(field, **settings).reason)
 
 
 def is_stale(verdict: Any) -> bool:
@@ -827,185 +843,178 @@ class AuthTestCase(unittest.TestCase):
         os.chmod(path, mode)
         return path
 
-    def refuses(self, pattern: str, function: Callable[..., Any], *args: Any, **kw: Any) -> None:
-        """Assert that function raises a Refusal whose text fits pattern."""
-        with self.assertRaisesRegex(Refusal, pattern):
+    def read(self, *lines: str) -> Passwords:
+        """Return what a password file of these lines is read as."""
+        return Passwords.read(self.write("\n".join(lines)), "files")
+
+    def refuses(self, pattern: str, function: Callable[..., Any], *args: Any, **kw: Any) -> str:
+        """Assert that function raises a Refusal whose text fits; return the cure that it names."""
+        with self.assertRaisesRegex(Refusal, pattern) as caught:
             function(*args, **kw)
+        return str(caught.exception).partition("\ntry: ")[2]
+
+    def gives(self, function: Callable[..., Any], *rows: Sequence[Any]) -> None:
+        """Assert of each row that function returns its last item for all others."""
+        for row in rows:
+            with self.subTest(row[:-1]):
+                self.assertEqual(row[-1], function(*row[:-1]))
 
 
 class HeaderParsing(AuthTestCase):
     """An Authorization field is read strictly, and always by the same parser"""
 
-    GOOD = ('username="a",realm="r",nonce="n",uri="/",qop=auth,nc=00000001,cnonce="c",' 'response="%s"' % ("0" * 32))
+    GOOD = dict(username='"a"', realm='"r"', nonce='"n"', uri='"/"', qop="auth", nc="00000001",
+                cnonce='"c"', response='"%s"' % ("0" * 32))
 
-    def digest(self, params: str) -> Any:
-        """Parse a whole Digest field."""
-        return authserver.parse_digest(authserver.parse_authorization("Digest " + params)[2])
+    def setUp(self) -> None:
+        """Make who knows another realm: what is well-formed goes no further."""
+        self.authenticator = make()
 
-    def malformed(self, function: Callable[[str], Any], *texts: str) -> None:
-        """Assert that each text is Malformed."""
-        for text in texts:
-            with self.subTest(text[:40]), self.assertRaises(authserver.Malformed):
-                function(text)
+    def field(self, end: str = "", **changes: Optional[str]) -> str:
+        """Return a Digest field with some parameters changed (None: left out)."""
+        params: Dict[str, Optional[str]] = dict(self.GOOD, **changes)
+        words = ["%s=%s" % item for item in params.items() if item[1] is not None]
+        return "Digest " + ",".join(words) + end
 
-    def test_reads_every_form_that_rfc_9110_allows(self) -> None:
-        """Any case, blanks around "=", empty elements, tokens and quoted strings are read."""
-        want = {"username": "a,b", "nc": "00000001", "qop": "auth"}
-        for text in ('Digest username="a,b", nc=00000001, qop=auth', 'dIGEST USERNAME="a,b",NC=00000001,QoP="auth"',
-                     'Digest  , ,username = "a,b" ,\t,nc\t=\t00000001,qop="auth" , ',
-                     '  Digest username="a,b", nc="00000001", qop=auth  '):
-            with self.subTest(text):
-                self.assertEqual(("digest", "", want), authserver.parse_authorization(text))
-
-    def test_refuses_what_breaks_the_grammar(self) -> None:
-        """Whatever is not in the grammar raises Malformed, and nothing else."""
-        self.malformed(lambda text: authserver.parse_digest(authserver.parse_authorization(text)[2]),
-            "", " ", "=", ",", "Dig\xe9st a=b", "Basic\tabc", "Digest a", "Digest a=",
-            "Digest a=b c=d", "Digest a=b;c=d", 'Digest a="b', 'Digest a=b"', "Digest =b",
-            'Digest a="b\\"', 'Digest a="b"c', 'Digest a="\x00"', 'Digest a="\x7f"',
-            'Digest a="b\nc"', "Digest a=b, A=c", 'Digest a="1", b=2, a="1"', "Digest a=\xe9",
-            "Digest a=b,\n", "Digest " + "a" * 20000, 'Digest a="' + "\\\\" * 9000 + '"')
+    def malformed(self, *fields: str) -> None:
+        """Assert that each is answered with 400, in nobody's name."""
+        for field in fields:
+            with self.subTest(field[:40]):
+                self.assertEqual((400, None, None), attempt(self.authenticator, field)[:3])
 
     def test_refuses_a_whole_field_for_one_fault(self) -> None:
-        """Nothing is missing in it, so nothing else is the reason: each fault alone, beside all that Digest asks for."""
-        self.digest(self.GOOD + ", ,\t,")
-        self.malformed(self.digest, *[self.GOOD + fault for fault in (
-            ",x", ",x=", ",x=y z=w", ';x=y', ',x="y', ',x=y"', ",=y", ',x="y"z', ',x="\x00"', ",x=\xe9", ",\n", "=", ",x=y=",
-            ',nc=00000001', ',NC="00000001"', ',x="", X=y')])
+        """Each stands alone beside all that Digest asks for: nothing else is the reason."""
+        for field in (self.field(", ,\t,"), self.field(qop=None)):
+            self.assertEqual("another realm", attempt(self.authenticator, field).reason)
+        missing: List[Optional[str]] = [None]
+        wrong = {"nc": ["0", "1", "00000000", "000000001", "123456789", "zzzzzzzz", "+0000001",
+                        '"0000 001"', "0000_001", '"%s"' % ("\xb2" * 8)],
+                 "response": ['"%s"' % text for text in (
+                     "", "0" * 31, "0" * 33, "0" * 96, "g" * 32, "\xe9\xe9")],
+                 "cnonce": ['""'], "realm": [], "uri": [], "username": []}
+        for name, texts in wrong.items():
+            self.malformed(*[self.field(**{name: text}) for text in missing + texts])
+        for name in ("a", "ISO-8859-1''a", "UTF-8''a'b"):
+            self.malformed(self.field(**{"username": None, "username*": name}))
+        self.malformed(*map(self.field, (
+            ",x", ",x=", ",x=y z=w", ";x=y", ',x="y', ',x=y"', ",=y", ',x="y"z', ",x=\xe9", ",\n",
+            "=", ",x=y=", ",nc=00000001", ',NC="00000001"', ',x="", X=y', ",username*=UTF-8''a",
+            *[',x="%s"' % text for text in ("\0", "\n", "\x08", "\x7f", "\\", "\\\0")])))
+        # No scheme; and of Basic: no strict base64, no colon, control characters.
+        self.malformed("", " ", "=", ",", "Dig\xe9st a=b", "Basic\tabc", "Basic", JIM + "!!!")
+        self.malformed(*["Basic " + token for token in (
+            "=", "====", "!!!", "YTpi=", "YTpi==", "YTpiYw", "YTpiYx==", "YT pi", "YTpi!!!!", "a=b",
+            "YTpi-_-_", "YTpi,YTpi", "YTpi YTpi", "YWxpY2U=", "QWxhZGRpbjpvcGVuIHNlc2FtZQ")])
+        self.malformed(basic("a", "b\0c"), basic("a\n", "b"), basic("a", "\x7f"))
 
-    def test_refuses_what_a_pattern_nearly_fits(self) -> None:
-        """Controls and a last backslash in a quotation, a digit too many, a comma in a token: each at its place."""
-        self.malformed(self.digest, *[self.GOOD + fault for fault in (',x="\\"', ',x="\n"', ',x="\x7f"', ',x="\x08"', ',x="\\\x00"')])
-        self.malformed(self.digest, self.GOOD.replace("nc=00000001", "nc=123456789"), self.GOOD.replace("0" * 32, "0" * 96),
-                       self.GOOD.replace('username="a"', "username*=UTF-8''a'b"))
-        self.malformed(authserver.parse_authorization, "Basic YTpi,YTpi", "Basic YTpi YTpi")
-        for host in ("a/b", "u@b", "[]", "[::1]]", "[g]", "a:8o", "a:80:80"):
-            self.assertRaises(authserver.BadRequest, authserver.parse_head, ("GET / HTTP/1.1\r\nHost: %s\r\n\r\n" % host).encode())
+    def test_a_host_is_a_name_or_an_address_with_a_port(self) -> None:
         for host in ("", "a", "[::1]", "[::1]:80", "a:", "127.0.0.1:80", "a_b.c-d~%20"):
             authserver.parse_head(("GET / HTTP/1.1\r\nHost: %s\r\n\r\n" % host).encode())
+        for host in ("a/b", "u@b", "[]", "[::1]]", "[g]", "a:8o", "a:80:80"):
+            with self.subTest(host), self.assertRaises(authserver.BadRequest):
+                authserver.parse_head(("GET / HTTP/1.1\r\nHost: %s\r\n\r\n" % host).encode())
 
     def test_what_is_as_long_as_it_may_be_is_read(self) -> None:
-        """A field, a name with its password, realm and nonce and cnonce together; one character more is refused."""
-        basics = [lambda n: authserver.decode_basic(base64.b64encode(b"a:" + b"b" * (n - 2)).decode())]
-        texts: List[Any] = [lambda n, name=name: self.digest(self.GOOD.replace(
-            '%s="%s"' % (name, name[0]), '%s="%s"' % (name, "x" * (n - 2)))) for name in ("realm", "nonce", "cnonce")]
-        whole = [lambda n: self.digest(self.GOOD + ",x=".ljust(n - len("Digest " + self.GOOD), "y"))]
-        for limit, functions in ((authserver.MAX_TEXT, basics + texts), (authserver.MAX_CREDENTIALS, whole)):
-            for function in functions:
-                function(limit)
-                with self.assertRaises(authserver.Malformed):
-                    function(limit + 1)
+        """A field, a name with its password, realm, nonce and cnonce together; and no more."""
+        end = ",x=".ljust(authserver.MAX_CREDENTIALS - len(self.field()), "y")
+        for more in (0, 1):
+            text = "x" * (authserver.MAX_TEXT - 2 + more)
+            fields = [self.field(**{name: '"%s"' % text}) for name in ("realm", "nonce", "cnonce")]
+            for field in fields + [basic("a", text), self.field(end + "y" * more)]:
+                self.assertEqual(400 if more else 401, attempt(self.authenticator, field).status)
+        # To normalize 16 KiB of combining characters would take a tenth of a second.
+        long = "\u0315\u0300" * 300
+        self.malformed(basic(long, "x"), basic("x", long),
+                       self.field(username='"%s"' % long.encode().decode("latin-1")))
 
     def test_a_field_takes_no_longer_than_its_length(self) -> None:
-        """Of blanks, commas or letters: sixteen times the length costs sixteen times the CPU, not its square."""
+        """Sixteen times the length costs sixteen times the CPU, and not its square."""
         def cost(size: int, start: str, filling: str, end: str) -> float:
             began = time.process_time()
             with contextlib.suppress(authserver.Malformed):
                 authserver.parse_authorization("Digest " + start + filling * size + end)
             return time.process_time() - began
-        for form in (("x=y", "\t", "\xe9"), ("x=y", ", ", "\xe9"), ("", "z", "\t\xe9"), ("x=y,", "z", "?")):
-            with self.subTest(form):
-                self.assertLess(min(cost(7000, *form) for _ in range(5)), 80 * cost(437, *form) + 0.001)
-
-    def test_decodes_basic_credentials(self) -> None:
-        """The examples of RFC 7617, Latin-1, a colon in the password, composed Unicode."""
-        for token, want in (("QWxhZGRpbjpvcGVuIHNlc2FtZQ==", ("Aladdin", "open sesame")),
-                            ("dGVzdDoxMjPCow==", ("test", "123£")), ("dGVzdDoxMjOj", ("test", "123£")),
-                            ("YTpiOmM=", ("a", "b:c")), ("Og==", ("", "")),
-                            (basic("a", "u\u0308")[6:], ("a", "\xfc"))):
-            with self.subTest(token):
-                self.assertEqual(want, authserver.decode_basic(token))
-
-    def test_refuses_basic_credentials_that_are_not_strict_base64(self) -> None:
-        """Junk, missing or doubled padding, the URL alphabet, no colon, controls: Malformed."""
-        self.malformed(authserver.decode_basic, "", "=", "====", "!!!", "QWxhZGRpbjpvcGVuIHNlc2FtZQ", "YTpi=",
-            "YTpi==", "YTpiYw", "YTpiYx==", "YT pi", "YTpi!!!!", "YTpi-_-_", "YWxpY2U=",
-            basic("a", "b\0c")[6:], basic("a\n", "b")[6:], basic("a", "\x7f")[6:])
-
-    def test_refuses_digest_credentials_that_lack_or_garble_something(self) -> None:
-        """Each of the parameters must be there, and have its form."""
-        good = dict(part.split("=", 1) for part in self.GOOD.split(","))
-        self.digest(self.GOOD)
-        bad: List[Dict[str, Optional[str]]] = [{name: None} for name in good if name != "qop"]
-        bad += [{"nc": nc} for nc in ("0", "1", "00000000", "000000001", "zzzzzzzz", "+0000001",
-                                      '"0000 001"', "0000_001", '"%s"' % ("\xb2" * 8))]
-        bad += [{"response": text} for text in ('""', '"%s"' % ("0" * 31), '"%s"' % ("g" * 32),
-                                                '"\xe9\xe9"', '"%s"' % ("0" * 33))]
-        bad += [{"username*": "UTF-8''a"}, {"username": None, "username*": "a"},
-                {"username": None, "username*": "ISO-8859-1''a"}, {"cnonce": '""'}]
-        for change in bad:
-            params = {k: v for k, v in dict(good, **change).items() if v is not None}
-            self.malformed(self.digest, ",".join(map("=".join, params.items())))
-
-    def test_reads_a_user_name_in_every_way_it_may_be_meant(self) -> None:
-        """Escaped and bare backslash, UTF-8 and Latin-1, percent, and username*."""
-        for name, value, want in (("username", r"DOM\\jim", r"DOM\jim"), ("username", r"DOM\jim", r"DOM\jim"),
-                ("username", "m\xc3\xbcller", "müller"), ("username", "m\xfcller", "müller"),
-                ("username", "m%C3%BCller", "müller"), ("username", r"a\"b", 'a"b'),
-                ("username*", "utf-8'de'm%C3%BCller", "müller")):
-            with self.subTest(name + "=" + value):
-                self.assertIn(want, authserver.read_usernames({name: value}))
-
-    def test_refuses_names_that_cost_too_much(self) -> None:
-        """To normalize 16 KiB of combining characters would take a tenth of a second."""
-        long = "\u0315\u0300" * 300
-        for field in (basic(long, "x"), basic("x", long), "Digest " + self.GOOD.replace(
-                '"a"', '"%s"' % long.encode().decode("latin-1"))):
-            self.assertIn(attempt(make(), field).status, (400, 413))
+        for form in (("x=y", "\t", "\xe9"), ("x=y", ", ", "\xe9"), ("", "z", "\t\xe9"),
+                     ("x=y,", "z", "?")):
+            long = min(cost(7000, *form) for _ in range(5))
+            self.assertLess(long, 80 * cost(437, *form) + 0.001, form)
 
 
 class DigestArithmetic(AuthTestCase):
     """The published examples come out to the letter"""
 
-    def theirs(self, values: Dict[str, str], method: str = "GET", algorithm: str = "MD5",
-               qop: str = "auth", body: Optional[bytes] = None) -> str:
-        """Return the response as authserver's pure functions compute it."""
-        ha1 = authserver.digest_ha1(values["username"], values["realm"], values["password"], algorithm)
-        if algorithm.endswith("-sess"):
-            ha1 = authserver.digest_ha1_session(ha1, values["nonce"], values["cnonce"], algorithm)
-        return authserver.digest_response(ha1, values["nonce"], "00000001", values["cnonce"], qop,
-            authserver.digest_ha2(method, values["uri"], algorithm, body), algorithm)
-
-    def test_equals_the_vectors_of_the_rfcs(self) -> None:
-        """RFC 2617, RFC 7616 (with errata 4495, 4897), -sess and auth-int forms of them."""
+    def test_equals_what_others_have_published(self) -> None:
+        """RFC 2617, RFC 7616 (with errata 4495, 4897), -sess and auth-int forms; CherryPy."""
+        def theirs(values: Dict[str, str], method: str = "GET", algorithm: str = "MD5",
+                   qop: str = "auth", body: Optional[bytes] = None) -> str:
+            who = [values[word] for word in ("username", "realm", "password")]
+            nonce, cnonce = values["nonce"], values["cnonce"]
+            ha1 = authserver.digest_ha1(*who, algorithm)
+            if algorithm.endswith("-sess"):
+                ha1 = authserver.digest_ha1_session(ha1, nonce, cnonce, algorithm)
+            ha2 = authserver.digest_ha2(method, values["uri"], algorithm, body)
+            return authserver.digest_response(ha1, nonce, "00000001", cnonce, qop, ha2, algorithm)
         for values, settings, want in VECTORS:
             with self.subTest(values["realm"], **settings):
                 if settings.get("algorithm", "MD5") not in authserver.HASHES:
                     self.skipTest("this Python's hashlib lacks " + settings["algorithm"])
-                self.assertEqual(want, self.theirs(values, **settings))
+                self.assertEqual(want, theirs(values, **settings))
                 self.assertEqual(want, respond(values, **settings))  # what the tests compute
-
-    def test_makes_the_same_ha1_as_other_programs(self) -> None:
-        """CherryPy's documented entry."""
-        self.assertEqual("3238cdfe91a8b2ed8e39646921a02d4c",
-                         authserver.digest_ha1("alice", "wonderland", "4x5istwelve"))
+        self.assertEqual(authserver.digest_ha1("alice", "wonderland", "4x5istwelve"),
+                         "3238cdfe91a8b2ed8e39646921a02d4c")
 
     def test_serves_where_fips_mode_refuses_hashes(self) -> None:
         """Both schemes and a lock-out, with hashlib as Red Hat's FIPS mode leaves it."""
-        said = run([PYTHON, "-c", """
-import hashlib, sys
-def strict(real):
-    def call(*data, usedforsecurity=True, **keys):
-        if keys or real is not hashlib_md5: raise ValueError("disabled for FIPS")
-        if usedforsecurity: raise ValueError("disabled for FIPS")
-        return real(*data)
-    return call
-hashlib_md5 = hashlib.md5
-hashlib.md5, hashlib.blake2s, hashlib.blake2b = map(strict, (hashlib.md5, hashlib.blake2s, hashlib.blake2b))
-sys.path.insert(0, sys.argv[1])
-sys.dont_write_bytecode = True
-import authserver
-users = authserver.Authenticator(authserver.Passwords({"jim": "secret"}, realm="r"), max_failures=(1, 60.0))
-nonce = users.challenge(users.clock())[0][1].split('"')[3]
-proof = authserver.digest_response(authserver.digest_ha1("jim", "r", "secret"), nonce, "00000001", "c",
-                                   "auth", authserver.digest_ha2("GET", "/"))
-field = ('Digest username="jim", realm="r", nonce="%s", uri="/", qop=auth, nc=00000001, cnonce="c", '
-         'response="%s"' % (nonce, proof))
-print([authserver.at_once(users.judge(authserver.Attempt(
-    "GET", "/", [one], "192.0.2.1", users.clock(), users.schemes))).status
-       for one in (field, sys.argv[2], sys.argv[3], sys.argv[2])])
-""", HERE, JIM, WRONG], 0).out
-        self.assertEqual(said, "[200, 200, 401, 429]\n")
+        def strict(name: str) -> Any:
+            real = getattr(hashlib, name)
+
+            def call(*data: bytes, usedforsecurity: bool = True, **keys: Any) -> Any:
+                if keys or usedforsecurity or name != "md5":
+                    raise ValueError("disabled for FIPS")
+                return real(*data)
+            return call
+        module: Any = types.ModuleType("anew")      # it finds out but once what it can do
+        module.__file__ = AUTHSERVER
+        loader = importlib.machinery.SourcelessFileLoader("anew", AUTHSERVER)
+        names = ("md5", "blake2s", "blake2b")
+        with mock.patch.multiple(hashlib, **{name: strict(name) for name in names}):
+            loader.exec_module(module)
+            guarded = module.Authenticator(module.Passwords({"jim": "secret"}, realm="files"),
+                                           max_failures=(1, 60.0))
+            client = Client(guarded, now=guarded.clock())
+            said = [client.says(field, client="192.0.2.1", now=guarded.clock())
+                    for field in (client.field(), JIM, WRONG, JIM)]
+            self.assertEqual(said, ["", "", "bad password", "locked out"])
+        with mock.patch.multiple(hashlib, create=True, new=mock.Mock(side_effect=ValueError),
+                                 none=None, other=mock.Mock(side_effect=TypeError)):
+            self.assertIsNone(authserver.find_hash("none", "sha512-256", "other"))
+
+
+@contextlib.contextmanager
+def children(count: int, function: Callable[[int], int]) -> Iterator[List[int]]:
+    """Call function(0), function(1) ... at once, in children that live to the end of the body."""
+    (gate, opened), (said, say), pids = os.pipe(), os.pipe(), []
+    for number in range(count):
+        pids.append(os.fork())
+        if not pids[-1]:
+            try:
+                signal.alarm(int(PATIENCE))
+                os.close(opened)
+                os.read(gate, 1)        # returns at its end, for all of them at once
+                os.write(say, b"%d\n" % function(number))
+                os.close(say)
+                signal.pause()
+            finally:
+                os._exit(1)
+    for fd in (opened, gate, say):
+        os.close(fd)
+    try:
+        with open(said) as results:
+            yield [int(results.readline()) for _ in pids]
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
 
 class Nonces(AuthTestCase):
@@ -1017,514 +1026,432 @@ class Nonces(AuthTestCase):
         return mock.patch("os.urandom", lambda size: (
             real(size)[:-2] + bytes([0, real(1)[0] % slots]) if size == 6 else real(size)))
 
-    def used(self, client: Client, *counts: int) -> List[str]:
-        """Return what is said to these counts: "200", "replay" or "stale"."""
-        verdicts = [client.ask(client.field("%08x" % count)) for count in counts]
-        return [verdict.reason or str(verdict.status) for verdict in verdicts]
-
     def test_is_good_for_its_lifetime_only(self) -> None:
-        """Made a little in the future (another machine's clock) it is good; expired it is stale."""
-        for age, status in ((-29, 200), (0, 200), (299, 200), (300, 401), (3000, 401)):
-            with self.subTest(age):
-                verdict = Client(make()).ask(now=NOW + age)
-                self.assertEqual((status, status == 401), (verdict.status, is_stale(verdict)))
+        """Also shortly before it was made elsewhere; with stale, or near its end, comes another."""
+        skew = authserver.CLOCK_SKEW
+        for age, reason, word in (
+                (-skew - 0.5, "stale", "stale=true"), (-skew, "", ""), (0, "", ""),
+                (269, "", ""), (271, "", "nextnonce="), (299.5, "", "nextnonce="),
+                (300, "stale", "stale=true")):
+            client = Client(make())
+            for _ in range(2):      # who is right the second time is recalled
+                verdict = client.ask(now=NOW + age)
+                told = re.findall("stale=true|nextnonce=", verdict.fields[0][1])
+                self.assertEqual((verdict.reason, "".join(told)), (reason, word), age)
+            if word:
+                client.hear(verdict.fields[0][1])
+                self.assertEqual("", client.says(now=NOW + age + 200))
 
     def test_cannot_be_forged(self) -> None:
-        """Any changed character, another key, junk of any length: not ours."""
-        client = Client(make())
-        nonce = client.values["nonce"]
-        bad = [nonce[:i] + ("A" if nonce[i] != "A" else "B") + nonce[i + 1:] for i in range(len(nonce))]
-        bad += ["0" * 36, nonce + "=", nonce[:-1], "A" * 200, Client(make()).values["nonce"]]
-        for text in bad:
-            with self.subTest(text[:40]):
-                self.assertTrue(is_stale(client.ask(client.field(nonce=text))))
-        self.assertEqual(200, client.ask(client.field("00000001")).status)
+        """A changed character, another key, junk: stale, but for a wrong password just wrong."""
+        client, other = Client(make()), Client(make())
+        nonce, liar = client.values["nonce"], Client(client.authenticator, password="wrong")
+        forged = [nonce[:i] + "AB"[nonce[i] == "A"] + nonce[i + 1:] for i in range(len(nonce))]
+        forged += ["x", "0" * 36, nonce + "=", nonce[:-1], "A" * 200, other.values["nonce"]]
+        for text in forged:
+            said = [one.says(one.field(nonce=text)) for one in (client, liar)]
+            self.assertEqual(said, ["stale", "bad response"], text)
+        self.assertEqual(["bad response", ""], [liar.says(now=NOW + 301), client.says(1)])
 
-    def test_window_accepts_each_count_once_in_any_order(self) -> None:
-        """Shuffled counts pass once each, whatever overtook them; the second time is a replay."""
-        client, counts = Client(make()), list(range(1, authserver.NC_WINDOW + 1))
-        Random(SEED).shuffle(counts)
-        self.assertEqual(["200"] * len(counts), self.used(client, *counts))
-        self.assertEqual(["replay"] * len(counts), self.used(client, *counts))
-
-    def test_window_is_unmoved_by_huge_counts(self) -> None:
-        """ffffffff is accepted, costs no memory, and makes all small counts too old."""
+    def test_each_count_is_good_once_in_any_order(self) -> None:
+        """The second time is a replay. A huge one costs nothing, and makes small ones too old."""
         client, top = Client(make()), 0xffffffff
-        self.assertEqual(["200", "200", "replay", "replay", "200"],
-                         self.used(client, 1, top, 2, top - authserver.NC_WINDOW, top - 50))
+        several = (1, 3, 2, 5, 4, 64)
+        self.assertEqual([client.says(count) for count in several * 2], [""] * 6 + ["replay"] * 6)
+        several = (top, 65, top - authserver.NC_WINDOW, top - 50)
+        self.assertEqual([client.says(count) for count in several], ["", "replay", "replay", ""])
 
-    def test_no_shift_is_longer_than_the_window(self) -> None:
-        """Whatever two counts a client chooses: to shift by their distance would take half a gigabyte."""
+    def test_window_agrees_with_a_set(self) -> None:
+        """For 5,000 random uses. No shift is longer than the window: that would take gigabytes."""
         class Short(int):
             def __lshift__(self, places: int) -> int:
                 assert places < authserver.NC_WINDOW
                 return int(self) << places
-        for highest, nonce_count, want in ((0, 1 << 32, (1 << 32, 1)), (5, 5 + 64, (69, 1)), (5, 5 + 63, (68, 1 << 63 | 1)),
-                                           (1 << 32, 1, None), (69, 5, None), (68, 5, (68, 1 << 63 | 1))):
-            self.assertEqual(authserver.advance_window(highest, Short(1), nonce_count), want)
-
-    def test_where_memory_has_no_descriptor(self) -> None:
-        """A file without a name takes its place, written to its end, so that a full disk is found now; it works as well."""
-        for error in (AttributeError, OSError(errno.ENOSYS, "")):
-            with mock.patch.object(os, "memfd_create", side_effect=error, create=True):
-                authenticator = make()
-            found = os.fstat(authenticator.table.fd)
-            self.assertEqual((found.st_nlink, found.st_size), (0, authserver.TABLE_SIZE))
-            self.assertGreaterEqual(found.st_blocks * 512, authserver.TABLE_SIZE)
-            self.assertEqual(["200", "replay"], self.used(Client(authenticator), 1, 1))
-
-    @needs_linux
-    def test_nobody_makes_the_memory_smaller(self) -> None:
-        """Sealed: a page that is cut off under a process would kill it."""
-        if not hasattr(os, "memfd_create"):
-            self.skipTest("needs memfd_create (Python 3.8)")
-        table = authserver.SharedTable()
-        with self.assertRaises(PermissionError):
-            os.ftruncate(table.fd, 0)
-
-    def test_window_agrees_with_a_set(self) -> None:
-        """Against a plain set of used counts, 5,000 random uses give the same answers."""
-        chance, client = Random(SEED), Client(make())
+        chance, window = Random(SEED), (0, 0)
         used: Set[int] = set()
-        highest = 0
         for _ in range(5000):
-            count = max(1, highest + chance.randint(-150, 20))
-            expected = count not in used and count > highest - authserver.NC_WINDOW
-            self.assertEqual(["200" if expected else "replay"], self.used(client, count))
+            highest, seen = window
+            count = max(1, highest + chance.randint(-150, 70))
+            found = authserver.advance_window(highest, Short(seen), count)
+            is_good = count not in used and count > highest - authserver.NC_WINDOW
+            self.assertEqual(found and found[0], max(highest, count) if is_good else None)
             used.add(count)
-            highest = max(highest, count)
+            window = found or window
 
     def test_no_use_counts_twice_however_small_the_table(self) -> None:
         """With nonces that push one another out, and a clock that is set: never one use twice."""
         with self.crowded(2):
-            authenticator, chance, accepted = make(), Random(SEED), []  # type: Any, Random, List[str]
-            now, clients = NOW, []  # type: float, List[Client]
-            for _ in range(3000):
+            authenticator, chance, now = make(), Random(SEED), NOW
+            accepted, clients = [], []  # type: List[str], List[Client]
+            for _ in range(1500):
                 now += chance.choice((0, 0, 0, 0.003, 0.01, 1, 20) * 20 + (-3600, 3600))
                 authenticator.table.set_clock(now)
                 if chance.random() < 0.3 or not clients:
                     clients = clients[-6:] + [Client(authenticator, now=now)]
                 client = chance.choice(clients)
                 field = client.field("%08x" % chance.randint(1, 6))
-                accepted += [field] * (client.ask(field, now=now).status == 200)
+                accepted += [field] * (not client.says(field, now=now))
         self.assertEqual(len(set(accepted)), len(accepted))
-        self.assertGreater(len(accepted), 100)
+        self.assertGreater(len(accepted), 50)
 
     def test_a_newer_nonce_takes_the_place_and_an_older_one_never_does(self) -> None:
-        """Of two nonces of one moment in one slot the second is stale; a later one evicts both."""
+        """Of two of one moment in one place the second is stale; hardly any two want the same."""
         with self.crowded(1):
             authenticator = make()
             first, second, late = (Client(authenticator, now=now) for now in (NOW, NOW, NOW + 1))
-            said = [self.used(client, 1)[0] for client in (first, second, first, late, first, second)]
-        self.assertEqual(["200", "stale", "replay", "200", "stale", "stale"], said)
+            said = [client.says(1) for client in (first, second, first, late, first, second)]
+        self.assertEqual(["", "stale", "replay", "", "stale", "stale"], said)
+        clients = [Client(authenticator, now=NOW + 2) for _ in range(200)]
+        self.assertLess(sum(client.says() == "stale" for client in clients), 10)
 
-    def test_one_of_many_processes_gets_the_same_count(self) -> None:
-        """Eight forked processes use the same counts at once: exactly one gets each."""
-        client = Client(make())
-        fields = [client.field() for _ in range(100)]
-        gate, opened = os.pipe()
-        told, tell = os.pipe()
-        children = []
-        for _ in range(8):
-            children.append(os.fork())
-            if not children[-1]:
-                os.close(opened)
-                os.read(gate, 1)            # returns at end of file, for all at once
-                os.write(tell, b"." * sum(client.ask(field).status == 200 for field in fields))
-                os._exit(0)
-        for fd in (opened, gate, tell):
-            os.close(fd)
-        with open(told, "rb") as file:
-            self.assertEqual(100, len(file.read()))
-        self.assertEqual([0] * 8, [os.waitpid(child, 0)[1] for child in children])
+    def test_one_of_many_processes_or_threads_gets_the_same_count(self) -> None:
+        """Eight use the same counts at once; record locks alone do not keep threads apart."""
+        client, real = Client(make()), authserver.advance_window
+        fields, gate = [client.field() for _ in range(80)], threading.Barrier(8)
 
-    def test_one_of_many_threads_gets_the_same_count(self) -> None:
-        """Threads are kept apart too; record locks alone do not do that."""
-        client, gate, real = Client(make()), threading.Barrier(8), authserver.advance_window
-        fields = [client.field() for _ in range(20)]
+        def race(fields: List[str]) -> int:
+            return [client.says(field) for field in fields].count("")
+
+        def thread(_: int) -> int:
+            gate.wait(PATIENCE)
+            return race(fields[60:])
 
         def slowly(*window: int) -> Any:
             select.select([], [], [], 0.001)  # others get their turn where it hurts most
             return real(*window)
-
-        def race(_: int) -> int:
-            gate.wait(PATIENCE)
-            return sum(client.ask(field).status == 200 for field in fields)
+        with children(8, lambda _: race(fields[:60])) as counts:
+            self.assertEqual(sum(counts), 60)
         with mock.patch.object(authserver, "advance_window", slowly):
-            self.assertEqual(20, sum(threads(8, race)))
+            self.assertEqual(sum(threads(8, thread)), 20)
+
+    def test_no_process_undoes_what_another_counts(self) -> None:
+        """At the same time; the sum is of all who ever counted."""
+        table = authserver.SharedTable()
+
+        def count(number: int) -> int:
+            for _ in range(2000):
+                table.add("busy")
+            return number
+        with children(3, count):
+            pass
+        self.assertEqual((table.statistics()["busy"], sum(table.statistics().values())), (6000, 6000))
+
+    def test_a_lock_is_given_back(self) -> None:
+        """To another process at once; where it cannot be had nothing changes, and nobody has it."""
+        client = Client(make(max_failures=(1, 60.0)))
+        self.assertEqual("", client.says(1))
+        self.assertEqual("bad password", client.says(WRONG, client="192.0.2.1"))
+        with children(1, lambda _: [client.says(1), client.says(2), client.says(
+                WRONG, client="192.0.2.2")] == ["replay", "", "bad password"]) as said:
+            self.assertEqual(said, [True])
+        for error in (errno.ENOLCK, errno.EDEADLK):
+            with mock.patch("fcntl.lockf", side_effect=OSError(error, "")):
+                self.assertRaises(OSError, client.says, 3)
+        self.assertEqual("", client.says(3))
+        mutex = client.authenticator.table._mutex
+        self.assertEqual(threads(1, lambda _: mutex.acquire(timeout=1)), [True])
 
     def test_an_heir_that_shares_the_memory_knows_what_was_used(self) -> None:
-        """A nonce of the old one is good in the new one, no use twice, and a lock-out holds; with a secret, too."""
+        """A nonce of the old one is good in the new one, no use twice, and a lock-out holds."""
         for secret in (b"", b"s" * 32):
-            with self.subTest(secret=secret):
-                passwords = Passwords({"jim": "secret"}, realm="files")
-                old = Authenticator(passwords, nonce_secret=secret, max_failures=(1, 60.0))
-                heir = Authenticator(passwords, nonce_secret=secret, max_failures=(1, 60.0),
-                                     table=authserver.SharedTable(os.dup(old.table.fd)))
-                now = old.clock()
-                client = Client(old, now=now)
-                fields = [client.field() for _ in range(3)]
-                said = [attempt(one, field, now=now).status for one, field in (
-                    (old, fields[0]), (heir, fields[1]), (heir, fields[0]), (old, fields[1]), (old, fields[2]))]
-                self.assertEqual(said, [200, 200, 401, 401, 200])
-                attempt(old, WRONG, client="192.0.2.1", now=now)
-                self.assertEqual(attempt(heir, JIM, client="192.0.2.1", now=now).status, 429)
-
-    @needs_linux
-    def test_challenges_leave_nothing_behind(self) -> None:
-        """20,000 of them cost no memory, once the caches are full."""
-        authenticator, sizes = make(), []
-        for count in (5000, 20000):
-            for _ in range(count):
-                attempt(authenticator)
-            sizes.append(int(re.findall(r"VmData:\s+(\d+)", read("/proc/self/status"))[0]))
-        self.assertLess(sizes[1] - sizes[0], 1000)
+            keys: Any = dict(nonce_secret=secret, max_failures=(1, 60.0))
+            old = Authenticator(Passwords({"jim": "secret"}, realm="files"), **keys)
+            table = authserver.SharedTable(os.dup(old.table.fd))
+            heir = Authenticator(old.passwords, table=table, **keys)
+            client = Client(old, now=old.clock())
+            one, two, three = (client.field() for _ in range(3))
+            for who, field, said in ((old, one, ""), (heir, two, ""), (heir, one, "replay"),
+                                     (old, two, "replay"), (old, three, ""),
+                                     (old, WRONG, "bad password"), (heir, JIM, "locked out")):
+                verdict = attempt(who, field, client="192.0.2.1", now=old.clock())
+                self.assertEqual(verdict.reason, said)
 
     def test_machines_with_one_secret_accept_one_anothers_nonces(self) -> None:
         """Younger than their own start, that is: after a restart an old one is stale once."""
         first, second = (make(nonce_secret=b"s" * 32) for _ in range(2))
         client = Client(first)
         client.authenticator = second
-        self.assertEqual(200, client.ask().status)
+        self.assertEqual("", client.says())
         client.authenticator = make(nonce_secret=b"s" * 32, now=NOW + 5)
         verdict = client.ask(now=NOW + 6)
-        self.assertTrue(is_stale(verdict))
         client.hear(verdict.fields[0][1])
-        self.assertEqual(200, client.ask(now=NOW + 7).status)
+        self.assertEqual(["stale", ""], [verdict.reason, client.says(now=NOW + 7)])
         client.authenticator = make(nonce_secret=b"t" * 32)
-        self.assertTrue(is_stale(client.ask(now=NOW + 7)))
+        self.assertEqual("stale", client.says(now=NOW + 7))
 
-    def test_signs_whatever_this_hashlib_lacks(self) -> None:
-        """No BLAKE2, one without keys, or one that is forbidden: 12 bytes that depend on key and data."""
-        for error in (AttributeError, TypeError, ValueError):
-            with self.subTest(error), mock.patch.object(hashlib, "blake2s", side_effect=error):
-                sign = authserver.find_mac()
-                made = {sign(key, data) for key in (b"k", b"l") for data in (b"", b"x")}
-                self.assertEqual([len(mac) for mac in made], [12] * 4)
+    def test_a_clock_that_is_set_begins_an_era(self) -> None:
+        """Not within CLOCK_SKEW of the right time; else all are stale once, and all places free."""
+        with self.crowded(1):
+            client, skew = Client(make()), authserver.CLOCK_SKEW
+            table = client.authenticator.table
+            for count, ahead in enumerate((0.0, skew - 1, 1 - skew), 1):
+                table.set_clock(table.now() + ahead)
+                self.assertEqual("", client.says(count), ahead)
+            self.assertEqual("replay", client.says(1))
+            for ahead in (skew + 1, -skew - 1, -3600):
+                then, now = table.now(), table.now() + ahead
+                old = Client(client.authenticator, now=then)
+                table.set_clock(now)
+                new = Client(client.authenticator, now=now)
+                self.assertEqual([old.says(now=then), new.says(now=now)], ["stale", ""], ahead)
+            self.assertEqual("stale", client.says(9))       # of three eras ago
 
-    def test_a_clock_that_is_right_begins_no_era(self) -> None:
-        """Within CLOCK_SKEW of the time of day what was used stays used, and the nonce good; beyond, all are stale once."""
-        client = Client(make())
-        table, told = client.authenticator.table, []    # type: Any, List[str]
-        for ahead in (0.0, authserver.CLOCK_SKEW - 1, 1 - authserver.CLOCK_SKEW):
-            table.set_clock(table.now() + ahead)
-            told += self.used(client, len(told) + 1)
-        self.assertEqual(told + self.used(client, 1), ["200", "200", "200", "replay"])
-        for ahead in (authserver.CLOCK_SKEW + 1, -authserver.CLOCK_SKEW - 1):
-            client = Client(client.authenticator)
-            table.set_clock(table.now() + ahead)
-            self.assertEqual(self.used(client, 1), ["stale"])
+    def test_a_time_of_day_that_steps_is_not_looked_at(self) -> None:
+        """By who shares no secret: what was used stays used, and all nonces stay good."""
+        authenticator, real = Authenticator(users()), time.time
+        client = Client(authenticator, now=authenticator.clock())
+        used = client.field()
+        self.assertEqual("", client.says(used, now=authenticator.clock()))
+        for step in (-86400, -3600, 3600, 86400):
+            with mock.patch("time.time", lambda: real() + step):
+                said = [client.says(field, now=authenticator.clock()) for field in ("", used)]
+                self.assertEqual(said, ["", "replay"], step)
 
     @needs_linux
-    def test_a_table_is_closed_with_its_last_user(self) -> None:
-        """No descriptor is left of those that are gone."""
+    def test_nothing_is_left_behind(self) -> None:
+        """By 10,000 challenges no memory, once the caches are full; by a table no descriptor."""
         gc.collect()
-        before = os.listdir("/proc/self/fd")
-        for _ in range(3):
-            make()
+        before, sizes = os.listdir("/proc/self/fd"), []  # type: List[str], List[str]
+        for count in (3000, 10000):
+            authenticator = make()
+            for _ in range(count):
+                attempt(authenticator)
+            sizes += re.findall(r"VmData:\s+(\d+)", read("/proc/self/status"))
+        self.assertLess(int(sizes[1]) - int(sizes[0]), 700)
+        del authenticator
         gc.collect()
         self.assertEqual(os.listdir("/proc/self/fd"), before)
 
-    def test_nonces_of_one_moment_have_places_of_their_own(self) -> None:
-        """Of 300 that are made at once hardly any two want the same: else one of them is stale."""
-        authenticator = make()
-        clients = [Client(authenticator) for _ in range(300)]
-        self.assertLess(sum(is_stale(client.ask()) for client in clients), 20)
+    def test_signs_and_remembers_whatever_python_and_kernel_lack(self) -> None:
+        """BLAKE2, or one with keys, or a permitted one; memory that has a descriptor."""
+        for error in (AttributeError, TypeError, ValueError):
+            with mock.patch.object(hashlib, "blake2s", side_effect=error):
+                sign = authserver.find_mac()
+                made = {sign(key, data) for key in (b"k", b"l") for data in (b"", b"x")}
+                self.assertEqual([len(mac) for mac in made], [12] * 4, error)
+        for failure in (AttributeError, OSError(errno.ENOSYS, "")):
+            with mock.patch.object(os, "memfd_create", side_effect=failure, create=True):
+                client = Client(make())
+            found, size = os.fstat(client.authenticator.table.fd), authserver.TABLE_SIZE
+            self.assertEqual((found.st_nlink, found.st_size), (0, size))
+            self.assertGreaterEqual(found.st_blocks * 512, size)    # so a full disk is found now
+            self.assertEqual(["", "replay"], [client.says(1), client.says(1)])
 
-    def test_an_era_begins_with_every_place_free(self) -> None:
-        """When the clock was set back: what is new now is older than what was used, and good all the same."""
-        with self.crowded(1):
-            client = Client(make())
-            self.assertEqual(self.used(client, 1), ["200"])
-            table = client.authenticator.table
-            table.set_clock(table.now() - 3600)
-            self.assertEqual(Client(client.authenticator, now=NOW - 3600).ask(now=NOW - 3600).status, 200)
-
-    def test_no_process_undoes_what_another_counts(self) -> None:
-        """At the same time; the sum is of all who ever counted."""
-        table, pids = authserver.SharedTable(), []      # type: Any, List[int]
-        for _ in range(3):
-            pids.append(os.fork())
-            if not pids[-1]:
-                for _ in range(2000):
-                    table.add("busy")
-                os._exit(0)
-        for pid in pids:
-            os.waitpid(pid, 0)
-        self.assertEqual((table.statistics()["busy"], sum(table.statistics().values())), (6000, 6000))
-
-    def test_a_lock_is_given_back(self) -> None:
-        """What one process has used and counted, another can at once; where the lock cannot be had, nothing is changed."""
-        client = Client(make(max_failures=(1, 60.0)))
-        self.assertEqual(["200"], self.used(client, 1))
-        client.ask(WRONG, client="192.0.2.1")
-        child = os.fork()
-        if not child:
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(5)
-            said = self.used(client, 1, 2) + [str(client.ask(WRONG, client="192.0.2.2").status)]
-            os._exit(said != ["replay", "200", "401"])
-        self.assertEqual(os.waitpid(child, 0)[1], 0)
-        with mock.patch("fcntl.lockf", side_effect=[OSError(errno.ENOLCK, ""), None]), self.assertRaises(OSError):
-            self.used(client, 3)
-        self.assertEqual(["200"], self.used(client, 3))
-
-    def test_a_lock_that_fails_is_held_by_nobody(self) -> None:
-        """When the kernel refuses the lock of a file, the one between threads is free again."""
+    @unittest.skipUnless(hasattr(os, "memfd_create"), "needs memfd_create (Python 3.8, Linux)")
+    def test_nobody_makes_the_memory_smaller(self) -> None:
+        """Sealed: a page that is cut off under a process would kill it."""
         table = authserver.SharedTable()
-        with mock.patch("fcntl.lockf", side_effect=OSError(errno.EDEADLK, "")), self.assertRaises(OSError):
-            table.count_failure("192.0.2.1", NOW, 10, 60.0)
-        self.assertEqual(threads(1, lambda _: table._mutex.acquire(timeout=1)), [True])
+        with self.assertRaises(PermissionError):
+            os.ftruncate(table.fd, 0)
 
 
+HEX = "0" * 32
 LINE = "jim:files:" + hashed("MD5", "jim", "files", "secret")
 SHA = "{SHA}5en6G6MezRroT3XKqkdPOmY/BfQ="       # of `secret`
-HEX = "0" * 32
+BCRYPT, SLOW = "$2y$04$abcdefghijklmnopqrstuu", "$6$rounds=1000$saltsalt$"
+KINDS = ("plain", "MD5", "SHA-256", "{SHA}", "{SSHA}", SLOW, "$6$s$", "$5$rounds=1000$saltsalt$",
+         BCRYPT, BCRYPT.replace("y", "b"), "$y$j75$saltsalt$")
 
 
 def users(**more: str) -> Passwords:
-    """Return a dictionary of realm files; one of this run, for who serves the same shares locks with us."""
+    """Return a dictionary of realm files, of this run: who serves the same shares locks."""
     return Passwords(dict({"jim": "secret", "run": TOKEN}, **more), realm="files")
+
+
+def stored(kind: str, password: str) -> str:
+    """Return a line of ann's, of one of KINDS."""
+    octets, salt = password.encode(), b"salt" * (kind == "{SSHA}")
+    if kind[0] == "$":
+        return "ann:" + crypted(password, kind)
+    if kind[0] == "{":
+        octets = hashlib.sha1(octets + salt).digest() + salt
+        return "ann:" + kind + base64.b64encode(octets).decode()
+    if kind == "plain":
+        return "ann:plain:" + password
+    return "ann:files:" + hashed(kind, "ann", "files", password)
 
 
 class PasswordFiles(AuthTestCase):
     """A password file is read as Apache reads it; a mistake names line, field and cure"""
 
-    # A line of its own, after jim's; what is said of it; whether passwd cures it.
+    # What is said; of which lines, when they stand after jim's; passwd cures all but the last two.
     MISTAKES = (
-        ("bob", "user 'bob': expected user:realm:HA1.*a field is missing", True),
-        ("bob:", "a field is missing", True), ("bob::" + HEX, "field 2: 00000... is no hash", True),
-        ("bob:secret", "a field is missing", True), ("bob:plain:", "a field is missing", True),
-        ("bob:%s:Bob" % SHA, "user 'bob': field 3: nothing may follow", True),
-        ("bob:$2y$05$%s:Bob" % ("x" * 53), "user 'bob': field 3: nothing may follow", True),
-        ("bob:$6$salt$%s:" % ("x" * 86), "user 'bob': field 3: nothing may follow", True),
-        ("bob:files:%s0" % HEX, "user 'bob': field 3: neither 32 nor 64 hex digits", True),
-        ("bob:files:%s:x" % HEX, "user 'bob': field 3: neither 32 nor 64 hex digits", True),
-        ("bob:pass:word", "user 'bob': field 3: neither 32 nor 64 hex digits", False),
-        ("bob:{MD5}x", "user 'bob': field 2: {MD5}... is no hash we know", True),
-        ("bob:$apr1$a$b", "field 2: [$]apr1... is no hash we know", True),
-        ("bob:$99$x$y", "field 2: the libcrypt of this machine does not know [$]99[$]", True),
-        ("bob:" + crypted("x", "$6$rounds=1000$salt$")[:-1], "field 2: the libcrypt of this machine does not know .*of the wrong length", True),
-        ("jim:plain:x", "user 'jim': again, after line 1", True),
-        ("jim:" + SHA, "user 'jim': again, after line 1", True), (LINE, "again, after line 1", True),
-        ("bob:{SHA}2jmj7l5rSw0yVb/vlWAYkK/YBwk=", "user 'bob': an empty password", True),
-        ("bob:files:" + authserver.digest_ha1("bob", "files", ""), "user 'bob': an empty password", True),
-        ("bob:plain:a\tb", "user 'bob': unable to use this password", True),
-        ("bob:plain:" + "p" * 1021, "user 'bob': unable to use this password: .*too long", True),
-        ("\u200bbob:plain:x", "unable to use user name '.u200bbob'", False),
-        ("b\udce4b:plain:x", r"user 'b.udce4b': unable to use user name .* no UTF-8", False),
-        ("bob:plain:b\udce4b", "unable to use this password: .*no UTF-8", True),
-        ("bo\ufeffb:plain:x", "unable to use user name", False), ("bob\u00a0:plain:x", "unable to use user", False),
-        ("bob :plain:x", "unable to use user name 'bob '", False), ("bob\\:" + SHA, "unable to use user", False),
-        ("-:plain:x", "unable to use user name '-'", False), (":files:" + HEX, "unable to use user name ''", False),
-        ("b" * 256 + ":plain:x", "unable to use user name", False))
+        ("expected user:realm:HA1.*a field is missing", "bob", "bob:", "bob:secret", "bob:plain:"),
+        ("field 2: 00000... is no hash", "bob::" + HEX),
+        ("field 3: nothing may follow", "bob:%s:Bob" % SHA, "bob:$2y$05$%s:Bob" % ("x" * 53),
+         "bob:$6$salt$%s:" % ("x" * 86)),
+        ("field 3: neither 32 nor 64 hex digits", "bob:files:%s0" % HEX, "bob:files:%s:x" % HEX),
+        ("field 2: {MD5}... is no hash we know", "bob:{MD5}x"),
+        ("field 2: [$]apr1... is no hash we know", "bob:$apr1$a$b"),
+        ("field 2: the libcrypt of this machine does not know [$]99[$]", "bob:$99$x$y"),
+        ("field 2: the libcrypt .* this one is of the wrong length",
+         "bob" + stored(SLOW, "x")[3:-1]),
+        ("again, after line 1", "jim:plain:x", "jim:" + SHA, LINE),
+        ("an empty password", "bob:{SHA}2jmj7l5rSw0yVb/vlWAYkK/YBwk=",
+         "bob:files:" + hashed("MD5", "bob:files:")),
+        ("unable to use this password: empty, control characters in it, no UTF-8, or too long",
+         "bob:plain:a\tb", "bob:plain:b\udce4b", "bob:plain:" + "p" * 1021),
+        ("field 3: neither 32 nor 64 hex digits", "bob:pass:word"),
+        ("unable to use user name NAME: .* no UTF-8", *[name + ":plain:x" for name in (
+            "\u200bbob", "b\udce4b", "bo\ufeffb", "bob\u00a0", "bob ", "bob\\", "-", "",
+            "b" * 256)]))
 
     def test_names_line_field_and_cure(self) -> None:
         """Each mistake alone; the command that cures it can be pasted, and does."""
-        for line, reason, curable in self.MISTAKES:
+        for reason, line, curable in [(row[0], line, row not in self.MISTAKES[-2:])
+                                      for row in self.MISTAKES for line in row[1:]]:
             with self.subTest(line[:40]):
-                path = self.write("%s\n# x\n%s\n" % (LINE, line))
-                with self.assertRaisesRegex(Refusal, "unable to use passwords .*: line 3: .*(?:%s)" % reason) as caught:
-                    Passwords.read(path, "files")
-                cure = str(caught.exception).partition("\ntry: ")[2]
-                self.assertEqual(bool(cure), curable)
-                if cure:
-                    words = shlex.split(cure)
-                    self.assertEqual(words[:3], ["python3", SOURCES[1], "passwd"])
-                    self.assertEqual(told(*words[2:], "--stdin", typed=b"new\n")[0], 0)
-                    self.assertTrue(Passwords.read(path, "files").check_password(line.partition(":")[0], "new"))
-
-    def test_passes_over_what_does_not_matter(self) -> None:
-        """Blanks at a line's ends, comments after blanks, CRLF, U+FEFF at the start, entries of other realms."""
-        text = ("\ufeff# staff, M\udcfcller\r\n \t# more\r\n\r\n \t%s \t\r\nann:plain:se:cret \r\njim:other:%s\nbob:other:%s \n"
-                "\tsha:%s\t" % (LINE, HEX, HEX * 2, SHA))
-        passwords = Passwords.read(self.write(text), "files")
-        self.assertEqual(["jim", "ann", "sha"], list(passwords.entries))
-        for user, password in (("jim", "secret"), ("ann", "se:cret"), ("sha", "secret")):
-            self.assertTrue(passwords.check_password(user, password))
-        path = self.write("jim:other:%s\nbob:third:%s\n" % (HEX, HEX))
-        self.refuses("no user of realm files in it, but of other, third\ntry: .* passwd .* admin --realm files",
-                     Passwords.read, path, "files")
+                path, user = self.write("%s\n# x\n%s\n" % (LINE, line)), line.partition(":")[0]
+                said = "unable to use passwords .*: line 3: user NAME: " + reason
+                said = said.replace("NAME", re.escape(repr(user)))
+                cure = shlex.split(self.refuses(said, Passwords.read, path, "files"))
+                self.assertEqual(cure[:3], ["python3", SOURCES[1], "passwd"] * curable)
+                if curable:
+                    self.assertEqual(told(*cure[2:], "--stdin", typed=b"new\n")[0], 0)
+                    self.assertTrue(Passwords.read(path, "files").check_password(user, "new"))
 
     def test_names_the_cure_of_the_whole_file(self) -> None:
-        """Missing: passwd; open to all: chmod; both can be pasted. A folder, a pipe: no command helps."""
-        missing = os.path.join(self.folder(), "it's new")
-        for path, secret in ((missing, False), (self.write(LINE, 0o604), False), (self.write(LINE, 0o602), False),
-                             (self.write("s" * 32, 0o644), True), (self.write("short"), True)):
-            what: Callable[[], Any] = functools.partial(
-                authserver.read_nonce_secret if secret else Passwords.read, path)
-            with self.assertRaisesRegex(Refusal, "\ntry: ") as caught:
-                what()
-            cure = str(caught.exception).partition("\ntry: ")[2]
-            run(["sh", "-c", cure + " --stdin" * ("passwd" in cure)], 0, b"new\n")
-            if path != missing and not secret:
-                with self.assertRaisesRegex(Refusal, "no user"):    # of the realm authserver
-                    what()
-            else:
-                what()
-        for path in (self.folder(), "/dev/null"):
-            with self.assertRaises(Refusal) as caught:
-                Passwords.read(path)
-            self.assertNotIn("try:", str(caught.exception))
+        """Missing: passwd; open to all: chmod; both can be pasted. A folder, a pipe: no command."""
+        missing, line = os.path.join(self.folder(), "it's new"), "admin:plain:x"
+        cure = shlex.split(self.refuses("No such file", Passwords.read, missing))[2:]
+        self.assertEqual(cure, ["passwd", missing, "admin"])
+        self.assertEqual(told(*cure, "--stdin", typed=b"x\n")[0], 0)
+        self.assertTrue(Passwords.read(missing).check_password("admin", "x"))
+        secret = authserver.read_nonce_secret
+        for reads, path in ((Passwords.read, self.write(line, 0o604)),
+                            (Passwords.read, self.write(line, 0o602)),
+                            (secret, self.write("s" * 32, 0o644)), (secret, self.write("s" * 15))):
+            run(["sh", "-c", self.refuses("everybody may|shorter than 16", reads, path)], 0)
+            reads(path)
+        self.assertEqual(secret(self.write("s" * 16)), b"s" * 16)
+        # The last is a wrong realm: what cures the file does not cure that.
+        for words in ([self.folder()], ["/dev/null"], [self.write(LINE), "a:b"]):
+            self.assertEqual(self.refuses("unable to", Passwords.read, *words), "")
+
+    def test_passes_over_what_does_not_matter(self) -> None:
+        """Blanks at ends, comments after blanks, CRLF, U+FEFF at the start, other realms."""
+        passwords = self.read(
+            "\ufeff# M\udcfcller\r", " \t# more\r", "\r", " \t%s \t\r" % LINE, "jim:other:" + HEX,
+            "ann:plain:se:cret \r", "bob:other:%s " % (HEX * 2), "\tsha:%s\t" % SHA)
+        self.assertEqual(["jim", "ann", "sha"], list(passwords.entries))
+        self.gives(passwords.check_password, ("jim", "secret", True), ("ann", "se:cret", True),
+                   ("sha", "secret", True))
+        cure = self.refuses("no user of realm files in it, but of other, third", self.read,
+                            "jim:other:" + HEX, "bob:third:" + HEX)
+        self.assertRegex(cure, "passwd .* admin --realm files")
 
     def test_what_a_container_is_given_may_be_read_by_all(self) -> None:
-        """0444 is accepted from root when we are not, and anything on a read-only mount; nothing else."""
+        """0444 from root when we are not root, and anything on a read-only mount; nothing else."""
         for mode, owner, uid, flags, exposed in (
                 (0o444, 0, 1000, 0, False), (0o644, 0, 1000, 0, True), (0o444, 1000, 1000, 0, True),
-                (0o444, 0, 0, 0, True), (0o644, 0, 1000, os.ST_RDONLY, False), (0o666, 0, 0, os.ST_RDONLY, False),
-                (0o640, 0, 1000, 0, False), (0o602, 0, 1000, 0, True)):
-            with self.subTest(oct(mode), owner=owner, uid=uid, flags=flags):
-                found = mock.Mock(st_mode=stat.S_IFREG | mode, st_uid=owner)
-                with mock.patch("os.fstat", return_value=found), mock.patch("os.geteuid", return_value=uid), \
-                        mock.patch("os.fstatvfs", return_value=mock.Mock(f_flag=flags)):
-                    self.assertEqual(authserver.is_exposed(0), exposed)
+                (0o444, 0, 0, 0, True), (0o644, 0, 1000, os.ST_RDONLY, False),
+                (0o666, 0, 0, os.ST_RDONLY, False), (0o602, 0, 1000, 0, True),
+                (0o640, 0, 1000, 0, False)):
+            found = mock.Mock(st_mode=stat.S_IFREG | mode, st_uid=owner, f_flag=flags)
+            with self.subTest(oct(mode), owner=owner, uid=uid, flags=flags), mock.patch.multiple(
+                    "os", fstat=lambda _: found, fstatvfs=lambda _: found, geteuid=lambda: uid):
+                self.assertEqual(authserver.is_exposed(0), exposed)
 
     def test_fips_mode_is_told_by_line(self) -> None:
-        """Without MD5 or SHA-1 the entries that need them are refused, each by its line and field."""
+        """Without MD5 or SHA-1 the entries that need them are refused, each by line and field."""
         with mock.patch.dict(authserver.HASHES), mock.patch.object(authserver, "SHA1", None):
             del authserver.HASHES["MD5"]
-            path = self.write("%s\nann:%s\nbob:plain:x\n" % (LINE, SHA))
-            self.refuses("line 1: user 'jim': field 3: the hashlib of this Python lacks MD5; "
-                         "line 2: user 'ann': field 2: .* lacks SHA-1", Passwords.read, path, "files")
-            self.assertEqual(["SHA-256"], [name for name in users().entries["jim"].ha1 if name != "SHA-512-256"])
+            self.refuses("line 1: user 'jim': field 3: the hashlib of this Python lacks MD5; line 2"
+                         ": user 'ann': field 2: .* lacks SHA-1", self.read, LINE, "ann:" + SHA)
+            self.assertEqual(set(users().entries["jim"].ha1) - {"SHA-512-256"}, {"SHA-256"})
 
     def test_the_names_of_dictionaries_differ(self) -> None:
         """fingerprint() tells realm, users and passwords apart, but not the order of lines."""
-        several = [users(), users(ann="x"), users(ann="y"), users(bob="x"), Passwords({"jim": "secret"}, realm="b")]
+        several = [users(), users(ann="x"), users(ann="hunter2"), users(bob="x"),
+                   Passwords({"jim": "secret", "run": TOKEN}, realm="b")]
         self.assertEqual(len({item.fingerprint() for item in several}), len(several))
-        self.assertEqual(users(ann="x").fingerprint(), Passwords({"ann": "x", "run": TOKEN, "jim": "secret"}, "files").fingerprint())
+        other = Passwords({"ann": "x", "run": TOKEN, "jim": "secret"}, realm="files")
+        self.assertEqual(several[1].fingerprint(), other.fingerprint())
+        self.assertNotIn("hunter2", repr(vars(several[2])))
 
-    def test_a_stored_hash_is_not_a_password(self) -> None:
-        """Nobody logs in with what stands in the file."""
-        passwords = Passwords.read(self.write("%s\nsha:%s\n" % (LINE, SHA)), "files")
-        for user, password in (("jim", LINE[10:]), ("sha", SHA), ("sha", SHA[5:]), ("nobody", "")):
-            self.assertFalse(passwords.check_password(user, password))
-        self.assertNotIn("hunter2", repr(vars(users(ann="hunter2"))))
-
-    def test_what_only_a_program_can_pass_is_wrong(self) -> None:
-        """Lone surrogates, NUL, what is not composed: no exception, whatever the hash, by each way in."""
-        passwords = Passwords.read(self.write("%s\nsha:%s\n" % (LINE, SHA)), "files")
-        for user in ("jim", "sha", "nobody", "\ud800"):
-            for password in ("\ud800", "secret\ud800", "\0", "secret\0", "a" * 5000, ""):
-                self.assertEqual((passwords.check_password(user, password), passwords.verify(user, password)), (False, False))
-        for one, other in ((("ju\u0308", "pa\u0308ss"), ("j\xfc", "p\xe4ss")), (("j\xfc", "p\xe4ss"), ("ju\u0308", "pa\u0308ss"))):
-            self.assertTrue(Passwords(dict([one]), realm="files").check_password(*other))
-        with mock.patch.object(authserver, "load_crypt", lambda: (lambda *_: None, threading.Semaphore(1))):
-            self.assertFalse(authserver.matches(authserver.Entry("u", 1, {}, "$6$s$x"), "files", "too long for it"))
-        with mock.patch.object(hashlib, "new", side_effect=ValueError), mock.patch.object(
-                hashlib, "sha512_256", None, create=True), mock.patch.object(hashlib, "nosuch", side_effect=TypeError, create=True):
-            self.assertIsNone(authserver.find_hash("sha512_256", "sha512-256", "nosuch"))
-
-    def test_offering_digest_over_a_basic_only_entry_is_refused_at_start(self) -> None:
-        """The mistake of the second article: named by line, user, scheme and cure."""
-        path = self.write("%s\n\ncarol:%s\n" % (LINE, SHA))
-        passwords = Passwords.read(path, "files")
-        self.refuses(r"line 3: user 'carol' has only \{SHA\}: cannot answer Digest MD5\ntry: .*authserver.py "
-                     "passwd .* carol --realm files", passwords.check_servable, ["digest", "basic"], ["MD5"])
+    def test_the_mistake_of_the_second_article_is_refused_at_start(self) -> None:
+        """Digest, offered to who has a hash for Basic: named by line, user, scheme and cure."""
+        passwords = self.read(LINE, "", "carol:" + SHA)
+        cure = self.refuses(r"line 3: user 'carol' has only \{SHA\}: cannot answer Digest MD5",
+                            make, passwords=passwords)
+        self.assertRegex(cure, "authserver.py passwd .* carol --realm files.*--schemes basic")
         self.refuses("line 1: user 'jim' has only MD5 HA1: cannot answer Digest SHA-256",
-                     passwords.check_servable, ["digest"], ["SHA-256"])
-        passwords.check_servable(["basic"], ["MD5"])
-
-    def test_the_fix_of_the_article_serves_both_schemes_from_one_dictionary(self) -> None:
-        """Three users, one resource, Basic and Digest: every one gets in by either."""
-        people = {"jim": "secret", "ann": "pa:ss", "üwe": "wörd"}
-        authenticator = make(people)
-        for user, password in people.items():
-            for scheme, field in (("Basic", basic(user, password)), (
-                    "Digest", Client(authenticator, user, password).field())):
-                verdict = attempt(authenticator, field)
-                self.assertEqual((200, user, scheme), verdict[:2] + (verdict.scheme,))
-
-    def test_refuses_realms_that_clients_or_the_file_misread(self) -> None:
-        """Quotes, backslashes, colons, controls, non-ASCII, and the words of the file."""
-        for realm in ("", 'a"b', "a\\b", "a:b", "a\n", "ä", "plain", "{SHA}", "$6$", " a", "a "):
-            with self.subTest(realm):
-                self.refuses("realm", Passwords, {"a": "b"}, realm=realm)
-        Passwords({"a": "b"}, realm="A-Za z09 (plain) !#$")
-        with self.assertRaisesRegex(Refusal, "unable to use realm") as caught:
-            Passwords.read(self.write(LINE), "a:b")
-        self.assertNotIn("try:", str(caught.exception))
-        self.refuses("too long", make, passwords=Passwords({"a": "b"}, realm="r" * 200))
+                     make, passwords=passwords, algorithms=["SHA-256"])
+        make(passwords=passwords, schemes=["basic"])
 
 
 class Limits(AuthTestCase):
     """What a scheme, a client or the file could not carry is refused where it is stored"""
 
-    NAMES = ("", "-", "a:b", "a\n", "#a", 'a"', " a", "a ", "a\\", "\ufeffa", "a\u200b", "\u00a0", "a\x7f", "a\x85",
-             "\ud800", "b" * 256)
+    NAMES = ("", "-", "a:b", "a\n", "#a", 'a"', " a", "a ", "a\\", "\ufeffa", "a\u200b", "\u00a0",
+             "a\x7f", "a\x85", "\ud800", "b" * 256)
     SECRETS = ("", "a\x1fb", "\0", "a\x7f", "\udcff", "p" * 1021, "ü" * 511)
+    REALMS = ("", 'a"b', "a\\b", "a:b", "a\n", "ä", "plain", "{SHA}", "$6$", " a", "a ")
 
     def test_in_the_library_and_by_passwd(self) -> None:
-        """Names and passwords, at all three places where they can come from."""
+        """Names, passwords, realms that clients or readers of the file would misunderstand."""
         path = self.write("# precious\n")
-        for name, secret in [(name, "x") for name in self.NAMES] + [("jim", secret) for secret in self.SECRETS]:
-            with self.subTest(name, secret=secret[:5]):
-                self.refuses("unable to use", Passwords, {name: secret})
-                self.refuses("unable to use", authserver.change_password, path, name, "files", secret)
+        for name, realm, secret in [(name, "files", "x") for name in self.NAMES] + [
+                ("jim", "files", secret) for secret in self.SECRETS] + [
+                ("jim", realm, "x") for realm in self.REALMS]:
+            with self.subTest(name, realm=realm, secret=secret[:5]):
+                self.refuses("unable to use", Passwords, {name: secret}, realm=realm)
+                self.refuses("unable to use", authserver.change_password, path, name, realm, secret)
         self.assertEqual(read(path), "# precious\n")
+        Passwords({"a": "b"}, realm="A-Za z09 (plain) !#$")
 
     def test_what_is_accepted_gets_in(self) -> None:
-        """The longest, and the strangest that are left, under both schemes."""
-        for name, secret in (("jim", "p" * 1020), ("a", "ü" * 511), ("ü" * 127, "x"), ("DOM\\jim", "a:b\\\""),
-                             ("a b", " blank "), ("50%", "%41"), ("ju\u0308rgen", "pa\u0308ss"), ("--", "-")):
-            with self.subTest(name[:9], secret=secret[:9]):
-                authenticator = authserver.Authenticator(Passwords({name: secret}, realm="files"))
-                now = authenticator.clock()
-                for field in (basic(name, secret), Client(authenticator, name.replace("u\u0308", "ü"), secret.replace(
-                        "a\u0308", "ä"), now).field()):
-                    self.assertEqual(attempt(authenticator, field, now=now).status, 200)
+        """The cure of that mistake: one dictionary for both schemes, even of the strangest."""
+        people = {"jim": "p" * 1020, "a": "ü" * 511, "ü" * 127: "x", "--": "-", "50%": "%41",
+                  "DOM\\jim": "a:b\\\"", "a b": " blank ", "jürgen": "päss",
+                  "ju\u0308rg": "pa\u0308ss"}
+        passwords = Passwords(people, realm="files")
+        for pair in people.items():
+            authenticator = make(passwords=passwords)
+            nfc, nfd = [[unicodedata.normalize(form, text) for text in pair]
+                        for form in ("NFC", "NFD")]
+            for scheme, field in (("Basic", basic(*pair)),
+                                  ("Digest", Client(authenticator, *nfc).field())):
+                verdict = attempt(authenticator, field)
+                self.assertEqual((verdict.username, verdict.scheme), (nfc[0], scheme))
+            self.gives(passwords.check_password, (*nfc, True), (*nfd, True))
 
-    @needs_crypt
-    def test_bcrypt_knows_72_bytes(self) -> None:
-        """A longer password is wrong, though bcrypt would not see the difference; that is told at start."""
-        for setting in ("$2y$04$abcdefghijklmnopqrstuu", "$2b$04$abcdefghijklmnopqrstuu"):
-            for most in ("a" * 72, "ü" * 36):
-                passwords = Passwords.read(self.write("ann:%s\n" % crypted(most + "tail", setting)), "files")
-                self.assertRegex(passwords.warnings[0], r"\$2.\$04\$ in .*72 bytes of a password")
-                self.assertEqual([passwords.check_password("ann", password) for password in (
-                    most, most + "tail", most + "x", most[:-1])], [True, False, False, False])
-        self.assertEqual(users().warnings, [])
-
-    def test_every_byte_of_a_sha_counts(self) -> None:
-        """{SHA} and {SSHA}: any byte of the hash changed keeps the right password out."""
-        for kind, octets in (("{SHA}", hashlib.sha1(b"secret").digest()),
-                             ("{SSHA}", hashlib.sha1(b"secretsalt").digest() + b"salt")):
-            for place in (None, 0, 7, 9, 10, 12, 19):
-                stored = bytearray(octets)
-                if place is not None:
-                    stored[place] ^= 1
-                line = "ann:%s%s" % (kind, base64.b64encode(bytes(stored)).decode())
-                passwords = Passwords.read(self.write(line), "files")
-                self.assertEqual(passwords.check_password("ann", "secret"), place is None, line)
-
-    def test_strangers_are_nobody(self) -> None:
-        """Who is not in the file does not get in with another one's password, whatever its kind."""
-        lines = [LINE, "ann:" + SHA, "ann:plain:secret"]
-        lines += ["ann:" + crypted("secret", setting) for setting in ("$6$rounds=1000$s$", "$5$s$")
-                  if crypted("x", setting)[:3] == setting[:3]]
-        for line in lines:
-            passwords = Passwords.read(self.write(line), "files")
-            self.assertTrue(passwords.check_password(line[:3], "secret"))
-            for name in ("nobody", "", "ANN", "ann\0", line):
-                self.assertFalse(passwords.check_password(name, "secret"), (name, line))
+    def test_each_kind_of_entry_is_for_one_user_with_one_password(self) -> None:
+        """All of it counts (72 bytes under bcrypt, which takes no more); what is stored is none."""
+        for kind, right in [(name, word) for name in KINDS for word in (
+                "secret", "a" * (72 if name.startswith("$2") else 200), "ü" * 36)]:
+            with self.subTest(kind, right=right[:9]):
+                line = stored(kind, right)
+                if kind[0] == "$" and not line.startswith("ann:" + kind[:3]):
+                    self.skipTest("needs a libcrypt that knows " + kind[:3])
+                passwords, value = self.read(line), line.split(":")[-1]
+                wrong = {"", "\0", "a" * 500, right[:-1], right + "x", right + "\0x",
+                         right + "\ud800", right.swapcase(), line[4:], value,
+                         value.partition("}")[2]} - {right}
+                self.gives(passwords.check_password, *[("ann", word, False) for word in wrong],
+                           *[(name, right, False) for name in (
+                               "nobody", "", "ANN", "ann\0", "\ud800", line)], ("ann", right, True))
+                warning = r"\A\$2.\$04\$ in .*: bcrypt knows 72 bytes" if "$2" in kind else r"\A\Z"
+                self.assertRegex("".join(passwords.warnings), warning)
+                self.assertFalse(passwords.verify("ann", right + "\ud800"))     # only a program can
+        for kind, place in itertools.product(("{SHA}", "{SSHA}"), (0, 7, 9, 10, 12, 19)):
+            octets = bytearray(base64.b64decode(stored(kind, "secret").partition("}")[2]))
+            octets[place] ^= 1
+            passwords = self.read("ann:" + kind + base64.b64encode(octets).decode())
+            self.assertFalse(passwords.check_password("ann", "secret"), place)
 
     @needs_crypt
     def test_strangers_take_the_slowest_way(self) -> None:
-        """Wherever the slow entry stands in the file, it is what stands in for who is not there."""
-        slow = "u0:" + crypted("hunter2", "$6$rounds=1000$salt$")
-        for lines in ([slow, LINE], [LINE, slow], ["ann:" + SHA, slow, LINE]):
-            passwords = Passwords.read(self.write("\n".join(lines)), "files")
-            self.assertTrue(passwords.is_slow("nobody"))
+        """Wherever the slow entry stands in the file, it stands in for who is not there."""
+        slow = stored(SLOW, "hunter2")
+        for lines in ([slow, LINE], [LINE, slow], ["sha:" + SHA, slow, LINE]):
+            passwords = self.read(*lines)
+            self.gives(passwords.is_slow, ("ann", True), ("nobody", True), ("jim", False))
             with mock.patch.object(authserver, "matches", return_value=True) as looked:
                 self.assertFalse(passwords.verify("nobody", "hunter2"))
             self.assertEqual([call[0][0].is_slow for call in looked.call_args_list], [True])
-
-    @needs_crypt
-    def test_strangers_take_as_long(self) -> None:
-        """is_slow() holds for strangers too, when it does for anybody."""
-        text = "u0:%s\n%s" % (crypted("hunter2", "$6$rounds=1000$salt$"), LINE)
-        passwords = Passwords.read(self.write(text), "files")
-        self.assertEqual([passwords.is_slow(name) for name in ("u0", "nobody", "jim")], [True, True, False])
+            # Equal time is promised for files of one kind.
+            self.assertIn("$6$rounds=1000$", passwords.warnings[0])
         self.assertFalse(users().is_slow("nobody"))
 
 
@@ -1532,245 +1459,208 @@ class Limits(AuthTestCase):
 class SlowHashes(AuthTestCase):
     """The hashes of htpasswd and of the C library are verified, once per credential"""
 
-    def passwords(self, *settings: str) -> Passwords:
-        """Return a dictionary with one user per setting, u0, u1 ..., all `secret`."""
-        lines = ["u%d:%s" % (number, crypted("secret", setting)) for number, setting in enumerate(settings)]
-        return Passwords.read(self.write("\n".join(lines)), "files")
-
-    def test_knows_what_the_c_library_knows(self) -> None:
-        """$5$, $6$, $2y$ and $y$ entries, where this machine has them."""
-        for setting in ("$5$rounds=1000$saltsalt$", "$6$rounds=1000$saltsalt$", "$6$s$",
-                        "$2y$04$abcdefghijklmnopqrstuu", "$y$j75$saltsalt$"):
-            with self.subTest(setting):
-                if not crypted("x", setting).startswith(setting[:3]):
-                    self.skipTest("needs a libcrypt that knows " + setting[:3])
-                passwords = self.passwords(setting)
-                self.assertEqual([True, False, False, False], [passwords.check_password(*pair) for pair in (
-                    ("u0", "secret"), ("u0", "Secret"), ("u0", "secret\0x"), ("u1", "secret"))])
-
-    def test_only_bcrypt_stops_reading(self) -> None:
-        """A password of 200 bytes is right where all of it is hashed, and wrong without its last one."""
-        for setting in ("$6$rounds=1000$saltsalt$", "$5$rounds=1000$saltsalt$", "{SHA}", "plain"):
-            stored = ("plain:" + "p" * 200 if setting == "plain" else crypted("p" * 200, setting) if setting[0] == "$" else
-                      setting + base64.b64encode(hashlib.sha1(b"p" * 200).digest()).decode())
-            passwords = Passwords.read(self.write("u0:" + stored), "files")
-            self.assertEqual([passwords.check_password("u0", "p" * size) for size in (200, 199, 72)], [True, False, False], setting)
-
     def test_a_bad_salt_is_the_fault_of_its_line_alone(self) -> None:
-        """Another hash of that form, before or after it, is verified; also once the file has been mended."""
-        good = crypted("secret", "$2y$04$abcdefghijklmnopqrstuu")
-        bad = good[:7] + "#" + good[8:]
+        """Another hash of that form is verified, also once the file has been mended."""
+        good = stored(BCRYPT, "secret")
+        bad = "bob:" + good[4:11] + "#" + good[12:]
         with mock.patch.object(authserver, "FORMS", set()):
-            path = self.write("bob:%s\nann:%s\n" % (bad, good))
-            with self.assertRaisesRegex(Refusal, "line 1: user 'bob': field 2: .*does not know") as caught:
-                Passwords.read(path, "files")
-            self.assertNotIn("line 2", str(caught.exception))
-            self.assertTrue(Passwords.read(self.write("ann:%s\n" % good), "files").check_password("ann", "secret"))
+            self.refuses("passwords.*: line 1: user 'bob': field 2: .*does not know [^;]*$",
+                         self.read, bad, good)
+            self.assertTrue(self.read(good).check_password("ann", "secret"))
+            self.assertEqual(len(authserver.FORMS), 1)      # and is known from now on
 
     def test_finds_crypt_by_whatever_name_it_has(self) -> None:
-        """crypt_r for two at a time; crypt, one at a time; neither, and the file is refused, not the log-ins."""
-        import ctypes
+        """crypt_r for two at a time; crypt for one; neither: the file is refused, not log-ins."""
         plain, reentrant = mock.Mock(spec=["crypt"]), mock.Mock(spec=["crypt_r"])
         plain.crypt.return_value = reentrant.crypt_r.return_value = b"made"
         for libraries, made, count in (([OSError, reentrant], b"made", 2), ([plain], b"made", 1),
                                        ([mock.Mock(spec=[])] + [OSError] * 3, None, 1)):
-            with mock.patch.object(ctypes, "CDLL", side_effect=libraries):
+            with mock.patch("ctypes.CDLL", side_effect=libraries):
                 function, turns = authserver.load_crypt.__wrapped__()
             self.assertEqual(made, function(b"phrase", b"setting"))
-            self.assertEqual([True] * count + [False], [turns.acquire(blocking=False) for _ in range(count + 1)])
-        with mock.patch.object(authserver, "load_crypt", lambda: (function, threading.Semaphore(1))), \
+            self.assertEqual([turns.acquire(blocking=False) for _ in range(count + 1)],
+                             [True] * count + [False])
+        turns.release()
+        with mock.patch.object(authserver, "load_crypt", lambda: (function, turns)), \
                 mock.patch.object(authserver, "FORMS", set()):
-            path = self.write("u0:$6$rounds=1000$saltsalt$" + "x" * 86)
-            self.refuses("libcrypt", Passwords.read, path, "files")
+            self.refuses("libcrypt", self.read, "u0:" + SLOW + "x" * 86)
+            entry = authserver.Entry("u0", 1, {}, SLOW + "x")
+            self.assertFalse(authserver.matches(entry, "files", "too long for it"))
 
     def test_a_right_password_is_hashed_once(self) -> None:
-        """The verdict is remembered; a wrong one never is, another user's is not shared, and few are kept."""
-        passwords = self.passwords("$6$rounds=1000$saltsalt$", "$6$rounds=1000$othersal$")
-        authenticator = authserver.Authenticator(passwords, ["basic"], max_failures=(0, 1.0))
-        calls = []
+        """A wrong one is each time, another user's is not shared, and few are remembered."""
+        line = stored(SLOW, "secret")
+        passwords = self.read(line, line.replace("ann", "bob"))
+        authenticator = make(passwords=passwords, schemes=["basic"], max_failures=(0, 1.0))
         function, turns = authserver.load_crypt()
+        counting = mock.Mock(side_effect=function)
 
-        def counting(phrase: bytes, setting: bytes) -> Optional[bytes]:
-            calls.append(phrase)
-            return function(phrase, setting)
-
-        def ask(user: str, password: str) -> Any:
-            return attempt(authenticator, basic(user, password), now=authenticator.clock()).status
+        def status(user: str, password: str) -> int:
+            return int(attempt(authenticator, basic(user, password)).status)
         with mock.patch.object(authserver, "load_crypt", lambda: (counting, turns)):
-            for _ in range(3):
-                self.assertEqual((ask("u0", "secret"), ask("u0", "wrong")), (200, 401))
-            self.assertEqual(ask("u1", "secret"), 200)
-            self.assertEqual(5, len(calls))
-        with mock.patch.object(authserver, "REMEMBERED", 3), mock.patch.object(authserver, "load_crypt", lambda: (
-                lambda phrase, setting: setting, threading.Semaphore(1))):
-            self.assertEqual({200}, {ask("u0", "p%d" % number) for number in range(10)})
+            self.gives(status, *[("ann", "secret", 200), ("ann", "wrong", 401)] * 3,
+                       ("bob", "secret", 200))
+            self.assertEqual(5, counting.call_count)
+        with mock.patch.multiple(authserver, REMEMBERED=3, matches=lambda *_: True):
+            self.gives(status, *[("ann", "p%d" % number, 200) for number in range(10)])
         self.assertLessEqual(len(passwords.granted), 3)
         self.assertNotIn(b"p9", b"".join(passwords.granted))
-
-    def test_warns_of_a_mixed_file(self) -> None:
-        """Equal time is promised for files of one kind; a mixed one is told so."""
-        path = self.write("a:%s\nb:plain:x\n" % crypted("x", "$6$rounds=1000$saltsalt$"))
-        self.assertIn("$6$rounds=1000$", Passwords.read(path, "files").warnings[0])
 
 
 class PasswdVerb(AuthTestCase):
     """passwd changes one user, and leaves the rest of the file alone"""
 
+    def change(self, path: str, user: str, password: Optional[str] = "x") -> str:
+        """Change a password, or delete a user, in realm files."""
+        return authserver.change_password(path, user, "files", password)
+
     def test_adds_changes_and_deletes_in_place(self) -> None:
         """Comments, order, other users and other realms stay as they are."""
-        other = "jim:other:" + "0" * 32
-        path = self.write("# staff\njim:plain:old\n\n%s\nann:{SHA}x\njim:files:%s\n" % (other, HEX))
-        self.assertEqual("changed", authserver.change_password(path, "jim", "files", "secret"))
-        lines = authserver.password_lines("jim", "files", "secret")
-        rest = "\n%s\nann:{SHA}x\n" % other
-        self.assertEqual("# staff\n" + "\n".join(lines) + "\n" + rest, read(path))
-        self.assertEqual("added", authserver.change_password(path, "bob", "files", "x"))
-        self.assertEqual("deleted", authserver.change_password(path, "bob", "files", None))
-        self.assertEqual("deleted", authserver.change_password(path, "jim", "files", None))
-        self.assertEqual("# staff\n" + rest, read(path))
-        self.refuses("not in", authserver.change_password, path, "jim", "files", None)
-
-    def test_makes_a_file_that_serves_everything(self) -> None:
-        """What it writes is read back, for both schemes and both algorithms; 0600."""
-        path = os.path.join(self.folder(), "new")
-        self.assertEqual("added", authserver.change_password(path, "müller", "files", "pä:ss"))
-        self.assertEqual(0o600, stat.S_IMODE(os.stat(path).st_mode))
-        passwords = Passwords.read(path, "files")
-        passwords.check_servable(["digest", "basic"], ["MD5", "SHA-256"])
-        self.assertTrue(passwords.check_password("müller", "pä:ss"))
-        self.assertEqual(["new"], os.listdir(os.path.dirname(path)))
-
-    def test_keeps_what_a_daemon_needs_to_read(self) -> None:
-        """0640 stays 0640; anything more open becomes 0600; a link stays a link."""
-        for before, after in ((0o640, 0o640), (0o600, 0o600), (0o644, 0o600), (0o666, 0o600)):
-            path = self.write("# x\n", before)
-            link = path + ".link"
-            os.symlink(path, link)
-            authserver.change_password(link, "jim", "files", "x")
-            self.assertEqual(after, stat.S_IMODE(os.stat(path).st_mode))
-            self.assertTrue(os.path.islink(link))
-
-    def test_a_failure_leaves_the_old_file_whole(self) -> None:
-        """A full disk in the middle of writing loses nothing, and leaves nothing."""
-        path = self.write("# precious\n")
-        with mock.patch("os.fsync", side_effect=OSError(28, "No space left")):
-            self.refuses("unable to write", authserver.change_password, path, "jim", "files", "x")
-        self.assertEqual("# precious\n", read(path))
-        self.assertEqual(["passwords"], os.listdir(os.path.dirname(path)))
-
-    def test_asks_twice_or_reads_one_line(self) -> None:
-        """getpass twice, or --stdin; two different answers change nothing."""
-        path = self.write("")
-        with mock.patch("getpass.getpass", side_effect=["secret", "secret"]):
-            self.assertIn("'jim' added", authserver.run_passwd(path, "jim", "files"))
-        with mock.patch("getpass.getpass", side_effect=["secret", "secert"]):
-            self.refuses("differ", authserver.run_passwd, path, "jim", "files")
-        with mock.patch("sys.stdin", io.TextIOWrapper(io.BytesIO(b"new one\nmore\n"))):
-            self.assertIn("changed", authserver.run_passwd(path, "jim", "files", from_stdin=True))
-        self.assertTrue(Passwords.read(path, "files").check_password("jim", "new one"))
-        self.assertIn("deleted", authserver.run_passwd(path, "jim", "files", delete=True))
-
-    def test_first_password_is_random_and_made_once(self) -> None:
-        """80 bits, 0600, or 0640 for a group; never over an existing file."""
-        path = os.path.join(self.folder(), "first")
-        user, password = authserver.first_password(path, None, "files")
-        self.assertEqual(("admin", 16), (user, len(password)))
-        self.assertTrue(Passwords.read(path, "files").check_password(user, password))
-        self.assertEqual(0o600, stat.S_IMODE(os.stat(path).st_mode))
-        self.refuses("unable to make", authserver.first_password, path, None, "files")
-        grouped = path + "2"
-        authserver.first_password(grouped, os.getegid(), "files")
-        self.assertEqual(0o640, stat.S_IMODE(os.stat(grouped).st_mode))
-
-    @unittest.skipUnless(shutil.which("htpasswd"), "needs htpasswd")
-    def test_reads_what_htpasswd_writes(self) -> None:
-        """bcrypt, SHA-256, SHA-512 and SHA-1 entries of Apache's htpasswd let Basic in."""
-        path = os.path.join(self.folder(), "htpasswd")
-        users: List[str] = []
-        for flag in ("-s", "-B", "-2", "-5"):
-            done = subprocess.run(["htpasswd", "-b", flag] + ["-c"] * (not users)
-                                  + [path, "u" + flag, "sécret".encode()], stderr=subprocess.PIPE)
-            users += ["u" + flag] * (done.returncode == 0)
-        os.chmod(path, 0o600)
-        passwords = Passwords.read(path, "files")
-        for user in users:
-            with self.subTest(user):
-                self.assertTrue(passwords.check_password(user, "sécret"))
-                self.assertFalse(passwords.check_password(user, "secret"))
-
-    @unittest.skipUnless(shutil.which("htdigest"), "needs htdigest")
-    def test_shares_a_file_with_htdigest(self) -> None:
-        """Apache's htdigest changes our entry and we its, in the same file."""
-        path = os.path.join(self.folder(), "htdigest")
-        authserver.change_password(path, "jim", "files", "one")
-        # Without a terminal htdigest reads the password, twice, from standard input.
-        subprocess.run(["htdigest", path, "files", "ann"], input=b"two\ntwo\n", timeout=20,
-                       start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        os.chmod(path, 0o600)
-        passwords = Passwords.read(path, "files")
-        self.assertTrue(passwords.check_password("ann", "two"))
-        self.assertTrue(passwords.check_password("jim", "one"))
-        self.assertEqual("changed", authserver.change_password(path, "ann", "files", "three"))
-        self.assertTrue(Passwords.read(path, "files").check_password("ann", "three"))
-        # Of two lines of a user htdigest changes the first: that is the one that counts.
-        subprocess.run(["htdigest", path, "files", "jim"], input=b"four\nfour\n", timeout=20,
-                       start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        os.chmod(path, 0o600)
-        passwords = Passwords.read(path, "files")
-        self.assertEqual([True, False], [passwords.check_password("jim", password) for password in ("four", "one")])
-
-    def test_the_command_adds_changes_and_deletes(self) -> None:
-        """`authserver.py passwd FILE USER`: --stdin, --realm, --delete; a line says what was done."""
-        path = self.write("ann:plain:x\n")
-        argv = [PYTHON, AUTHSERVER, "passwd", path, os.fsdecode("müller".encode())]
-        for options, done in ((["--stdin"], "added"), (["--stdin"], "changed"), (["--delete"], "deleted")):
-            said = run(argv + options + ["--realm", "files"], 0, "pä:ss\n".encode()).out
-            self.assertRegex(said, r"\Auser 'm.+ller' %s in .+ \(realm 'files'\)\n\Z" % done)
-            known = Passwords.read(path, "files").check_password("müller", "pä:ss")
-            self.assertEqual(known, done != "deleted")
-
-    def test_a_mistake_of_the_command_is_one_line(self) -> None:
-        """A wrong name, a password that is no text or has control characters: exit 2, nothing changed."""
-        path = self.write("# precious\n")
-        for user, option, typed in (("a:b", "--stdin", b"x\n"), ("a\tb", "--stdin", b"x\n"),
-                                    ("jim", "--stdin", b"a\x1bb\n"),
-                                    ("jim", "--stdin", b"x" * 2000), ("jim", "--stdin", b"\n"),
-                                    ("jim", "--delete", b"")):
-            with self.subTest(user, typed=typed[:9]):
-                code, said = told("passwd", path, user, option, typed=typed)
-                self.assertRegex(said, r"\Aauthserver: fatal: unable to [^\n]+\n\Z")
-                self.assertEqual(code, 2)
-        self.assertIn("usage", run([PYTHON, AUTHSERVER, "passwd", path], 2).err)
-        self.assertEqual("# precious\n", read(path))
-
-    def test_a_password_that_the_locale_cannot_read_is_refused(self) -> None:
-        """In the locale of cron a typed umlaut is not mangled: the command says what to do instead."""
-        path = self.write("")
-        error = UnicodeDecodeError("ascii", b"\xc3", 0, 1, "ordinal not in range(128)")
-        with mock.patch("getpass.getpass", side_effect=error):
-            self.refuses("try: export LC_ALL=C.UTF-8", authserver.run_passwd, path, "jim", "files")
-        self.assertEqual("", read(path))
-
-    def test_eight_at_once(self) -> None:
-        """On a file that is there, and on one that none of them has seen, all eight users are in it."""
-        for text in ("# staff\nann:plain:x\n", None):
-            path = self.write(text or "")
-            if text is None:
-                os.unlink(path)
-            with multiprocessing.get_context("fork").Pool(8) as pool:
-                pool.starmap(authserver.change_password, [(path, "u%d" % n, "files", "x") for n in range(8)], 1)
-            names = sorted({line.partition(":")[0] for line in read(path).split("\n") if line})
-            self.assertEqual(names, (["# staff", "ann"] if text else []) + ["u%d" % n for n in range(8)])
-            self.assertEqual(os.listdir(os.path.dirname(path)), ["passwords"])
+        rest = "\njim:other:%s\nann:{SHA}x\n" % HEX
+        path = self.write("# staff\njim:plain:old\n%sjim:files:%s\n" % (rest, HEX))
+        jim, bob = ("".join(line + "\n" for line in authserver.password_lines(*row)) for row in (
+            ("jim", "files", "secret"), ("bob", "files", "x")))
+        for user, password, done, text in (
+                ("jim", "secret", "changed", jim + rest), ("bob", "x", "added", jim + rest + bob),
+                ("bob", None, "deleted", jim + rest), ("jim", None, "deleted", rest)):
+            self.assertEqual(self.change(path, user, password), done)
+            self.assertEqual(read(path), "# staff\n" + text)
+        self.refuses("not in", self.change, path, "jim", None)
 
     def test_replaces_what_is_the_users_and_nothing_else(self) -> None:
-        """Lines with blanks, in another normal form, of every kind; comments, other realms, order and CRLF stay."""
-        kept = ["# jim:plain:x", "jimmy:files:" + HEX, "jim:other:" + HEX, "ann:%s\r" % SHA, "", "broken"]
-        for line in ("jim:plain:x", " jim:files:%s \r" % HEX, "\tjim:" + SHA, "jim:$6$a$b:Jim", "jim:", "jim"):
+        """Lines with blanks, of another normal form, of every kind; all else stays, CRLF, too."""
+        kept = ["# jim:plain:x", "jimmy:plain:x", "jim:other:" + HEX, "ann:%s\r" % SHA, "", "bad"]
+        for line in ("jim:plain:x", " jim:files:%s \r" % HEX, "\tjim:" + SHA, "jim:$6$a$b:Jim",
+                     "jim:", "jim"):
             text = "".join(item + "\n" for item in kept[:3] + [line] + kept[3:])
             changed = authserver.edit_passwords(text, "jim", "files", ["NEW"])
             self.assertEqual(changed.split("\n"), kept[:3] + ["NEW"] + kept[3:] + [""], line)
         self.assertEqual(authserver.edit_passwords("ju\u0308:plain:x", "jü", "files", []), "")
+
+    def test_a_new_file_serves_everything(self) -> None:
+        """Both schemes and algorithms; 0600, 0640 for a group; a random first one, made once."""
+        path = os.path.join(self.folder(), "new")
+        self.assertEqual("added", self.change(path, "müller", "pä:ss"))
+        Passwords.read(path, "files").check_servable(["digest", "basic"], ["MD5", "SHA-256"])
+        user, password = authserver.first_password(path + "1", None, "files")
+        other = authserver.first_password(path + "2", os.getegid(), "files")
+        self.assertEqual(("admin", 16, True), (user, len(password), password != other[1]))
+        for name, mode, pair in ((path, 0o600, ("müller", "pä:ss")), (path + "2", 0o640, other),
+                                 (path + "1", 0o600, (user, password))):
+            self.assertEqual(mode, stat.S_IMODE(os.stat(name).st_mode))
+            self.assertTrue(Passwords.read(name, "files").check_password(*pair))
+        self.refuses("unable to make", authserver.first_password, path, None, "files")
+        self.assertEqual(["new", "new1", "new2"], sorted(os.listdir(os.path.dirname(path))))
+
+    def test_what_is_written_anew_is_as_it_was(self) -> None:
+        """0640, owner, group, a link stay; what was more open is 0600; a full disk loses nothing."""
+        owner = (NOBODY, OTHER) if ROOT else (os.getuid(), os.getgid())
+        for before, after in ((0o640, 0o640), (0o600, 0o600), (0o644, 0o600), (0o666, 0o600)):
+            path = self.write("# x\n", before)
+            os.chown(path, *owner)
+            os.symlink(path, path + ".link")
+            self.change(path + ".link", "jim")
+            found = os.stat(path)
+            self.assertEqual((stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid),
+                             (after, *owner))
+            self.assertTrue(os.path.islink(path + ".link"))
+        text = read(path)
+        with mock.patch("os.fsync", side_effect=OSError(28, "No space left")):
+            self.refuses("unable to write", self.change, path, "ann")
+        self.assertEqual(read(path), text)
+        self.assertEqual({"passwords", "passwords.link"}, set(os.listdir(os.path.dirname(path))))
+
+    def test_asks_twice_or_reads_one_line(self) -> None:
+        """Two different answers change nothing; nor does an umlaut in the locale of cron."""
+        path = self.write("")
+        ask: Any = functools.partial(authserver.run_passwd, path, "jim", "files")
+        with mock.patch("getpass.getpass", side_effect=[
+                UnicodeDecodeError("ascii", b"\xc3", 0, 1, ""), "secret", "secert", "old", "old"]):
+            self.assertEqual(self.refuses("locale", ask), "export LC_ALL=C.UTF-8")
+            self.refuses("differ", ask)
+            self.assertEqual(("", True), (read(path), "'jim' added" in ask()))
+        with mock.patch("sys.stdin", io.TextIOWrapper(io.BytesIO(b"new one\nmore\n"))):
+            self.assertIn("changed", ask(from_stdin=True))
+        self.assertTrue(Passwords.read(path, "files").check_password("jim", "new one"))
+        self.assertIn("deleted", ask(delete=True))
+
+    @needs("htpasswd")
+    def test_reads_what_htpasswd_writes(self) -> None:
+        """bcrypt, SHA-256, SHA-512 and SHA-1 entries of Apache's htpasswd let Basic in."""
+        path = self.write("")
+        for flag in ("-s", "-B", "-2", "-5"):       # an old one does not know them all
+            run(["htpasswd", "-b", flag, path, "u" + flag, os.fsdecode("sécret".encode())])
+        os.chmod(path, 0o600)
+        passwords = Passwords.read(path, "files")
+        for user in passwords.entries:
+            self.gives(passwords.check_password, (user, "sécret", True), (user, "secret", False))
+
+    @needs("htdigest")
+    def test_shares_a_file_with_htdigest(self) -> None:
+        """Apache's htdigest changes our entry and we its, in the same file."""
+        path = os.path.join(self.folder(), "htdigest")
+
+        def theirs(_: str, user: str, password: str) -> None:
+            """Without a terminal it reads the password, twice, from standard input."""
+            run(["htdigest", path, "files", user], 0, (password + "\n").encode() * 2,
+                start_new_session=True)
+            os.chmod(path, 0o600)
+        # Of two lines of a user it changes the first: that is the one that counts.
+        for change, user, password in ((self.change, "jim", "one"), (theirs, "ann", "two"),
+                                       (self.change, "ann", "three"), (theirs, "jim", "four")):
+            change(path, user, password)
+            self.assertTrue(Passwords.read(path, "files").check_password(user, password), password)
+        self.assertFalse(Passwords.read(path, "files").check_password("jim", "one"))
+
+    def test_the_command_says_what_it_did_or_why_not(self) -> None:
+        """`authserver.py passwd FILE USER`: --stdin, --realm, --delete; a mistake is one line."""
+        path, typed = self.write("ann:plain:x\n"), "pä:ss\n".encode()
+        words = ["passwd", path, os.fsdecode("müller".encode()), "--realm", "files"]
+        for option, done in (("--stdin", "added"), ("--stdin", "changed"), ("--delete", "deleted")):
+            said = told(*words, option, typed=typed)
+            line = r"\A0 user 'm.+ller' %s in .+ \(realm 'files'\)\n\Z" % done
+            self.assertRegex("%d %s" % said, line)
+            known = Passwords.read(path, "files").check_password("müller", "pä:ss")
+            self.assertEqual(known, done != "deleted")
+        for user, option, typed in (
+                ("a:b", "--stdin", b"x\n"), ("a\tb", "--stdin", b"x\n"), ("jim", "--delete", b""),
+                ("jim", "--stdin", b"a\x1bb\n"), ("jim", "--stdin", b"x" * 2000),
+                ("jim", "--stdin", b"\n")):
+            said = told("passwd", path, user, option, typed=typed)
+            self.assertRegex("%d %s" % said, r"\A2 authserver: fatal: unable to [^\n]+\n\Z")
+        self.assertIn("usage", run([PYTHON, AUTHSERVER, "passwd", path], 2).err)
+        self.assertEqual("ann:plain:x\n", read(path))
+
+    def test_eight_at_once(self) -> None:
+        """On a file that is there, and on one that none has seen, all eight users are in it."""
+        for text in ("# staff\nann:plain:x\n", ""):
+            path = self.write(text)
+            if not text:
+                os.unlink(path)
+            with children(8, lambda number: self.change(path, "u%d" % number) == "added") as said:
+                self.assertEqual(said, [True] * 8)
+            names = {line.partition(":")[0] for line in (text + read(path)).split()}
+            self.assertEqual(names - {"#", "staff", "ann"}, {"u%d" % number for number in range(8)})
+            self.assertTrue(read(path).startswith(text))
+            self.assertEqual(os.listdir(os.path.dirname(path)), ["passwords"])
+
+    def test_who_has_waited_locks_what_is_there_now(self) -> None:
+        """What it had opened has lost its name to another one's change: nobody waits for that."""
+        path, before = self.write(""), ["ann", "bob"]
+        lock, write = fcntl.flock, authserver.write_file
+
+        def wait(stream: Any, how: int) -> None:
+            if before:
+                self.change(path, before.pop())
+            lock(stream, how)
+
+        def look(target: str, *words: Any, **keys: Any) -> None:
+            with open(target) as stream, self.assertRaises(BlockingIOError):
+                lock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            write(target, *words, **keys)
+        with mock.patch("fcntl.flock", wait), mock.patch.object(authserver, "write_file", look):
+            self.change(path, "jim")
+        self.assertEqual(set(Passwords.read(path, "files").entries), {"ann", "bob", "jim"})
 
 
 class Addresses(AuthTestCase):
@@ -1778,53 +1668,54 @@ class Addresses(AuthTestCase):
 
     def test_what_is_wrong_with_an_address(self) -> None:
         """Form, port, taken, only root's."""
-        for text in ("80", "a b:80", "[::1", "::1:80", "unix:", "host:", "h:-1", "h:8o",
-                     "127.0.0.1:65536", ":99999", "[::1]:100000"):
-            self.refuses("unable to bind .*: expected HOST:PORT.*ports are 0 to 65535", authserver.parse_bind, text)
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
-            taken.listen(1)
-            text = "127.0.0.1:%d" % taken.getsockname()[1]
-            self.refuses(r"unable to bind %s: .*\ntry: ss -ltnp 'sport = :%s'" % (text, text[10:]),
+        for text in ("80", "a b:80", "[::1", "::1:80", "unix:", "host:", "h:-1", "h:8o", ":99999",
+                     "127.0.0.1:65536", "[::1]:100000"):
+            self.refuses("unable to bind .*: expected HOST:PORT.*ports are 0 to 65535",
+                         authserver.parse_bind, text)
+        with taken_port() as port:
+            text = "127.0.0.1:%d" % port
+            self.refuses(r"unable to bind %s: .*\ntry: ss -ltnp 'sport = :%d'" % (text, port),
                          authserver.open_socket, text, authserver.parse_bind(text))
         denied = OSError(errno.EACCES, "Permission denied")
-        for text, advice in ((":80", "\ntry: --bind :8080"), ("127.0.0.1:443", "\ntry: --bind 127.0.0.1:8443"),
-                             (":8000", ""), ("unix:/root/s", "")):
+        for text, advice in ((":80", "--bind :8080"), (":1024", ""), ("unix:/root/s", ""),
+                             ("127.0.0.1:443", "--bind 127.0.0.1:8443")):
             said = authserver.bind_advice(text, authserver.parse_bind(text), denied)
-            self.assertTrue(said.startswith(advice) and bool(said) == bool(advice), said)
+            self.assertEqual(said.partition("   #")[0], advice and "\ntry: " + advice)
 
     def test_keeps_the_scope_of_a_link_local_address(self) -> None:
         """The interface stands in the address to bind, in what fits it, and in the URL."""
         lo = socket.if_nametoindex("lo")
         place = authserver.parse_bind("[fe80::1%lo]:80")
         self.assertEqual(place.where[1:], (80, 0, lo))
-        sock = mock.Mock(family=socket.AF_INET6)
-        for where, fits in ((("fe80::1", 80, 0, lo), True), (("fe80::1", 80, 0, lo + 1), False),
-                            (("fe80::1", 81, 0, lo), False), (("fe80::2", 80, 0, lo), False)):
-            sock.getsockname.return_value = where
-            self.assertEqual(place._replace(where=("fe80::1",) + place.where[1:]).fits(sock), fits, where)
-        sock.getsockname.return_value = ("fe80::1", 443, 0, lo)
-        self.assertEqual(authserver.address_of(sock, "https"), "https://[fe80::1%25lo]:443/")
-        self.assertFalse(authserver.is_private(sock))
-        sock.getsockname.return_value = ("::1", 80, 0, 0)
-        self.assertEqual(authserver.address_of(sock), "http://[::1]:80/")
+        place = place._replace(where=("fe80::1",) + place.where[1:])
+
+        def listening(*where: Any) -> Any:
+            return mock.Mock(family=socket.AF_INET6, getsockname=lambda: where)
+        self.gives(lambda *where: place.fits(listening(*where)),
+                   ("fe80::1", 80, 0, lo, True), ("fe80::1", 80, 0, lo + 1, False),
+                   ("fe80::1", 81, 0, lo, False), ("fe80::2", 80, 0, lo, False))
+        self.gives(lambda scheme, *where: authserver.address_of(listening(*where), scheme),
+                   ("https", "fe80::1", 443, 0, lo, "https://[fe80::1%25lo]:443/"),
+                   ("http", "::1", 80, 0, 0, "http://[::1]:80/"))
+        self.gives(lambda *where: authserver.is_private(listening(*where)),
+                   ("fe80::1", 443, 0, lo, False), ("::1", 80, 0, 0, True))
 
     @needs_root
-    @needs("ip")
+    @needs("ip", "curl")
     def test_listens_on_a_link(self) -> None:
         """In a network of its own: bound, named, and reached by that URL."""
         code = ("import sys, subprocess; sys.path.insert(0, sys.argv[1]); import authserver as a\n"
                 "s = a.open_socket('x', a.parse_bind('[fe80::1%lo]:0')); print(a.address_of(s))\n"
                 "subprocess.Popen(['curl', '-s', '-m', '5', '-g', a.address_of(s)])\n"
                 "c, who = s.accept(); print(c.recv(99)); c.close()")
-        said = run(["unshare", "-n", "sh", "-c", "ip link set lo up && ip addr add fe80::1/64 dev lo nodad && "
-                    "exec \"$@\"", "sh", PYTHON, "-c", code, HERE])
+        script = 'ip link set lo up && ip addr add fe80::1/64 dev lo nodad && exec "$@"'
+        said = run(["unshare", "-n", "sh", "-c", script, "sh", PYTHON, "-c", code, HERE])
         if "Operation not permitted" in said.err:
             self.skipTest("needs a network namespace")
         self.assertRegex(said.out, r"\Ahttp://\[fe80::1%25lo\]:\d+/\nb'GET / HTTP")
 
     def test_a_kernel_without_ipv6(self) -> None:
-        """:PORT and names mean IPv4 there; an IPv6 address is refused by name, with no traceback."""
+        """:PORT and names mean IPv4 there; an IPv6 address is refused by name, no traceback."""
         real = socket.socket
 
         def make(family: int = socket.AF_INET, *rest: Any) -> Any:
@@ -1837,40 +1728,28 @@ class Addresses(AuthTestCase):
                 self.assertEqual(place.family, socket.AF_INET)
                 authserver.open_socket(text, place).close()
             self.refuses(r"unable to bind \[::1\]:80: ", authserver.parse_bind, "[::1]:80")
-        self.assertEqual(authserver.parse_bind(":0").where[0], "::" if authserver.has_ipv6() else "0.0.0.0")
+        self.assertEqual(authserver.parse_bind(":0").where[0],
+                         "::" if authserver.has_ipv6() else "0.0.0.0")
 
 
 class BasicScheme(AuthTestCase):
     """Basic, as RFC 7617 has it"""
 
-    USERS = {"alice": "secret", "test": "123£", "col": "a:b"}
-
-    def test_lets_the_right_password_in(self) -> None:
-        """In any case of the word Basic, with more blanks, a colon, UTF-8 and Latin-1."""
-        token = basic("alice", "secret")[6:]
-        for field in (basic("alice", "secret"), "bAsIc " + token, "Basic   " + token,
-                      basic("test", "123£"), basic("test", "123£", "latin-1"), basic("col", "a:b")):
-            with self.subTest(field):
-                verdict = attempt(make(self.USERS), field)
-                self.assertEqual((200, "", "Basic", ()), (verdict.status, verdict.reason,
-                                                          verdict.scheme, verdict.fields))
-
-    def test_refuses_everything_else_alike(self) -> None:
-        """Wrong password, unknown user, empty ones: 401, and only the log knows why."""
-        for user, password, reason in (("alice", "wrong", "bad password"), ("nobody", "secret", "unknown user"),
-                ("", "", "unknown user"), ("alice", "", "bad password"), ("ALICE", "secret", "unknown user")):
-            with self.subTest(user + ":" + password):
-                verdict = attempt(make(self.USERS), basic(user, password))
-                self.assertEqual((401, None, user, reason), verdict[:4])
-
-    def test_answers_400_to_what_is_malformed(self) -> None:
-        """Bad base64, no colon, controls, parameters instead of a token, two fields."""
-        good = basic("alice", "secret")
-        for fields in (["Basic"], ["Basic ="], ["Basic !!!"], [good + "!!!"], ["Basic YWxpY2U="],
-                       [basic("alice", "se\0cret")], ["Basic a=b"], [good, good], [""], ["Basic a b"]):
-            with self.subTest(str(fields)):
-                verdict = attempt(make(self.USERS), *fields)
-                self.assertEqual((400, None), (verdict.status, verdict.log_user))
+    def test_lets_the_right_password_in_and_refuses_all_else_alike(self) -> None:
+        """In any case of Basic, with blanks, a colon, UTF-8, Latin-1; the log knows why not."""
+        authenticator = make({"jim": "secret", "test": "123£", "col": "a:b"})
+        for user, field, reason in (
+                *[("jim", text, "") for text in (
+                    JIM, JIM.replace("Basic", "bAsIc"), JIM.replace(" ", "   "))],
+                *[("test", basic("test", "123£", charset), "") for charset in ("utf-8", "latin-1")],
+                ("col", basic("col", "a:b"), ""),
+                ("jim", WRONG, "bad password"), ("jim", basic("jim", ""), "bad password"),
+                ("JIM", basic("JIM", "secret"), "unknown user"),
+                ("", basic("", ""), "unknown user")):
+            verdict = attempt(authenticator, field)
+            self.assertEqual((verdict.log_user, verdict.reason), (user, reason))
+            if not reason:
+                self.assertEqual((200, user, user, "", (), "Basic"), verdict)
 
     def test_is_refused_where_it_is_not_offered(self) -> None:
         """On an address with Digest alone, even the right password is not looked at."""
@@ -1878,62 +1757,58 @@ class BasicScheme(AuthTestCase):
         self.assertEqual((401, None, 1), (verdict.status, verdict.log_user, len(verdict.fields)))
 
 
-# What a client does wrong, what it is told, and whether that is a wrong password: then the
-# log has the name, and it counts towards the lock-out.  The same for a known and an unknown user.
-REFUSALS: Sequence[Tuple[str, Dict[str, Any], int, bool]] = (("a wrong password", {}, 401, True),
-    ("a response of zeros", {"response": '"%s"' % ("0" * 32)}, 401, True),
-    ("a forged nonce", {"nonce": "0" * 36}, 401, True), ("another user's response", {"username": '"ann"'}, 401, True),
-    ("another realm", {"realm": '"other"'}, 401, False),
-    ("an algorithm that is not offered", {"algorithm": "SHA-256"}, 401, False),
-    ("an algorithm that nobody knows", {"algorithm": "foo"}, 401, False),
-    ("a session algorithm", {"algorithm": "MD5-sess"}, 401, False),
-    ("auth-int, which is not offered", {"qop": "auth-int"}, 401, False),
-    ("qop in capitals", {"qop": '"AUTH"'}, 401, False), ("no qop", {"drop": ["qop"]}, 401, False),
-    ("RFC 2069", {"drop": ["qop", "nc", "cnonce"]}, 401, False), ("another path", {"uri": '"/y"'}, 400, False),
-    ("another query", {"uri": '"/x?a"'}, 400, False), ("no nonce, as LWP does", {"drop": ["nonce"]}, 401, False),
-    ("no uri", {"drop": ["uri"]}, 400, False), ("no response", {"drop": ["response"]}, 400, False),
-    ("no user name", {"drop": ["username"]}, 400, False), ("no realm", {"drop": ["realm"]}, 400, False),
-    ("no nc", {"drop": ["nc"]}, 400, False), ("no cnonce", {"drop": ["cnonce"]}, 400, False),
-    ("a count of nothing", {"nc": "0"}, 400, False), ("a short response", {"response": "x"}, 400, False),
-    ("a response that is no text", {"response": '"\xe9\xe9"'}, 400, False),
-    ("two names", {"username_star": "UTF-8''jim"}, 400, False))
-
-
 class DigestScheme(AuthTestCase):
     """Digest, as RFC 7616 has it"""
 
+    # What the log says of whom; RFC 2069 is the form without qop, LWP comes without a nonce.
+    REFUSALS: Sequence[Tuple[str, Sequence[Dict[str, Any]]]] = (
+        ("bad response", [{}, {"response": '"%s"' % HEX}, {"nonce": HEX}, {"username": '"ann"'}]),
+        ("another realm", [{"realm": '"other"'}]), ("no nonce yet", [{"drop": ["nonce"]}]),
+        ("algorithm or qop not offered", [
+            {"algorithm": "SHA-256"}, {"algorithm": "foo"}, {"algorithm": "MD5-sess"},
+            {"qop": "auth-int"}, {"qop": '"AUTH"'}, {"drop": ["qop"]},
+            {"drop": ["qop", "nc", "cnonce"]}]),
+        ("uri mismatch", [{"uri": '"/y"'}, {"uri": '"/x?a"'}]),
+        ("malformed: nc", [{"drop": ["nc"]}]))
+
     def test_what_is_refused(self) -> None:
-        """Each fault has its status, whoever is named; only a wrong password names and counts."""
-        for sentence, change, status, wrong in REFUSALS:
-            with self.subTest(sentence):
-                said = []
-                for user in ("jim", "nobody"):
-                    authenticator = make(max_failures=(1, 60.0))
-                    client = Client(authenticator, user, "wrong")
-                    verdict = client.ask(client.field(**change), client="192.0.2.1", read_body=self.fail)
-                    name = change.get("username", user).strip('"') if wrong else None
-                    self.assertEqual((status, None, name), verdict[:3])
-                    locked = attempt(authenticator, JIM, client="192.0.2.1").status == 429
-                    self.assertEqual(wrong, locked)
-                    said.append([(field, re.sub('nonce="[^"]*"', "", value)) for field, value in verdict.fields])
-                self.assertEqual(said[0], said[1])
-                self.assertNotIn("stale", str(said))
+        """A known and an unknown user alike; only a wrong password names one, and counts."""
+        for reason, change in [(reason, change) for reason, several in self.REFUSALS
+                               for change in several]:
+            fields, is_wrong = [], reason == "bad response"
+            for user in ("jim", "nobody"):
+                with self.subTest(reason, user=user, change=change):
+                    client = Client(make(max_failures=(1, 60.0)), user, "wrong")
+                    verdict = client.ask(client.field(**change), client="192.0.2.1",
+                                         read_body=self.fail)
+                    name = change.get("username", user).strip('"') if is_wrong else None
+                    said = "unknown user" if name == "nobody" else reason
+                    self.assertEqual((said, name), (verdict.reason, verdict.log_user))
+                    self.assertEqual(is_wrong, client.says(JIM, client="192.0.2.1") == "locked out")
+                    fields.append(re.sub('nonce="[^"]*"', "", str(verdict.fields)))
+            self.assertEqual(*fields)
 
     def test_lets_the_right_response_in_and_proves_itself_too(self) -> None:
-        """Every algorithm and qop that is offered, with Authentication-Info."""
+        """Every algorithm and qop that is offered, with Authentication-Info; not another body."""
         algorithms = [name for name in authserver.CANONICAL.values() if name in authserver.HASHES]
-        authenticator = make(algorithms=algorithms, qop=["auth", "auth-int"])
-        for algorithm in algorithms:
-            for qop, body in (("auth", None), ("auth-int", b"hello")):
-                with self.subTest(algorithm, qop=qop):
-                    client = Client(authenticator, algorithm=algorithm, qop=qop)
-                    verdict = client.ask(client.field(body=body, method="POST"), method="POST",
-                                         read_body=lambda: b"hello")
-                    self.assertEqual((200, "jim"), (verdict.status, verdict.username))
-                    if qop == "auth":
-                        proof = respond(client.values, "", algorithm)
-                        self.assertEqual((("Authentication-Info", 'rspauth="%s", qop=auth, '
-                                           'nc=00000001, cnonce="f2"' % proof),), verdict.fields)
+        for algorithm, body in itertools.product(algorithms, (None, b"hello")):
+            with self.subTest(algorithm, body=body):
+                authenticator = make(algorithms=algorithms, qop=["auth", "auth-int"])
+                client = Client(authenticator, algorithm=algorithm, qop="auth" + "-int" * bool(body))
+                field = client.field(body=body, method="POST")
+                post = functools.partial(client.ask, field, method="POST")
+                if body:
+                    self.assertEqual("bad response", post(read_body=lambda: b"hallo").reason)
+                verdict = post(read_body=(lambda: b"hello") if body else self.fail)
+                info = 'rspauth="%s", qop=auth, nc=00000001, cnonce="f2"' % respond(
+                    client.values, "", algorithm)
+                info = ("Authentication-Info", info)
+                self.assertEqual((200, "jim", "jim", "", (info,), "Digest"), verdict)
+        # A proof without the body, in a field that promises it: wrong, though one came before.
+        client = Client(authenticator, qop="auth-int")
+        self.assertEqual("", client.says(client.field(body=b"")))
+        proof = '"%s"' % respond(client.values, nc="00000002")
+        self.assertEqual("bad response", client.says(client.field(body=b"", response=proof)))
 
     def test_each_digit_of_the_response_counts(self) -> None:
         """One digit changed, wherever it stands: refused, and the count stays free."""
@@ -1941,420 +1816,286 @@ class DigestScheme(AuthTestCase):
         field = client.field()
         start = field.index('response="') + 10
         for i in range(start, start + 32):
-            digit = "0" if field[i] != "0" else "1"
-            self.assertEqual("bad response", client.ask(field[:i] + digit + field[i + 1:]).reason, i)
-        self.assertEqual(200, client.ask(field).status)
-
-    def test_verifies_the_body_under_auth_int(self) -> None:
-        """Another body than the one that was hashed is refused; with auth it is not read."""
-        authenticator = make(qop=["auth", "auth-int"])
-        client = Client(authenticator, qop="auth-int")
-        field = client.field(body=b"hello")
-        self.assertEqual(401, client.ask(field, read_body=lambda: b"hallo").status)
-        self.assertEqual(200, client.ask(field, read_body=lambda: b"hello").status)
-        self.assertEqual(200, Client(authenticator).ask(read_body=self.fail).status)
+            wrong = field[:i] + "01"[field[i] == "0"] + field[i + 1:]
+            self.assertEqual("bad response", client.says(wrong), i)
+        self.assertEqual("", client.says(field))
 
     def test_accepts_every_spelling_that_clients_use(self) -> None:
-        """Bare and quoted values, any case and order, no algorithm, commas in the uri."""
-        authenticator = make({"jim": "secret", "müller": "x", "DOM\\u": "x", "a,b": "x"})
-        for change in (lambda text: text.replace('"', "").replace("/x", '"/x"'),
-                       lambda text: text.replace("algorithm=MD5", 'algorithm="md5"'),
-                       lambda text: text.replace(", algorithm=MD5", ""),
-                       lambda text: text.replace("qop=auth", 'qop="auth"'),
-                       lambda text: text.replace("nc=", 'NC = ').replace(", ", " ,\t, "),
-                       lambda text: "digest " + ", ".join(reversed(text[7:].split(", ")))):
-            client = Client(authenticator)
-            with self.subTest(change(client.field("00000009"))):
-                self.assertEqual(200, client.ask(change(client.field())).status)
-        for user, spelling in (("müller", '"m\xfcller"'), ("DOM\\u", '"DOM\\\\u"'),
-                               ("DOM\\u", '"DOM\\u"'), ("a,b", '"a,b"'), ("müller", '"m%C3%BCller"')):
-            with self.subTest(spelling):
-                client = Client(authenticator, user, "x")
-                self.assertEqual(200, client.ask(client.field(username=spelling)).status)
-        client = Client(authenticator, "müller", "x")
-        field = client.field(drop=["username"], username_star="UTF-8''m%C3%BCller")
-        self.assertEqual("müller", client.ask(field).username)
-
-    def test_what_is_escaped_is_hashed_without_its_escapes(self) -> None:
-        """Realm, nonce and cnonce in quoted pairs, digits of the response in capitals: right, in each as in all."""
-        for changed in (["realm"], ["nonce"], ["cnonce"], ["response"], ["realm", "nonce", "cnonce", "response"]):
+        """Bare and quoted values, any case and order, blanks, commas, no algorithm, escapes."""
+        def escape(text: str, *names: str) -> str:
+            return re.sub('( (?:%s)=")' % "|".join(names), r"\1\\", text)
+        spellings: Sequence[Callable[[str], str]] = (
+            lambda text: text.replace('"', "").replace("/x", '"/x"'),
+            lambda text: text.replace("algorithm=MD5", 'algorithm="md5"'),
+            lambda text: text.replace(", algorithm=MD5", ""),
+            lambda text: text.replace("qop=auth", 'qop="auth"'),
+            lambda text: text.replace("nc=", 'NC = ').replace(", ", " ,\t, "),
+            lambda text: "digest " + ", ".join(reversed(text[7:].split(", "))),
+            lambda text: text.replace("Digest realm", " \tDIGEST  , ,ReaLM") + "\t, ,",
+            lambda text: re.sub("nc=([0-9]+)", r'nc="\1"', text),
+            lambda text: text[:-33] + text[-33:].upper(),       # digits of the response
+            lambda text: escape(text, "realm"), lambda text: escape(text, "nonce"),
+            lambda text: escape(text, "cnonce"),
+            lambda text: escape(text, "realm", "nonce", "cnonce"))
+        for change in spellings:
             client = Client(make())
-            field = client.field()
-            for name in changed:
-                field = re.sub('( %s=")([^"]*)' % name, lambda found: found.group(1) + (
-                    found.group(2).upper() if name == "response" else "\\" + found.group(2)), field)
-            with self.subTest(field):
-                self.assertEqual(200, client.ask(field).status)
+            self.gives(client.says, (change(client.field()), ""))
+        for user, changes in (
+                ("müller", {"username": '"m\xfcller"'}), ("müller", {"username": '"m%C3%BCller"'}),
+                ("DOM\\u", {"username": '"DOM\\\\u"'}), ("DOM\\u", {"username": '"DOM\\u"'}),
+                ("a,b", {"username": '"a,b"'}),
+                *[("müller", {"drop": ["username"], "username_star": spelling + "m%C3%BCller"})
+                  for spelling in ("UTF-8''", "utf-8'de'")]):
+            client = Client(make({user: "x"}), user, "x")
+            self.assertEqual((200, user), client.ask(client.field(**changes))[:2], changes)
 
     def test_a_cnonce_is_given_back_as_it_was_meant(self) -> None:
-        """With a quotation mark or a backslash in it: in quoted pairs, and under the right proof."""
+        """A quotation mark or a backslash in quoted pairs, under the right proof."""
         for cnonce in ('a"b', "a\\b", 'a"b\\', "a'b"):
             client = Client(make())
             client.values["cnonce"] = cnonce
             quoted = '"%s"' % cnonce.replace("\\", "\\\\").replace('"', '\\"')
-            verdict = client.ask(client.field(cnonce=quoted))
-            self.assertEqual((verdict.status, dict(verdict.fields)), (200, {
-                "Authentication-Info": 'rspauth="%s", qop=auth, nc=00000001, cnonce=%s' % (respond(client.values, ""), quoted)}))
-
-    def test_what_is_signed_is_never_taken_for_what_is_not(self) -> None:
-        """A proof without the body in credentials that promise it: refused, though a right one came before."""
-        authenticator = make(qop=["auth", "auth-int"])
-        client = Client(authenticator, qop="auth-int")
-        self.assertEqual(200, client.ask(client.field(body=b"")).status)
-        proof = respond(client.values, nc="00000002")
-        self.assertEqual("bad response", client.ask(client.field(body=b"", response='"%s"' % proof)).reason)
+            fields = client.ask(client.field(cnonce=quoted)).fields
+            self.assertEqual(fields, (("Authentication-Info", (
+                'rspauth="%s", qop=auth, nc=00000001, cnonce=%s' % (
+                    respond(client.values, ""), quoted))),))
 
     def test_a_right_field_of_any_length_is_right(self) -> None:
-        """Up to MAX_CREDENTIALS, and again: whether it can be remembered changes nothing."""
+        """Up to MAX_CREDENTIALS, and again; what is too long for it is not remembered."""
         for size in (authserver.MAX_TEXT, authserver.MAX_TEXT + 1, authserver.MAX_CREDENTIALS):
             client = Client(make())
-            for status in (200, 200):
-                field = client.field() + ", x="
-                self.assertEqual(status, client.ask(field.ljust(size, "y")).status, size)
+            for _ in range(2):
+                self.assertEqual("", client.says((client.field() + ", x=").ljust(size, "y")))
+            remembered = len(client.authenticator.passwords.granted)
+            self.assertEqual(remembered, size <= authserver.MAX_TEXT)
 
     def test_proof_is_for_one_target_as_sent(self) -> None:
-        """Another path, another query, a cleaned-up path: 400, `uri mismatch`."""
+        """Another path, another query, a cleaned-up path, another method: refused."""
         for target in ("/y", "/x?a=1", "//x", "/x/", "/X", "*", "http://host/y", "http://host/x?a"):
-            with self.subTest(target):
-                self.assertEqual((400, "uri mismatch"), Client(make()).ask(target=target)[0:4:3])
-        for uri, target in (("/x", "http://host/x"), ("http://host/x", "http://host/x"), ("*", "*"),
-                            ("//a//b", "//a//b"), ("/x;p=1,2?q", "/x;p=1,2?q")):
-            with self.subTest(uri):
-                self.assertEqual(200, Client(make(), uri=uri).ask(target=target).status)
-        self.assertEqual("bad response", Client(make()).ask(method="POST").reason)
+            self.assertEqual("uri mismatch", Client(make()).says(target=target), target)
+        for target in ("http://host/x", "*", "//a//b", "/x;p=1,2?q"):
+            self.assertEqual("", Client(make(), uri=target).says(target=target), target)
+        self.assertEqual("", Client(make()).says(target="http://host/x"))
+        self.assertEqual("bad response", Client(make()).says(method="POST"))
 
     def test_an_empty_ha1_is_nobodys(self) -> None:
         """Who computes with no HA1, or one of zeros, is refused like any unknown user."""
-        for ha1 in ("", "0" * 32):
+        for ha1 in ("", HEX):
             nobody = Client(make(), "nobody")
-            response = hashed("MD5", ha1, nobody.values["nonce"], "00000001", "f2", "auth",
-                              hashed("MD5", "GET", "/x"))
-            verdict = nobody.ask(nobody.field("00000001", response='"%s"' % response))
-            self.assertEqual((401, None, "nobody", "unknown user"), verdict[:4])
-
-    def test_a_replay_is_refused_and_out_of_order_is_not(self) -> None:
-        """Counts 1 3 2 5 4 pass, each once; the second time is `replay`, and stale."""
-        client = Client(make())
-        fields = [client.field("%08x" % nc) for nc in (1, 3, 2, 5, 4)]
-        self.assertEqual({200}, {client.ask(field).status for field in fields})
-        for field in fields:
-            verdict = client.ask(field)
-            self.assertEqual((401, None, None, "replay"), verdict[:4])
-            self.assertTrue(is_stale(verdict))
-
-    def test_a_nonce_that_is_not_good_is_stale_only_for_the_right_password(self) -> None:
-        """Forged, expired, of another key: stale=true if the proof is right, else not."""
-        authenticator = make()
-        for nonce, now in (("0" * 36, NOW), (Client(make()).values["nonce"], NOW), ("x", NOW),
-                           (Client(authenticator).values["nonce"], NOW + 301)):
-            for password, want in (("secret", (401, True, "stale", None)),
-                                   ("wrong", (401, False, "bad response", "jim"))):
-                with self.subTest(nonce, password=password):
-                    client = Client(authenticator, password=password)
-                    verdict = client.ask(client.field(nonce=nonce), now=now)
-                    self.assertEqual(want, (verdict.status, is_stale(verdict), verdict.reason, verdict.log_user))
-
-    def test_recovers_from_stale_in_one_step(self) -> None:
-        """The nonce that comes with stale is good: no client loops."""
-        client = Client(make())
-        verdict = client.ask(now=NOW + 301)
-        self.assertTrue(is_stale(verdict))
-        client.hear(verdict.fields[0][1])
-        self.assertEqual(200, client.ask(now=NOW + 302).status)
-
-    def test_an_old_nonce_brings_the_next_one(self) -> None:
-        """In the last tenth of its life every answer carries nextnonce, which works."""
-        client = Client(make())
-        self.assertNotIn("nextnonce", client.ask(now=NOW + 269).fields[0][1])
-        verdict = client.ask(now=NOW + 271)
-        self.assertEqual(200, verdict.status)
-        self.assertIn("nextnonce", verdict.fields[0][1])
-        client.hear(verdict.fields[0][1])
-        self.assertEqual(200, client.ask(now=NOW + 500).status)
-
-    def test_a_clock_that_steps_costs_one_round_trip_at_most(self) -> None:
-        """A day back or forth after many log-ins: everybody is in after one `stale`, and no proof is good twice."""
-        real = time.time
-        for step, secret in [(step, secret) for step in (-86400, -3600, 3600, 86400) for secret in (b"", b"s" * 32)]:
-            with self.subTest(step, secret=secret):
-                authenticator = Authenticator(Passwords({"jim": "secret"}, realm="files"), nonce_secret=secret)
-                now = authenticator.clock()
-                clients = [Client(authenticator, now=now + i / 40) for i in range(200)]
-                fields = [client.field() for client in clients]
-                self.assertEqual({200}, {client.ask(field, now=now + 6).status for client, field in zip(
-                    clients[-1:], fields[-1:])})
-                with mock.patch("time.time", lambda: real() + step):
-                    if secret:
-                        authenticator.table.set_clock(time.time())  # as the server does
-                    now = authenticator.clock() + 6
-                    self.assertNotEqual(200, clients[-1].ask(fields[-1], now=now).status)
-                    for client in clients[:100:9] + [Client(authenticator, now=now)]:
-                        now += 0.02  # two of one moment may want the same place in the table
-                        verdict = client.ask(now=now)
-                        if is_stale(verdict):
-                            client.hear(verdict.fields[0][1])
-                            verdict = client.ask(now=now)
-                        self.assertEqual(200, verdict.status)
+            proof = hashed("MD5", ha1, nobody.values["nonce"], "00000001", "f2", "auth",
+                           hashed("MD5", "GET", "/x"))
+            self.assertEqual("unknown user", nobody.says(nobody.field(response='"%s"' % proof)))
 
     def test_a_reload_keeps_the_nonces(self) -> None:
         """New passwords count at once, without a stale for those that stayed the same."""
         authenticator = make()
-        clients = [Client(authenticator), Client(authenticator, "ann", "other")]
-        self.assertEqual([200, 200], [client.ask().status for client in clients])
+        jim, ann = Client(authenticator), Client(authenticator, "ann", "other")
+        self.assertEqual(["", ""], [jim.says(), ann.says()])
         authenticator.passwords = Passwords({"jim": "new", "ann": "other"}, realm="files")
-        self.assertEqual(["bad response", ""], [client.ask().reason for client in clients])
-        clients[0].values["password"] = "new"
-        self.assertEqual(200, clients[0].ask().status)
+        self.assertEqual(["bad response", ""], [jim.says(), ann.says()])
+        jim.values["password"] = "new"
+        self.assertEqual("", jim.says())
 
 
 class Challenges(AuthTestCase):
     """A 401 asks so that all clients understand"""
 
-    def test_says_one_line_per_scheme_digest_first(self) -> None:
-        """The order is that of the settings, and each line is whole."""
-        fields = make(algorithms=["SHA-256", "MD5"]).challenge(NOW)
-        self.assertEqual(["Digest", "Digest", "Basic"], [value.split()[0] for _, value in fields])
-        self.assertEqual({"WWW-Authenticate"}, {name for name, _ in fields})
-        fields = make(schemes=["basic"]).challenge(NOW)
-        self.assertEqual((("WWW-Authenticate", 'Basic realm="files", charset="UTF-8"'),), fields)
-
-    def test_quotes_as_the_rfc_says_and_is_short(self) -> None:
-        """realm first; realm, nonce, qop quoted; algorithm, stale bare; under 256 characters."""
+    def test_says_one_line_per_scheme_in_the_order_of_the_settings(self) -> None:
+        """Digest first; what the RFC quotes is quoted; no line is longer than wget's limit."""
+        line = ('Digest realm="files", nonce="[^"]{20,60}", qop="auth%s", algorithm=%s, '
+                'charset=UTF-8%s')
+        plain = 'Basic realm="files", charset="UTF-8"'
         sessions = [name for name in authserver.HASHES if name.endswith("-sess")]
-        for _, line in make(algorithms=sessions, qop=["auth", "auth-int"], schemes=[
-                "digest"]).challenge(NOW, stale=True):
-            self.assertRegex(line, r'^Digest realm="files", nonce="[^"]{20,60}", qop="auth,auth-int", '
-                                   r'algorithm=[\w-]+, charset=UTF-8, stale=true$')
-            self.assertLess(len(line), 256)
-
-    def test_first_challenges_count_as_nobodys_fault(self) -> None:
-        """No credentials, another scheme: 401, "-" in the log, and no failure counted."""
-        authenticator = make(max_failures=(1, 60.0))
-        attempts: List[List[str]] = [[], ["Bearer abc"], ["Negotiate abc=="]]
-        for fields in attempts:
-            verdict = attempt(authenticator, *fields, client="192.0.2.1")
-            self.assertEqual((401, None, None), verdict[:3])
-        self.assertEqual(200, attempt(authenticator, JIM, client="192.0.2.1").status)
+        rows: Any = (
+            ({"algorithms": ["SHA-256", "MD5"]}, {},
+             [line % ("", "SHA-256", ""), line % ("", "MD5", ""), plain]),
+            ({"schemes": ["basic"]}, {}, [plain]),
+            ({"algorithms": sessions, "qop": ["auth", "auth-int"], "schemes": ["digest"]},
+             {"stale": True},
+             [line % (",auth-int", name, ", stale=true") for name in sessions]))
+        for settings, keywords, forms in rows:
+            fields = make(**settings).challenge(NOW, **keywords)
+            self.assertEqual(len(fields), len(forms))
+            for (name, value), form in zip(fields, forms):
+                self.assertRegex(name + ": " + value, r"\AWWW-Authenticate: %s\Z" % form)
+                self.assertLess(len(value), 256)
 
     def test_offers_basic_where_nobody_listens_or_somebody_asked_for_it(self) -> None:
-        """By itself Basic is offered on safe addresses only; where schemes were chosen, those are, everywhere."""
-        for schemes, safe, unsafe in ((None, ("digest", "basic"), ("digest",)), (["basic"], ("basic",), ("basic",)),
-                                      (["digest", "basic"],) + (("digest", "basic"),) * 2):
-            authenticator = make(schemes=schemes)
-            self.assertNotIn("stale", str(authenticator.challenge(NOW)))
-            self.assertEqual([tuple(authenticator.offered(is_safe)) for is_safe in (True, False)], [safe, unsafe])
+        """By itself on safe addresses only; where schemes were chosen, those are, everywhere."""
+        both = "digest", "basic"
+        self.gives(lambda schemes, is_safe: tuple(make(schemes=schemes).offered(is_safe)),
+                   (None, True, both), (None, False, both[:1]), (both[1:], True, both[1:]),
+                   (both[1:], False, both[1:]), (both, True, both), (both, False, both))
 
     def test_counts_what_it_says(self) -> None:
         """Each answer adds to the counter that status shows for it, and to no other."""
         authenticator = make(max_failures=(2, 60.0))
         client = Client(authenticator)
-        field = client.field()
-        for fields, now, counted in (([], NOW, "challenges"), ([field], NOW, ""), ([field], NOW, "replays"),
-                ([client.field()], NOW + 900, "stale"), (["Basic ="], NOW, "malformed"), ([JIM, JIM], NOW, "malformed"),
-                ([WRONG], NOW, "failures"), ([client.field(response='"%s"' % ("0" * 32))], NOW, "failures lockouts"),
-                ([JIM], NOW, ""), (["Bearer x"], NOW, "")):
+        field, zeros = client.field(), client.field(response='"%s"' % HEX)
+        for fields, now, said, counted in (
+                ([], NOW, "no credentials", "challenges"),
+                (["Bearer x"], NOW, "Bearer is not offered here", ""),
+                (["Negotiate x=="], NOW, "Negotiate is not offered here", ""),
+                ([field], NOW, "", ""), ([field], NOW, "replay", "replays"),
+                ([client.field()], NOW + 900, "stale", "stale"),
+                (["Basic ="], NOW, "malformed: parameter syntax", "malformed"),
+                ([JIM, JIM], NOW, "malformed: two Authorization fields", "malformed"),
+                ([WRONG], NOW, "bad password", "failures"),
+                ([zeros], NOW, "bad response", "failures lockouts"),
+                ([JIM], NOW, "locked out", "")):
             before = authenticator.table.statistics()
-            attempt(authenticator, *fields, client="192.0.2.1", now=now)
+            verdict = attempt(authenticator, *fields, client="192.0.2.1", now=now)
             after = authenticator.table.statistics()
-            self.assertEqual({name: after[name] - before[name] for name in after if after[name] != before[name]},
-                             dict.fromkeys(counted.split(), 1), fields)
+            grown = [name for name in after for _ in range(after[name] - before[name])]
+            self.assertEqual((verdict.reason, grown), (said, counted.split()))
+            self.assertEqual(verdict.log_user, "jim" if "failures" in counted else verdict.username)
 
-    def test_refuses_what_somebody_could_not_answer_or_would_crash_on(self) -> None:
-        """Digest with an entry that has no HA1 of it; a challenge that is one character too long for wget."""
-        passwords = Passwords(None, "files", {"jim": authserver.Entry("jim", 1, {}, SHA)})
-        self.refuses("cannot answer Digest MD5", make, passwords=passwords)
-        make(passwords=passwords, schemes=["basic"])
-        longest = authserver.MAX_CHALLENGE - len(authserver.challenges("", "n" * 36, stale=True)[0])
-        authenticator = make(passwords=Passwords({"jim": "x"}, realm="r" * longest))
-        self.assertEqual(max(len(value) for _, value in authenticator.challenge(NOW, stale=True)), authserver.MAX_CHALLENGE)
-        self.refuses("1 characters too long", make, passwords=Passwords({"jim": "x"}, realm="r" * (longest + 1)))
-
-    def test_refuses_to_offer_what_does_not_exist(self) -> None:
-        """Unknown, doubled, none at all, or lacking in this Python: a start-up error that names it."""
+    def test_refuses_to_offer_what_somebody_could_not_answer(self) -> None:
+        """Unknown, doubled, none at all, lacking here; one character more than wget can read."""
         with mock.patch.dict(authserver.HASHES):
             authserver.HASHES.pop("SHA-512-256", None)
-            self.refuses("SHA-512-256: the hashlib of this Python lacks it", make, algorithms=["SHA-512-256"])
-        wrong: List[Dict[str, List[str]]] = [{"algorithms": ["SHA-1"]}, {"algorithms": []}, {"qop": ["x"]},
-            {"schemes": ["bearer"]}, {"schemes": ["basic", "basic"]}]
-        for settings in wrong:
-            self.refuses("unable to offer", make, **settings)
+            self.refuses("SHA-512-256: the hashlib of this Python lacks it", make,
+                         algorithms=["SHA-512-256"])
+        for keyword, names in (("algorithms", ["SHA-1"]), ("algorithms", []), ("qop", ["x"]),
+                               ("schemes", ["bearer"]), ("schemes", ["basic", "basic"])):
+            self.refuses("unable to offer", make, **{keyword: names})
+        longest = authserver.MAX_CHALLENGE - len(authserver.challenges("", "n" * 36, stale=True)[0])
+        authenticator = make(passwords=Passwords({"jim": "x"}, realm="r" * longest))
+        self.assertEqual(max(len(value) for _, value in authenticator.challenge(NOW, stale=True)),
+                         authserver.MAX_CHALLENGE)
+        passwords = Passwords({"jim": "x"}, realm="r" * (longest + 1))
+        self.refuses("1 characters too long", make, passwords=passwords)
 
 
 class LockOut(AuthTestCase):
     """Too many wrong passwords lock an address out, and nothing else does"""
 
-    def guess(self, authenticator: Any, times: int, client: Optional[str] = "192.0.2.1", now: float = NOW) -> int:
-        """Try wrong passwords; return the status of the last."""
-        said: List[int] = [attempt(authenticator, basic("jim", "w%d" % number), client=client, now=now).status
-                for number in range(times)]
-        return said[-1]
+    def guess(self, authenticator: Any, times: int, client: Optional[str] = "192.0.2.1",
+              now: float = NOW) -> None:
+        """Try wrong passwords."""
+        for number in range(times):
+            attempt(authenticator, basic("jim", "w%d" % number), client=client, now=now)
 
-    def status(self, authenticator: Any, client: Optional[str], now: float = NOW) -> int:
+    def status(self, authenticator: Any, client: Any = "192.0.2.1", now: float = NOW) -> int:
         """Return what the right password is told."""
         return int(attempt(authenticator, JIM, client=client, now=now).status)
 
-    def test_answers_429_with_retry_after(self) -> None:
-        """Even to the right password, until the time is over; others are not touched."""
+    def test_has_one_beginning_and_one_end(self) -> None:
+        """Failures count from their first; the last allowed begins it, later ones do nothing."""
         authenticator = make(max_failures=(3, 60.0))
-        self.assertEqual(401, self.guess(authenticator, 3))
-        verdict = attempt(authenticator, JIM, client="192.0.2.1", now=NOW + 1)
-        self.assertEqual((429, None, "locked out"), (verdict.status, verdict.log_user, verdict.reason))
+        for seconds, guesses, status in (
+                (0, 1, 200), (40, 1, 200), (61, 1, 200), (62, 1, 200), (63, 1, 429), (122, 1, 429),
+                (122.5, 5, 429), (123.5, 0, 200), (123.5, 2, 200), (184, 2, 200), (184.5, 1, 429),
+                (244, 0, 429), (245, 0, 200)):
+            self.guess(authenticator, guesses, now=NOW + seconds)
+            self.assertEqual(self.status(authenticator, now=NOW + seconds), status, seconds)
+        self.guess(authenticator, 3, now=NOW + 300)
+        verdict = attempt(authenticator, JIM, client="192.0.2.1", now=NOW + 301)
         self.assertIn(verdict.fields, [(("Retry-After", wait),) for wait in ("59", "60")])
-        self.assertEqual(401, attempt(authenticator, client="192.0.2.1").status)
-        for client, now in (("192.0.2.2", NOW), (None, NOW), ("192.0.2.1", NOW + 61)):
-            self.assertEqual(200, self.status(authenticator, client, now))
-
-    def test_counts_digest_and_unknown_users_alike(self) -> None:
-        """Each wrong response counts, whoever it names."""
-        for user in ("jim", "nobody"):
-            client = Client(make(max_failures=(2, 60.0)), user, "wrong")
-            self.assertEqual([401, 401, 429], [client.ask(client="192.0.2.1").status for _ in range(3)])
-
-    def told(self, authenticator: Any, *fields: str) -> List[int]:
-        """Send requests of one client whose slow hashes wait for a thread at the same time; return the statuses."""
-        stories = [authenticator.judge(authserver.Attempt("GET", "/x", [field], "192.0.2.1", NOW, authenticator.schemes))
-                   for field in fields]
-        done = [work() for work in [story.send(None) for story in stories]]
-        said = []
-        for story, result in zip(stories, done):
-            with self.assertRaises(StopIteration) as caught:
-                story.send(result)
-            said.append(caught.exception.value.status)
-        return said
+        # Others, who has no address, and who brings no password yet are not touched.
+        for client in ("192.0.2.2", None):
+            self.assertEqual(self.status(authenticator, client, NOW + 301), 200)
+        self.assertEqual(401, attempt(authenticator, client="192.0.2.1", now=NOW + 301).status)
+        self.assertEqual(authenticator.table.statistics()["lockouts"], 3)
+        authenticator.table.set_clock(NOW - 3600)   # a time ahead of now began no lock-out
+        for guesses, status in ((0, 200), (2, 200), (1, 429)):
+            self.guess(authenticator, guesses, now=NOW - 3600)
+            self.assertEqual(self.status(authenticator, now=NOW - 3600), status)
 
     @mock.patch.object(Passwords, "is_slow", lambda *_: True)
     def test_slow_hashes_that_are_made_together(self) -> None:
-        """Twelve guesses, the right one last: after the limit 429. Eight requests of one browser: one hash for all."""
-        guesses = [basic("jim", "w%d" % number) for number in range(11)]
-        self.assertEqual(self.told(make(max_failures=(10, 60.0)), *guesses, JIM), [401] * 10 + [429] * 2)
-        with mock.patch.object(Passwords, "verify", autospec=True, side_effect=Passwords.verify) as counted:
-            self.assertEqual(self.told(make(), *[JIM] * 8), [200] * 8)
+        """Of twelve guesses the tenth is the last; eight requests of one browser make one hash."""
+        def together(authenticator: Any, fields: Sequence[str]) -> List[int]:
+            stories = [authenticator.judge(authserver.Attempt(
+                "GET", "/x", [field], "192.0.2.1", NOW, authenticator.schemes)) for field in fields]
+            done = [work() for work in [story.send(None) for story in stories]]
+            said = []
+            for story, result in zip(stories, done):
+                with self.assertRaises(StopIteration) as caught:
+                    story.send(result)
+                said.append(caught.exception.value.status)
+            return said
+        guesses = [basic("jim", "w%d" % number) for number in range(11)] + [JIM]
+        self.assertEqual(together(make(max_failures=(10, 60.0)), guesses), [401] * 10 + [429] * 2)
+        with mock.patch.object(Passwords, "verify", return_value=True) as counted:
+            self.assertEqual(together(make(), [JIM] * 8), [200] * 8)
         self.assertEqual(counted.call_count, 1)
 
-    def test_a_verdict_is_remembered_by_the_dictionary_that_gave_it(self) -> None:
-        """A reload in the middle, by another thread: the deleted user is out, and not in the new one's memory."""
-        authenticator = make()
-        verify, new = Passwords.verify, Passwords({"ann": "other"}, realm="files")
+    def test_fails_closed(self) -> None:
+        """However full the table: no stranger's guesses free or hide anybody."""
+        with mock.patch.object(authserver, "CLIENT_BUCKETS", 16):
+            authenticator = make(max_failures=(5, 600.0))
+            self.guess(authenticator, 5)
+            for number in range(200):
+                self.guess(authenticator, 1, "198.51.100.%d" % number, NOW + 1)
+            self.assertEqual(429, self.status(authenticator, now=NOW + 2))
+            for number in range(40):  # two that guess in turn; some pairs share a place
+                authenticator = make(max_failures=(5, 600.0))
+                pair = "192.0.2.1", "198.51.100.%d" % number
+                for client in pair * 5:
+                    self.guess(authenticator, 1, client)
+                self.assertEqual([429] * 2, [self.status(authenticator, client) for client in pair])
 
-        def reloading(passwords: Passwords, *words: str) -> bool:
-            authenticator.passwords = new
-            return verify(passwords, *words)
-        with mock.patch.object(Passwords, "verify", reloading):
-            self.assertEqual(self.status(authenticator, None), 401)
-        self.assertEqual((new.granted, self.status(authenticator, None)), ({}, 401))
+    def test_who_shares_one_place_is_free_when_either_is(self) -> None:
+        """Locked out is who has two full buckets, until the first of them is over."""
+        table = authserver.SharedTable()
+        one, two, three = (authserver.BUCKETS + authserver.BUCKET.size * i for i in range(3))
+        places = {"192.0.2.1": (one, two), "192.0.2.2": (one, three), "192.0.2.3": (three, two)}
+        with mock.patch.object(authserver, "find_buckets", lambda salt, client: places[client]):
+            for client, now, left in zip(sorted(places), (NOW, NOW + 30, NOW + 30), (60, 30, 30)):
+                self.assertTrue(table.count_failure(client, now, 1, 60.0))
+                self.assertEqual(table.lock_left(client, now, 1, 60.0), left)
+            self.gives(lambda client: table.lock_left(client, NOW + 60, 1, 60.0),
+                       *[(client, 0) for client in places])
 
     def test_thousands_who_guess_lock_out_few_others(self) -> None:
         """4,000 addresses are locked out: of 1,000 innocents less than one in ten is, too."""
         table = authserver.SharedTable()
+        table.alone = True      # takes no locks
         for number in range(4000):
             table.count_failure("2001:db8:0:%x::/64" % number, NOW, 1, 60.0)
-        hit = sum(table.lock_left("198.51.%d.%d" % divmod(number, 250), NOW, 1, 60.0) > 0 for number in range(1000))
-        self.assertLess(hit, 100)
-
-    def test_a_stale_or_replayed_proof_is_no_guess(self) -> None:
-        """A right password at the wrong time does not count."""
-        authenticator = make(max_failures=(1, 60.0))
-        client = Client(authenticator)
-        field = client.field()
-        for _ in range(3):
-            client.ask(field, client="192.0.2.1")
-        client.ask(now=NOW + 400, client="192.0.2.1")
-        self.assertEqual(200, self.status(authenticator, "192.0.2.1", NOW + 400))
-
-    def test_slow_failures_do_not_add_up(self) -> None:
-        """One mistyped password now and then never locks anybody out."""
-        authenticator = make(max_failures=(2, 60.0))
-        for minute in range(100):
-            self.assertEqual(401, self.guess(authenticator, 1, now=NOW + 61 * minute))
-
-    def test_fails_closed(self) -> None:
-        """However full the table: no stranger's guesses free who is locked out, or hide who guesses."""
-        with mock.patch.object(authserver, "CLIENT_BUCKETS", 16):
-            authenticator = make(max_failures=(5, 600.0))
-            self.guess(authenticator, 5, "192.0.2.1")
-            for number in range(500):
-                self.guess(authenticator, 1, "198.51.100.%d" % number, NOW + 1)
-            self.assertEqual(429, self.status(authenticator, "192.0.2.1", NOW + 2))
-            for number in range(60):  # two that guess in turn; some pairs share a place
-                authenticator = make(max_failures=(5, 600.0))
-                pair = "192.0.2.1", "198.51.100.%d" % number
-                for _ in range(5):
-                    for client in pair:
-                        self.guess(authenticator, 1, client)
-                self.assertEqual([429, 429], [self.status(authenticator, client) for client in pair])
+        hit = [table.lock_left("198.51.%d.%d" % divmod(number, 250), NOW, 1, 60.0) > 0
+               for number in range(1000)]
+        self.assertLess(sum(hit), 100)
 
     def test_can_be_switched_off_and_spares_who_has_no_address(self) -> None:
-        """0 = off; None is never locked out."""
-        self.assertEqual(401, self.guess(make(max_failures=(0, 60.0)), 50))
-        self.assertEqual(401, self.guess(make(max_failures=(1, 60.0)), 50, None))
-
-    def test_a_lock_out_has_one_beginning_and_one_end(self) -> None:
-        """Failures count from the first of them; the last allowed one begins it, and what is told then does not prolong it."""
-        authenticator = make(max_failures=(3, 60.0))
-        for seconds, guesses, status in ((0, 1, 200), (40, 1, 200), (61, 1, 200), (62, 1, 200), (63, 1, 429), (122, 1, 429),
-                                         (122.5, 5, 429), (123.5, 0, 200), (123.5, 2, 200), (184, 2, 200), (184.5, 1, 429), (244, 0, 429), (245, 0, 200)):
-            self.guess(authenticator, guesses, now=NOW + seconds) if guesses else None
-            self.assertEqual(self.status(authenticator, "192.0.2.1", NOW + seconds), status, seconds)
-        self.assertEqual(authenticator.table.statistics()["lockouts"], 2)
-        authenticator.table.set_clock(NOW - 3600)       # a time that lies ahead of now began no lock-out
-        self.assertEqual(self.status(authenticator, "192.0.2.1", NOW - 3600), 200)
-
-    def test_who_shares_one_place_is_free_when_either_is(self) -> None:
-        """Locked out is who has two full buckets: another's, which is over, frees the one that lies beside."""
-        table = authserver.SharedTable()
-        buckets = [authserver.BUCKETS + authserver.BUCKET.size * number for number in range(3)]
-        places = {"192.0.2.1": buckets[:2], "192.0.2.2": buckets[::2], "192.0.2.3": buckets[2:0:-1]}
-        patch = mock.patch.object(authserver, "find_buckets", lambda salt, client: places[client])
-        patch.start()
-        self.addCleanup(patch.stop)
-        for client, now, left in (("192.0.2.1", NOW, 60), ("192.0.2.2", NOW + 30, 30), ("192.0.2.3", NOW + 30, 30)):
-            self.assertTrue(table.count_failure(client, now, 1, 60.0))
-            self.assertEqual(table.lock_left(client, now, 1, 60.0), left)
-        self.assertEqual([table.lock_left("192.0.2.%d" % number, NOW + 60, 1, 60.0) for number in (1, 2, 3)], [0, 0, 0])
-
-    def test_what_stands_left_of_what_nobody_can_read(self) -> None:
-        """Is not read, of a unix socket's proxy either; a network may be named by any address in it."""
-        self.assertEqual(authserver.TrustedProxies(["unix:"]).find_client("", "6.6.6.6, unknown"), ("", None))
-        self.assertTrue(authserver.TrustedProxies(["10.1.2.3/8"]).trusts(authserver.parse_address("10.9.9.9")))
-        self.assertIsNone(authserver.parse_address("["))
-
-    def test_off_is_off_whatever_was_counted_before(self) -> None:
-        """0, on the table of one that counted: nobody is locked out, and no lock-out is counted."""
+        """0 = off, whatever was counted before, and nothing is; None is never locked out."""
         before = make(max_failures=(1, 60.0))
+        self.guess(before, 20, None)
         self.guess(before, 1)
-        self.assertEqual(429, self.status(before, "192.0.2.1"))
+        self.assertEqual([429, 200], [self.status(before), self.status(before, None)])
         heir = Authenticator(before.passwords, table=before.table, max_failures=(0, 60.0))
-        self.assertEqual([200, 401, 200], [self.status(heir, "192.0.2.1"), self.guess(heir, 3), self.status(heir, "192.0.2.1")])
-        self.assertEqual(1, heir.table.statistics()["lockouts"])
+        self.guess(heir, 20)
+        self.assertEqual((200, 1), (self.status(heir), heir.table.statistics()["lockouts"]))
 
     def test_the_option_is_read_strictly(self) -> None:
         """N/SECONDS or 0."""
-        self.assertEqual((5, 300.0), authserver.parse_max_failures("5/300"))
+        self.gives(authserver.parse_max_failures, ("5/300", (5, 300.0)), ("0", (0, 60.0)))
         for text in ("", "5", "5/0", "/60", "-1/60", "5/60/7", "a/b", "00", "1e3/5"):
             self.refuses("max-failures", authserver.parse_max_failures, text)
 
     def test_finds_the_client_behind_trusted_proxies_only(self) -> None:
         """The rightmost address that is not a proxy's; nobody can choose his own."""
-        one, own = ("192.0.2.1", "192.0.2.1"), ["127.0.0.1"]
-        local, six = ("127.0.0.1", None), ("2001:db8::1", "2001:db8::/64")
-        for options, peer, forwarded, want in (([], "192.0.2.1", [], one), ([], "192.0.2.1", ["198.51.100.1"], one),
-                ([], "127.0.0.1", [], local), ([], "::1", [], ("::1", None)),
-                ([], "::ffff:127.0.0.1", [], local), ([], "::ffff:192.0.2.1", [], one),
-                ([], "2001:db8::1:2", [], ("2001:db8::1:2", "2001:db8::/64")),
-                ([], "fe80::1%eth0", [], ("fe80::1", "fe80::/64")),
-                ([], "", ["192.0.2.1"], ("", None)), (["unix:"], "", ["192.0.2.1"], one),
-                (["127.0.0.0/8"], "127.0.0.1", ["6.6.6.6, 192.0.2.1"], one),
-                (["127.0.0.0/8"], "::ffff:127.0.0.1", ["192.0.2.1:4711"], one),
-                (own, "127.0.0.1", ["6.6.6.6", "[2001:db8::1]:80"], six),
-                (own + ["10.0.0.0/8"], "127.0.0.1", ["192.0.2.1, 10.0.0.7"], one),
-                (own, "127.0.0.1", ["192.0.2.1, unknown"], local),
-                (["10.0.0.0/8"], "10.0.0.1", ["192.0.2.1" + ",10.0.0.7" * 3000], ("10.0.0.7", None)),
-                (own, "127.0.0.1", ["192.0.2.1, "], local), (own, "127.0.0.1", [], local),
-                (own, "192.0.2.9", ["192.0.2.1"], ("192.0.2.9", "192.0.2.9")),
-                (own, "127.0.0.1", ["127.0.0.1"], local)):
-            with self.subTest(peer, options=options, forwarded=forwarded):
-                proxies = authserver.TrustedProxies(options)
-                self.assertEqual(want, proxies.find_client(peer, ", ".join(forwarded)))
+        one, own, local = ("192.0.2.1", "192.0.2.1"), "127.0.0.1", ("127.0.0.1", None)
+        self.gives(lambda options, peer, forwarded: authserver.TrustedProxies(
+            options and options.split()).find_client(peer, forwarded),
+            (None, "10.0.0.1", "", ("10.0.0.1", None)), (None, "192.0.2.1", "", one),
+            ("", "10.0.0.1", "", ("10.0.0.1", "10.0.0.1")), ("", "192.0.2.1", "198.51.100.1", one),
+            ("", own, "", local), ("", "::1", "", ("::1", None)),
+            ("", "::ffff:127.0.0.1", "", local), ("", "::ffff:192.0.2.1", "", one),
+            ("", "2001:db8::1:2", "", ("2001:db8::1:2", "2001:db8::/64")),
+            ("", "fe80::1%eth0", "", ("fe80::1", "fe80::/64")),
+            ("", "", "192.0.2.1", ("", None)), ("unix:", "", "192.0.2.1", one),
+            ("unix:", "", "6.6.6.6, unknown", ("", None)),
+            ("127.0.0.0/8", own, "6.6.6.6, 192.0.2.1", one),
+            ("127.0.0.0/8", "::ffff:127.0.0.1", "192.0.2.1:4711", one),
+            (own, own, "6.6.6.6, [2001:db8::1]:80", ("2001:db8::1", "2001:db8::/64")),
+            (own + " 10.0.0.0/8", own, "192.0.2.1, 10.0.0.7", one),
+            ("10.1.2.3/8", "10.9.9.9", "192.0.2.1", one),   # named by any address in it
+            (own, own, "192.0.2.1, unknown", local), (own, own, "192.0.2.1, [", local),
+            ("10.0.0.0/8", "10.0.0.1", "192.0.2.1" + ",10.0.0.7" * 3000, ("10.0.0.7", None)),
+            (own, own, "192.0.2.1, ", local), (own, own, "", local),
+            (own, "192.0.2.9", "192.0.2.1", ("192.0.2.9", "192.0.2.9")), (own, own, own, local))
         for option in ("x", "10.0.0.0/33", "", "10.0.0.0/8/8", "unix"):
             self.refuses("unable to trust proxy", authserver.TrustedProxies, [option])
 
@@ -2366,104 +2107,115 @@ class Fuzz(AuthTestCase):
         """2,000 seeded mutations; 100,000 in the soak."""
         fuzz_credentials(2000, Random(SEED))
 
+    def test_mutated_password_files_are_read_or_refused(self) -> None:
+        """1,000 seeded mutations of a password file: entries and mistakes, no exception."""
+        chance = Random(SEED)
+        text = "\n".join([LINE, "sha:" + SHA, "# x", "ann:plain:secret", "bob:$1$a$x", ""])
+        for _ in range(1000):
+            authserver.parse_passwords(mutate(text, chance), "files")
+
     def test_what_is_remembered_changes_no_verdict(self) -> None:
-        """Whoever was right before, and whatever a name looks like: judged as if for the first time."""
+        """Whoever was right before, whatever a name looks like: judged as for the first time."""
         fuzz_memory(300, Random(SEED))
 
     def test_only_what_a_proof_is_about_is_taken_for_it(self) -> None:
-        """What looks like nc, uri or cnonce and is not: refused, by who remembers and who does not."""
-        def craft(text: str, cnonce: str = "f2", nc: str = "00000002", ha1: str = "", uri: str = "/x") -> str:
-            """Return credentials whose response is right for these values, wherever they stand in text."""
-            values = client.values
-            ha1 = ha1 or hashed("MD5", values["username"], "files", "secret")
-            proof = hashed("MD5", ha1, values["nonce"], nc, cnonce, "auth", hashed("MD5", "GET", uri))
-            return 'Digest username="%s", realm="files", nonce="%s", qop=auth, %s, response="%s"' % (
-                values["username"], values["nonce"], text, proof)
-        long = "/" + "x" * authserver.MAX_CREDENTIALS
-        session = functools.partial(hashed, "MD5", hashed("MD5", "jim", "files", "secret"))
+        """What looks like nc, uri or cnonce and is not: refused, by who remembers or does not."""
+        plain, long = 'uri="/x", cnonce="f2", nc=00000001', "/" + "x" * authserver.MAX_CREDENTIALS
+        hole, sly = 'x="a nc=00000001 b", ' + plain, plain.replace("nc=", "nc = ")
         for sentence, username, first, second, change, status in (
-                ("a hole in an unknown parameter", "jim", 'x="a nc=00000001 b", uri="/x", cnonce="f2", nc=00000001',
-                 'x="a nc=00000002 b", uri="/x", cnonce="f2", nc=00000001', {}, 401),
-                ("a hole in the name", "j nc=00000001 m", 'uri="/x", cnonce="f2", nc = 00000001',
-                 'uri="/x", cnonce="f2", nc = 00000001', {}, 401),
-                ("two holes that have changed places", "jim", 'uri="/x", cnonce="f2", nc=00000001',
+                ("a hole in another parameter", "jim", hole, hole.replace("1 b", "2 b"), {}, 401),
+                ("a hole in the name", "j nc=00000001 m", sly, sly, {}, 401),
+                ("two holes that have changed places", "jim", plain,
                  'cnonce="/x", uri="f2", nc=00000002', {}, 400),
-                ("more than the limit", "jim", 'uri="/x", cnonce="f2", nc=00000001',
-                 'uri="%s", cnonce="f2", nc=00000002' % long, {"uri": long}, 400),
-                ("HA1 of another session", "jim", 'algorithm=MD5-sess, uri="/x", cnonce="f2", nc=00000001',
+                ("more than the limit", "jim", plain, 'uri="%s", cnonce="f2", nc=00000002' % long,
+                 {"uri": long}, 400),
+                ("HA1 of another session", "jim", "algorithm=MD5-sess, " + plain,
                  'algorithm=MD5-sess, uri="/x", cnonce="e3", nc=00000002', {"cnonce": "e3"}, 401)):
+            authenticator = make({username: "secret"}, algorithms=["MD5", "MD5-sess"])
+            client = Client(authenticator, username)
+            values = client.values
+            ha1 = hashed("MD5", username, "files", "secret")
+            if "sess" in first:
+                ha1 = hashed("MD5", ha1, values["nonce"], "f2")
+
+            def craft(text: str, cnonce: str = "f2", nc: str = "00000002", uri: str = "/x") -> str:
+                """Return credentials that are right for these values, whatever stands in text."""
+                proof = hashed("MD5", ha1, values["nonce"], nc, cnonce, "auth",
+                               hashed("MD5", "GET", uri))
+                return ('Digest username="%s", realm="files", nonce="%s", qop=auth, %s, '
+                        'response="%s"' % (username, values["nonce"], text, proof))
             with self.subTest(sentence):
-                authenticator = make({username: "secret"}, algorithms=["MD5", "MD5-sess"])
-                client = Client(authenticator, username)
-                ha1 = session(client.values["nonce"], "f2") if "sess" in first else ""
-                self.assertEqual(attempt(authenticator, craft(first, nc="00000001", ha1=ha1)).status, 200)
-                field = craft(second, ha1=ha1, **change).replace("j nc=00000001", "j nc=00000002")
+                self.assertEqual(attempt(authenticator, craft(first, nc="00000001")).status, 200)
+                field = craft(second, **change).replace("j nc=00000001", "j nc=00000002")
                 for granted in (authenticator.passwords.granted, {}):
                     authenticator.passwords.granted = granted
                     verdict = attempt(authenticator, field, target=change.get("uri", "/x"))
                     self.assertEqual((verdict.status, is_stale(verdict)), (status, False))
 
     def test_who_was_right_is_recalled(self) -> None:
-        """In any order of parameters, and for Basic: the second time nothing is parsed, nor is a password looked at."""
+        """In any order of parameters, and for Basic: nothing is parsed, no password looked at."""
         for order in (1, -1):
             authenticator = make(algorithms=["MD5", "SHA-256"])
-            clients = [Client(authenticator, algorithm=name) for name in ("MD5", "SHA-256")]
-            fields: List[Any] = [
-                lambda client=client: "Digest " + ", ".join(client.field()[7:].split(", ")[::order]) for client in clients]
-            for field in fields + [lambda: JIM, lambda: JIM.replace("Basic", "basic")]:
-                said = [attempt(authenticator, field())]
-                for again in fields[:fields.index(field) + 1] if field in fields else [field]:
-                    with mock.patch.object(authserver, "parse_authorization", side_effect=AssertionError):
-                        said.append(attempt(authenticator, again()))
-                self.assertEqual({verdict[:4] for verdict in said}, {(200, "jim", "jim", "")})
+
+            def field_of(client: Client) -> str:
+                return "Digest " + ", ".join(client.field()[7:].split(", ")[::order])
+            digests = [functools.partial(field_of, Client(authenticator, algorithm=name))
+                       for name in ("MD5", "SHA-256")]
+            made: List[Callable[[], str]] = [*digests, lambda: JIM, lambda: JIM.replace("B", "b")]
+            said, blind = [], mock.patch.object(authserver, "parse_authorization", None)
+            for number, field in enumerate(made):
+                said.append(attempt(authenticator, field()))
+                with blind:
+                    said += [attempt(authenticator, again()) for again in made[:number + 1]]
+            self.assertEqual({verdict[:4] for verdict in said}, {(200, "jim", "jim", "")})
 
     def test_a_thread_is_for_slow_hashes_only(self) -> None:
-        """The judge asks for one where a hash takes long, for strangers too where it does for anybody; else it answers."""
-        for slow, field in [(slow, basic(user, word)) for slow in (True, False) for user in ("jim", "nobody") for word in ("x", "secret")]:
-            with mock.patch.object(Passwords, "is_slow", lambda *_: slow), self.subTest(field, slow=slow):
-                authenticator = make()
-                story = authenticator.judge(authserver.Attempt("GET", "/x", [field], None, NOW, authenticator.schemes))
-                ends: Any = contextlib.ExitStack() if slow else self.assertRaises(StopIteration)
-                with ends:
+        """The judge asks for one where a hash takes long, for strangers too; else it answers."""
+        for slow, user, word in itertools.product((True, False), ("jim", "nobody"), ("x", "secret")):
+            with self.subTest(user, slow=slow), \
+                    mock.patch.object(Passwords, "is_slow", lambda *_: slow):
+                found = authserver.Attempt("GET", "/x", [basic(user, word)], None, NOW, ["basic"])
+                story = make().judge(found)
+                if slow:
                     self.assertTrue(callable(story.send(None)))
+                else:
+                    self.assertRaises(StopIteration, story.send, None)
 
     def test_nothing_in_a_frame_is_passed_over(self) -> None:
-        """In whatever order parameters stand: one that changes, or changes places with another, is another frame."""
+        """One parameter that changes, or changes places with another, makes another frame."""
         client, chance = Client(make()), Random(SEED)
 
         def frame(params: List[str]) -> Any:
-            return client.authenticator._frame_of(authserver.split_frame("Digest " + ", ".join(params)))
+            parts = authserver.split_frame("Digest " + ", ".join(params))
+            return client.authenticator._frame_of(parts)
         for _ in range(20):
             params = client.field()[7:].split(", ")
             chance.shuffle(params)
-            frames = []
-            for change, text in [(-1, "")] + list(enumerate(params)):
+            several = [params, params[1:] + params[:1]]
+            for place, text in enumerate(params):
                 if not text.startswith(("uri=", "cnonce=", "nc=", "response=")):
-                    field = params[:max(0, change)] + [text[:-1] + "x" + text[-1:]] * bool(text) + params[change + 1:]
-                    frames.append(frame(field))
-            frames.append(frame(params[1:] + params[:1]))
-            self.assertEqual(len(set(frames)), len(frames), params)
+                    text = text[:-1] + "x" + text[-1:]
+                    several.append(params[:place] + [text] + params[place + 1:])
+            self.assertEqual(len(set(map(frame, several))), len(several), params)
 
     def test_who_was_right_is_right_in_the_same_way_only(self) -> None:
-        """With a scheme that is not offered here, beside a second field, or locked out: refused as anybody."""
-        for scheme in ("basic", "digest"):
-            authenticator = make(max_failures=(1, 60.0))
-            client = Client(authenticator)
-            make_field = client.field if scheme == "digest" else functools.partial(basic, "jim", "secret")
-            for _ in range(2):
-                self.assertEqual(client.ask(make_field(), client="192.0.2.1").status, 200)
-            other = ("basic", "digest")[make_field().startswith("B")]
-            self.assertEqual(client.ask(make_field(), schemes=(other,)).status, 401)
-            self.assertEqual(attempt(authenticator, make_field(), make_field()).status, 400)
-            self.assertEqual(client.ask(basic("jim", "wrong"), client="192.0.2.1").status, 401)
-            self.assertEqual(client.ask(make_field(), client="192.0.2.1").status, 429)
-            self.assertEqual(client.ask(make_field(), client="192.0.2.2").status, 200)
+        """Not where his scheme is not offered, beside a second field, or when he is locked out."""
+        for scheme, other in (("basic", "digest"), ("digest", "basic")):
+            client = Client(make(max_failures=(1, 60.0)))
+            field: Callable[[], str] = client.field if scheme == "digest" else lambda: JIM
+            ask = functools.partial(client.says, client="192.0.2.1")
+            self.assertEqual(["", ""], [ask(field()) for _ in range(2)])
+            self.assertIn("is not offered here", ask(field(), schemes=(other,)))
+            two = attempt(client.authenticator, field(), field(), client="192.0.2.1")
+            self.assertEqual("malformed: two Authorization fields", two.reason)
+            self.assertEqual(["bad password", "locked out"], [ask(WRONG), ask(field())])
+            self.assertEqual("", client.says(field(), client="192.0.2.2"))
 
     def test_what_another_authenticator_granted_is_nothing_here(self) -> None:
-        """It has the same dictionary, and other nonces, or it offers more: judged as if for the first time."""
-        for settings, other, status in (({}, {}, 200), ({}, {"table": authserver.SharedTable()}, 401),
-                                        ({}, {"algorithms": ["SHA-256"]}, 401), ({}, {"schemes": ["basic"]}, 401)):
-            first = make(**settings)
+        """It has the same dictionary, and other nonces, or it offers more."""
+        for other, status in (({}, 200), ({"table": authserver.SharedTable()}, 401),
+                              ({"algorithms": ["SHA-256"]}, 401), ({"schemes": ["basic"]}, 401)):
+            first = make()
             client = Client(first)
             self.assertEqual([client.ask().status for _ in range(2)], [200, 200])
             second = Authenticator(first.passwords, **dict({"table": first.table}, **other))
@@ -2471,43 +2223,22 @@ class Fuzz(AuthTestCase):
         for authenticator in (first, Authenticator(first.passwords)):
             self.assertEqual(attempt(authenticator, JIM).status, 200)
         tokens = [key for key in first.passwords.granted if isinstance(key, bytes)]
-        self.assertEqual(len(tokens), 2)        # hashes with a key: not to be found in a table of hashes
+        self.assertEqual(len(tokens), 2)        # of two keys: in no table of hashes
 
     def test_what_a_reload_took_is_not_given_back(self) -> None:
-        """The dictionary is replaced in the middle of a judgement: the new one is told nothing by the old."""
-        authenticator = make()
-        old, new = authenticator.passwords, Passwords({"ann": "other"}, realm="files")
-        client = Client(authenticator)
+        """The dictionary is replaced in the middle of a judgement: the new one is told nothing."""
+        new = Passwords({"ann": "other"}, realm="files")
+        for name, status in (("verify", 401), ("find", 200)):      # Basic is judged again
+            authenticator = make()
+            old, client = authenticator.passwords, Client(authenticator)
 
-        def find(names: Any) -> Any:
-            authenticator.passwords = new
-            return Passwords.find(old, names)
-        with mock.patch.object(old, "find", find):
-            self.assertEqual(client.ask().status, 200)
-        self.assertEqual((client.ask().status, new.granted), (401, {}))
-
-    def test_what_is_too_long_is_not_remembered(self) -> None:
-        """A parameter of 2,000 letters is no reason to refuse anybody, nor to keep it."""
-        authenticator = make()
-        client = Client(authenticator)
-        self.assertEqual(client.ask(client.field() + ', x="%s"' % ("y" * 2000)).status, 200)
-        self.assertEqual(authenticator.passwords.granted, {})
-
-    def test_a_nonce_of_a_clock_ahead_of_ours(self) -> None:
-        """It is good from CLOCK_SKEW before it was made; sooner, it is stale."""
-        for ahead, stale in ((authserver.CLOCK_SKEW - 0.5, False), (authserver.CLOCK_SKEW + 0.5, True)):
-            authenticator = make(nonce_secret=b"s" * 32)
-            client = Client(authenticator, now=NOW + ahead)
-            for _ in range(2):
-                self.assertEqual(is_stale(client.ask()), stale)
-
-    def test_mutated_password_files_are_read_or_refused(self) -> None:
-        """2,000 seeded mutations of a password file: entries and mistakes, no exception."""
-        chance = Random(SEED)
-        text = ("jim:files:%s\nsha:{SHA}5en6G6MezRroT3XKqkdPOmY/BfQ=\n# x\nann:plain:secret\n"
-                "bob:$6$rounds=1000$abcdefgh$x\n" % hashed("MD5", "jim:files:secret"))
-        for _ in range(2000):
-            authserver.parse_passwords(mutate(text, chance), "files")
+            def reloading(*words: Any) -> Any:
+                authenticator.passwords = new
+                return getattr(Passwords, name)(old, *words)
+            fields = [JIM] * 2 if name == "verify" else [client.field() for _ in range(2)]
+            with mock.patch.object(old, name, reloading):
+                self.assertEqual(client.ask(fields[0]).status, status)
+            self.assertEqual((client.ask(fields[1]).status, new.granted), (401, {}))
 
 
 PIECES = ("username*=", "userhash=true", 'nc="', "auth-int", "MD5-sess", '\\"', "UTF-8''", '", "',
@@ -2520,7 +2251,8 @@ def mutate(text: str, chance: Random) -> str:
         start = chance.randrange(len(text) + 1)
         stop = start + chance.choice((0, 1, 1, 1, 2, 8, 40))
         piece = text[start:stop]
-        new = chance.choice(("", piece * 2, piece[::-1], chr(chance.randrange(256)), chance.choice(PIECES)))
+        new = chance.choice(("", piece * 2, piece[::-1], chr(chance.randrange(256)),
+                             chance.choice(PIECES)))
         text = text[:start] + new + text[stop:]
     return text
 
@@ -2531,12 +2263,13 @@ def fuzz_credentials(rounds: int, chance: Random) -> None:
     A mutation that leaves the meaning alone (blanks, case, an unknown parameter) may
     pass; so the password is wrong from the start.
     """
-    authenticator = make(algorithms=["SHA-256", "MD5", "MD5-sess"], qop=["auth", "auth-int"], max_failures=(0, 60.0))
+    authenticator = make(algorithms=["SHA-256", "MD5", "MD5-sess"], qop=["auth", "auth-int"],
+                         max_failures=(0, 60.0))
     client = Client(authenticator, password="wrong")
     for number in range(rounds):
         client.settings = {"algorithm": chance.choice(authenticator.algorithms),
                            "qop": chance.choice(("auth", "auth-int"))}
-        field = chance.choice((client.field(), client.field(), basic("jim", "wrong"),
+        field = chance.choice((client.field(), client.field(), WRONG,
                                basic("ü" * chance.randrange(9), "x")))
         mutated = mutate(field, chance)
         fields = [mutated] if chance.random() < 0.98 else [mutated, field]
@@ -2547,8 +2280,8 @@ def fuzz_credentials(rounds: int, chance: Random) -> None:
 
 def fuzz_memory(rounds: int, chance: Random) -> None:
     """Assert that who was found right before is judged as one of whom nothing is remembered."""
-    settings: Dict[str, Any] = dict(nonce_secret=b"s" * 32, max_failures=(0, 60.0), algorithms=["MD5", "SHA-256", "MD5-sess"],
-                                    qop=["auth", "auth-int"])
+    settings: Any = dict(nonce_secret=b"s" * 32, max_failures=(0, 60.0), qop=["auth", "auth-int"],
+                         algorithms=["MD5", "SHA-256", "MD5-sess"])
     twins = [make({"jim": "secret", "j nc=00000001 m": "x"}, **settings) for _ in range(2)]
     right = 0
     for number in range(rounds):
@@ -2556,15 +2289,16 @@ def fuzz_memory(rounds: int, chance: Random) -> None:
             {}, {}, {"algorithm": "SHA-256"}, {"algorithm": "MD5-sess"}, {"qop": "auth-int"},
             {"username": "j nc=00000001 m", "password": "x"})))
         for _ in range(4):
-            client.values.update(cnonce=chance.choice(("f2", "a b", "c" * 300, "a,b", "e3")), uri=chance.choice(("/x", "/y")))
-            nc = chance.choice(("", "", "00000001", "+0000002", "0000_003", "00000000", "2", "ffffffff"))
-            body = b"" if client.settings.get("qop") else None
-            field = client.field(nc=nc, body=body)
+            client.values.update(cnonce=chance.choice(("f2", "a b", "c" * 300, "a,b", "e3")),
+                                 uri=chance.choice(("/x", "/y")))
+            nc = chance.choice(("", "", "00000001", "+0000002", "0000_003", "00000000", "2",
+                                "ffffffff"))
+            field = client.field(nc=nc, body=b"" if client.settings.get("qop") else None)
             field = mutate(field, chance) if chance.random() < 0.3 else field
             said = [attempt(twin, field) for twin in twins]
             twins[1].passwords.granted.clear()
-            assert [str(verdict[:4]) + str(is_stale(verdict)) for verdict in said[:1]] == [
-                str(verdict[:4]) + str(is_stale(verdict)) for verdict in said[1:]], (number, field, said)
+            first, second = (str(verdict[:4]) + str(is_stale(verdict)) for verdict in said)
+            assert first == second, (number, field, said)
             right += said[0].status == 200
     assert rounds // 2 < right and twins[0].passwords.granted, right
 
@@ -2582,8 +2316,8 @@ def compare_times(samples: int) -> List[Tuple[str, float, float]]:
             start = time.perf_counter()
             attempt(authenticator, field)
             times[user].append(time.perf_counter() - start)
-        medians = [statistics.median(times[user]) for user in ("jim", "bob")]
-        result.append((scheme, medians[0], medians[1] - medians[0]))
+        known, unknown = (statistics.median(times[user]) for user in ("jim", "bob"))
+        result.append((scheme, known, unknown - known))
     return result
 
 
