@@ -3188,12 +3188,7 @@ class HttpTest(SharedBoxTest):
         wire.recv(size)
         wire.abort()
 
-    def threads(self) -> int:
-        """Return how many threads the server has besides its loop."""
-        return len(os.listdir("/proc/%d/task" % self.box.server.pid)) - 1
-
     def log(self) -> str:
-        """Return what the server has logged."""
         return read(self.box.output)
 
     def logged(self, pattern: str, count: int = 1) -> List[Any]:
@@ -3243,6 +3238,7 @@ HEADS = [
     *heads({"keep_alive": False}, b"GET", {"no fields, as these": b" / HTTP/1.0"}),
     *heads(411, b"", {"no length": b"POST", "nor this": b"PUT", "...": b"PATCH"},
            b" / HTTP/1.0\r\n\r\n"),
+    *heads(400, b"POST", {"no fields in 1.1": b" / HTTP/1.1"}),
     *heads(413, P, {"a length of 16 digits": b"Content-Length: 0000000000000001"}),
     *heads(414, b"GET /", {"too long": TARGET + b"a", "endless": b"a" * authserver.MAX_HEAD}, HOST),
     *heads(417, G, {"an expectation of tea": b"Expect: tea"}),
@@ -3486,7 +3482,8 @@ class HttpInMemory(unittest.TestCase):
             channel = mock.Mock(writes=writes, deadline=100.0, **{"server.clock": 95.0})
             authserver.Channel.wait_to_write(channel, sent)
             self.assertEqual(channel.deadline, deadline)
-            self.assertEqual((channel.watch.called, channel.wait.called), (not writes, not writes))
+            self.assertEqual(channel.method_calls, [] if writes else [
+                mock.call.watch(True), mock.call.wait("write")])
         for stage, draining in (("idle", False), ("idle", True), ("first", False), ("first", True),
                                 ("head", True), ("write", True)):
             channel = mock.Mock(**{"server.clock": 95.0, "server.draining": draining})
@@ -3505,6 +3502,7 @@ class HttpInMemory(unittest.TestCase):
             channel.shut.side_effect = error
             authserver.Channel.hang_up(channel)
             self.assertEqual([call[0] for call in channel.method_calls], calls.split())
+            self.assertEqual(channel.watch.call_args_list, [mock.call(False)] * ("watch" in calls))
             self.assertEqual(channel.buffer, buffer if stage == "linger" or error else b"")
 
 
@@ -3804,16 +3802,13 @@ resource.setrlimit(files, (200, resource.getrlimit(files)[1]))
             wire.sendall(head("/", "CHUNKS", JIM, CHUNKED))
             self.assertEqual(self.trickle(wire, b"3\r\nabc\r\n1;x\r\nd\r\n0\r\n\r\n").body, b"abcd")
 
-    def test_a_client_may_wait_for_100_continue(self) -> None:
-        """It is asked for the body once; with auth-int, too, whose body is looked at first."""
+    def test_auth_int_signs_the_body(self) -> None:
+        """A body that was signed arrives; another is 401, one too large to look at 413."""
         for auth in (JIM, digest(self.at, "/", "POST", body=b"hello")):
-            with self.subTest(auth[:6]), Wire(self.at) as wire:
+            with self.subTest(auth[:6]), Wire(self.at) as wire:     # each is asked for it once
                 wire.sendall(head("/", "POST", auth, "Content-Length: 5", "Expect: 100-continue"))
                 self.assertEqual(wire.recv(4096), b"HTTP/1.1 100 Continue\r\n\r\n")
                 self.assertEqual(wire.exchange(b"hello").body, b"hello")
-
-    def test_auth_int_signs_the_body(self) -> None:
-        """A body that was signed arrives; another is 401, one too large to look at 413."""
         for sent, signed, field, want in (
                 (b"hello", b"hello", "Content-Length: 5", 200), (b"", b"", EMPTY, 200),
                 (b"hellO", b"hello", "Content-Length: 5", 401), (b"x\r\n", b"", CHUNKED, 400),
@@ -3834,8 +3829,8 @@ resource.setrlimit(files, (200, resource.getrlimit(files)[1]))
         """What is written is sent at once, what is sent can be read at once."""
         with Wire(self.at) as wire, wire.makefile("rb") as file:
             wire.sendall(head("/", "STREAM", JIM, "Content-Length: 8") + b"one\n")
-            while file.readline() != b"\r\n":
-                pass
+            fields = list(iter(file.readline, b"\r\n"))
+            self.assertEqual(fields.count(b"Connection: close\r\n"), 1)
             self.assertEqual(file.readline(), b"ONE\n")
             wire.sendall(b"two\n")
             self.assertEqual(file.read(), b"TWO\n")
@@ -3857,7 +3852,7 @@ resource.setrlimit(files, (200, resource.getrlimit(files)[1]))
             self.assertEqual(self.ask("/shut").status, 200)
             self.assertEqual(len(wire.exchange(b"").body), 20000000)
         before = self.log()
-        self.leave(head("/", "HIDE", JIM, "Content-Length: 100") + b"a", 0)
+        self.leave(head("/", "HIDE", JIM, "Content-Length: 100") + b"a")
         self.leave(head("/big"), 1000)
         self.assertEqual(self.ask("/slow").status, 200)
         self.assertNotIn("authserver.py", self.log()[len(before):])
@@ -3910,7 +3905,9 @@ server = AuthServer(("127.0.0.1", 0), page, authenticator=Authenticator(password
             ("a body where none belongs", "/204", "GET", 204), ("... a file", "/204f", "GET", 204),
             ("HEAD of a large answer", "/big", "HEAD", 200),
             ("HEAD of a file", "/file0-20000000", "HEAD", 200))])
-        self.logged("KeyError: 'on purpose'")
+        for line in ("KeyError: 'on purpose'", '"GET /204f HTTP/1.1" 204 0 ',
+                     '"HEAD /file0-20000000 HTTP/1.1" 200 0 '):
+            self.logged(line)
 
     def test_a_part_of_a_file_is_sent(self) -> None:
         """Offset and length as asked, empty ones too; who ends early breaks off."""
@@ -3981,7 +3978,6 @@ class Idiom(http.server.BaseHTTPRequestHandler):
         return type("Made", (cls,), {"do_GET": function})
 
     def do_GET(self) -> None:
-        """Answer."""
         self.answer(b"ok")
 
     def begin(self, *fields: str, status: int = 200, reason: Optional[str] = None) -> Any:
@@ -3993,7 +3989,6 @@ class Idiom(http.server.BaseHTTPRequestHandler):
         return self.wfile
 
     def answer(self, body: bytes, *fields: str) -> None:
-        """Send an answer with a length."""
         self.begin(*fields, "Content-Length: %d" % len(body)).write(body)
 
 
@@ -4281,6 +4276,14 @@ class HttpHooks(AuthTestCase):
                 wire.sendall(rest)
                 wire.hear()
                 self.assertTrue(server.stopped.wait(SOON))
+        server = self.ours(large, kind)     # handle_request() ends so, too
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        with Wire("127.0.0.1:%d" % server.server_address[1]) as wire, \
+                mock.patch.object(authserver, "DRAIN_SECONDS", 0.1):
+            self.assertEqual(len(wire.ask("/").body), 20000000)
+            self.assertEqual(wire.hear(), b"")
+            thread.join()
 
     def test_whom_a_reload_has_deleted_gets_no_last_answer(self) -> None:
         """A worker that drains has the new passwords: on a kept connection, too, 401."""
