@@ -3571,7 +3571,8 @@ class Turns(unittest.TestCase):
             octets = head(path, "GET", JIM, *fields)
             self.assertEqual(self.status_of(server, "192.0.2.9", octets), status)
             logged = r"\A192.0.2.9 - jim \[[^]]+\] %s \d+ %s\n\Z"
-            self.assertRegex(server.log.waiting[1].pop(), logged % (re.escape(line), re.escape(tail)))
+            line, tail = re.escape(line), re.escape(tail)
+            self.assertRegex(server.log.waiting[1].pop(), logged % (line, tail))
 
     def test_who_asks_ahead_is_read_in_a_turn_of_its_own(self) -> None:
         """Of 20 that pipeline without end a turn answers one; who comes then is the next."""
