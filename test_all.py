@@ -2323,21 +2323,11 @@ def compare_times(samples: int) -> List[Tuple[str, float, float]]:
 
 # -- 1.5 Files, a page that is called directly ---------------------------------
 
-OLD = 1000000000        # Sun, 09 Sep 2001 01:46:40 GMT
+OLD, OLD_DATE = 1000000000, "Sun, 09 Sep 2001 01:46:40 GMT"
 
 
-class Asked(NamedTuple):
-    """What a page may know of a request."""
-    method: str
-    target: str
-    path: str
-    values: Dict[str, List[str]]
-    username: Optional[str]
-    now: float
-
-
-def works_elsewhere(work: Callable[[], bool], jail: Optional[str] = None) -> bool:
-    """Return whether work returns True in a child: in a jail, or as a user to whom permissions apply."""
+def works_elsewhere(work: Callable[[], bool], jail: str = "") -> bool:
+    """Return whether work returns True in a child: in a jail, or as who has no rights of root."""
     if not ROOT:
         return work()
     child = os.fork()
@@ -2355,13 +2345,15 @@ def works_elsewhere(work: Callable[[], bool], jail: Optional[str] = None) -> boo
 
 
 class FilesTest(unittest.TestCase):
-    """A folder `tree` is served; beside it lies what must not be: tree.txt, outside/secret.txt."""
+    """A folder `tree` is served; what lies beside it, and says OUTSIDE, never is"""
 
     def setUp(self) -> None:
+        opened = os.listdir("/proc/self/fd")    # whatever a test asks for: no more, at its end
+        self.addCleanup(lambda: self.assertEqual(os.listdir("/proc/self/fd"), opened))
         self.folder = os.path.realpath(tempfile.mkdtemp(prefix="files-", dir=TEMP))
         self.addCleanup(shutil.rmtree, self.folder, True)
         os.chmod(self.folder, 0o755)
-        self.root, self.outside = self.path("tree"), self.path("outside")
+        self.root = self.path("tree")
         self.write("outside/secret.txt", b"OUTSIDE")
         self.write("tree.txt", b"OUTSIDE")
         os.mkdir(self.root)
@@ -2385,47 +2377,56 @@ class FilesTest(unittest.TestCase):
         os.utime(file.name, (mtime, mtime))
         return str(file.name)
 
-    def chmod(self, name: str, mode: int) -> None:
-        """Change the mode of a folder, until the end of the test."""
-        os.chmod(self.path(name), mode)
-        self.addCleanup(os.chmod, self.path(name), 0o755)
+    def grow(self, *names: str, octets: bytes = b"x",
+             links: Sequence[Tuple[str, str]] = ()) -> None:
+        """Write files of the tree, and make symlinks in it."""
+        for name in names:
+            self.write("tree/" + name, octets)
+        for name, text in links:
+            os.symlink(text, self.path("tree/" + name))
 
-    def get(self, path: str, files: Any = None, method: str = "GET", username: Optional[str] = "jim",
-            now: Any = NOW, **fields: Any) -> Any:
+    def chmod(self, name: str, mode: int) -> None:
+        """Change a mode in the tree, until the end of the test."""
+        os.chmod(os.path.join(self.root, name), mode)
+        self.addCleanup(os.chmod, os.path.join(self.root, name), 0o755)
+
+    def get(self, path: str, files: Any = None, method: str = "GET", now: float = NOW,
+            username: Optional[str] = "jim", **fields: Any) -> Any:
         """Ask for a path, field names have _ for -; the body is read, as the server would."""
         values = {name.replace("_", "-"): [value] for name, value in fields.items()}
-        page: Callable[[Any], Any] = files or self.files
-        answer = page(Asked(method, path, path, values, username, now))
-        self.kind = type(answer.body)
-        if isinstance(answer.body, bytes):
-            return answer
-        with answer.body.file as file:
-            octets = os.pread(file.fileno(), answer.body.length, answer.body.offset)
-        return answer._replace(body=octets)
+        request = authserver.Request(method, path, path,
+                                     fields=authserver.NO_FIELDS._replace(values=values))
+        request.username, request.now = username, now
+        answer: Any = (files or self.files)(request)
+        self.kind, said = type(answer.body), dict(answer.fields)
+        # No field comes twice. What a password was needed for is private, what is public says
+        # nothing of that. And nobody shall guess a type: 304 has none.
+        self.assertEqual(len(said), len(answer.fields))
+        self.assertEqual([said.get(name) for name in (
+            "Cache-Control", "Vary", "X-Content-Type-Options", "Content-Encoding")], [
+            "private" if username else None, "Authorization" if username else None,
+            None if answer.status == 304 else "nosniff", None])
+        body = answer.body
+        if self.kind is authserver.FilePart:
+            with body.file as file:
+                body = os.pread(file.fileno(), body.length, body.offset)
+        return answer._replace(fields=said, body=body)
 
-    def field(self, answer: "authserver.Answer", name: str) -> Optional[str]:
-        """Return a field of an answer; fail if it is there twice."""
-        values = [value for other, value in answer.fields if other == name]
-        self.assertLess(len(values), 2, name)
-        return values[0] if values else None
-
-    def check_statuses(self, wanted: Dict[str, int], files: Any = None) -> None:
+    def check(self, wanted: Dict[str, int], files: Any = None, **fields: Any) -> None:
         """Check the statuses of paths, and that nothing from outside comes with them."""
         for path, status in wanted.items():
-            with self.subTest(path=path):
-                answer = self.get(path, files)
-                self.assertEqual(answer.status, status)
-                self.assertNotIn(b"OUTSIDE", answer.body)
+            for username in ("jim", None):
+                with self.subTest(path=path, fields=fields):
+                    answer = self.get(path, files, username=username, **fields)
+                    self.assertEqual(answer.status, status)
+                    self.assertNotIn(b"OUTSIDE", answer.body)
 
     def links(self, path: str = "/", files: Any = None) -> List[str]:
         """Return the targets of the links of a page."""
-        return [html.unescape(link) for link in re.findall('<a href="([^"]*)">', self.text(path, files))]
+        page = self.get(path, files).body.decode()
+        return [html.unescape(link) for link in re.findall('<a href="([^"]*)">', page)]
 
-    def text(self, path: str = "/", files: Any = None) -> str:
-        """Return a page."""
-        return str(self.get(path, files).body, "utf-8")
-
-    def meanwhile(self, function: str, when: Optional[bytes], act: Callable[[], Any]) -> Any:
+    def after(self, function: str, when: Optional[bytes], act: Callable[[], Any]) -> Any:
         """Return a patch that makes os.FUNCTION act, once, after a call (for a name)."""
         real, acts = getattr(os, function), [act]
 
@@ -2436,456 +2437,232 @@ class FilesTest(unittest.TestCase):
             return result
         return mock.patch.object(os, function, patched)
 
-
-class FilesPathTests(FilesTest):
-    """Which file a path leads to, and that none leads out."""
+    # -- which file a path leads to, and that none leads out
 
     # As the file system has them, whatever the locale.
     NAMES = [os.fsdecode(name.encode("utf-8", "surrogateescape")) for name in (
-        "a.txt", "a b+c&d;e.txt", "ä ö.txt", "\udce4.txt", "%41.txt", "a:b", "javascript:x", "back\\slash", "~",
-        "x..", "a\nb", "q?", "#", "a=b", "<b>", "a&amp;b", "\"'", "\u202egpj", "x" * 200)]
+        "a.txt", "a b+c&d;e.txt", "ä ö.txt", "\udce4.txt", "%41.txt", "a:b", "javascript:x",
+        "back\\slash", "~", "x..", "a\nb", "q?", "#", "a=b", "<b>", "a&amp;b", "\"'", "\u202egpj",
+        "x" * 200)]
 
     def test_every_name(self) -> None:
         """A path is decoded once; each name can be asked for, and the listing's link does that."""
         for name in self.NAMES:
-            self.write("tree/sub/" + name, os.fsencode(name))
-            self.write("tree/sub/in %s/a" % name, os.fsencode(name))
-            encoded = "/sub/" + urllib.parse.quote(os.fsencode(name))
-            for path in (encoded, encoded + "?%2f../=//"):
-                self.assertEqual(self.get(path).body, os.fsencode(name))
+            self.grow("sub/" + name, "sub/in %s/a" % name, octets=os.fsencode(name))
+            path = "/sub/" + urllib.parse.quote(os.fsencode(name))
+            for query in ("", "?%2f../=//"):
+                self.assertEqual(self.get(path + query).body, os.fsencode(name))
         # Bytes that are not encoded, as curl sends what was typed.
         self.assertEqual(self.get("/sub/\xc3\xa4 \xc3\xb6.txt").body, "ä ö.txt".encode())
-        base = "http://host:1"
-        targets = [urllib.parse.urljoin(base + "/sub/", link) for link in self.links("/sub/")]
-        self.assertEqual(len(set(targets)), 2 * len(self.NAMES) + 1)
-        bodies = {self.get(target[len(base):]).body for target in targets if target[-1] != "/"}
-        self.assertEqual(bodies, set(map(os.fsencode, self.NAMES)))
+        base, bodies = "http://host:1", set()
+        targets = {urllib.parse.urljoin(base + "/sub/", link) for link in self.links("/sub/")}
+        self.assertEqual(len(targets), 2 * len(self.NAMES) + 1)
         for target in targets:
-            self.assertEqual((target[:len(base)], self.get(target[len(base):]).status), (base, 200), target)
-        page = self.text("/sub/")
+            answer = self.get(target[len(base):])
+            self.assertEqual((target[:len(base)], answer.status), (base, 200), target)
+            bodies.update([answer.body] * (target[-1] != "/"))
+        self.assertEqual(bodies, set(map(os.fsencode, self.NAMES)))
+        page = self.get("/sub/").body.decode()
         self.assertIsNone(re.search("[\x00-\x09\x0b-\x1f\u202e]", page))
-        self.assertLessEqual(set(re.findall("<([a-z0-9]+)", page)), set(
-            "html meta link style title h1 table tr th td a i".split()))
+        self.assertLessEqual(set(re.findall("<([a-z0-9]+)", page)),
+                             set("html meta link style title h1 table tr th td a i".split()))
 
     def test_no_path_crosses_a_line(self) -> None:
         """Dots, slashes, NULs and backslashes in any spelling are 404, in both directions."""
-        self.write("tree/sub/a.txt", b"inside")
-        self.write("tree/a.txt", b"inside")
-        climbs = ("..", "%2e%2e", ".%2E", "..%2f", "..%5c", "..\\", "%252e%252e", "..%00", "..;", "\xc0\xae.")
-        paths = [path.replace("^", climb) for climb in climbs
-                 for path in ("/^/tree.txt", "/sub/^/a.txt", "/sub/^/^/tree.txt", "/^", "/sub/^/")] + [
-            "/sub%2fa.txt", "/sub%2Fa.txt", "/sub//a.txt", "//a.txt", "/./a.txt", "/sub/./a.txt", "/.", "/sub/.",
-            "/sub%5ca.txt", "/sub\\a.txt", "/a.txt%00", "/a.txt%00.html", "/%00", "/a.txt/", "/a.txt/b", "//",
-            "/sub//", "/" + "x" * 256, "/" + "x/" * 3000, "/a.txt\0", "/tree.txt", "/../tree/a.txt"]
-        self.check_statuses(dict.fromkeys(paths, 404))
-        self.check_statuses(dict.fromkeys(paths, 404), self.serve(hidden=True))
+        self.grow("sub/a.txt", "a.txt", octets=b"inside")
+        climbs = ("..", "%2e%2e", ".%2E", "..%2f", "..%5c", "..\\", "%252e%252e", "..%00", "..;",
+                  "\xc0\xae.")
+        paths = [path.replace("^", climb) for climb in climbs for path in (
+            "/^/tree.txt", "/sub/^/a.txt", "/sub/^/^/tree.txt", "/^", "/sub/^/")] + [
+            "/sub%2fa.txt", "/sub%2Fa.txt", "/sub//a.txt", "//a.txt", "/./a.txt", "/sub/./a.txt",
+            "/.", "/sub/.", "/sub%5ca.txt", "/sub\\a.txt", "/a.txt%00", "/a.txt%00.html", "/%00",
+            "/a.txt/", "/a.txt/b", "//", "/sub//", "/" + "x" * 256, "/" + "x/" * 3000, "/a.txt\0",
+            "/tree.txt", "/../tree/a.txt"]
+        for hidden in (False, True):
+            self.check(dict.fromkeys(paths, 404), self.serve(hidden=hidden))
 
-    def test_hidden_names(self) -> None:
-        """A name with a dot is there with `hidden` only: asked for, listed, or of a folder."""
-        paths = dict.fromkeys(("/.git/config", "/.env", "/.git/", "/.git", "/sub/.x", "/%2eenv", "/..."), 404)
-        for path in (".git/config", ".env", "sub/.x", "..."):
-            self.write("tree/" + path)
-        self.check_statuses(paths)
+    def test_what_is_hidden_and_what_is_no_file(self) -> None:
+        """A name with a dot is there with `hidden` only. A FIFO, a socket, a link to one: never."""
+        paths = ("/.git/config", "/.env", "/.git/", "/.git", "/sub/.x", "/%2eenv", "/...")
+        self.grow(".git/config", ".env", "sub/.x", "...", links=[("link", "fifo")])
+        os.mkfifo(self.path("tree/fifo"))
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(self.path("tree/socket"))
+        self.check(dict.fromkeys(paths + ("/fifo", "/link", "/socket", "/fifo/"), 404))
         self.assertEqual(self.links(), ["sub/"])
         everything = self.serve(hidden=True)
-        self.check_statuses({path: 301 if path == "/.git" else 200 for path in paths}, everything)
+        self.check({path: 301 if path == "/.git" else 200 for path in paths}, everything)
         self.assertEqual(self.links("/", everything), [".git/", "sub/", "...", ".env"])
 
     def test_links(self) -> None:
-        """Links that stay inside are followed, name by name; others are 404; the listing knows which."""
-        for name in ("a.txt", "sub/deep/b.txt", "..data/c.txt"):
-            self.write("tree/" + name, b"inside")
+        """Who stays inside is followed, name by name; others are 404; the listing knows which."""
         root = self.root
-        links = {200: {"same": "a.txt", "down": "sub/deep/b.txt", "sub/up": "../a.txt", "sub/far": "../sub/../a.txt",
-                  "dots": "./sub/.//deep/./b.txt", "to-link": "same", "through": "folder/b.txt",
-                  "mounted": "..data/c.txt", "sub/deep/top": "../../a.txt", "absolute": root + "/a.txt",
-                  "absolute-up": root + "/sub/../a.txt", "slashes": root + "//a.txt", "sub/abs": root + "//a.txt"},
-            301: {"folder": "sub/deep", "sub/self": ".", "sub/root": "..", "slash": "sub/", "all": root},
-            404: {"out": "../tree.txt", "up": "..", "sub/up-up": "../../tree.txt", "abs": self.path("tree.txt"),
-                  "back": "../tree/a.txt", "nothing": "nothing", "loop": "loop", "etc": "/etc/passwd",
-                  "root": "/", "longer": root + "-a.txt", "climb": root + "/../tree.txt", "dev": "/dev/null",
-                  "file-as-folder": "a.txt/b", "x": "y", "y": "x", "link-41": "link-40"}}
-        links[200].update({"link-%d" % number: "link-%d" % (number - 1) for number in range(2, 41)}, **{"link-1": "a.txt"})
-        for texts in links.values():
-            for name, text in texts.items():
-                os.symlink(text, self.path("tree/" + name))
+        links = {
+            200: {"same": "a.txt", "to-link": "same", "down": "sub/deep/b.txt",
+                  "sub/up": "../a.txt", "sub/far": "../sub/../a.txt", "through": "folder/b.txt",
+                  "dots": "./sub/.//deep/./b.txt", "mounted": "..data/c.txt", "link-1": "a.txt",
+                  "sub/deep/top": "../../a.txt", "absolute": root + "/a.txt",
+                  "slashes": root + "//a.txt", "sub/abs": root + "//a.txt",
+                  "absolute-up": root + "/sub/../a.txt"},
+            301: {"folder": "sub/deep", "sub/self": ".", "sub/root": "..", "slash": "sub/",
+                  "all": root},
+            404: {"out": "../tree.txt", "up": "..", "sub/up-up": "../../tree.txt", "loop": "loop",
+                  "abs": self.path("tree.txt"), "back": "../tree/a.txt", "nothing": "nothing",
+                  "etc": "/etc/passwd", "root": "/", "longer": root + "-a.txt", "x": "y", "y": "x",
+                  "climb": root + "/../tree.txt", "dev": "/dev/null", "file-as-folder": "a.txt/b",
+                  "climb-up": "sub/../..", "link-41": "link-40"}}
+        links[200].update({"link-%d" % n: "link-%d" % (n - 1) for n in range(2, 41)})
+        self.grow("a.txt", "sub/deep/b.txt", "..data/c.txt", octets=b"inside")
         for status, texts in links.items():
-            self.check_statuses({"/" + name: status for name in texts})
-        for path in ("/folder/b.txt", "/sub/self/self/up", "/sub/root/sub/root/a.txt", "/all/all/same"):
+            self.grow(links=[*texts.items()])
+        for status, texts in links.items():
+            self.check({"/" + name: status for name in texts})
+        for path in ("/folder/b.txt", "/sub/self/self/up", "/sub/root/sub/root/a.txt",
+                     "/all/all/same"):
             self.assertEqual(self.get(path).body, b"inside", path)
         self.assertEqual({name.rstrip("/") for name in self.links()}, {"a.txt"} | {
             name for name in ["sub", *links[200], *links[301]] if "/" not in name})
 
-    def test_a_folder_that_is_exchanged(self) -> None:
-        """A folder that moves outside, a link in its place, between two opens leads nowhere."""
-        self.write("tree/secret.txt", b"inside")
-        self.write("outside/secret.txt", b"OUTSIDE")
+    def test_a_folder_that_is_exchanged_leads_nowhere(self) -> None:
+        """It moves outside, with a link in its place, between two opens; or again and again."""
+        self.grow("secret.txt", octets=b"inside")
 
         def exchange() -> None:
             os.rename(self.path("tree/sub"), self.path("outside/sub"))
             os.symlink("../outside/sub", self.path("tree/sub"))
         for text in ("inner.txt", "../secret.txt"):
             with self.subTest(text=text):
-                self.write("tree/sub/inner.txt", b"inside")
-                os.symlink(text, self.path("tree/sub/link"))
-                with self.meanwhile("open", b"sub", exchange):
+                self.grow("sub/inner.txt", octets=b"inside", links=[("sub/link", text)])
+                with self.after("open", b"sub", exchange):
                     self.assertEqual(self.get("/sub/link").body, b"inside")
-                self.assertEqual(self.get("/sub/link").status, 404)
+                self.check({"/sub/link": 404})
                 os.unlink(self.path("tree/sub"))
                 shutil.rmtree(self.path("outside/sub"))
+        self.grow("sub/secret.txt", octets=b"inside", links=[("link", self.path("outside"))])
 
-    def test_a_race(self) -> None:
-        """While a thread exchanges a folder and a link to outside, no answer is from outside."""
-        self.write("tree/sub/secret.txt", b"inside")
-        os.symlink(self.outside, self.path("tree/link"))
-        done = threading.Event()
-
-        def exchange() -> None:
-            while not done.is_set():
-                for source, target in (("sub", "away"), ("link", "sub"), ("sub", "link"), ("away", "sub")):
-                    os.rename(self.path("tree/" + source), self.path("tree/" + target))
-        thread = threading.Thread(target=exchange)
-        thread.start()
-        try:
+        def rotate() -> None:
+            for one, other in (("sub", "away"), ("link", "sub"), ("sub", "link"), ("away", "sub")):
+                os.rename(self.path("tree/" + one), self.path("tree/" + other))
+        with meanwhile(rotate):
             seen = {self.get("/sub/secret.txt").body[:6] for _ in range(2000)}
-        finally:
-            done.set()
-            thread.join()
         self.assertLessEqual(seen, {b"inside", b"<!DOCT"})
 
-    def test_what_is_no_file(self) -> None:
-        """A FIFO, a socket and links to them are 404 at once, and not listed."""
-        os.mkfifo(self.path("tree/fifo"))
-        os.symlink("fifo", self.path("tree/link"))
-        with socket.socket(socket.AF_UNIX) as sock:
-            sock.bind(self.path("tree/socket"))
-            self.check_statuses({"/fifo": 404, "/link": 404, "/socket": 404, "/fifo/": 404})
-            self.assertEqual(self.links(), [])
+    # -- what may not be had
 
     def test_secrets(self) -> None:
         """A secret is 404 under each of its names, also when it is replaced, or made, later."""
         inside, later = self.write("tree/users", b"OUTSIDE"), self.path("tree/log")
         outside = self.write("passwords", b"OUTSIDE")
         os.link(outside, self.path("tree/hard"))
-        os.symlink("users", self.path("tree/link"))
+        self.grow(links=[("link", "users")])
         files = self.serve(secrets=(inside, outside, later, self.path("tree.txt")))
         names = dict.fromkeys(("/users", "/link", "/hard", "/log"), 404)
         self.assertEqual(files.exposed, [inside, later])
-        self.check_statuses(names, files)
+        self.check(names, files)
+
+        def replace(path: str, mtime: int) -> None:
+            os.rename(self.write("tree/new", b"OUTSIDE", mtime), path)
         for path in (inside, outside, later):
-            os.rename(self.write("tree/new", b"OUTSIDE", OLD + 1), path)
-        self.check_statuses(names, files)
+            replace(path, OLD + 1)
+        self.check(names, files)
         # ... and between our look at its place and the moment when it is opened.
-        with self.meanwhile("stat", None, lambda: os.rename(self.write("tree/new", b"OUTSIDE", OLD + 3), inside)):
-            self.check_statuses({"/users": 404}, files)
+        with self.after("stat", None, lambda: replace(inside, OLD + 3)):
+            self.check({"/users": 404}, files)
         found = os.stat(self.write("tree/plain", b"plain", OLD + 2))
-        # As if the file system had given it the inode of the password file that was replaced.
-        files.known[found.st_dev, found.st_ino] = outside, OLD * 10 ** 9
-        self.assertEqual(self.get("/plain", files).body, b"plain")
-        self.assertEqual(self.links("/", files), ["plain"])
+        # As if the file system had given it the inode of a password file that was replaced.
+        for known in ((outside, OLD * 10 ** 9), ("users", 0)):
+            files.known[found.st_dev, found.st_ino] = known
+            self.assertEqual(self.get("/plain", files).body, b"plain")
+            self.assertEqual(self.links("/", files), ["plain"])
 
     def test_a_secret_that_is_changed_where_it_lies(self) -> None:
-        """It stays one: outside the tree with a link in it, also when its own path is gone; a new one is never listed."""
+        """It stays one: outside, with a link in the tree, also when its own path is gone."""
         outside, inside = self.write("passwords", b"OUTSIDE"), self.path("tree/users")
         os.link(outside, self.path("tree/hard"))
         files = self.serve(secrets=(os.path.relpath(outside), inside))
-        for act in (lambda: None, lambda: self.write("passwords", b"OUTSIDE+", OLD + 1), lambda: os.unlink(outside)):
-            act()
-            self.check_statuses({"/hard": 404}, files)
+        for act in (lambda: None, lambda: self.write("passwords", b"OUTSIDE+", OLD + 1),
+                    lambda: os.unlink(outside), lambda: self.write("tree/users", b"OUTSIDE"),
+                    lambda: os.rename(self.write("tree/new", b"OUTSIDE", OLD + 3), inside)):
+            act()       # the last two make a new one, and another in its place
             self.assertEqual(self.links("/", files), [])
-        self.write("tree/users", b"OUTSIDE")
-        self.assertEqual(self.links("/", files), [])
-        os.rename(self.write("tree/new", b"OUTSIDE", OLD + 3), inside)
-        self.assertEqual(self.links("/", files), [])
-        # One that is a page now, in an inode that was once of a secret inside.
-        found = os.stat(self.write("tree/plain", b"plain"))
-        files.known[found.st_dev, found.st_ino] = "users", 0
-        self.assertEqual(self.get("/plain", files).body, b"plain")
+            self.check({"/hard": 404}, files)
+        # And what `passwd` writes beside it, before that takes its place, is one already.
+        def look(_: int) -> None:
+            names = set(os.listdir(self.root)) - {"hard", "users"}
+            self.assertEqual((self.links("/", files), len(names)), ([], 1))
+            self.check({"/" + name: 404 for name in names}, files)
+        os.unlink(inside)
+        with open(inside, "w"), mock.patch.object(os, "fsync", side_effect=look) as looked:
+            authserver.change_password(inside, "jim", "files", "x")
+        self.assertTrue(looked.called)
 
     def test_the_folder_by_other_names(self) -> None:
-        """Served by a link, with secrets named by one: links in it are followed, no secret is; opened anew, nothing is left."""
-        os.symlink("tree", self.path("link"))
-        real = self.write("tree/users", b"OUTSIDE")
-        self.write("tree/a.txt", b"inside")
-        for name, text in (("one", self.root), ("two", self.path("link"))):
-            os.symlink(text + "/a.txt", self.path("tree/" + name))
-        for root in (self.root, self.path("link")):
-            for secret in (real, self.path("link/users")):
+        """Served by a link, with secrets named by one: links in it are followed, no secret is."""
+        link, real = self.path("link"), self.write("tree/users", b"OUTSIDE")
+        os.symlink("tree", link)
+        self.grow("a.txt", links=[("one", self.root + "/a.txt"), ("two", link + "/a.txt")])
+        for root in (self.root, link):
+            for secret in (real, link + "/users"):
                 files = self.serve(root, secrets=(secret,))
                 self.assertEqual((files.exposed, files.inside), ([secret], ["users"]))
-                self.check_statuses({"/users": 404, "/one": 200, "/two": 200 if root != self.root else 404}, files)
-        for chroot in (self.folder, self.root, self.path("link")):
-            self.assertEqual(self.serve(self.path("link"), chroot=chroot).path, "/tree" if chroot == self.folder else "/.")
-        with self.assertRaisesRegex(Refusal, "not below --chroot"):
-            self.serve(self.path("link"), chroot=self.outside)
-        self.assertRaises(Refusal, self.serve, self.path("none"))
-        before = os.listdir("/proc/self/fd")
+                two = 200 if root == link else 404
+                self.check({"/users": 404, "/one": 200, "/two": two}, files)
+        for chroot, path in ((self.folder, "/tree"), (self.root, "/."), (link, "/.")):
+            self.assertEqual(self.serve(link, chroot=chroot).path, path)
         for _ in range(3):
-            files.open()
-        self.assertEqual(os.listdir("/proc/self/fd"), before)
-        files.close()
-        self.assertEqual(len(os.listdir("/proc/self/fd")), len(before) - 1)
-
-    def test_a_secret_that_is_being_written(self) -> None:
-        """What `passwd` writes beside the file, before it takes its place, is neither listed nor served."""
-        path, seen = self.write("tree/users", b"#"), []     # type: str, List[Any]
-        files = self.serve(secrets=(path,))
-        with mock.patch.object(os, "fsync", lambda _: seen.extend((self.links("/", files), os.listdir(self.root)))):
-            authserver.change_password(path, "jim", "files", "x")
-        self.assertEqual((seen[0], len(seen[1])), ([], 2))
-        self.check_statuses({"/" + name: 404 for name in seen[1]}, files)
+            files.open()        # anew: setUp sees that nothing is left of the old one
 
     def test_permissions(self) -> None:
         """What may not be read is 403 and not listed; on the way to a file, search is enough."""
-        for name in ("shut.txt", "search/a.txt", "shut/a.txt"):
-            self.write("tree/" + name)
-        for name, mode in (("shut.txt", 0), ("search", 0o311), ("shut", 0)):
-            self.chmod("tree/" + name, mode)
-        wanted = {"/shut.txt": 403, "/search/a.txt": 200, "/search/": 403, "/shut/a.txt": 403, "/shut/": 403}
+        self.grow("own/a.txt", "shut.txt", "search/a.txt", "shut/a.txt")
+        for name, mode in (("own/a.txt", 0o600), ("own", 0o700), ("shut.txt", 0),
+                           ("search", 0o311), ("shut", 0)):
+            self.chmod(name, mode)
+        # Its mode says no to everybody; access(2), for the one who asks it, yes.
+        self.assertEqual(self.links("/own/"), ["../", "a.txt"])
+        self.assertIn("own/", self.links())
+        wanted = {"/shut.txt": 403, "/search/a.txt": 200, "/search/": 403, "/shut/a.txt": 403,
+                  "/shut/": 403, "/own/": 403 if ROOT else 200}
         self.assertTrue(works_elsewhere(
-            lambda: {path: self.get(path).status for path in wanted} == wanted and self.links() == []))
-
-    def test_what_its_owner_alone_may_read_is_listed_for_its_owner(self) -> None:
-        """The mode says no to everybody; access(2), for the one who asks it, yes."""
-        self.write("tree/sub/a.txt")
-        for name, mode in (("sub/a.txt", 0o600), ("sub", 0o700)):
-            self.chmod("tree/" + name, mode)
-        self.assertEqual((self.links("/"), self.links("/sub/")), (["sub/"], ["../", "a.txt"]))
+            lambda: {path: self.get(path).status for path in wanted} == wanted
+            and self.links() == ["own/"] * (not ROOT)))
 
     def test_errors_of_the_system(self) -> None:
-        """No descriptors left is 503; what nobody foresaw is raised."""
+        """No descriptor is 503; an index that may not be read is 403, and never a listing."""
+        self.grow("index.html", "a.txt")
         self.get("/")       # opens the root
-        for number in (errno.EMFILE, errno.ENFILE, errno.EAGAIN):
-            with mock.patch.object(os, "open", side_effect=OSError(number, "")):
-                self.assertEqual(self.get("/a.txt").status, 503)
-        with mock.patch.object(os, "open", side_effect=OSError(errno.EIO, "")):
-            self.assertRaises(OSError, self.get, "/a.txt")
-
-    def test_an_index_that_may_not_be_read(self) -> None:
-        """403, or 503 where it could not be opened just now: whoever put it there did not mean a listing."""
-        self.write("tree/index.html")
         real = os.open
-        for number, status in ((errno.EACCES, 403), (errno.EPERM, 403), (errno.EMFILE, 503), (errno.ESTALE, 503),
-                               (errno.ENOENT, 200), (errno.ENXIO, 200)):
-            def refuse(name: Any, *rest: Any, **keys: Any) -> int:
-                if name == b"index.html":
-                    raise OSError(number, "")
-                return real(name, *rest, **keys)
-            with mock.patch.object(os, "open", refuse):
-                self.assertEqual(self.get("/").status, status, number)
+        for name, path, wanted in (
+                (b"a.txt", "/a.txt", {errno.EMFILE: 503, errno.ENFILE: 503, errno.EAGAIN: 503}),
+                (b"index.html", "/", {errno.EACCES: 403, errno.EPERM: 403, errno.EMFILE: 503,
+                                      errno.ESTALE: 503, errno.ENOENT: 200, errno.ENXIO: 200})):
+            for number, status in wanted.items():
+                def refuse(asked: Any, *rest: Any, **keys: Any) -> int:
+                    if asked == name:
+                        raise OSError(number, "")
+                    return real(asked, *rest, **keys)
+                with mock.patch.object(os, "open", refuse):
+                    self.assertEqual(self.get(path).status, status, (name, number))
+        with mock.patch.object(os, "open", side_effect=OSError(errno.EIO, "")):
+            self.assertRaises(OSError, self.get, "/a.txt")      # which nobody foresaw
 
-    def test_no_descriptor_is_left_open(self) -> None:
-        """After answers of all kinds as many files are open as before."""
-        self.write("tree/sub/a.txt")
-        self.write("tree/large", b"x" * 100000)
-        for name, text in (("in", "sub/a.txt"), ("out", "../tree.txt"), ("loop", "loop"), ("sub/up", "../large"),
-                           ("sub/abs", self.root + "/sub/../sub/a.txt"), ("climb", "sub/../..")):
-            os.symlink(text, self.path("tree/" + name))
-        os.mkfifo(self.path("tree/fifo"))
-        self.get("/")
-        before = os.listdir("/proc/self/fd")
-        for path in ("/", "/sub", "/sub/", "/sub/a.txt", "/large", "/in", "/out", "/loop", "/sub/up", "/climb",
-                     "/sub/abs", "/fifo", "/none/x", "/sub/a.txt/x", "/large/", "//", "/sub/none"):
-            self.get(path)
-            self.get(path, range="bytes=70000-", if_none_match="*")
-        self.assertEqual(os.listdir("/proc/self/fd"), before)
-
-
-class FilesAnswerTests(FilesTest):
-    """What an answer says of a file."""
-
-    def test_folders(self) -> None:
-        """A folder without its slash is redirected, on this host; index.html stands for its folder."""
-        for name in ("sub/a.txt", "a b/a.txt", os.fsdecode(b"\xe4/a.txt"), "http:/a.txt", "index/index.html",
-                     "odd/index.html/a.txt", "bad/a.txt"):
-            self.write("tree/" + name, b"body")
-        os.symlink(self.path("tree.txt"), self.path("tree/bad/index.html"))
-        for path, location in (("/sub", "/sub/"), ("/sub?a=//b&c", "/sub/?a=//b&c"), ("/a%20b?", "/a%20b/?"),
-                               ("/%e4", "/%E4/"), ("/http:", "/http%3A/"), ("/index", "/index/")):
-            answer = self.get(path)
-            self.assertEqual((answer.status, self.field(answer, "Location")), (301, location), path)
-        self.check_statuses(dict.fromkeys(("//sub", "///sub", "/\\sub", "/sub//", "/%2fsub", "/sub/a.txt/"), 404))
-        self.assertEqual(self.get("/index/").body, b"body")
-        self.assertEqual(self.field(self.get("/index/"), "Content-Type"), "text/html; charset=utf-8")
-        self.assertEqual(self.links("/odd/") + self.links("/bad/"), ["../", "index.html/", "../", "a.txt"])
-
-    def test_types(self) -> None:
-        """A type is by the last extension, the same on each box; text is UTF-8; nobody shall guess."""
-        for kind, names in {
-                "text/html": "a.html A.HTM", "text/css": "a.css", "text/javascript": "a.js a.mjs", "text/plain": "a.txt a.py",
-                "text/markdown": "a.md", "application/json": "a.json", "application/wasm": "a.wasm", "image/png": "a.png",
-                "application/pdf": "a.pdf", "application/gzip": "a.tar.gz a.tgz a.html.gz", "font/woff2": "a.woff2",
-                "image/svg+xml": "a.svg", "image/jpeg": "a.jpg a.JPEG", "video/mp4": "a.mp4", "audio/mpeg": "a.mp3",
-                "application/postscript": "a.ps", "application/octet-stream": "README html a.unheard-of a."}.items():
-            for name in names.split():
-                self.write("tree/" + name)
-                answer, charset = self.get("/" + name), "; charset=utf-8" if kind.startswith("text/") else ""
-                for field, value in (("Content-Type", kind + charset), ("X-Content-Type-Options", "nosniff"),
-                                     ("Content-Encoding", None)):
-                    self.assertEqual(self.field(answer, field), value, name)
-
-    def test_whose_it_is(self) -> None:
-        """What a password was needed for is private; what is public says nothing of it."""
-        self.write("tree/a.txt")
-        os.mkdir(self.path("tree/sub"))
-        for path, keys in (("/a.txt", {}), ("/", {}), ("/sub", {}), ("/none", {}), ("/a.txt", {"range": "bytes=0-0"}),
-                           ("/a.txt", {"if_none_match": "*"}), ("/a.txt", {"range": "bytes=9-"})):
-            for username, wanted in (("jim", ("private", "Authorization")), (None, (None, None))):
-                answer = self.get(path, username=username, **keys)
-                self.assertEqual((self.field(answer, "Cache-Control"), self.field(answer, "Vary")), wanted, path)
-
-    def validator(self, name: str = "ETag", now: float = NOW) -> str:
-        """Return a field of a.txt."""
-        return str(self.field(self.get("/a.txt", now=now), name))
-
-    def test_validators(self) -> None:
-        """The tag changes with content, time and file; Last-Modified is no later than now."""
-        path, tags = self.write("tree/a.txt", b"one"), set()
-        for name, octets, mtime in (("a.txt", b"two", OLD), ("a.txt", b"three", OLD), ("a.txt", b"three", OLD + .001),
-                                    ("b", b"three", OLD + .001)):
-            os.rename(self.write("tree/" + name, octets, mtime), path)
-            self.assertEqual(self.validator(), self.validator())
-            self.assertRegex(self.validator(), '^"[0-9a-f-]+"$')
-            tags.add(self.validator())
-        self.assertEqual(len(tags), 4)
-        for mtime, date in ((OLD, "Sun, 09 Sep 2001 01:46:40 GMT"), (-5, "Thu, 01 Jan 1970 00:00:00 GMT"),
-                            (NOW + 9, "Wed, 18 May 2033 03:33:20 GMT"), (1 << 33, "Wed, 18 May 2033 03:33:20 GMT")):
-            os.utime(path, (mtime, mtime))
-            self.assertEqual(self.validator("Last-Modified"), date, mtime)
-            self.assertIn("a.txt", self.text())
-
-    def test_a_young_file(self) -> None:
-        """While time alone may not tell a change, the tag is weak, and not the later one."""
-        self.write("tree/a.txt", b"0123456789")
-        young = self.validator(now=OLD + 1)
-        self.assertRegex(young, '^W/"')
-        self.assertNotIn(self.validator(), young)
-        for now, fields, status in ((OLD, {"if_none_match": young}, 304), (NOW, {"if_none_match": young}, 200),
-                                    (OLD, {"if_match": young}, 412), (OLD, {"if_match": young[2:]}, 412),
-                                    (OLD, {"range": "bytes=1-"}, 206),
-                                    (OLD, {"range": "bytes=1-", "if_range": young}, 200)):
-            self.assertEqual(self.get("/a.txt", now=now, **fields).status, status, fields)
-
-    def test_conditions(self) -> None:
-        """If-Match, If-Unmodified-Since, If-None-Match, If-Modified-Since, Range: in this order."""
-        self.write("tree/a.txt", b"0123456789")
-        tag, old, date = self.validator(), "Sun, 09 Sep 2001 01:46:39 GMT", "Sun, 09 Sep 2001 01:46:40 GMT"
-        cases: Dict[str, Any] = {
-            "if_match": {tag: 200, '"x", ' + tag: 200, "*": 200, '"x"': 412, "W/" + tag: 412, "": 412},
-            "if_unmodified_since": {date: 200, old: 412, "rubbish": 200},
-            "if_none_match": {tag: 304, "W/" + tag: 304, '"x",W/%s ,"y"' % tag: 304, " * ": 304, '"x"': 200,
-                              tag[1:-1]: 200, "": 200}, "if_modified_since": {
-                date: 304, "Sun, 09 Sep 2001 01:46:41 GMT": 304, old: 200, "Sunday, 09-Sep-01 01:46:40 GMT": 304,
-                "Sun Sep  9 01:46:40 2001": 304, "1": 200, " ": 200, "x" * 9999: 200,
-                "Sun, 99 Xxx 99999999999999 01:46:40 GMT": 200}}
-        table = [({name: text}, status) for name, texts in cases.items() for text, status in texts.items()] + [
-            ({"if_match": tag, "if_unmodified_since": old}, 200), ({"if_match": '"x"', "if_none_match": tag}, 412),
-            ({"if_none_match": '"x"', "if_modified_since": date}, 200),
-            ({"if_match": tag, "if_none_match": tag}, 304), ({"if_none_match": tag, "range": "bytes=99-"}, 304),
-            ({"if_match": '"x"', "range": "bytes=99-"}, 412), ({"if_match": tag, "range": "bytes=1-2"}, 206)]
-        for fields, status in table:
-            for method, wanted in (("GET", status), ("HEAD", 200 if status == 206 else status)):
-                with self.subTest(fields=fields, method=method):
-                    answer = self.get("/a.txt", method=method, **fields)
-                    self.assertEqual(answer.status, wanted)
-                    self.assertEqual(self.field(answer, "ETag"), None if status == 412 else tag)
-                    if status == 304:
-                        self.assertEqual((answer.body, self.field(answer, "Content-Type")), (b"", None))
-
-    def test_ranges(self) -> None:
-        """One range gives 206 or 416; several, and what is no range, the whole file; a HEAD has none."""
-        self.write("tree/a.txt", b"0123456789")
-        self.write("tree/empty", b"")
-        whole = ("0-1,3-4", "5-2", "-", "", "a-b", "--1", "1-2-3", "+1-2", "1_0-", "\u0661-", "0x1-", "9" * 9999 + "-")
-        for text, wanted in [("0-0", b"0"), ("2-5", b"2345"), ("2-", b"23456789"), ("9-99", b"9"), ("-3", b"789"),
-                ("-99", b"0123456789"), (" 1-1 ", b"1"), ("1-" + "9" * 99, b"123456789"), ("10-", 416),
-                ("99-100", 416), ("-0", 416)] + [(text, 200) for text in whole]:
-            with self.subTest(text=text):
-                answer = self.get("/a.txt", range="bytes=" + text)
-                extent, status, body = None, wanted, b"0123456789"
-                if isinstance(wanted, bytes):
-                    start, status, body = body.index(wanted), 206, wanted
-                    extent = "bytes %d-%d/10" % (start, start + len(wanted) - 1)
-                if status == 416:
-                    extent, body = "bytes */10", answer.body
-                self.assertEqual((answer.status, answer.body), (status, body))
-                self.assertEqual(self.field(answer, "Content-Range"), extent)
-                self.assertEqual(self.get("/a.txt", method="HEAD", range="bytes=" + text).status, 200)
-        for text, status in (("BYTES=1-1", 206), ("bytes", 200), ("lines=1-2", 200)):
-            self.assertEqual(self.get("/a.txt", range=text).status, status)
-        for text in ("bytes=0-", "bytes=-5", "bytes=3-4"):
-            self.assertEqual(self.get("/empty", range=text).status, 200)
-        tag = self.validator()
-        for text, status in ((tag, 206), ("Sun, 09 Sep 2001 01:46:40 GMT", 206), ('"x"', 200), ("W/" + tag, 200),
-                             ("Sun, 09 Sep 2001 01:46:41 GMT", 200), ("", 200), ("*", 200), (tag + "," + tag, 200)):
-            self.assertEqual(self.get("/a.txt", range="bytes=1-2", if_range=text).status, status, text)
-        self.assertEqual(self.get("/a.txt", if_range=tag).status, 200)
-
-    def test_large_and_cut_files(self) -> None:
-        """Large files are handed over open, small ones come as bytes; one that is cut meanwhile is 503."""
-        octets = bytes(range(256)) * 400
-        self.write("tree/large", octets)
-        self.write("tree/small", octets[:authserver.IN_MEMORY])
-        for path, fields, body in (("/large", {}, octets), ("/large", {"range": "bytes=1-70000"}, octets[1:70001]),
-                                   ("/large", {"range": "bytes=70000-"}, octets[70000:]),
-                                   ("/small", {}, octets[:authserver.IN_MEMORY])):
-            self.assertEqual(self.get(path, **fields).body, body)
-            self.assertIs(self.kind, bytes if len(body) <= authserver.IN_MEMORY else authserver.FilePart)
-        with self.meanwhile("fstat", None, lambda: os.truncate(self.path("tree/small"), 5)):
-            self.assertEqual(self.get("/small").status, 503)
-
-
-class FilesPageTests(FilesTest):
-    """Listings, refusals, and the folder itself."""
-
-    def test_listing(self) -> None:
-        """Folders come first, numbers by their value; size, date; a way up; an end that is told."""
-        for name in ("b.txt", "a10", "a9", "B1", "z/x", "Y/x"):
-            self.write("tree/" + name, b"x" * 1536)
-        self.assertEqual(self.links(), ["Y/", "z/", "a9", "a10", "b.txt", "B1"])
-        self.assertEqual(self.links("/z/"), ["../", "x"])
-        for mtime, date in ((OLD, "2001-09-09<i> 01:46</i>"), (-5, "1970-01-01<i> 00:00</i>"),
-                            (1 << 33, "2242-03-16<i> 12:56</i>")):
-            for name, size in (("z", ""), ("b.txt", "1.5 KiB")):
-                os.utime(self.path("tree/" + name), (mtime, mtime))
-                self.assertIn("</a><td>%s<td>%s" % (size, date), self.text())
-        self.assertNotIn(" of 6 names", self.text())
-        with mock.patch.object(authserver, "MAX_LISTED", 3):
-            self.assertEqual(len(self.links()), 3)
-            self.assertIn("3 of 6 names", self.text())
-
-    def test_pages(self) -> None:
-        """All pages have one style, for phones and dark rooms; a 401 says how to try again."""
-        bodies = [authserver.error_page(status) for status in (400, 401, 403, 404, 405, 429, 500, 503)]
-        for body in bodies + [self.get("/").body]:
-            for piece in ("<!DOCTYPE html>", "viewport", "color-scheme:light dark", authserver.STYLE):
-                self.assertIn(piece, body.decode())
-            self.assertNotIn(b"<script", body)
-        self.assertTrue(all(len(body) < 1500 for body in bodies))
-        self.assertRegex(bodies[1].decode(), "401 Unauthorized</h1>\n<p>This .* To try again, .*\\.")
-        self.assertIs(authserver.error_page(401), bodies[1])
-        self.assertIn(b'<a href="/">', bodies[3])
-
-    def refusal(self, path: str, **options: Any) -> str:
-        """Return why a folder cannot be served."""
-        try:
-            self.get("/", self.serve(path, **options))
-        except authserver.Refusal as error:
-            return str(error)
-        return ""
-
-    def test_refusals(self) -> None:
-        """What cannot be served is told at once, in a line: missing, no folder, not to be read."""
-        for path, reason in ((self.path("none"), "No such file or directory"), (self.path("tree.txt"), "Not a directory")):
-            self.assertEqual(self.refusal(path), "unable to serve %s: %s" % (path, reason))
-        self.assertIn("not below --chroot", self.refusal(self.root, chroot=self.outside))
+    def test_what_cannot_be_served_is_told_at_once(self) -> None:
+        """In a line: missing, no folder, not to be read, outside of the jail."""
+        def reason(path: str, **options: Any) -> str:
+            with self.assertRaises(Refusal) as caught:
+                self.get("/", self.serve(path, **options))
+            return str(caught.exception)
+        for name, why in (("none", "No such file or directory"), ("tree.txt", "Not a directory")):
+            path = self.path(name)
+            self.assertEqual(reason(path), "unable to serve %s: %s" % (path, why))
+        self.assertIn("not below --chroot", reason(self.root, chroot=self.path("outside")))
         denied = "unable to serve %s: Permission denied" % self.root
         for mode in (0, 0o444, 0o111):
-            self.chmod("tree", mode)
-            self.assertTrue(works_elsewhere(lambda: self.refusal(self.root) == denied), oct(mode))
+            self.chmod("", mode)
+            self.assertTrue(works_elsewhere(lambda: reason(self.root) == denied), oct(mode))
 
     def test_opened_by_who_serves(self) -> None:
-        """The folder is opened at the first request, and again after close(): what then has its name."""
+        """The folder is opened at the first request, and again after close(): what then is it."""
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(self.folder)
         files = self.serve("tree")
@@ -2900,14 +2677,181 @@ class FilesPageTests(FilesTest):
     @needs_root
     def test_jail(self) -> None:
         """In a jail the folder is found by its path there, and no secret is served."""
-        self.write("tree/sub/a.txt", b"inside")
-        os.symlink(self.root + "/sub/a.txt", self.path("tree/absolute"))
+        self.grow("sub/a.txt", links=[("absolute", self.root + "/sub/a.txt")])
         secrets = [self.write("tree/users"), self.write("passwords")]
         os.link(secrets[1], self.path("tree/hard"))
         files = self.serve(chroot=self.folder, secrets=secrets)
         wanted = {"/sub/a.txt": 200, "/absolute": 200, "/users": 404, "/hard": 404, "/": 200}
         self.assertTrue(works_elsewhere(
             lambda: {path: self.get(path, files).status for path in wanted} == wanted, self.folder))
+
+    # -- what an answer says of a file
+
+    def test_folders(self) -> None:
+        """A folder without its slash is redirected, on this host; index.html stands for it."""
+        self.grow("sub/a.txt", "a b/a.txt", os.fsdecode(b"\xe4/a.txt"), "http:/a.txt", "bad/a.txt",
+                  "index/index.html", "odd/index.html/a.txt", octets=b"body",
+                  links=[("bad/index.html", self.path("tree.txt"))])
+        for path, location in (("/sub", "/sub/"), ("/sub?a=//b&c", "/sub/?a=//b&c"),
+                               ("/a%20b?", "/a%20b/?"), ("/%e4", "/%E4/"), ("/index", "/index/"),
+                               ("/http:", "/http%3A/")):
+            answer = self.get(path)
+            self.assertEqual((answer.status, answer.fields.get("Location")), (301, location), path)
+        self.check(dict.fromkeys(
+            ("//sub", "///sub", "/\\sub", "/sub//", "/%2fsub", "/sub/a.txt/"), 404))
+        answer = self.get("/index/")
+        self.assertEqual((answer.body, answer.fields.get("Content-Type")),
+                         (b"body", "text/html; charset=utf-8"))
+        self.assertEqual(self.links("/odd/") + self.links("/bad/"),
+                         ["../", "index.html/", "../", "a.txt"])
+
+    def test_types(self) -> None:
+        """A type is by the last extension, the same on each box; text is UTF-8; nobody guesses."""
+        for kind, names in {
+                "text/html": "a.html A.HTM", "text/javascript": "a.js a.mjs",
+                "image/jpeg": "a.JPEG", "text/plain": "a.txt a.py", "text/markdown": "a.md",
+                "image/svg+xml": "a.svg", "application/wasm": "a.wasm", "font/woff2": "a.woff2",
+                "application/gzip": "a.tar.gz a.tgz a.html.gz", "application/postscript": "a.ps",
+                "application/octet-stream": "README html a.unheard-of a."}.items():
+            charset = "; charset=utf-8" if kind.startswith("text/") else ""
+            for name in names.split():
+                self.grow(name)
+                said = self.get("/" + name).fields["Content-Type"]
+                self.assertEqual(said, kind + charset, name)
+
+    def validator(self, name: str = "ETag", now: float = NOW) -> str:
+        """Return a field of a.txt."""
+        return str(self.get("/a.txt", now=now).fields[name])
+
+    def test_validators(self) -> None:
+        """The tag changes with content, time and file; Last-Modified is no later than now."""
+        path, tags = self.write("tree/a.txt", b"one"), set()     # type: str, Set[str]
+        for name, octets, mtime in (("a.txt", b"two", OLD), ("a.txt", b"three", OLD),
+                                    ("a.txt", b"three", OLD + .001), ("b", b"three", OLD + .001)):
+            os.rename(self.write("tree/" + name, octets, mtime), path)
+            self.assertEqual(self.validator(), self.validator())
+            self.assertRegex(self.validator(), '^"[0-9a-f-]+"$')
+            tags.add(self.validator())
+        self.assertEqual(len(tags), 4)
+        today = "Wed, 18 May 2033 03:33:20 GMT"
+        for mtime, date in ((-5, "Thu, 01 Jan 1970 00:00:00 GMT"), (NOW + 9, today),
+                            (1 << 33, today), (OLD, OLD_DATE)):
+            os.utime(path, (mtime, mtime))
+            self.assertEqual(self.validator("Last-Modified"), date, mtime)
+            self.assertEqual(self.links(), ["a.txt"])
+        # While time alone may not tell a change, the tag is weak, and not the later one.
+        young = self.validator(now=OLD + 1)
+        self.assertRegex(young, '^W/"')
+        self.assertNotIn(self.validator(), young)
+        for now, fields, status in (
+                (OLD, {"if_none_match": young}, 304), (NOW, {"if_none_match": young}, 200),
+                (OLD, {"if_match": young}, 412), (OLD, {"if_match": young[2:]}, 412),
+                (OLD, {"range": "bytes=0-"}, 206),
+                (OLD, {"range": "bytes=0-", "if_range": young}, 200)):
+            self.check({"/a.txt": status}, now=now, **fields)
+
+    # What conditions, in their order, and ranges make of ten digits: a status; or octets, with 206.
+    EARLIER, LATER = OLD_DATE.replace(":40", ":39"), OLD_DATE.replace(":40", ":41")
+    CONDITIONS: Dict[str, Dict[str, Any]] = {
+        "if_match": {"TAG": 200, '"x", TAG': 200, "*": 200, '"x"': 412, "W/TAG": 412, "": 412},
+        "if_unmodified_since": {OLD_DATE: 200, EARLIER: 412, "rubbish": 200},
+        "if_none_match": {"TAG": 304, "W/TAG": 304, '"x",W/TAG ,"y"': 304, " * ": 304, '"x"': 200,
+                          "": 200},
+        "if_modified_since": {
+            OLD_DATE: 304, LATER: 304, EARLIER: 200, "Sunday, 09-Sep-01 01:46:40 GMT": 304,
+            "Sun Sep  9 01:46:40 2001": 304, "1": 200, " ": 200, "x" * 9999: 200,
+            "Sun, 99 Xxx 99999999999999 01:46:40 GMT": 200},
+        "range": dict({
+            "bytes=0-0": b"0", "bytes=2-5": b"2345", "bytes=2-": b"23456789", "BYTES=1-1": b"1",
+            "bytes=9-99": b"9", "bytes=-3": b"789", "bytes=-99": b"0123456789", "bytes= 1-1 ": b"1",
+            "bytes=1-" + "9" * 99: b"123456789", "bytes=10-": 416, "bytes=99-100": 416,
+            "bytes=-0": 416, "bytes": 200, "lines=1-2": 200}, **{"bytes=" + text: 200 for text in (
+                "0-1,3-4", "5-2", "-", "", "a-b", "--1", "1-2-3", "+1-2", "1_0-", "\u0661-", "0x1-",
+                "9" * 9999 + "-")}),
+        "if_range": {"TAG": 200}}       # without a range
+    COMBINED: List[Any] = [
+        ({"if_match": "TAG", "if_unmodified_since": EARLIER}, 200),
+        ({"if_match": '"x"', "if_none_match": "TAG"}, 412),
+        ({"if_none_match": '"x"', "if_modified_since": OLD_DATE}, 200),
+        ({"if_match": "TAG", "if_none_match": "TAG"}, 304),
+        ({"if_none_match": "TAG", "range": "bytes=99-"}, 304),
+        ({"if_match": '"x"', "range": "bytes=99-"}, 412),
+        ({"if_match": "TAG", "range": "bytes=1-2"}, b"12")] + [
+        ({"range": "bytes=1-2", "if_range": text}, want) for text, want in (
+            ("TAG", b"12"), (OLD_DATE, b"12"), ('"x"', 200), ("W/TAG", 200), ("", 200), ("*", 200),
+            (OLD_DATE.replace(":40", ":41"), 200), ("TAG,TAG", 200))]
+
+    def test_conditions_and_ranges(self) -> None:
+        """If-Match, If-Unmodified-Since, If-None-Match, If-Modified-Since, Range: in this order."""
+        whole = b"0123456789"
+        self.grow("a.txt", octets=whole)
+        self.grow("empty", octets=b"")
+        tag = self.validator()
+        for asked, want in self.COMBINED + [({name: text}, want) for name in self.CONDITIONS
+                                            for text, want in self.CONDITIONS[name].items()]:
+            fields = {name: text.replace("TAG", tag) for name, text in asked.items()}
+            status, part = (206, want) if isinstance(want, bytes) else (want, whole)
+            start = whole.index(part)
+            extents = {206: "bytes %d-%d/10" % (start, start + len(part) - 1), 416: "bytes */10"}
+            with self.subTest(fields):
+                answer = self.get("/a.txt", **fields)
+                self.assertEqual((answer.status, answer.fields.get("Content-Range")),
+                                 (status, extents.get(status)))
+                if status < 400:
+                    body = b"" if status == 304 else part
+                    self.assertEqual((answer.body, answer.fields["ETag"]), (body, tag))
+                    self.assertEqual("Content-Type" in answer.fields, status != 304)
+                self.check({"/a.txt": status}, **fields)
+                head_ = 200 if status in (206, 416) else status     # it has no range
+                self.check({"/a.txt": head_}, method="HEAD", **fields)
+        self.check({"/a.txt": 200}, if_none_match=tag[1:-1])        # without its quotes
+        for text in ("bytes=0-", "bytes=-5", "bytes=3-4"):
+            self.check({"/empty": 200}, range=text)
+
+    def test_large_and_cut_files(self) -> None:
+        """Large files are handed over open, small ones are read; who is cut meanwhile is 503."""
+        octets = bytes(range(256)) * 400
+        small = octets[:authserver.IN_MEMORY]
+        self.grow("large", octets=octets)
+        self.grow("small", octets=small)
+        for path, text, body in (
+                ("/large", "", octets), ("/large", "bytes=1-70000", octets[1:70001]),
+                ("/large", "bytes=70000-", octets[70000:]), ("/small", "", small)):
+            self.assertEqual(self.get(path, range=text).body, body)
+            self.assertIs(self.kind, bytes if len(body) <= len(small) else authserver.FilePart)
+        with self.after("fstat", None, lambda: os.truncate(self.path("tree/small"), 5)):
+            self.assertEqual(self.get("/small").status, 503)
+
+    # -- listings and other pages
+
+    def test_listing(self) -> None:
+        """Folders come first, numbers by their value; size, date; a way up; an end that is told."""
+        self.grow("b.txt", "a10", "a9", "B1", "z/x", "Y/x", octets=b"x" * 1536)
+        self.assertEqual(self.links(), ["Y/", "z/", "a9", "a10", "b.txt", "B1"])
+        self.assertEqual(self.links("/z/"), ["../", "x"])
+        for mtime, date in ((OLD, "2001-09-09<i> 01:46</i>"), (-5, "1970-01-01<i> 00:00</i>"),
+                            (1 << 33, "2242-03-16<i> 12:56</i>")):
+            for name, size in (("z", ""), ("b.txt", "1.5 KiB")):
+                os.utime(self.path("tree/" + name), (mtime, mtime))
+                self.assertIn("</a><td>%s<td>%s" % (size, date), self.get("/").body.decode())
+        self.assertNotIn(" of 6 names", self.get("/").body.decode())
+        with mock.patch.object(authserver, "MAX_LISTED", 3):
+            self.assertEqual(len(self.links()), 3)
+            self.assertIn("3 of 6 names", self.get("/").body.decode())
+
+    def test_pages(self) -> None:
+        """All pages have one style, for phones and dark rooms; a 401 says how to try again."""
+        pages = {status: authserver.error_page(status)
+                 for status in (400, 401, 403, 404, 405, 429, 500, 503)}
+        for body in [*pages.values(), self.get("/").body]:
+            for piece in ("<!DOCTYPE html>", "viewport", "scheme:light dark", authserver.STYLE):
+                self.assertIn(piece, body.decode())
+            self.assertNotIn(b"<script", body)
+        self.assertLess(max(map(len, pages.values())), 1500)
+        self.assertRegex(pages[401].decode(),
+                         "401 Unauthorized</h1>\n<p>This .* To try again, .*\\.")
+        self.assertIs(authserver.error_page(401), pages[401])
+        self.assertIn(b'<a href="/">', pages[404])
 
 
 # -- 2. HTTP, over real sockets ----------------------------------------------
@@ -2929,7 +2873,7 @@ Row = Tuple[str, bytes, List[int], bool]        # sentence, what is sent, the st
 
 
 class HttpTest(SharedBoxTest):
-    """A server that tests of a class share: `script` makes it, or authserver.py runs with `settings`."""
+    """A server that a class shares: `script` makes it, or authserver.py runs with `settings`."""
     at: str
     script, settings = "", ""
     options: Sequence[str] = ()
@@ -2940,27 +2884,40 @@ class HttpTest(SharedBoxTest):
         main = "sys.exit(authserver.main(sys.argv[1:]))\n"
         path = cls.box.write("server.py", PRELUDE + cls.settings + "\n" + (
             cls.script + LIBRARY_END if cls.script else main))
-        cls.at = cls.box.launch(PYTHON, path, "--passwords", passwords, "--bind", "127.0.0.1:0", *cls.options)
+        cls.at = cls.box.launch(PYTHON, path, "--passwords", passwords, "--bind", "127.0.0.1:0",
+                                *cls.options)
 
     def say(self, data: bytes) -> bytes:
         """Send bytes and the end of them; return all that comes back."""
         return talk(self.at, data, True)
 
-    def check(self, rows: Sequence[Row]) -> None:
-        """Send each row's bytes, then a request: it is answered, or the connection was closed."""
+    def check(self, rows: Sequence[Row], tells: bool = True) -> None:
+        """Send each row's bytes, then a request: it is answered, or the connection was closed.
+
+        And that was told (`tells`), where it was known before the answer began.
+        """
         for sentence, data, want, closes in rows:
             with self.subTest(sentence):
                 said = self.say(data + head("/", "GET", JIM, CLOSE))
                 self.assertEqual(statuses(said), want + [200] * (not closes))
-                if want and closes:
+                if want and closes and tells:
                     self.assertIn(b"\r\nconnection: close\r\n", said.lower())
 
-    def threads(self) -> int:
-        """Return how many threads the server has besides its loop."""
-        return len(os.listdir("/proc/%d/task" % self.box.server.pid)) - 1
+    def trickle(self, wire: Wire, octets: bytes) -> Answer:
+        """Send bytes in a packet each, and read the answer."""
+        wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for octet in octets[:-1]:
+            wire.sendall(bytes([octet]))
+        return wire.exchange(octets[-1:])
+
+    def leave(self, data: bytes, size: int = 0) -> None:
+        """Send bytes, read some of the answer, and go away with a reset."""
+        wire = Wire(self.at)
+        wire.sendall(data)
+        wire.recv(size)
+        wire.abort()
 
     def log(self) -> str:
-        """Return what the server has logged."""
         return read(self.box.output)
 
     def logged(self, pattern: str, count: int = 1) -> List[Any]:
@@ -2969,383 +2926,320 @@ class HttpTest(SharedBoxTest):
                           and re.findall(pattern, self.log()), "%d of %s" % (count, pattern)))
 
 
-def refused(sentence: str, octets: bytes, status: int = 400) -> Row:
-    """Return the row of a head (without the empty line) that ends the connection."""
-    return sentence, octets + b"\r\n", [status], True
+def heads(want: Any, start: bytes, rows: Dict[str, bytes], end: bytes = b"\r\n\r\n") -> List[Any]:
+    """Return rows: a word, a head (start, what is special about it, end), what becomes of it."""
+    return [(word, start + octets + end, want) for word, octets in rows.items()]
 
 
 G, P = b"GET / HTTP/1.1\r\nHost: a\r\n", b"POST / HTTP/1.1\r\nHost: a\r\n"
-SYNTAX = [refused("two blanks before the target", b"GET  / HTTP/1.1\r\nHost: a\r\n"),
-    refused("a blank after the version", b"GET / HTTP/1.1 \r\nHost: a\r\n"),
-    refused("a no-break space", b"GET /\xa0 HTTP/1.1\r\nHost: a\r\n"),
-    refused("NUL in the target", b"GET /\x00 HTTP/1.1\r\nHost: a\r\n"),
-    refused("a control character in the method", b"G\x01T / HTTP/1.1\r\nHost: a\r\n"),
-    refused("no Host", b"GET / HTTP/1.1\r\n"), refused("HTTP/0.9", b"GET /\r\n"),
-    refused("a target without a slash", b"GET a HTTP/1.1\r\nHost: a\r\n"),
-    refused("GET *", b"GET * HTTP/1.1\r\nHost: a\r\n"),
-    refused("an URL without a host", b"GET http:// HTTP/1.1\r\nHost: a\r\n"),
-    refused("an URL with a user", b"GET http://u@h/ HTTP/1.1\r\nHost: a\r\n"),
-    refused("a fragment", b"GET /#x HTTP/1.1\r\nHost: a\r\n"),
-    refused("http in small letters", b"GET / http/1.1\r\nHost: a\r\n"),
-    refused("a Host with a blank", b"GET / HTTP/1.1\r\nHost: a b\r\n"),
-    refused("two Hosts", G + b"Host: a\r\n"), refused("a blank before the colon", G + b"X : a\r\n"),
-    refused("no colon", G + b"no colon\r\n"), refused("no name", G + b": a\r\n"),
-    refused("a line that begins with a blank", G + b" folded\r\n"),
-    refused("a folded line", G + b"X: a\r\n folded\r\n"), refused("a bare CR", G + b"X: a\rb\r\n"),
-    refused("NUL in a field", G + b"X: a\x00b\r\n"), refused("a bare LF", G + b"X: a\nY: b\r\n"),
-    refused("DEL in a name", G + b"X\x7f: a\r\n"),
-    refused("two lengths", P + b"Content-Length: 1\r\nContent-Length: 1\r\n"),
-    refused("a list of lengths", P + b"Content-Length: 1, 1\r\n"),
-    refused("a signed length", P + b"Content-Length: +1\r\n"),
-    refused("a negative length", P + b"Content-Length: -1\r\n"),
-    refused("no length after all", P + b"Content-Length:\r\n"),
-    refused("a hexadecimal length", P + b"Content-Length: 0x1\r\n"),
-    refused("an underscore in a length", P + b"Content-Length: 1_0\r\n"),
-    refused("a superscript length", P + b"Content-Length: \xb9\r\n"),
-    refused("length and chunks", P + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n"),
-    refused("identity", P + b"Transfer-Encoding: identity\r\n"),
-    refused("an empty coding", P + b"Transfer-Encoding:\r\n"),
-    refused("chunked before the last", P + b"Transfer-Encoding: chunked, gzip\r\n"),
-    refused("chunked twice", P + b"Transfer-Encoding: chunked\r\n" * 2),
-    refused("an unknown coding", P + b"Transfer-Encoding: xchunked\r\n"),
-    refused("chunks in 1.0", b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n"),
-    refused("a POST of 1.0 without a length", b"POST / HTTP/1.0\r\n", 411),
-    refused("a length beyond all bounds", P + b"Content-Length: 9999999999999999\r\n", 413),
-    refused("a long target", b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\nHost: a\r\n", 414),
-    refused("an expectation of tea", G + b"Expect: tea\r\n", 417),
-    refused("a long field", G + b"X: " + b"a" * 40000 + b"\r\n", 431),
-    refused("200 fields", G + b"X: a\r\n" * 200, 431),
-    refused("gzip", P + b"Transfer-Encoding: gzip, chunked\r\n", 501),
-    refused("HTTP/2.0", b"GET / HTTP/2.0\r\nHost: a\r\n", 505),
-    refused("the preface of HTTP/2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n", 505),
-    ("an empty line before a request", b"\r\n" + head(), [200], False),
+G10, P10, HOST = b"GET / HTTP/1.0\r\n", b"POST / HTTP/1.0\r\n", b" HTTP/1.1\r\nHost: a\r\n\r\n"
+TARGET = b"a" * (authserver.MAX_LINE - len(b"GET / HTTP/1.1"))
+FIELD = b"X: " + b"a" * (authserver.MAX_HEAD - len(G + b"X: \r\n\r\n"))
+FIELDS = b"X: a\r\n" * (authserver.MAX_FIELDS - 2) + b"X: a"
+# Each bound is met exactly, and one more is refused, with a status. Who is read is not: that row
+# says what differs from a GET of / without a body.
+HEADS = [
+    *heads(400, b"", {
+        "two blanks before the target": b"GET  /", "a no-break space": b"GET /\xa0",
+        "NUL in the target": b"GET /\x00", "a control character in the method": b"G\x01T /",
+        "*": b"GET *", "no slash": b"GET a", "a fragment": b"GET /#x", "no host": b"GET http://",
+        "a user": b"GET http://u@h/", "half an address": b"GET http://h[/",
+        "no port": b"GET http://h:8o/"}, HOST),
+    *heads(400, b"GET /", {
+        "a blank after the version": b" HTTP/1.1 \r\nHost: a", "no Host": b" HTTP/1.1", "0.9": b"",
+        "http in small letters": b" http/1.1\r\nHost: a",
+        "a blank in Host": b" HTTP/1.1\r\nHost: a b",
+        "two Hosts in 1.0": b" HTTP/1.0\r\nHost: a\r\nHost: a"}),
+    *heads(400, G, {
+        "two Hosts": b"Host: a", "a blank before the colon": b"X : a", "no colon": b"no colon",
+        "no name": b": a", "a line that begins with a blank": b" folded", "a bare CR": b"X: a\rb",
+        "a folded line": b"X: a\r\n folded", "NUL in a field": b"X: a\x00b",
+        "a bare LF": b"X: a\nY: b", "DEL in a name": b"X\x7f: a"}),
+    *heads(400, P + b"Content-Length:", {
+        "two lengths": b" 1\r\nContent-Length: 1", "a list": b" 1, 1", "none": b"",
+        "a sign": b" +1", "a negative length": b" -1", "hexadecimal": b" 0x1",
+        "superscript": b" \xb9", "an underscore": b" 1_0",
+        "length and chunks": b" 1\r\nTransfer-Encoding: chunked"}),
+    *heads(400, P + b"Transfer-Encoding:", {
+        "identity": b" identity", "an empty coding": b"", "an unknown coding": b" xchunked",
+        "not last": b" chunked, gzip", "twice": b" chunked\r\nTransfer-Encoding: chunked"}),
+    *heads(400, P10, {"chunks in 1.0": b"Transfer-Encoding: chunked"}),
+    *heads({"keep_alive": False}, b"GET", {"no fields, as these": b" / HTTP/1.0"}),
+    *heads(411, b"", {"no length": b"POST", "nor this": b"PUT", "...": b"PATCH"},
+           b" / HTTP/1.0\r\n\r\n"),
+    *heads(400, b"POST", {"no fields in 1.1": b" / HTTP/1.1"}),
+    *heads(413, P, {"a length of 16 digits": b"Content-Length: 0000000000000001"}),
+    *heads(414, b"GET /", {"too long": TARGET + b"a", "endless": b"a" * authserver.MAX_HEAD}, HOST),
+    *heads(417, G, {"an expectation of tea": b"Expect: tea"}),
+    *heads(431, G, {"a long field": FIELD + b"a", "many fields": FIELDS + b"\r\nX: a"}),
+    *heads(501, P, {"gzip": b"Transfer-Encoding: gzip, chunked"}),
+    *heads(505, b"", {"HTTP/2.0": b"GET / HTTP/2.0", "its preface": b"PRI * HTTP/2.0\r\n\r\nSM"}),
+    *heads({}, G, {"a long field": FIELD, "many fields": FIELDS, "an option": b"Connection: x"}),
+    *heads({"path": "/" + TARGET.decode()}, b"GET /", {"a long target": TARGET}, HOST),
+    *heads({"path": "/a//b?c"}, b"GET ", {
+        "a path and a query": b"/a//b?c", "two slashes": b"//a//b?c", "an URL": b"http://h/a//b?c",
+        "an URL in capitals, with two slashes": b"HTTP://h:80//a//b?c"}, HOST),
+    *heads({"path": "/?b"}, b"GET ", {"no path": b"http://h?b", "a slash": b"http://h/?b"}, HOST),
+    *heads({"keep_alive": False}, G, {"told to close": b"Connection: x, Close"}),
+    *heads({"keep_alive": False}, G10, {
+        "1.0": b"X: y", "a word": b"Connection: x", "two words": b"Connection: keep-alive, close"}),
+    *heads({}, G10, {"1.0 that stays": b"Connection: x, Keep-Alive"}),
+    *heads({"keep_alive": False, "length": 0}, P10, {"no body in 1.0": b"Content-Length: 0"}),
+    *heads({"keep_alive": False, "length": 1}, P10, {
+        "1.0 waits for nothing": b"Content-Length: 1\r\nExpect: 100-continue"}),
+    *heads({"chunked": True, "expects": True}, P, {
+        "chunks": b"Expect: 100-Continue\r\nTransfer-Encoding: Chunked"}),
+    *heads({"length": 1}, P, {"a length of 15 digits": b"Content-Length: 000000000000001"})]
+# Of a request with a body the head alone would be no whole one.
+SYNTAX = [(word, octets, [want], True) if isinstance(want, int) else
+          (word, octets, [401], not want.get("keep_alive", True))
+          for word, octets, want in HEADS if octets[:1] == b"G" or isinstance(want, int)] + [
+    ("an empty line before a request", b"\r\n" + head("//example/foo"), [200], False),
     ("a HEAD of what is not there", head("/none", "HEAD"), [404], False),
-    ("a path and a query", head("/example/foo?a=b"), [200], False),
-    ("two slashes", head("//example/foo"), [200], False),
-    ("a whole URL", head("http://test/example/foo"), [200], False),
-    ("a whole URL in capitals", head("HTTP://x:80/example/foo"), [200], False),
-    ("an URL without a path", head("http://test"), [200], False),
-    ("an URL without a path, with a query", head("http://test?x"), [200], False),
-    ("OPTIONS *", head("*", "OPTIONS"), [204], False), ("CONNECT", head("x:80", "CONNECT"), [405], False),
-    ("1.1 told to close", head("/", "GET", JIM, CLOSE), [200], True),
-    ("1.1 told to close, among other things", head("/", "GET", JIM, "Connection: x, Close"), [200], True),
-    ("1.0", b"GET / HTTP/1.0\r\n\r\n", [401], True),
-    ("1.0 that keeps alive", b"GET / HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n", [401], False),
-    ("1.0 of two minds", b"GET / HTTP/1.0\r\nConnection: keep-alive, close\r\n\r\n", [401], True)]
+    ("OPTIONS *", head("*", "OPTIONS"), [204], False),
+    ("CONNECT", head("x:80", "CONNECT"), [405], False)]
 SMUGGLED = b"GET /example/smuggled HTTP/1.1\r\nHost: a\r\n\r\n"
 LENGTH, CHUNKED = "Content-Length: %d" % len(SMUGGLED), "Transfer-Encoding: chunked"
 CHUNKS = b"3;ext=1\r\nabc\r\n1\r\nd\r\n0\r\nTrailer: x\r\n\r\n"
-BODIES = [("a small body of a refused request", head("/", "POST", "", LENGTH) + SMUGGLED, [401], False),
+
+
+def rows(want: List[int], closes: bool, cases: Dict[str, bytes]) -> List[Row]:
+    """Return the rows of what is answered in the same way."""
+    return [(word, octets, want, closes) for word, octets in cases.items()]
+
+
+BODIES = rows([401], True, {
+    "chunks of a refused request": head("/", "POST", "", CHUNKED) + SMUGGLED,
+    "a large body of one": head("/", "POST", "", "Content-Length: 100000") + SMUGGLED,
+    "who waits": head("/", "PUT", "", "Content-Length: 9", "Expect: 100-continue")}) + [
+    ("a small body of one", head("/", "POST", "", LENGTH) + SMUGGLED, [401], False),
     ("a body that the method has not", head("/", "POST", JIM, LENGTH) + SMUGGLED, [405], False),
-    ("chunks of a refused request", head("/", "POST", "", CHUNKED) + SMUGGLED, [401], True),
-    ("a large body of a refused request", head("/", "POST", "", "Content-Length: 100000") + SMUGGLED, [401], True),
-    ("who waits for 100 Continue and is refused", head(
-        "/", "PUT", "", "Content-Length: 9", "Expect: 100-continue"), [401], True),
-    ("a GET with a body", head("/", "GET", JIM, "Content-Length: 4") + b"abcd", [200], False),
     ("a GET with chunks", head("/", "GET", JIM, CHUNKED) + CHUNKS, [200], True),
-    ("a GET with 64 KiB", head("/", "GET", JIM, "Content-Length: 65536") + b"a" * 65536, [200], False)]
+    *rows([200], False, {
+        "a GET with a body": head("/", "GET", JIM, "Content-Length: 4") + b"abcd",
+        "64 KiB": head("/", "GET", JIM, "Content-Length: 65536") + b"a" * 65536})]
+BROKEN_CHUNKS = (b"x\r\n", b"1\r\naX\r\n", b"0\r\nno colon\r\n\r\n", b"1;" + b"x" * 9000, b"\r\n",
+                 b"-1\r\na\r\n", b"+1\r\n", b"0x1\r\na\r\n", b"1_0\r\n", b" 1\r\na\r\n", b"1 x\r\n",
+                 b"1 \r\na\r\n0\r\n\r\n", b"1 \n\r\na\r\n", b"1\x00\r\n", b"1;\x00\r\n", b"g\r\n",
+                 b"1\r\nab\r\n", b"1\r\na\r\n\r\n", b"0000000000000001\r\n", b"0\r\nX : y\r\n")
 
 
 class HttpSyntax(HttpTest):
     """A request is read by the letter of the RFC, or refused"""
-    settings = "authserver.MAX_MEMOS = 8"
 
     def test_what_is_read_and_what_is_refused(self) -> None:
-        """Each is answered as the RFC says; after what two programs could read differently, nothing is."""
-        self.check(SYNTAX)
-
-    def test_a_body_is_never_taken_for_a_request(self) -> None:
-        """Skipped where its end is near and known, else the connection ends with the refusal."""
-        self.check(BODIES)
-
-    def test_where_a_chunked_body_ends(self) -> None:
-        """At the empty line after its trailer; each fault alone is refused, as is what is too long, also before its end."""
-        line = b"x" * authserver.MAX_LINE
-        for octets, want in ((b"", b""), (b"0\r\n\r\n", b""), (b"a\r\n0123456789\r\n00 \t;x\r\nX: y\r\n\r\n", b"0123456789"),
-                (b"F;x=\"y\"\r\n" + b"z" * 15 + b"\r\n0\r\n", b"z" * 15), (b"1;" + line[3:] + b"\r\na", b"a"),
-                (b"1;" + line[1:] + b"\r\n", 400), (b"1;" + line[:-2], b""), (b"1;" + line, 400), (line + b"x", 400),
-                (b"1\r\nab\r\n", 400), (b"1\r\n" + b"ab" + line, 400), (b"1\r\na\r\n\r\n", 400), (b"\r\n", 400), (b" 1\r\n", 400), (b"-1\r\n", 400),
-                (b"+1\r\n", 400), (b"0x1\r\n", 400), (b"1_0\r\n", 400), (b"1 x\r\n", 400), (b"1\x00\r\n", 400), (b"1;\x00\r\n", 400),
-                (b"g\r\n", 400), (b"0000000000000001\r\n", 400), (b"%x\r\n" % authserver.MAX_BODY, b""),
-                (b"%x\r\n" % (authserver.MAX_BODY + 1), 413), (b"0\r\nX\r\n", 400), (b"0\r\nX : y\r\n", 400),
-                (b"0\r\n" + b"X: y\r\n" * (authserver.MAX_HEAD // 6), b""), (b"0\r\n" + b"X: y\r\n" * (authserver.MAX_HEAD // 6 + 1), 400)):
-            size = 1 + len(octets) // 99
-            for pieces in ([octets], [octets[i:i + size] for i in range(0, len(octets), size)]):
-                with self.subTest(octets[:40], pieces=len(pieces)):
-                    body = authserver.Body(0, True)
-                    try:
-                        self.assertEqual((b"".join(map(body.feed, pieces)), body.take_rest() and b"", body.done),
-                                         (want, b"", octets.endswith(b"\r\n\r\n")))
-                    except authserver.BadRequest as error:
-                        self.assertEqual(error.status, want)
-        body = authserver.Body(0, True)
-        for _ in range(2):
-            body.feed(b"%x\r\n" % (authserver.MAX_BODY // 2))
-            body.left = 0           # as if that had come
-            body.feed(b"\r\n")
-        with self.assertRaises(authserver.BadRequest):
-            body.feed(b"1\r\n")
-        self.assertEqual((authserver.Body(-1, False).done, authserver.Body(0, False).done, authserver.Body(1, False).done), (True, True, False))
+        """After what two programs could read differently nothing is; a body is never a request."""
+        self.check(SYNTAX + BODIES)
 
     def test_methods_that_the_resource_has_not(self) -> None:
         """405 with Allow for a known method, 501 for an unknown one; strangers learn neither."""
         for method, status in (("POST", 405), ("DELETE", 405), ("TRACE", 405), ("BREW", 501)):
             with self.subTest(method), Wire(self.at) as wire:
                 answer = wire.ask("/", method, JIM, EMPTY)
-                self.assertEqual((answer.status, answer.field("Allow")), (status, "GET, HEAD, OPTIONS"))
+                self.assertEqual(answer.status, status)
+                self.assertEqual(answer.field("Allow"), "GET, HEAD, OPTIONS")
                 self.assertEqual(wire.ask("/", method, "").status, 401)
 
-    def test_what_is_sent_first(self) -> None:
-        """No byte of a file before the whole head; a file that was cut, or a client that has left, ends the connection."""
-        for sent, took, called in ((2, 0, ["send", "wait_to_write"]), (3, 0, ["send", "send_part", "wait_to_write"]),
-                (3, 4, ["send", "send_part", "wait_to_write"]), (3, 5, ["send", "send_part"]),
-                (3, EOFError(), ["send", "send_part", "close"]), (3, ConnectionResetError(), ["send", "send_part", "close"]),
-                (BrokenPipeError(), 0, ["send", "close"])):
-            file = mock.Mock()
-            channel = mock.Mock(output=b"abc", part=authserver.FilePart(file, 7, 5), closing=False, writes=False)
-            channel.send.side_effect, channel.send_part.side_effect = [sent], [took]
-            authserver.Channel.flush(channel)
-            self.assertEqual([call[0] for call in channel.method_calls], called)
-            self.assertEqual(file.close.called, took == 5)
-            if took == 4:
-                self.assertEqual((channel.part[1:], channel.wait_to_write.call_args[0]), ((11, 1), (7,)))
-
-    def test_how_long_a_client_is_waited_for(self) -> None:
-        """The deadline moves by what was taken, no further than a whole one; who may still be sending is heard to its end."""
-        pace = authserver.PACE_SECONDS / authserver.IN_MEMORY
-        for writes, sent, deadline in ((True, 0, 100.0), (True, 1000, 100.0 + 1000 * pace),
-                                       (True, 10 ** 9, 95.0 + authserver.WAITS["write"]), (False, 0, 100.0)):
-            channel = mock.Mock(writes=writes, deadline=100.0, server=mock.Mock(clock=95.0))
-            authserver.Channel.wait_to_write(channel, sent)
-            self.assertEqual(channel.deadline, deadline)
-            self.assertEqual([call[0] for call in channel.method_calls], [] if writes else ["watch", "wait"])
-        for stage, lingers, buffer, error, called in (
-                ("linger", True, b"x", None, []), ("write", False, b"", None, ["close"]), ("write", True, b"", None, ["shut", "watch", "wait"]),
-                ("write", False, b"x", None, ["shut", "watch", "wait"]), ("write", True, b"", OSError, ["shut", "close"])):
-            channel = mock.Mock(stage=stage, lingers=lingers, buffer=buffer)
-            channel.shut.side_effect = error
-            authserver.Channel.hang_up(channel)
-            self.assertEqual([call[0] for call in channel.method_calls], called)
-            self.assertEqual(channel.buffer, buffer if stage == "linger" or error else b"")
-        for stage, draining in (("idle", False), ("idle", True), ("first", False), ("first", True), ("head", True), ("write", True)):
-            channel = mock.Mock(server=mock.Mock(clock=95.0, draining=draining))
-            authserver.Channel.wait(channel, stage)
-            soon = draining and stage in ("idle", "first")
-            self.assertEqual((channel.stage, channel.deadline), (
-                stage, 95.0 + (authserver.DRAIN_SECONDS if soon else authserver.WAITS[stage])))
-
-    def test_a_lock_out_is_of_the_address_that_connected(self) -> None:
-        """Or, where that is a trusted proxy, of the one that it names; nobody else shares it, with the same head neither."""
-        with socket.socket() as sock:
-            listener = authserver.Listener(sock, ("basic",), logs=False)
-            with AuthServer(("127.0.0.1", 0), authserver.example, authenticator=make(max_failures=(2, 60.0)),
-                            listeners=[listener]) as server:
-                server.proxies = authserver.TrustedProxies(["192.0.2.9"])
-                for peer, forwarded, auth, want in (
-                        ("192.0.2.1", "", WRONG, 401), ("192.0.2.1", "", WRONG, 401), ("192.0.2.1", "", WRONG, 429),
-                        ("192.0.2.2", "", WRONG, 401), ("192.0.2.2", "", JIM, 200), ("192.0.2.1", "", JIM, 429),
-                        ("192.0.2.9", "192.0.2.1", JIM, 429), ("192.0.2.9", "192.0.2.3", JIM, 200), ("192.0.2.9", "", JIM, 200),
-                        ("192.0.2.3", "192.0.2.1", JIM, 200), ("192.0.2.1", "192.0.2.3", JIM, 429), ("127.0.0.1", "", WRONG, 401),
-                        ("127.0.0.1", "", WRONG, 401), ("127.0.0.1", "", JIM, 200)):
-                    connection = authserver.Connection(server, listener, None, (peer, 4711))
-                    octets = head("/", "GET", auth, *["X-Forwarded-For: " + forwarded] * bool(forwarded))
-                    self.assertEqual(list(connection.answer(octets)), [])
-                    self.assertEqual((statuses(connection.output), connection.host), ([want], peer), (peer, forwarded))
-
-    def test_nothing_that_a_client_says_ends_a_quotation_in_the_log(self) -> None:
-        """Neither target, Referer and User-Agent, nor what a proxy says that its client asked for."""
-        with socket.socket() as sock:
-            listener = authserver.Listener(sock, ("basic",))
-            with AuthServer(("127.0.0.1", 0), authserver.example, authenticator=make(), listeners=[listener]) as server:
-                server.proxies, server.forward_auth = authserver.TrustedProxies(["192.0.2.9"]), "/auth"
-                for path, fields, said in (
-                        ("/a\\", ['Referer: "\xe9', "User-Agent: \\\x80\t"], ('"GET /a\\x5c HTTP/1.1" 404', '"\\x22\\xe9" "\\x5c\\x80"')),
-                        ("/auth", ["X-Original-Method: GET", 'X-Original-URI: /b"\xe9'], ('"GET /b\\x22\\xe9 HTTP/1.1" 200', '"-" "-"'))):
-                    connection = authserver.Connection(server, listener, None, ("192.0.2.9", 4711))
-                    self.assertEqual(list(connection.answer(head(path, "GET", JIM, *fields))), [])
-                    line = server.log.waiting[1].pop()
-                    self.assertRegex(line, r"\A192.0.2.9 - jim \[[^]]+\] %s \d+ %s\n\Z" % tuple(map(re.escape, said)))
-
-    def test_what_was_read_of_a_signed_body_is_that_body(self) -> None:
-        """As it came, for the handler to read again: with its chunks, without the next request."""
-        for octets, length in ((b"1\r\na\r\n0\r\n\r\n", 0), (b"a", 1)):
-            body = authserver.Body(length, not length)
-            connection = mock.Mock(buffer=octets + SMUGGLED, output=b"")
-            connection.take_buffer.side_effect = [connection.buffer]
-            fields = authserver.NO_FIELDS._replace(length=length or -1, chunked=not length, expects=True)
-            with self.assertRaises(StopIteration) as caught:
-                next(authserver.Connection.read_body(connection, fields, body))
-            self.assertEqual((caught.exception.value, body.taken, body.take_rest(), body.is_read, connection.output),
-                             (b"a", octets, SMUGGLED, True, b""))
-
-    def test_nothing_is_kept_of_who_has_been_refused(self) -> None:
-        """It is read, so that it can read the answer; what it sends is dropped, and not our memory filled."""
-        for closing, kept in ((True, b""), (False, b"ab")):
-            connection = mock.Mock(writes=False, closing=closing, buffer=b"", server=mock.Mock(later={}))
-            connection.receive.side_effect = [b"a", b"b", None, b""]
-            for _ in range(4):
-                authserver.Connection.ready(connection, 1)
-            self.assertEqual((connection.buffer, connection.close.call_count), (kept, 1))
-
-    def test_pipelined_requests_are_answered_in_order(self) -> None:
-        """Requests that are sent together are answered one after the other, however many."""
+    def test_however_requests_are_cut_into_packets(self) -> None:
+        """A head may come byte by byte; 500 may come at once, and are answered in their order."""
+        with Wire(self.at) as wire:
+            self.assertEqual(self.trickle(wire, head()).status, 200)
         self.assertEqual(statuses(self.say(head() * 500)), [200] * 500)
         answer = self.say(head("/example/one") + b"\r\n" + head("/nothing") + head("/", "HEAD")
                           + head("/example/two", "GET", JIM, CLOSE) + head())
         self.assertEqual(statuses(answer), [200, 404, 200, 200])
         self.assertLess(answer.index(b"one"), answer.index(b"two"))
 
-    def test_a_head_may_come_byte_by_byte(self) -> None:
-        """However a head is cut into packets, it is the same head."""
-        with Wire(self.at) as wire:
-            wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            for octet in head()[:-1]:
-                wire.sendall(bytes([octet]))
-            self.assertEqual(wire.exchange(b"\n").status, 200)
-
     def test_head_has_the_fields_of_get_and_no_body(self) -> None:
-        """HEAD is GET without the body, at 200, 401 and 404."""
         for path, auth in (("/", JIM), ("/", ""), ("/none", JIM)):
             with self.subTest(path, auth=auth), Wire(self.at) as wire:
-                said = [wire.ask(path, method, auth, body=method == "GET") for method in ("GET", "HEAD", "GET")]
-                fields = [[item for item in answer.fields if item[0] not in (
-                    "date", "www-authenticate")] for answer in said]
+                get, head_, again = (wire.ask(path, method, auth, body=method == "GET")
+                                     for method in ("GET", "HEAD", "GET"))
+                fields = [[field for field in answer.fields if field[0] not in (
+                    "date", "www-authenticate")] for answer in (get, head_)]
                 self.assertEqual(fields[0], fields[1])
-                self.assertEqual([said[0].status] * 2, [answer.status for answer in said[1:]])
+                self.assertEqual((head_.status, again.status), (get.status, get.status))
 
-    def test_half_a_head_that_can_only_become_worse_is_refused(self) -> None:
-        """431 or 414 before the end of an endless head, 400 for a line without CR: nobody waits."""
-        for status, data in ((431, b"GET / HTTP/1.1\r\nX: " + b"a" * 40000),
-                             (414, b"GET /" + b"a" * 9000), (400, b"GET / HTTP/1.1\nHost: a\r\n")):
-            with self.subTest(status), Wire(self.at) as wire:
-                wire.sendall(data)
-                self.assertEqual(statuses(wire.hear()), [status])
+    def test_who_can_only_become_worse_is_refused_and_reads_why(self) -> None:
+        """Half a head for whose end nobody waits; 1 MiB to a 401, sent without a look."""
+        size = 1 << 20
+        for status, data in (
+                (431, b"GET / HTTP/1.1\r\nX: " + b"a" * 40000), (414, b"GET /" + b"a" * 9000),
+                (400, b"GET / HTTP/1.1\nHost: a\r\n"),
+                (401, head("/", "POST", "", "Content-Length: %d" % size) + b"a" * size)):
+            with self.subTest(status):
+                self.assertEqual(statuses(talk(self.at, data)), [status])
 
-    def test_a_client_that_still_sends_reads_the_refusal(self) -> None:
-        """A client that sends 1 MiB to a 401 without looking reads the 401 afterwards."""
-        data = head("/", "POST", "", "Content-Length: 1048576") + b"a" * 1048576
-        self.assertEqual(statuses(talk(self.at, data)), [401])
+    def test_a_proof_is_good_once(self) -> None:
+        """nc from 1 to 9, also out of order; the same again, or with another response, is 401.
 
-    def test_a_remembered_head_is_no_free_pass(self) -> None:
-        """A Digest head again, however often, or with another response, is 401 though it was right."""
-        auth = digest(self.at, "/")
-        forged = re.sub('response="[^"]*', 'response="%032d' % 0, auth)
-        with Wire(self.at) as wire:
-            said = [wire.ask("/", "GET", field).status for field in (auth, auth, auth, forged, auth)]
-        self.assertEqual(said, [200, 401, 401, 401, 401])
-
-    def test_a_client_that_counts_on_gets_in_each_time(self) -> None:
-        """nc from 1 to 9 on one nonce, also out of order; each of them once."""
+        Whatever is remembered of heads; and what looks like credentials in a field beside them.
+        """
         client = Digest(request(self.at, "/", "GET", "").field("www-authenticate") or "", uri="/")
-        fields = [client.field("%08x" % nc) for nc in (1, 2, 3, 4, 6, 5, 7, 8, 9)]
+        proofs = [client.field("%08x" % nc) for nc in (1, 2, 3, 4, 6, 5, 7, 8, 9)]
+        forged = re.sub('response="[^"]*', 'response="%032d' % 0, proofs[0])
+        last = "Authorization: " + client.field("0000000a")
+        decoys = ['X-Authorization: Digest a=b, nc=%08x, response="0"' % nc for nc in (1, 1, 2)]
         with Wire(self.at) as wire:
-            said = [wire.ask("/", "GET", field).status for field in fields + fields]
-        self.assertEqual(said, [200] * 9 + [401] * 9)
+            said = [wire.ask("/", "GET", proof).status for proof in [
+                *proofs, *proofs, proofs[0], forged, proofs[0]]]
+            self.assertEqual(said, [200] * 9 + [401] * 12)
+            said = [wire.ask("/", "GET", "", decoy, last).status for decoy in decoys]
+            self.assertEqual(said, [200, 401, 401])
 
-    def test_a_remembered_head_has_the_host_of_its_sender(self) -> None:
-        """The same head from two addresses: the log, and so a lock-out, has each with its own."""
-        for _ in range(3):
-            for source in ("127.0.0.1", "127.0.0.2"):
-                with Wire(self.at, source=source) as wire:
-                    self.assertEqual(wire.ask("/example/twins").status, 200)
-        hosts = self.logged(r"(?m)^(\S+) - jim .*/example/twins", 6)
-        self.assertEqual(hosts, ["127.0.0.1", "127.0.0.2"] * 3)
 
-    def test_more_heads_than_are_remembered(self) -> None:
-        """300 different heads, twice each, are all answered; no more than MAX_MEMOS are kept."""
-        heads = [head("/", "GET", JIM, "X: %d" % number) for number in range(300)]
-        self.assertEqual(statuses(self.say(b"".join(heads + heads + heads[:1]))), [200] * 601)
-        reader = authserver.HeadReader()
-        with mock.patch.object(authserver, "MAX_MEMOS", 8):
-            for octets in heads + heads:
-                reader.read(octets)
-        self.assertLessEqual(max(len(kept) for kept in vars(reader).values() if isinstance(kept, dict)), 8)
+class HttpInMemory(unittest.TestCase):
+    """What a head means, and a body; and what becomes of an answer: without a socket"""
+
+    def test_where_a_chunked_body_ends(self) -> None:
+        """At the empty line after its trailer; each fault is refused, and what is too long."""
+        line, most = b"x" * authserver.MAX_LINE, authserver.MAX_BODY
+        trailer = b"0\r\n" + b"X: y\r\n" * (authserver.MAX_HEAD // 6)
+        for octets, want in [
+                (b"", b""), (b"0\r\n\r\n", b""), (b"F;x\r\n" + line[:15] + b"\r\n0\r\n", line[:15]),
+                (b'a;x="y"\r\n0123456789\r\n00 \t;x\r\nX: y\r\n\r\n', b"0123456789"),
+                (trailer, b""), (b"1;" + line[3:] + b"\r\na", b"a"), (b"1;" + line[:-2], b""),
+                (b"%x\r\n" % most, b""), (b"%x\r\n" % (most + 1), 413)] + [
+                (octets, 400) for octets in BROKEN_CHUNKS + (
+                    b"1;" + line[1:] + b"\r\n", b"1;" + line, line + b"x", b"1\r\nab" + line,
+                    trailer + b"X: y\r\n")]:
+            size = 1 + len(octets) // 99
+            for pieces in ([octets], [octets[i:i + size] for i in range(0, len(octets), size)]):
+                with self.subTest(octets[:40], pieces=len(pieces)):
+                    body = authserver.Body(0, True)
+                    try:
+                        self.assertEqual((b"".join(map(body.feed, pieces)), body.done),
+                                         (want, octets.endswith(b"\r\n\r\n")))
+                    except authserver.BadRequest as error:
+                        self.assertEqual(error.status, want)
+        body = authserver.Body(0, True)
+        for _ in range(2):
+            body.feed(b"%x\r\n" % (most // 2))
+            body.left = 0           # as if that had come
+            body.feed(b"\r\n")
+        with self.assertRaises(authserver.BadRequest):
+            body.feed(b"1\r\n")
+        self.assertEqual([authserver.Body(n, False).done for n in (-1, 0, 1)], [True, True, False])
 
     def test_a_head_is_read_as_if_it_were_the_first(self) -> None:
-        """Whatever came before, and wherever credentials seem to stand: HeadReader reads as parse_head does."""
-        for lines in ("AUTHORIZATION: %s\r\nContent-Length: 1%s", "Authorization: Digest a=%s\r\nReferer: %s", "Proxy-Authorization: Digest a=%s\r\nAuthorization: %s",
-                      "X: uthorization: Digest %s\r\nUser-Agent: %s", "authorization: gest %s\r\nX: Authorization: %s",
-                      'Connection: x uri="%s"\r\nAuthorization: %s', "authorization:%s \r\nAuthorization: %s",
-                      "Authorization: %s\r\nConnection: %s"):
+        """Whatever came before, and wherever credentials seem to stand."""
+        for lines in (
+                "AUTHORIZATION: %s\r\nContent-Length: 1%s",
+                "Authorization: Digest a=%s\r\nReferer: %s",
+                "Proxy-Authorization: Digest a=%s\r\nAuthorization: %s",
+                "X: uthorization: Digest %s\r\nUser-Agent: %s",
+                "authorization: gest %s\r\nX: Authorization: %s",
+                'Connection: x uri="%s"\r\nAuthorization: %s',
+                "authorization:%s \r\nAuthorization: %s", "Authorization: %s\r\nConnection: %s"):
             reader = authserver.HeadReader()
-            for pair in (("1", "2"), ("1", "2"), ("1", "3"), ("4", "2"), ("close", "5"), ("6", "7"), ("a,close", "8")):
-                octets = b"GET / HTTP/1.1\r\nHost: a\r\n%s\r\n\r\n" % (lines % pair).encode()
+            for pair in ("1 2", "1 2", "1 3", "4 2", "close 5", "6 7", "a,close 8"):
+                octets = (G.decode() + lines % tuple(pair.split()) + "\r\n\r\n").encode()
                 with self.subTest(octets):
-                    self.assertEqual(*[(found.fields, found.line, [*found.authorization]) for found in (
-                        reader.read(octets), authserver.parse_head(octets))])
+                    self.assertEqual(*[
+                        (found.fields, found.line, [*found.authorization])
+                        for found in (reader.read(octets), authserver.parse_head(octets))])
         known = len(reader._known)
         reader.read(octets[:-2] + b"X: %s\r\n\r\n" % (b"a" * 5000))     # too long to be kept
         self.assertEqual(len(reader._known), known)
+        with mock.patch.object(authserver, "MAX_MEMOS", 8):
+            for number in [*range(300)] * 2:
+                path = reader.read(b"GET /%d%sX: %d\r\n\r\n" % (number, HOST[:-2], number)).path
+                self.assertEqual(path, "/%d" % number)
+                self.assertLessEqual(len(reader._known), 8)
 
     def test_what_is_remembered_of_a_head(self) -> None:
-        """From its third time a block of fields is not parsed; no credentials are kept; method and version count each time."""
+        """The third time its fields are not parsed; credentials are not kept; its line counts."""
         reader, parsed = authserver.HeadReader(), mock.Mock(side_effect=authserver.parse_head)
         with mock.patch.object(authserver, "parse_head", parsed):
-            for number in range(5):
-                found = reader.read(b"GET /%d HTTP/1.1\r\nHost: a\r\nAuthorization: Basic %d \t\r\n\r\n" % (number, number))
-                self.assertEqual((found.path, [*found.authorization]), ("/%d" % number, ["Basic %d" % number]))
-            for number in range(5):
-                reader.read(b"GET /%s HTTP/1.0\r\n\r\n" % (b"long" * 50 * number))
+            for n in range(5):
+                octets = b"GET /%d%sAuthorization: Basic %d \t\r\n\r\n" % (n, HOST[:-2], n)
+                found = reader.read(octets)
+                self.assertEqual(found.path, "/%d" % n)
+                self.assertEqual([*found.authorization], ["Basic %d" % n])
+            for n in range(5):
+                reader.read(b"GET /%s HTTP/1.0\r\n\r\n" % (b"long" * 50 * n))
         self.assertEqual(parsed.call_count, 4)
         self.assertNotIn(b"Basic", b"".join(reader._known))
-        for method, minor, status in (("GET", 0, None), ("POST", 0, 411), ("PUT", 0, 411), ("PATCH", 0, 411), ("POST", 1, 400)):
-            octets = b"%s / HTTP/1.%d\r\n\r\n" % (method.encode(), minor)
-            for read in (reader.read, authserver.parse_head):
-                said = None
-                try:
-                    read(octets)
-                except authserver.BadRequest as error:
-                    said = error.status
-                self.assertEqual(said, status, octets)
-
     def test_what_a_head_means(self) -> None:
-        """Path, length, chunks, and whether the connection stays; each bound is met exactly, one more is refused."""
-        post, line = b"POST / HTTP/1.%d\r\n", b"GET /%s HTTP/1.1\r\n"
-        long = authserver.MAX_LINE - len(line % b"") + 2
-        filled = authserver.MAX_HEAD - len(G + b"X: \r\n\r\n")
-        for octets, want in (
-                (b"GET http://h?b HTTP/1.1\r\nHost: h\r\n", ("/?b", -1, False, True, False)),
-                (b"GET http://h/?b HTTP/1.1\r\nHost: h\r\n", ("/?b", -1, False, True, False)),
-                (b"GET http://h//a//b HTTP/1.1\r\nHost: h\r\n", ("/a//b", -1, False, True, False)),
-                (b"GET http://h[/ HTTP/1.1\r\nHost: h\r\n", 400), (b"GET http://h:8o/ HTTP/1.1\r\nHost: h\r\n", 400),
-                (b"GET / HTTP/1.0\r\nHost: a\r\nHost: a\r\n", 400), (b"GET / HTTP/1.0\r\n", ("/", -1, False, False, False)),
-                (b"GET / HTTP/1.0\r\nConnection: x\r\n", ("/", -1, False, False, False)),
-                (b"GET / HTTP/1.0\r\nConnection: x, Keep-Alive\r\n", ("/", -1, False, True, False)),
-                (G + b"Connection: x\r\n", ("/", -1, False, True, False)),
-                (post % 0 + b"Content-Length: 1\r\nExpect: 100-continue\r\n", ("/", 1, False, False, False)),
-                (post % 0 + b"Content-Length: 0\r\n", ("/", 0, False, False, False)), (post % 0, 411),
-                (P + b"Expect: 100-Continue\r\nTransfer-Encoding: Chunked\r\n", ("/", -1, True, True, True)),
-                (P + b"Content-Length: 000000000000001\r\n", ("/", 1, False, True, False)),
-                (P + b"Content-Length: 0000000000000001\r\n", 413),
-                (G + b"X: y\r\n" * (authserver.MAX_FIELDS - 1), ("/", -1, False, True, False)),
-                (G + b"X: y\r\n" * authserver.MAX_FIELDS, 431),
-                (line % (b"x" * long) + b"Host: a\r\n", ("/" + "x" * long, -1, False, True, False)),
-                (line % (b"x" * long + b"x") + b"Host: a\r\n", 414), (line % (b"x" * authserver.MAX_HEAD), 414),
-                (G + b"X: " + b"y" * filled + b"\r\n", ("/", -1, False, True, False)),
-                (G + b"X: y" + b"y" * filled + b"\r\n", 431)):
-            with self.subTest(octets[:60]):
-                try:
-                    found = authserver.parse_head(octets + b"\r\n")
-                    self.assertEqual((found.path,) + found.fields[1:5], want)
-                    self.assertEqual(found.has_body(), found.fields.chunked or found.fields.length == 1)
-                except authserver.BadRequest as error:
-                    self.assertEqual(error.status, want)
+        """For who reads it the first time, and whatever is remembered of it or of others."""
+        plain = {"path": "/", "length": -1, "chunked": False, "keep_alive": True, "expects": False}
+        reader = authserver.HeadReader()
+        for word, octets, want in HEADS:
+            for read in [authserver.parse_head] + [reader.read] * 3:
+                with self.subTest(word):
+                    try:
+                        found = read(octets)
+                        means = dict(found.fields._asdict(), path=found.path)
+                        self.assertEqual({name: means[name] for name in plain}, dict(plain, **want))
+                        self.assertEqual(found.has_body(), means["chunked"] or means["length"] == 1)
+                    except authserver.BadRequest as error:
+                        self.assertEqual(error.status, want)
 
-    def test_a_field_that_looks_like_credentials_deceives_nobody(self) -> None:
-        """A proof that was right once is 401 again, whatever nc stands in a field beside Authorization."""
-        auth = "Authorization: " + digest(self.at, "/")
-        said = []
-        for number in (1, 1, 2):
-            decoy = 'X-Authorization: Digest a=b, nc=%08x, response="0"' % number
-            said.append(request(self.at, "/", "GET", "", decoy, auth).status)
-        self.assertEqual(said, [200, 401, 401])
+    def test_nothing_is_kept_of_who_has_been_refused(self) -> None:
+        """It is read, so that it can read the answer; our memory is not filled with it."""
+        for closing, kept in ((True, b""), (False, b"ab")):
+            connection = mock.Mock(writes=False, closing=closing, buffer=b"")
+            connection.server.later = {}
+            connection.receive.side_effect = [b"a", b"b", None, b""]
+            for _ in range(4):
+                authserver.Connection.ready(connection, 1)
+            self.assertEqual((connection.buffer, connection.close.call_count), (kept, 1))
+
+    def test_what_is_sent_first(self) -> None:
+        """No byte of a file before the whole head; who is cut, or has left, is closed."""
+        for sent, took, calls in (
+                (2, 0, "send wait_to_write"), (3, 0, "send send_part wait_to_write"),
+                (3, 4, "send send_part wait_to_write"), (3, 5, "send send_part"),
+                (3, EOFError(), "send send_part close"), (BrokenPipeError(), 0, "send close"),
+                (3, ConnectionResetError(), "send send_part close")):
+            file = mock.Mock()
+            channel = mock.Mock(output=b"abc", part=authserver.FilePart(file, 7, 5), closing=False,
+                                writes=False)
+            channel.send.side_effect, channel.send_part.side_effect = [sent], [took]
+            authserver.Channel.flush(channel)
+            self.assertEqual([call[0] for call in channel.method_calls], calls.split())
+            self.assertEqual(file.close.called, took == 5)
+            if took == 4:
+                self.assertEqual(channel.part[1:], (11, 1))
+                channel.wait_to_write.assert_called_with(7)
+
+    def test_how_long_a_client_is_waited_for(self) -> None:
+        """The deadline moves by what was taken, no further than a whole one."""
+        pace, longest = authserver.PACE_SECONDS / authserver.IN_MEMORY, authserver.WAITS["write"]
+        for writes, sent, deadline in ((True, 0, 100.0), (True, 1000, 100.0 + 1000 * pace),
+                                       (True, 10 ** 9, 95.0 + longest), (False, 0, 100.0)):
+            channel = mock.Mock(writes=writes, deadline=100.0, **{"server.clock": 95.0})
+            authserver.Channel.wait_to_write(channel, sent)
+            self.assertEqual(channel.deadline, deadline)
+            self.assertEqual(channel.method_calls, [] if writes else [
+                mock.call.watch(True), mock.call.wait("write")])
+        for stage, draining in (("idle", False), ("idle", True), ("first", False), ("first", True),
+                                ("head", True), ("write", True)):
+            channel = mock.Mock(**{"server.clock": 95.0, "server.draining": draining})
+            authserver.Channel.wait(channel, stage)
+            soon = draining and stage in ("idle", "first")
+            self.assertEqual((channel.stage, channel.deadline), (
+                stage, 95.0 + (authserver.DRAIN_SECONDS if soon else authserver.WAITS[stage])))
+
+    def test_who_may_still_be_sending_is_heard_to_its_end(self) -> None:
+        for stage, lingers, buffer, error, calls in (
+                ("linger", True, b"x", None, ""), ("write", False, b"", None, "close"),
+                ("write", True, b"", None, "shut watch wait"),
+                ("write", False, b"x", None, "shut watch wait"),
+                ("write", True, b"", OSError, "shut close")):
+            channel = mock.Mock(stage=stage, lingers=lingers, buffer=buffer)
+            channel.shut.side_effect = error
+            authserver.Channel.hang_up(channel)
+            self.assertEqual([call[0] for call in channel.method_calls], calls.split())
+            self.assertEqual(channel.watch.call_args_list, [mock.call(False)] * ("watch" in calls))
+            self.assertEqual(channel.buffer, buffer if stage == "linger" or error else b"")
 
 
 class Turns(unittest.TestCase):
     """What happens in one turn of the loop, and in which order"""
 
-    def loop(self, page: Any = authserver.example, **settings: Any) -> Any:
-        """Return a server without passwords whose turns the test makes."""
+    def loop(self, *schemes: str, authenticator: Any = None, **settings: Any) -> Any:
+        """Return a server whose turns the test makes."""
         for name, value in settings.items():
             patch = mock.patch.object(authserver, name, value)
             patch.start()
@@ -3353,23 +3247,64 @@ class Turns(unittest.TestCase):
         sock = socket.socket()
         sock.bind(("127.0.0.1", 0))
         sock.listen(64)
-        listener = authserver.Listener(sock, (), logs=False)
-        server = AuthServer(sock.getsockname(), page, listeners=[listener])
+        listener = authserver.Listener(sock, schemes)
+        server = AuthServer(sock.getsockname(), authserver.example, authenticator=authenticator,
+                            listeners=[listener])
         server.log.flush = server.log.waiting[2].clear      # type: ignore[method-assign]
         server.begin()
         self.addCleanup(server.server_close)
         self.addCleanup(server.close)
         return server
 
-    def client(self, server: Any, data: bytes = b"") -> socket.socket:
+    def client(self, server: Any, data: bytes = b"") -> Wire:
         """Return a client that has sent something."""
-        sock = socket.create_connection(server.socket.getsockname(), PATIENCE)
-        self.addCleanup(sock.close)
-        sock.sendall(data)
-        return sock
+        wire = Wire("127.0.0.1:%d" % server.server_address[1])
+        self.addCleanup(wire.close)
+        wire.sendall(data)
+        return wire
+
+    def status_of(self, server: Any, peer: str, octets: bytes) -> int:
+        """Return what a request is answered that comes from an address."""
+        connection = authserver.Connection(server, server.listeners[0], None, (peer, 4711))
+        self.assertEqual((list(connection.answer(octets)), connection.host), ([], peer))
+        status, = statuses(connection.output)
+        return status
+
+    def test_a_lock_out_is_of_the_address_that_connected(self) -> None:
+        """Or of the one that a trusted proxy names; nobody else shares it, with the same head."""
+        server = self.loop("basic", authenticator=make(max_failures=(2, 60.0)))
+        server.proxies = authserver.TrustedProxies(["192.0.2.9"])
+        for peer, forwarded, auth, want in (
+                ("192.0.2.1", "", WRONG, 401), ("192.0.2.1", "", WRONG, 401),
+                ("192.0.2.1", "", WRONG, 429), ("192.0.2.2", "", WRONG, 401),
+                ("192.0.2.2", "", JIM, 200), ("192.0.2.1", "", JIM, 429),
+                ("192.0.2.9", "192.0.2.1", JIM, 429), ("192.0.2.9", "192.0.2.3", JIM, 200),
+                ("192.0.2.9", "", JIM, 200), ("192.0.2.3", "192.0.2.1", JIM, 200),
+                ("192.0.2.1", "192.0.2.3", JIM, 429), ("127.0.0.1", "", WRONG, 401),
+                ("127.0.0.1", "", WRONG, 401), ("127.0.0.1", "", JIM, 200)):
+            octets = head("/", "GET", auth, *["X-Forwarded-For: " + forwarded] * bool(forwarded))
+            self.assertEqual(self.status_of(server, peer, octets), want, (peer, forwarded))
+            # The log has, of the same head, each time who has sent it.
+            host = forwarded if forwarded and peer == "192.0.2.9" else peer
+            self.assertEqual(server.log.waiting[1].pop().split()[0], host)
+
+    def test_nothing_that_a_client_says_ends_a_quotation_in_the_log(self) -> None:
+        """Neither target, Referer and User-Agent, nor what a proxy says that was asked for."""
+        server = self.loop("basic", authenticator=make())
+        server.proxies, server.forward_auth = authserver.TrustedProxies(["192.0.2.9"]), "/auth"
+        for path, fields, status, line, tail in (
+                ("/a\\", ['Referer: "\xe9', "User-Agent: \\\x80\t"], 404,
+                 '"GET /a\\x5c HTTP/1.1" 404', '"\\x22\\xe9" "\\x5c\\x80"'),
+                ("/auth", ["X-Original-Method: GET", 'X-Original-URI: /b"\xe9'], 200,
+                 '"GET /b\\x22\\xe9 HTTP/1.1" 200', '"-" "-"')):
+            octets = head(path, "GET", JIM, *fields)
+            self.assertEqual(self.status_of(server, "192.0.2.9", octets), status)
+            logged = r"\A192.0.2.9 - jim \[[^]]+\] %s \d+ %s\n\Z"
+            line, tail = re.escape(line), re.escape(tail)
+            self.assertRegex(server.log.waiting[1].pop(), logged % (line, tail))
 
     def test_who_asks_ahead_is_read_in_a_turn_of_its_own(self) -> None:
-        """Of 20 that pipeline without end a turn answers one; who comes then is answered in the next."""
+        """Of 20 that pipeline without end a turn answers one; who comes then is the next."""
         server = self.loop(SLICE=0.0, READ_SIZE=256)
         for _ in range(20):
             self.client(server, head("/", auth="") * 200)
@@ -3383,32 +3318,32 @@ class Turns(unittest.TestCase):
         self.assertLess(server.answered - before, 5)
 
     def test_what_one_client_causes_costs_no_other(self) -> None:
-        """A program's verify_request raises for the third of three: the first two have their answers."""
+        """A program's verify_request raises for the third of three: two have their answers."""
         server = self.loop()
-        with mock.patch.object(server, "verify_request", side_effect=[True, True, KeyError("no such country")]):
+        with mock.patch.object(server, "verify_request", side_effect=[True, True, KeyError()]):
             clients = [self.client(server, head("/", auth="")) for _ in range(3)]
             for _ in range(3):
                 server.turn(0)
         self.assertEqual([sock.recv(12) for sock in clients[:2]], [b"HTTP/1.1 200"] * 2)
-        with contextlib.suppress(ConnectionResetError):     # what it asked for was not read
-            self.assertEqual(clients[2].recv(12), b"")
+        self.assertEqual(clients[2].hear(), b"")
 
     def test_an_answer_leaves_once(self) -> None:
-        """SIGTERM comes between send(2) and the next line: what has left is not sent again at the end."""
+        """SIGTERM comes between send(2) and the next line: what has left is not sent again."""
         server, send = self.loop(), authserver.Channel.send
         client = self.client(server, head("/", auth=""))
 
         def send_and_die(connection: Any, octets: bytes) -> int:
             send(connection, octets)
             raise SystemExit
-        with mock.patch.object(authserver.Channel, "send", send_and_die), self.assertRaises(SystemExit):
+        with mock.patch.object(authserver.Channel, "send", send_and_die), \
+                self.assertRaises(SystemExit):
             for _ in range(100):
                 server.turn(1)
         server.close()
-        self.assertEqual(b"".join(iter(lambda: client.recv(65536), b"")).count(b"HTTP/1.1"), 1)
+        self.assertEqual(client.hear().count(b"HTTP/1.1"), 1)
 
     def test_who_has_an_answer_coming_makes_room_for_nobody(self) -> None:
-        """Its answer is ready and not sent, or its next request is in the buffer: it is not idle."""
+        """Its answer is ready and not sent, or its next request is in the buffer: not idle."""
         for requests in (1, 2):
             server = self.loop(SLICE=0.0)
             client = self.client(server)
@@ -3422,8 +3357,7 @@ class Turns(unittest.TestCase):
             server.make_room()
             until(lambda: server.turn(0) or server.answered == requests, "the answers")
             server.close()
-            said = b"".join(iter(lambda: client.recv(65536), b""))
-            self.assertEqual(statuses(said), [200] * requests)
+            self.assertEqual(statuses(client.hear()), [200] * requests)
 
     def test_calls_that_come_meanwhile_wait(self) -> None:
         """A call that asks for another one, for ever: the turn ends all the same."""
@@ -3437,44 +3371,48 @@ class Turns(unittest.TestCase):
         server.turn(0)
         self.assertLess(len(calls), 5)
 
-    def test_a_place_is_free_before_anybody_hears_of_it(self) -> None:
-        """Who is told that the only thread is done may lend it more at once."""
-        pool, taken = authserver.Pool(1), []    # type: Any, List[bool]
-        told = threading.Event()
-
-        def tell() -> None:
-            taken.append(pool.lend(lambda: lambda: None))
-            told.set()
-        pool.lend(lambda: tell)
-        self.assertTrue(told.wait(PATIENCE))
-        self.assertEqual(taken, [True])
-
     def test_the_overdue_are_looked_for_once_a_second(self) -> None:
-        """However many quiet turns there are: with 10,000 connections it takes half a millisecond."""
-        server, looks = self.loop(), []     # type: Any, List[int]
-
-        class Idle:
-            """A connection that notes when its deadline is looked at."""
-            stage, output, part = "idle", b"", None
-
-            @property
-            def deadline(self) -> float:
-                looks.append(1)
-                return float("inf")
-            close = staticmethod(lambda: None)
-        server.connections.add(Idle())
+        """However many quiet turns there are: with 10,000 connections it takes 0.5 ms."""
+        server, looked = self.loop(), mock.PropertyMock(return_value=float("inf"))
+        idle = type("Idle", (), {"deadline": looked, "close": staticmethod(lambda: None)})
+        server.connections.add(idle())
         for _ in range(50):
             server.turn(0)
-        self.assertIn(len(looks), (1, 2))
+        self.assertIn(looked.call_count, (1, 2))
+
+    def test_a_thread_is_there_or_nobody_waits_for_it(self) -> None:
+        """Its place is free before anybody hears of it; one that cannot be started has none."""
+        pool, taken = authserver.Pool(1), []    # type: Any, List[bool]
+        heard, busy = threading.Event(), threading.Event()
+        self.addCleanup(busy.set)
+
+        def tell() -> None:     # who is told that the only thread is done may lend it more
+            taken.append(pool.lend(lambda: lambda: None))
+            heard.set()
+        pool.lend(lambda: tell)
+        self.assertTrue(heard.wait(PATIENCE))
+        self.assertEqual(taken, [True])
+        pool, done = authserver.Pool(5), threading.Event()
+        wait: Any = lambda: busy.wait() and (lambda: None)
+        self.assertTrue(pool.lend(wait))
+        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("no more")):
+            self.assertFalse(pool.lend(wait))
+        self.assertTrue(pool.lend(lambda: done.set) and done.wait(SOON))
 
 
 HANDLERS = r'''
 gate = threading.Event()
 class Echo(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    def begin(self, *fields, status=200):
+        self.send_response(status)
+        for field in fields: self.send_header(*field.split(": "))
+        self.end_headers()
+        return self.wfile
+    def answer(self, body, length=None):
+        self.begin("Content-Length: %d" % (len(body) if length is None else length)).write(body)
     def do_GET(self):
-        name = "get_" + self.path.partition("?")[0].strip("/")
-        getattr(self, name, self.get_rest)()
+        getattr(self, "get_" + self.path.partition("?")[0].strip("/"), self.get_rest)()
     def get_raise(self): raise KeyError("on purpose")
     def get_exit(self): sys.exit(3)
     def get_none(self): pass
@@ -3484,10 +3422,8 @@ class Echo(http.server.BaseHTTPRequestHandler):
         raise KeyError("late")
     def get_short(self): self.answer(b"12345", 10)
     def get_long(self): self.answer(b"1234567890EXTRA", 10)
-    def get_no204(self):
-        self.send_response(204); self.end_headers(); self.wfile.write(b"deleted!")
-    def get_endless(self):
-        self.send_response(200); self.end_headers(); self.wfile.write(b"no length")
+    def get_no204(self): self.begin(status=204).write(b"deleted!")
+    def get_endless(self): self.begin().write(b"no length")
     def get_shut(self): gate.clear(); self.answer(b"")
     def get_open(self): gate.set(); self.answer(b"")
     def get_slow(self): self.answer(b"%r" % gate.wait(10))
@@ -3497,64 +3433,61 @@ class Echo(http.server.BaseHTTPRequestHandler):
         if not os.fork():
             os.write(tell, b"%d" % resource.getrlimit(resource.RLIMIT_NOFILE)[0]); os._exit(0)
         self.answer(os.read(told, 99))
-    def get_rest(self): self.answer(repr([self.command, self.path, self.client_address[0]]).encode())
+    def get_rest(self): self.answer(repr([self.command, self.path]).encode())
     def do_HEAD(self): self.answer(b"body of a HEAD")
     def do_UNREAD(self): self.answer(b"unread")
     def do_LINE(self): self.rfile.readline(); self.answer(b"a line")
     def do_MUTE(self): pass
     def do_ROUND(self): self.connection.sendmsg([b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"])
     def get_more(self, chunk=b"0\r\n\r\n"):
-        self.send_response(200); self.send_header("Transfer-Encoding", "chunked"); self.end_headers()
-        self.wfile.write(b"2\r\nok\r\n" + chunk + b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil")
+        self.begin("Transfer-Encoding: chunked").write(
+            b"2\r\nok\r\n" + chunk + b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil")
     def get_worse(self): self.get_more(b"zz\r\n")
     def do_POST(self): self.answer(self.rfile.read(int(self.headers["Content-Length"])))
     def do_RAW(self): self.answer(self.rfile.read())
-    def do_CHUNKS(self):
-        body = b""
+    def do_CHUNKS(self, body=b""):
         while True:
             size = int(self.rfile.readline().split(b";")[0], 16)
             body += self.rfile.read(size)
             self.rfile.readline()
             if not size: return self.answer(body)
     def do_BEGIN(self):
-        self.send_response(200); self.send_header("Content-Length", "3"); self.end_headers()
-        self.wfile.write(b"y"); self.rfile.read(); self.wfile.write(b"es")
+        self.begin("Content-Length: 3").write(b"y")
+        self.rfile.read(); self.wfile.write(b"es")
     def do_STREAM(self):
-        self.send_response(200); self.send_header("Connection", "close"); self.end_headers()
+        self.begin("Connection: close")
         for line in self.rfile: self.wfile.write(line.upper())
     def do_HIDE(self):
         try: self.rfile.read()
         except OSError: pass
         gate.set()
-    def answer(self, body, length=None):
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body) if length is None else length))
-        self.end_headers()
-        self.wfile.write(body)
 server = AuthServer(("127.0.0.1", 0), protect(Echo, passwords, qop=["auth", "auth-int"]))
 '''
-HANDLED = [("a body that the handler did not read", head("/", "UNREAD", JIM, LENGTH) + SMUGGLED, [200], False),
-    ("an answer without a length", head("/endless"), [200], True),
-    ("a handler that raises in the middle of its answer", head("/late"), [200], True),
-    ("fewer bytes than announced", head("/short"), [200], True),
-    ("more bytes than announced", head("/long"), [200], True),
-    ("more after the last chunk", head("/more"), [200], True), ("a chunk without a size", head("/worse"), [200], True),
-    ("a body of which the handler read a line", head("/", "LINE", JIM, "Content-Length: %d" % (len(SMUGGLED) + 3))
-     + b"a\r\n" + SMUGGLED, [200], False), ("a body, and no answer", head("/", "MUTE", JIM, LENGTH) + SMUGGLED, [500], True),
-    ("a body after a HEAD", head("/", "HEAD"), [200], True), ("a body after 204", head("/no204"), [204], True),
-    ("no answer at all", head("/none"), [500], True),
-    ("a handler that closes the connection", head("/close"), [], True),
-    ("a body by length, and a request at once", head("/", "POST", JIM, "Content-Length: 3") + b"abc", [200], False),
-    ("chunks, and a request at once", head("/", "CHUNKS", JIM, CHUNKED) + b"3\r\nabc\r\n0\r\n\r\n", [200], False)] + [
-    ("a method that the handler has, without a password: " + method, head("/", method, "", EMPTY),
-     [401], False) for method in ("GET", "POST", "UNREAD", "NONE")]
-BROKEN_CHUNKS = (b"x\r\n", b"-1\r\na\r\n", b"0x1\r\na\r\n", b"1\r\nab\r\n", b" 1\r\na\r\n", b"1 \r\na\r\n0\r\n\r\n",
-                 b"1 \n\r\na\r\n", b"1\r\naX\r\n", b"0\r\nno colon\r\n\r\n", b"1" * 20 + b"\r\n", b"1;" + b"x" * 9000)
+HANDLED = rows([200], True, {
+    "an answer without a length": head("/endless"), "an exception in its middle": head("/late"),
+    "fewer bytes than announced": head("/short"), "more bytes than announced": head("/long"),
+    "more after the last chunk": head("/more"), "a chunk without a size": head("/worse"),
+    "no chunk in a body, too late": head("/", "BEGIN", JIM, CHUNKED) + b"x\r\n",
+    "a body after a HEAD": head("/", "HEAD")}) + rows([200], False, {
+        "a body that nobody has read": head("/", "UNREAD", JIM, LENGTH) + SMUGGLED,
+        "a body of which a line was read": head("/", "LINE", JIM, "Content-Length: %d" % (
+            len(SMUGGLED) + 3)) + b"a\r\n" + SMUGGLED,
+        "a body by length": head("/", "POST", JIM, "Content-Length: 3") + b"abc",
+        "a body in chunks": head("/", "CHUNKS", JIM, CHUNKED) + CHUNKS}) + rows([500], True, {
+            "no answer": head("/none"), "an exception": head("/raise"), "exit()": head("/exit"),
+            "a body, and no answer": head("/", "MUTE", JIM, LENGTH) + SMUGGLED}) + [
+    ("a body after 204", head("/no204"), [204], True),
+    ("a connection that was closed", head("/close"), [], True)] + rows([401], False, {
+        "no password: " + method: head("/", method, "", EMPTY)
+        for method in ("GET", "POST", "UNREAD", "NONE")})
 
 
 class HttpHandlers(HttpTest):
     """Any BaseHTTPRequestHandler runs on AuthServer, and may wait"""
-    settings = "resource.setrlimit(resource.RLIMIT_NOFILE, (200, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))"
+    settings = """
+files = resource.RLIMIT_NOFILE
+resource.setrlimit(files, (200, resource.getrlimit(files)[1]))
+"""
     script = HANDLERS
 
     def ask(self, path: str, method: str = "GET", *fields: str, data: bytes = b"") -> Answer:
@@ -3563,37 +3496,29 @@ class HttpHandlers(HttpTest):
 
     def test_one_answer_to_each_request(self) -> None:
         """Exactly one; what cannot be followed ends the connection, with nothing added."""
-        for sentence, data, want, closes in HANDLED + [
-                ("an answer past us, and a body", head("/", "ROUND", JIM, LENGTH) + SMUGGLED, [200], True)]:
-            with self.subTest(sentence):
-                said = statuses(self.say(data + head("/", "GET", JIM, CLOSE)))
-                self.assertEqual(said, want + [200] * (not closes))
-        for line in ("KeyError: 'late'", "sent less than it announced", "sent more than it announced"):
+        self.check(HANDLED + [("an answer past us, and a body",
+                               head("/", "ROUND", JIM, LENGTH) + SMUGGLED, [200], True)], False)
+        for line in ("KeyError: 'late'", "sent less than it announced", "sent more than it announ",
+                     r"(?m)^127\.0\.0\.1 - jim \[\d\d/\w{3}/\d{4}(:\d\d){3} [+-]\d{4}\] "
+                     r'"GET /short HTTP/1\.1" 200 5 "-" "-"$'):
             self.logged(line)
-
-    def test_a_handler_that_raises_is_logged_once(self) -> None:
-        """One traceback for an exception; at most one answer, and no 200; the server lives."""
-        for path in ("/raise", "/exit"):
-            self.assertNotEqual(statuses(self.say(head(path) + head("/")))[:1], [200])
-        self.assertEqual(self.ask("/fine").status, 200)
-        self.logged("KeyError: 'on purpose'")
         self.assertEqual(self.log().count("KeyError: 'on purpose'"), 1)
+        self.check([("too large: " + field, head("/", "CHUNKS", JIM, field) + data, [413], True)
+                    for field, data in (("Content-Length: %d" % (authserver.MAX_BODY + 1), b""),
+                                        (CHUNKED, b"1\r\na\r\n%x\r\n" % authserver.MAX_BODY))])
 
     def test_broken_chunks_are_no_body(self) -> None:
         """A chunk without size, end or sense: one answer at most, and nothing after it is read."""
-        for chunks in BROKEN_CHUNKS:
-            for method, want in (("RAW", [[], [200], [400]]), ("CHUNKS", [[], [400], [500]]), ("UNREAD", [[200]])):
+        for chunks in BROKEN_CHUNKS[:4]:
+            for method, want in (("RAW", [[], [200], [400]]), ("CHUNKS", [[], [400], [500]]),
+                                 ("UNREAD", [[200]])):
                 with self.subTest(chunks[:20], method=method):
                     data = head("/", method, JIM, CHUNKED) + chunks + head("/")
                     self.assertIn(statuses(self.say(data)), want)
         self.assertNotIn("BadRequest", self.log())
 
-    def test_an_answer_that_was_begun_has_no_second_head(self) -> None:
-        """A handler that has begun to answer meets a malformed chunk: no second status line."""
-        self.assertEqual(statuses(self.say(head("/", "BEGIN", JIM, CHUNKED) + b"x\r\n")), [200])
-
     def test_bodies_arrive_whole(self) -> None:
-        """By length or in chunks, 0 to 3,000,000 bytes, and the next request after."""
+        """By length or in chunks, 0 to 3,000,000 bytes, or byte by byte; and the next request."""
         for size in (0, 1, 65536, 65537, 3000000):
             body = (bytes(range(256)) * (size // 256 + 1))[:size]
             pieces = [body[i:i + 50000] for i in range(0, size, 50000)] + [b""]
@@ -3603,46 +3528,45 @@ class HttpHandlers(HttpTest):
                 self.assertEqual(wire.ask("/", "POST", JIM, length, data=body).body, body)
                 self.assertEqual(wire.ask("/", "CHUNKS", JIM, CHUNKED, data=chunks).body, body)
                 self.assertEqual(wire.ask("/").status, 200)
-
-    def test_chunks_may_come_byte_by_byte(self) -> None:
-        """However a chunked body is cut into packets, it is the same body."""
         with Wire(self.at) as wire:
-            wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             wire.sendall(head("/", "CHUNKS", JIM, CHUNKED))
-            for octet in b"3\r\nabc\r\n1;x\r\nd\r\n0\r\n\r":
-                wire.sendall(bytes([octet]))
-            self.assertEqual(wire.exchange(b"\n").body, b"abcd")
-
-    def test_a_client_may_wait_for_100_continue(self) -> None:
-        """It is asked for the body once; with auth-int, too, whose body is looked at first."""
-        for auth in (JIM, digest(self.at, "/", "POST", body=b"hello")):
-            with self.subTest(auth[:6]), Wire(self.at) as wire:
-                wire.sendall(head("/", "POST", auth, "Content-Length: 5", "Expect: 100-continue"))
-                self.assertEqual(wire.recv(4096), b"HTTP/1.1 100 Continue\r\n\r\n")
-                self.assertEqual(wire.exchange(b"hello").body, b"hello")
+            self.assertEqual(self.trickle(wire, b"3\r\nabc\r\n1;x\r\nd\r\n0\r\n\r\n").body, b"abcd")
 
     def test_auth_int_signs_the_body(self) -> None:
         """A body that was signed arrives; another is 401, one too large to look at 413."""
-        for sent, signed, fields, want in ((b"hello", b"hello", ["Content-Length: 5"], 200), (b"", b"", [EMPTY], 200),
-                (b"hellO", b"hello", ["Content-Length: 5"], 401),
-                (b"%x\r\n" % 70000 + b"a" * 70000, b"", [CHUNKED], 413), (b"x\r\n", b"", [CHUNKED], 400),
-                (b"1;%s\r\na\r\n" % (b"x" * 8000) * 20 + b"0\r\n\r\n", b"a" * 20, [CHUNKED], 413)):
-            with self.subTest(fields[0], want=want):
+        for auth in (JIM, digest(self.at, "/", "POST", body=b"hello")):
+            with self.subTest(auth[:6]), Wire(self.at) as wire:     # each is asked for it once
+                wire.sendall(head("/", "POST", auth, "Content-Length: 5", "Expect: 100-continue"))
+                self.assertEqual(wire.recv(4096), b"HTTP/1.1 100 Continue\r\n\r\n")
+                self.assertEqual(wire.exchange(b"hello").body, b"hello")
+        for sent, signed, field, want in (
+                (b"hello", b"hello", "Content-Length: 5", 200), (b"", b"", EMPTY, 200),
+                (b"hellO", b"hello", "Content-Length: 5", 401), (b"x\r\n", b"", CHUNKED, 400),
+                (b"%x\r\n" % 70000 + b"a" * 70000, b"", CHUNKED, 413),
+                (b"1;%s\r\na\r\n" % (b"x" * 8000) * 20 + b"0\r\n\r\n", b"a" * 20, CHUNKED, 413)):
+            with self.subTest(field, want=want):
                 auth = digest(self.at, "/", "POST", body=signed)
-                self.assertEqual(request(self.at, "/", "POST", auth, *fields, data=sent).status, want)
+                self.assertEqual(request(self.at, "/", "POST", auth, field, data=sent).status, want)
+        # The handler reads it again, as it came: with its chunks, without the next request. And
+        # nobody is asked for a body that is there.
+        auth = digest(self.at, "/", "RAW", body=b"abcd")
+        said = self.say(head("/", "RAW", auth, CHUNKED, "Expect: 100-continue") + CHUNKS
+                        + head("/", "GET", JIM, CLOSE))
+        self.assertEqual(statuses(said), [200, 200])
+        self.assertIn(b"\r\n\r\n" + CHUNKS + b"HTTP/1.1 ", said)
 
     def test_a_handler_streams_both_ways(self) -> None:
         """What is written is sent at once, what is sent can be read at once."""
         with Wire(self.at) as wire, wire.makefile("rb") as file:
             wire.sendall(head("/", "STREAM", JIM, "Content-Length: 8") + b"one\n")
-            while file.readline() != b"\r\n":
-                pass
+            fields = list(iter(file.readline, b"\r\n"))
+            self.assertEqual(fields.count(b"Connection: close\r\n"), 1)
             self.assertEqual(file.readline(), b"ONE\n")
             wire.sendall(b"two\n")
             self.assertEqual(file.read(), b"TWO\n")
 
     def test_slow_handlers_do_not_hold_up_others(self) -> None:
-        """Ten handlers wait for what an eleventh request brings: that is answered, then they are."""
+        """Ten wait for what an eleventh request brings: that is answered, then they are."""
         self.ask("/shut")
         with contextlib.ExitStack() as stack:
             wires = [stack.enter_context(Wire(self.at)) for _ in range(10)]
@@ -3651,52 +3575,28 @@ class HttpHandlers(HttpTest):
             self.assertEqual(self.ask("/open").status, 200)
             self.assertEqual({wire.exchange(b"").body for wire in wires}, {b"True"})
 
-    def test_a_large_answer_reaches_a_slow_reader(self) -> None:
-        """20 MB to a client that starts late arrive whole."""
+    def test_a_client_that_leaves_is_no_error(self) -> None:
+        """In the middle of a body, or of 20 MB, which reach a slow reader: no word of ours."""
         with Wire(self.at) as wire:
             wire.sendall(head("/big"))
-            self.assertEqual(self.ask("/x").status, 200)
+            self.assertEqual(self.ask("/shut").status, 200)
             self.assertEqual(len(wire.exchange(b"").body), 20000000)
-
-    def test_a_client_that_leaves_is_no_error(self) -> None:
-        """A client that goes away in the middle of body or answer leaves no word of ours."""
-        self.ask("/shut")
         before = self.log()
-        for data in (head("/", "HIDE", JIM, "Content-Length: 100") + b"a", head("/big")):
-            wire = Wire(self.at)
-            wire.sendall(data)
-            if b"big" in data:
-                wire.recv(1000)
-            wire.abort()
+        self.leave(head("/", "HIDE", JIM, "Content-Length: 100") + b"a")
+        self.leave(head("/big"), 1000)
         self.assertEqual(self.ask("/slow").status, 200)
         self.assertNotIn("authserver.py", self.log()[len(before):])
 
     @unittest.skipIf(sys.version_info < (3, 7), "needs os.register_at_fork")
     def test_a_child_of_a_handler_has_the_old_limit_of_files(self) -> None:
-        """The server may have more open files than what it was started with; what it starts may not."""
+        """The server may have more open files than it was started with; what it starts may not."""
         self.assertEqual(self.ask("/limit").body, b"200")
-
-    def test_the_log_has_every_answer(self) -> None:
-        """One line in Combined format per answer, with the bytes of the body."""
-        self.ask("/logged", "GET", 'Referer: a"b', "User-Agent: me\xff")
-        line = self.logged(r".*\+.* \"GET /logged.*")[0]
-        self.assertRegex(line, r'^127\.0\.0\.1 - jim \[\d\d/\w{3}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4}\] '
-                               r'"GET /logged HTTP/1\.1" 200 \d+ "a\\x22b" "me\\xff"$')
-
-    def test_a_body_beyond_the_limits_is_refused(self) -> None:
-        """More than MAX_BODY is 413, by length or in chunks."""
-        length = "Content-Length: %d" % (authserver.MAX_BODY + 1)
-        chunks = b"1\r\na\r\n%x\r\n" % authserver.MAX_BODY
-        for field, data in ((length, b""), (CHUNKED, chunks)):
-            with self.subTest(field):
-                said = self.say(head("/", "CHUNKS", JIM, field) + data + head("/"))
-                self.assertEqual(statuses(said), [413])
-                self.assertIn(CLOSE.encode(), said)
 
 
 class HttpPages(HttpTest):
     """A page is a function in the loop: request in; status, fields and body out"""
     settings = "authserver.MAX_CONNECTIONS = 16"
+    LARGE = ("/big", "/file0-20000000")
     script = r'''
 with open("a file", "wb") as file: file.write(b"0123456789" * 2000000)
 def page(request):
@@ -3704,76 +3604,72 @@ def page(request):
     if request.path == "/raise": raise KeyError("on purpose")
     if request.path == "/none": return None
     if request.path == "/304": return authserver.Answer(304, [("ETag", '"x"')], b"")
-    if request.path[:5] == "/204/": return authserver.Answer(204, [], b"HTTP/1.1 200 OK\r\n\r\n")
-    if request.path == "/204f": return authserver.Answer(204, [], authserver.FilePart(
-        open(__file__, "rb", buffering=0), 0, os.path.getsize(__file__)))     # there is the beginning of an answer in it
+    if request.path == "/204": return authserver.Answer(204, [], b"HTTP/1.1 200 OK\r\n\r\n")
+    if request.path == "/204f":     # in our own text there is the beginning of an answer
+        return authserver.Answer(204, [], authserver.FilePart(
+            open(__file__, "rb", buffering=0), 0, os.path.getsize(__file__)))
     if request.path == "/299": return authserver.Answer(299, [], b"")
     if request.path.startswith("/file"):
-        start, length = map(int, request.path[5:].split("-"))
-        return authserver.Answer(200, [], authserver.FilePart(open("a file", "rb", buffering=0), start, length))
-    said = [request.method, request.target, request.path, request.values.get("x-test"), request.username]
+        part = open("a file", "rb", buffering=0), *map(int, request.path[5:].split("-"))
+        return authserver.Answer(200, [], authserver.FilePart(*part))
+    said = [request.method, request.target, request.path, request.values.get("x-test"),
+            request.username]
     return authserver.Answer(200, [("Content-Type", "text/plain")], repr(said).encode())
 server = AuthServer(("127.0.0.1", 0), page, authenticator=Authenticator(passwords))
 '''
 
     def test_gets_what_was_asked(self) -> None:
-        """Method, target, path, fields and user; a HEAD as a GET, whose body is dropped."""
-        answer = request(self.at, "//a%20b?c", "GET", JIM, "X-Test: 1", "X-test: 2")
-        self.assertEqual(answer.body.decode(), repr(["GET", "//a%20b?c", "/a%20b?c", ["1", "2"], "jim"]))
-        answer = request(self.at, "http://host/a", "GET")
-        self.assertEqual(answer.body.decode(), repr(["GET", "http://host/a", "/a", None, "jim"]))
+        """Method, target, path, fields and user."""
+        for target, fields, path, values in (
+                ("//a%20b?c", ["X-Test: 1", "X-test: 2"], "/a%20b?c", ["1", "2"]),
+                ("http://host/a", [], "/a", None)):
+            said = request(self.at, target, "GET", JIM, *fields).body.decode()
+            self.assertEqual(said, repr(["GET", target, path, values, "jim"]))
         self.assertEqual(request(self.at, "/a", "GET", "").status, 401)
 
     def test_one_answer_to_each_request(self) -> None:
         """A page that raises, or answers nothing, is 500; 304 has no body; others are served on."""
-        self.check([("a page that raises", head("/raise"), [500], False),
-                    ("a page that answers nothing", head("/none"), [500], False),
-                    ("a status without a body", head("/304"), [304], False),
-                    ("a body where none belongs", head("/204/"), [204], False),
-                    ("a file where none belongs", head("/204f"), [204], False),
-                    ("a status that nobody knows", head("/299"), [500], False),
-                    ("HEAD of a large answer", head("/big", "HEAD"), [200], False),
-                    ("HEAD of a file", head("/file0-20000000", "HEAD"), [200], False)])
-        self.logged("KeyError: 'on purpose'")
+        self.check([(word, head(path, method), [status], False) for word, path, method, status in (
+            ("a page that raises", "/raise", "GET", 500), ("no answer", "/none", "GET", 500),
+            ("a status without a body", "/304", "GET", 304), ("no status", "/299", "GET", 500),
+            ("a body where none belongs", "/204", "GET", 204), ("... a file", "/204f", "GET", 204),
+            ("HEAD of a large answer", "/big", "HEAD", 200),
+            ("HEAD of a file", "/file0-20000000", "HEAD", 200))])
+        for line in ("KeyError: 'on purpose'", '"GET /204f HTTP/1.1" 204 0 ',
+                     '"HEAD /file0-20000000 HTTP/1.1" 200 0 '):
+            self.logged(line)
 
     def test_a_part_of_a_file_is_sent(self) -> None:
-        """Offset and length as asked, empty ones too; a file that ends early breaks off, not the framing."""
-        for start, length in ((0, 20000000), (5, 10), (19999999, 1), (7, 0)):
+        """Offset and length as asked, empty ones too; who ends early breaks off."""
+        for start, length in ((3, 19999997), (5, 10), (19999999, 1), (7, 0)):
             with self.subTest(start, length=length), Wire(self.at) as wire:
                 body = wire.ask("/file%d-%d" % (start, length)).body
-                self.assertEqual((len(body), body[:5]), (length, b"0123456789"[start % 10:][:5][:length]))
+                self.assertEqual(len(body), length)
+                self.assertEqual(body[:5], (b"0123456789" * 2)[start % 10:][:min(5, length)])
                 self.assertEqual(wire.ask("/").status, 200)
-        said = self.say(head("/file19999990-20") + head("/"))
-        self.assertEqual(statuses(said), [200])
+        self.assertEqual(statuses(self.say(head("/file19999990-20") + head("/"))), [200])
 
     def test_a_large_answer_is_sent_at_the_pace_of_its_reader(self) -> None:
-        """20 MB leave the loop piece by piece: others are served meanwhile, the next request waits."""
-        for path in ("/big", "/file0-20000000"):
+        """Piece by piece: others are served meanwhile, the next request waits; one may leave."""
+        for path in self.LARGE:
             with self.subTest(path), Wire(self.at) as wire:
                 wire.sendall(head(path) + head("/next"))
                 self.assertEqual(request(self.at, "/").status, 200)
                 self.assertEqual(len(wire.exchange(b"").body), 20000000)
                 self.assertIn(b"/next", wire.exchange(b"").body)
-
-    def test_a_client_that_leaves_a_large_answer_is_no_error(self) -> None:
-        """A reset in the middle of an answer: no traceback, and others are served."""
-        for path in ("/big", "/file0-20000000"):
-            wire = Wire(self.at)
-            wire.sendall(head(path))
-            wire.recv(1000)
-            wire.abort()
+                self.leave(head(path), 1000)
         self.assertEqual(request(self.at, "/").status, 200)
         self.assertNotIn("ConnectionResetError", self.log())
 
     def test_at_the_limit_of_connections_the_oldest_idle_one_goes(self) -> None:
-        """With more than MAX_CONNECTIONS that say nothing a new one is served; the first is closed."""
+        """With more than MAX_CONNECTIONS that say nothing a new one is served."""
         with contextlib.ExitStack() as stack:
             wires = [stack.enter_context(Wire(self.at)) for _ in range(40)]
             self.assertEqual(request(self.at, "/").status, 200)
             self.assertEqual(wires[0].recv(1), b"")
 
 
-# -- 2.1 Thirty idioms, on the stock server and on ours ------------------------
+# -- 2.1 The idioms of handlers, on the stock server and on ours ------------------------
 
 
 class StockServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
@@ -3812,150 +3708,118 @@ class Idiom(http.server.BaseHTTPRequestHandler):
         return type("Made", (cls,), {"do_GET": function})
 
     def do_GET(self) -> None:
-        """Answer."""
         self.answer(b"ok")
 
-    def answer(self, body: bytes, *fields: str) -> None:
-        """Send an answer with a length."""
-        self.send_response(200)
+    def begin(self, *fields: str, status: int = 200, reason: Optional[str] = None) -> Any:
+        """Send the head of an answer; return where its body goes."""
+        self.send_response(status, reason)
         for field in fields:
             self.send_header(*field.split(": "))
-        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        return self.wfile
+
+    def answer(self, body: bytes, *fields: str) -> None:
+        self.begin(*fields, "Content-Length: %d" % len(body)).write(body)
 
 
+# Each is a handler that somebody has written: what it does, and what it is asked.
 IDIOMS = r'''
 class AskedThings(Idiom):
-    def do_GET(self): self.answer(repr([self.command, self.path, self.request_version, self.requestline,
-        self.headers["X-Test"], self.client_address[0], self.address_string(), self.close_connection]).encode())
-class NamesTheBase(Idiom):
+    def do_GET(self): self.answer(repr([
+        self.command, self.path, self.request_version, self.requestline, self.headers["X-Test"],
+        self.client_address[0], self.address_string(), self.close_connection]).encode())
+class Overrides(Idiom):
+    def parse_request(self): self.before = self.raw_requestline; return Base.parse_request(self)
+    def log_request(self, code="-", size="-"): self.seen = code; Base.log_request(self, code, size)
+    def send_header(self, name, value): name == "X-A" or Base.send_header(self, name, value)
     def end_headers(self): self.send_header("X-Own", "yes"); Simple.end_headers(self)
-class FiltersFields(Idiom):
-    def do_GET(self): self.answer(b"ok", "X-A: 1", "X-B: 2")
-    def send_header(self, key, value):
-        if key != "X-A": Base.send_header(self, key, value)
-class SetsUp(Idiom):
-    def setup(self): Base.setup(self); self.request.settimeout(60)
+    def do_GET(self):
+        self.begin("X-A: 1", "Content-Length: %d" % (3 + len(self.before)))
+        self.wfile.write(b"%d%b" % (self.seen, self.before))
+    def finish(self): self.wfile.flush(); Base.finish(self)
+class HasTimeouts(Idiom):
+    timeout = 60
+    def setup(self): self.request.settimeout(60); Base.setup(self); self.request.settimeout(50)
+    def do_GET(self):
+        self.connection.settimeout(5)
+        self.answer(b"%r" % self.connection.gettimeout())
 class SetsATimeoutFirst(Idiom):
     def setup(self): self.request.settimeout(60); super().setup()
-class HasATimeout(Idiom):
-    timeout = 60
-class Flushes(Idiom):
-    def do_GET(self): self.send_response(200); self.flush_headers(); self.wfile.write(b"Content-Length: 2\r\n\r\nok")
-class KnowsTheBuffer(Idiom):
-    def do_GET(self):
-        self.send_response(200); self._headers_buffer.append(b"Content-Length: 2\r\n"); self.end_headers()
-        self.wfile.write(b"ok")
-class OnTheConnection(Idiom):
-    def do_GET(self): self.connection.sendall(self.WHOLE)
-class OnTheRequest(Idiom):
-    def do_GET(self): self.request.send(self.WHOLE)
-class MakesAFile(Idiom):
-    def do_GET(self):
-        with self.connection.makefile("wb") as file: file.write(self.WHOLE)
-class Subprocess(Idiom):
-    def do_GET(self): subprocess.call(["printf", self.WHOLE.decode()], stdout=self.wfile)
-    ASKED = head()  # who else holds the connection nobody knows: it ends
-class SendsAFile(Idiom):
-    def do_GET(self):
-        self.send_response(200); self.send_header("Content-Length", "5"); self.end_headers()
-        with open("five", "rb") as file: self.connection.sendfile(file)
-class SendsAPart(Idiom):
-    def do_GET(self):
-        self.send_response(200); self.send_header("Content-Length", "4"); self.end_headers()
-        with open("five", "rb") as file: self.connection.sendfile(file, 1, 3); self.wfile.write(b"%d" % file.tell())
-class WithTheConnection(Idiom):
-    def do_GET(self):
-        with self.connection as connection: connection.sendall(self.WHOLE)
-    ASKED = head()
-class AsksItsTimeout(Idiom):
-    def do_GET(self): self.connection.settimeout(5); self.answer(repr(self.connection.gettimeout()).encode())
-class CopiesAFile(Idiom):
-    def do_GET(self):
-        self.send_response(200); self.send_header("Content-Length", "5"); self.end_headers()
-        with open("five", "rb") as file: shutil.copyfileobj(file, self.wfile)
 class OwnLoop(Idiom):
     def handle_one_request(self):
         self.raw_requestline = self.rfile.readline(65537)
         if not self.raw_requestline: self.close_connection = True
         elif self.parse_request(): self.answer(b"own " + self.command.encode())
 class ByAttribute(Idiom):
+    ASKED = head("/", "BREW", JIM) + head("/", "TEA", JIM)
     def __getattr__(self, name):
         if not name.startswith("do_"): raise AttributeError(name)
         return lambda: self.answer(name.encode())
-    ASKED = head("/", "BREW", JIM) + head("/", "HEAD", JIM).replace(b"HEAD", b"TEA")
 class InInit(Idiom):
-    def __init__(self, *arguments): self.do_SET = lambda: self.answer(b"set"); super().__init__(*arguments)
-    ASKED = head("/", "SET")
-class LogsItself(Idiom):
-    def log_request(self, code="-", size="-"): self.seen = code; Base.log_request(self, code, size)
-    def do_GET(self): self.send_response(200); self.send_header("Content-Length", "3"); self.end_headers(); self.wfile.write(b"%d" % self.seen)
-class ParsesItself(Idiom):
-    def parse_request(self): self.before = self.raw_requestline; return Base.parse_request(self)
-    def do_GET(self): self.answer(self.before)
-class Errors(Idiom):
-    def do_GET(self): self.send_error(404, "Gone fishing", "until <evening>")
-class NoSuchMethod(Idiom):
-    ASKED = head("/", "BREW")
-class Redirects(Idiom):
-    def do_GET(self): self.send_response(302, "Over there"); self.send_header("Location", "/x"); self.send_header("Content-Length", "0"); self.end_headers()
+    ASKED = head("/", "SET") + head("/", "BREW")
+    def __init__(self, *arguments): self.do_SET = self.do_GET; super().__init__(*arguments)
+class BodyFromTheSocket(Idiom):
+    ASKED, rbufsize = head("/", "POST", JIM, "Content-Length: 3") + b"abc", 0
+    def do_POST(self):
+        select.select([self.connection], [], [], 9)
+        self.answer(self.request.recv(3))
+class Expects(Idiom):
+    ASKED, do_POST = head("/", "POST", JIM, "Expect: 100-continue", EMPTY), Idiom.do_GET
+    def handle_expect_100(self): self.send_error(417); return False
+class Old(Idiom): protocol_version = "HTTP/1.0"
+class Files(Simple):
+    ASKED = head("/five") + head("/", "HEAD") + head("/") + head("/none")
+    protocol_version = "HTTP/1.1"
+class Flushes(Idiom):
+    def do_GET(self):
+        self.send_response(200)
+        self.flush_headers()
+        self._headers_buffer.append(b"X: y\r\n")
+        self.begin("Content-Length: 2").write(b"ok")
+class OnTheConnection(Idiom):
+    def do_GET(self): self.connection.sendall(self.WHOLE[:9]); self.request.send(self.WHOLE[9:])
+class MakesFiles(Idiom):
+    def do_GET(self):
+        with self.connection.makefile("wb") as file: file.write(self.WHOLE[:-2])
+        text = io.TextIOWrapper(self.wfile, "utf-8", write_through=True)
+        text.write("\xe4")
+        text.detach()
+class Subprocess(Idiom):
+    ASKED = head()  # who else holds the connection nobody knows: it ends
+    def do_GET(self): subprocess.call(["printf", self.WHOLE.decode()], stdout=self.wfile)
+class WithTheConnection(Idiom):
+    ASKED = head()
+    def do_GET(self):
+        with self.connection as connection: connection.sendall(self.WHOLE)
+class SendsFiles(Idiom):
+    def do_GET(self):
+        self.begin("Content-Length: 14")
+        with open("five", "rb") as file:
+            self.connection.sendfile(file)
+            self.connection.sendfile(file, 1, 3)
+            self.wfile.write(b"%d" % file.tell())
+            file.seek(0)
+            shutil.copyfileobj(file, self.wfile)
+class OwnStatuses(Idiom):
+    def do_GET(self):
+        if self.path == "/next": self.send_error(404, "Gone fishing", "until <evening>")
+        else: self.begin("Location: /x", EMPTY, status=302, reason="Over there")
+class Odd(Idiom):
+    def do_GET(self): self.begin(EMPTY, status=299, reason="Quite Fine")
+class Closes(Idiom):
+    def do_GET(self): self.answer(b"ok", CLOSE)
 class ChunksOut(Idiom):
     def do_GET(self):
-        self.send_response(200); self.send_header("Transfer-Encoding", "chunked"); self.end_headers()
+        self.begin(CHUNKED)
         for piece in (b"one", b"two", b""): self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
-class ChunksIn(Idiom):
-    def do_POST(self):
-        body, size = b"", 1
-        while size:
-            size = int(self.rfile.readline(), 16); body += self.rfile.read(size); self.rfile.readline()
-        self.answer(body)
-    ASKED = (head("/", "POST", JIM, CHUNKED) + b"3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n") * 2
-class BodyIn(Idiom):
-    def do_POST(self): self.answer(self.rfile.read(int(self.headers["Content-Length"])).upper())
-    ASKED = (head("/", "POST", JIM, "Content-Length: 3") + b"abc") * 2 + head()
-class BodyFromTheSocket(Idiom):
-    rbufsize = 0
-    def do_POST(self): select.select([self.connection], [], [], 9); self.answer(self.request.recv(3))
-    ASKED = head("/", "POST", JIM, "Content-Length: 3") + b"abc"
 class Interim(Idiom):
-    def do_GET(self): self.send_response_only(103); self.send_header("Link", "</x>"); self.end_headers(); self.answer(b"ok")
-class Expects(Idiom):
-    def handle_expect_100(self): self.send_error(417); return False
-    do_POST = Idiom.do_GET
-    ASKED = head("/", "POST", JIM, "Expect: 100-continue", "Content-Length: 0")
-class Upgrades(Idiom):
-    def do_GET(self):
-        self.send_response(101); self.send_header("Upgrade", "echo"); self.send_header("Connection", "Upgrade"); self.end_headers()
-        self.wfile.write(self.rfile.read(5).upper()); self.close_connection = True
-    ASKED = head("/", "GET", JIM, "Upgrade: echo", "Connection: Upgrade") + b"frame"
-class NoLength(Idiom):
-    def do_GET(self): self.send_response(200); self.end_headers(); self.wfile.write(b"to the end"); self.close_connection = True
-class Text(Idiom):
-    def do_GET(self):
-        self.send_response(200); self.send_header("Content-Length", "3"); self.end_headers()
-        text = io.TextIOWrapper(self.wfile, "utf-8", write_through=True); text.write("\xe4x"); text.detach()
-class Odd(Idiom):
-    def do_GET(self): self.send_response(299, "Quite Fine"); self.send_header("Content-Length", "0"); self.end_headers()
-class Closes(Idiom):
-    def do_GET(self): self.answer(b"ok", "Connection: close")
-class Finishes(Idiom):
-    def finish(self): self.wfile.flush(); Base.finish(self)
+    def do_GET(self): self.send_response_only(103); self.end_headers(); self.answer(b"ok")
 class Buffered(Idiom):
     wbufsize = -1
-    def do_GET(self): self.answer(b"ok"); self.wfile.flush()
-class Old(Idiom):
-    protocol_version = "HTTP/1.0"
-class Files(Simple):
-    ASKED = head("/five") + head("/", "HEAD")
-class Listing(Simple):
-    ASKED = head("/")
-class Missing(Simple):
-    ASKED = head("/none")
-class Pieces(Idiom):
     def do_GET(self):
-        self.send_response(200); self.send_header("Content-Length", "6"); self.end_headers()
-        self.wfile.writelines([b"ab", b"cd"]); self.wfile.write(memoryview(b"ef"))
+        self.begin("Content-Length: 6").writelines([b"ab", b"cd"])
+        self.wfile.write(memoryview(b"ef"))
+        self.wfile.flush()
 '''
 
 
@@ -3969,238 +3833,233 @@ class HttpIdioms(SharedBoxTest):
         return re.sub(rb"(?im)^(date|server|connection): [^\r]*\r\n", b"", said)
 
     def test_the_same_bytes(self) -> None:
-        """Two requests to each handler behind protect(): Date, Server and Connection apart, the same."""
+        """Two requests to each handler behind protect(): Date, Server and Connection apart."""
         known = dict(globals())
         exec(IDIOMS, known)
-        folder = self.box.make("folder")
+        handlers: Dict[str, Any] = {name: value for name, value in known.items()
+                                    if name not in globals() and isinstance(value, type)}
+        self.assertGreater(len(handlers), 20)
+        rows: List[Any] = [(name, handler, protect(handler, USERS), handler.ASKED, b"HTTP/1")
+                           for name, handler in handlers.items()]
+        if sys.version_info >= (3, 7):
+            here: Dict[str, Any] = {"directory": self.box.make("pub")}
+            self.box.write("pub/public", "12345")
+            partial = functools.partial(Simple, **here)
+            rows += [(name, partial, guarded, head("/public"), b"12345") for name, guarded in (
+                ("protect(partial(Handler))", protect(partial, USERS)),
+                ("partial(protect(Handler))", functools.partial(protect(Simple, USERS), **here)))]
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.box.make("folder"))
         self.box.write("folder/five", "12345")
-        handlers: Dict[str, Any] = {name: value for name, value in known.items() if name not in globals() and isinstance(value, type)}
-        self.assertGreater(len(handlers), 30)
-        here = os.getcwd()
-        self.addCleanup(os.chdir, here)
-        os.chdir(folder)
-        for name, handler in handlers.items():
+        for name, handler, guarded, asked, word in rows:
             with self.subTest(name):
-                guarded = protect(handler, USERS)
-                stock, ours = (self.bytes_of(kind(("127.0.0.1", 0), guarded), handler.ASKED)
-                               for kind, guarded in ((StockServer, handler), (AuthServer, guarded)))
-                self.assertNotIn(statuses(stock)[:1], ([], [401]))
-                self.assertEqual(stock, ours)
+                bare, stock, ours = (self.bytes_of(kind(("127.0.0.1", 0), which), asked)
+                                     for kind, which in ((StockServer, handler),
+                                                         (StockServer, guarded), (AuthServer, guarded)))
+                self.assertNotIn(statuses(bare)[:1], ([], [401]))
+                self.assertIn(word, bare)
+                self.assertEqual((bare, bare), (stock, ours))
 
     def test_a_handler_may_switch_protocols(self) -> None:
-        """101 passes with its Connection field; from then on the connection is the handler's, to its end."""
+        """101 passes with its Connection field; then the connection is the handler's."""
         def answer(handler: Any) -> None:
-            handler.send_response(101)
-            handler.send_header("Connection", "keep-alive, Upgrade")
-            handler.end_headers()
+            handler.begin("Connection: keep-alive, Upgrade", status=101)
             for line in iter(handler.rfile.readline, b"bye\n"):
                 handler.wfile.write(line.upper())
-        with serving(AuthServer(("127.0.0.1", 0), protect(Idiom.made(answer), USERS))) as at, Wire(at) as wire:
-            with wire.makefile("rb", 0) as file:
-                wire.sendall(head("/", "GET", JIM, "Upgrade: echo", "Connection: Upgrade") + b"first\n")
-                text = b"".join(iter(file.readline, b"\r\n"))
-                self.assertIn(b"\r\nConnection: keep-alive, Upgrade\r\n", text)
-                self.assertEqual(file.readline(), b"FIRST\n")
-                wire.sendall(head("/not/a/request"))
-                self.assertEqual(file.readline(), b"GET /NOT/A/REQUEST HTTP/1.1\r\n")
-                wire.sendall(b"bye\n")
-                self.assertEqual(len(file.read().split(b"\n")), 4)
-
-    @unittest.skipIf(sys.version_info < (3, 7), "needs SimpleHTTPRequestHandler(directory=)")
-    def test_a_handler_with_arguments(self) -> None:
-        """protect(functools.partial(Handler, directory=...)) and partial(protect(Handler), ...)."""
-        self.box.make("pub")
-        self.box.write("pub/public", "12345")
-        arguments: Dict[str, Any] = {"directory": self.box.path("pub")}
-        for guarded in (protect(functools.partial(Simple, **arguments), USERS),
-                        functools.partial(protect(Simple, USERS), **arguments)):
-            for kind in (StockServer, AuthServer):  # type: Any
-                said = self.bytes_of(kind(("127.0.0.1", 0), guarded), head("/public"))
-                self.assertEqual((statuses(said), said[-5:]), ([200], b"12345"))
+        server = AuthServer(("127.0.0.1", 0), protect(Idiom.made(answer), USERS))
+        with serving(server) as at, Wire(at) as wire, wire.makefile("rb", 0) as file:
+            wire.sendall(head("/", "GET", JIM, "Upgrade: echo", "Connection: Upgrade") + b"first\n")
+            text = b"".join(iter(file.readline, b"\r\n"))
+            self.assertIn(b"\r\nConnection: keep-alive, Upgrade\r\n", text)
+            self.assertEqual(file.readline(), b"FIRST\n")
+            wire.sendall(head("/not/a/request"))
+            self.assertEqual(file.readline(), b"GET /NOT/A/REQUEST HTTP/1.1\r\n")
+            wire.sendall(b"bye\n")
+            self.assertEqual(len(file.read().split(b"\n")), 4)
 
 
-class HttpHooks(BoxTest):
-    """A program's own AuthServer: what socketserver calls is called, or refused; nobody gets past"""
+class HttpHooks(AuthTestCase):
+    """A program's own AuthServer: what socketserver calls is called, or refused"""
 
-    def made(self, hook: str, function: Any, handler: Any = Idiom) -> Optional[Any]:
-        """Return a server of a class with this hook of its own; None: refused, by name."""
-        kind = type("Own", (AuthServer,), {hook: function})
-        try:
-            return kind(("127.0.0.1", 0), protect(handler, USERS))
-        except (TypeError, Refusal) as error:
-            self.assertIn(hook, str(error))
-            return None
+    def protected(self, handler: Any = Idiom, kind: Any = AuthServer, **guard: Any) -> Any:
+        """Return a server with a handler that was protected."""
+        return kind(("127.0.0.1", 0), protect(handler, USERS, **guard))
+
+    def ours(self, handler: Any = Idiom, kind: Any = AuthServer, **settings: Any) -> Any:
+        """Return a server with an authenticator of its own, closed after the test."""
+        authenticator = settings.pop("authenticator", None) or Authenticator(USERS, **settings)
+        server = kind(("127.0.0.1", 0), handler, authenticator=authenticator)
+        self.addCleanup(server.server_close)
+        return server
 
     def ask(self, server: Any, auth: str = JIM) -> List[int]:
         """Return the statuses of what a server answers."""
         with serving(server) as at:
             return statuses(talk(at, head("/a", "GET", auth, CLOSE), True))
 
-    def test_verify_request_keeps_people_out(self) -> None:
-        """False: no answer at all."""
-        server = self.made("verify_request", lambda *_: False)
-        self.assertEqual(self.ask(server) if server else [], [])
-
-    def test_the_others_are_called(self) -> None:
-        """finish_request, process_request, get_request, service_actions: each as on the stock server."""
-        for hook in ("finish_request", "process_request", "get_request", "service_actions",
-                     "shutdown_request", "close_request"):
-            calls: List[str] = []
-
-            def own(server: Any, *arguments: Any, hook: str = hook) -> Any:
-                calls.append(hook)
-                return getattr(AuthServer, hook)(server, *arguments)
-            with self.subTest(hook):
-                server = self.made(hook, own)
-                if server:
-                    self.assertEqual(self.ask(server), [200])
-                    self.assertTrue(calls)
-
-    def test_finish_request_chooses_the_handler(self) -> None:
-        """The handler that finish_request makes answers, no other."""
-        def answer(handler: Any) -> None:
-            handler.send_response(299)
-            handler.send_header("Content-Length", "0")
-            handler.end_headers()
-        other = protect(Idiom.made(answer), USERS)
-        server = self.made("finish_request", lambda server, request, address: other(request, address, server))
-        self.assertIn(self.ask(server) if server else [], ([299], []))
-
-    def test_handle_error_hears_of_an_exception(self) -> None:
-        """An exception of a handler arrives there, with its traceback at hand."""
-        def answer(handler: Any) -> None:
-            raise KeyError("on purpose")
+    def test_what_a_program_overrides_is_called_or_refused(self) -> None:
+        """As on the stock server; what would never be called is a TypeError that names it."""
         seen: List[Any] = []
-        server = self.made("handle_error", lambda *_: seen.append(sys.exc_info()[0]), Idiom.made(answer))
-        if server:
-            self.ask(server)
-            self.assertEqual(seen, [KeyError])
+        other = protect(Idiom.made(lambda handler: handler.begin(EMPTY, status=299)), USERS)
+
+        def noted(name: str) -> Any:
+            def own(*words: Any) -> Any:
+                seen.append(name)
+                return getattr(AuthServer, name)(*words)
+            return own
+        for hook in ("process_request", "get_request", "shutdown_request", "close_request"):
+            with self.assertRaisesRegex(TypeError, hook):
+                self.protected(kind=type("Own", (AuthServer,), {hook: noted(hook)}))
+        for hook, function, handler, said, sees in (
+                ("verify_request", lambda *_: False, Idiom, [], None),
+                ("finish_request", noted("finish_request"), Idiom, [200], "finish_request"),
+                ("finish_request", lambda own, *asked: other(*asked, own), Idiom, [299], None),
+                ("handle_error", lambda *_: seen.append(sys.exc_info()[0]),
+                 Idiom.made(lambda handler: handler.on_purpose), [500], AttributeError)):
+            with self.subTest(hook, said=said):
+                seen.clear()
+                kind = type("Own", (AuthServer,), {hook: function})
+                self.assertEqual(self.ask(self.protected(handler, kind)), said)
+                self.assertEqual(set(seen), {sees} - {None})
 
     def test_no_way_in_without_a_password(self) -> None:
-        """handle_request(), a handler class set later: 401 or nothing, never a page."""
-        for way in ("handle_request", "RequestHandlerClass"):
-            authenticator = Authenticator(USERS)
-            server = AuthServer(("127.0.0.1", 0), Idiom, authenticator=authenticator)
-            with self.subTest(way), contextlib.redirect_stderr(io.StringIO()):
-                if way == "handle_request":
-                    def once() -> None:
-                        with contextlib.suppress(Exception):  # refused: nobody is served
-                            server.handle_request()
-                        server.server_close()
-                    thread = threading.Thread(target=once)
-                    thread.start()
-                    with contextlib.suppress(OSError):
-                        said = talk("127.0.0.1:%d" % server.server_address[1], head("/", "GET", "", CLOSE), True)
-                        self.assertIn(statuses(said), ([], [401]))
-                    thread.join()
+        """handle_request(), a handler class set later: 401 or nothing, never a page.
+
+        And what other loops call on a server of socketserver serves nobody who was not asked.
+        """
+        server = self.ours()
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        at = "127.0.0.1:%d" % server.server_address[1]
+        self.assertEqual(statuses(talk(at, head("/", "GET", "", CLOSE), True)), [401])
+        thread.join()
+        for way in ("finish_request", "process_request", "_handle_request_noblock"):
+            with self.subTest(way), Wire(at) as wire, contextlib.redirect_stderr(io.StringIO()):
+                wire.sendall(head("/", "GET", "", CLOSE))
+                if way[0] == "_":
+                    server._handle_request_noblock()
                 else:
-                    with contextlib.suppress(AttributeError, TypeError):
-                        server.RequestHandlerClass = Idiom
-                    self.assertEqual(self.ask(server, ""), [401])
+                    with server.socket.accept()[0] as sock, contextlib.suppress(PermissionError):
+                        getattr(server, way)(sock, ("192.0.2.1", 1))
+                self.assertEqual(wire.hear(), b"")
+        with contextlib.suppress(AttributeError, TypeError):
+            server.RequestHandlerClass = Idiom
+        self.assertEqual(self.ask(server, ""), [401])
 
     def test_a_handler_with_a_loop_of_its_own_gets_one_request(self) -> None:
-        """It has read a line of the body, and asks for the next request: the rest of the body is none."""
-        def answer(handler: Any) -> None:
-            handler.rfile.readline()
-            handler.send_response(200)
-            handler.send_header("Content-Length", "0")
-            handler.end_headers()
-        kind = Idiom.made(answer)
+        """It has read a line of the body, and asks for the next: the rest of the body is none."""
+        kind = Idiom.made(lambda handler: handler.rfile.readline() and handler.begin(EMPTY))
         kind.handle = lambda handler: [handler.handle_one_request() for _ in range(2)]
-        with serving(self.ours(kind)) as at:
-            data = head("/", "GET", JIM, "Content-Length: %d" % (len(SMUGGLED) + 3)) + b"a\r\n" + SMUGGLED
-            with mock.patch.object(kind, "parse_request", autospec=True, side_effect=kind.parse_request) as parsed:
-                self.assertEqual(statuses(talk(at, data + head("/", "GET", "", CLOSE))), [200, 401])
+        body = b"a\r\n" + SMUGGLED
+        data = head("/", "GET", JIM, "Content-Length: %d" % len(body)) + body
+        with mock.patch.object(kind, "parse_request", autospec=True,
+                               side_effect=Base.parse_request) as parsed, \
+                serving(self.ours(kind)) as at:
+            self.assertEqual(statuses(talk(at, data + head("/", "GET", "", CLOSE))), [200, 401])
         self.assertEqual(parsed.call_count, 1)
 
     def test_a_handler_knows_who_asks(self) -> None:
-        """remote_user and auth_type: behind protect(), and where the server has the authenticator."""
-        kind = Idiom.made(lambda handler: handler.answer(("%s %s" % (handler.remote_user, handler.auth_type)).encode()))
-        for server in (AuthServer(("127.0.0.1", 0), protect(kind, USERS)), self.ours(kind)):
-            with serving(server) as at:
+        """Behind protect(), or where the server asks; an heir of it, too, says where it listens."""
+        table = authserver.SharedTable()
+        table.add("workers")        # of another one
+        kind = Idiom.made(lambda handler: handler.answer(
+            ("%s %s" % (handler.remote_user, handler.auth_type)).encode()))
+        for server in (self.protected(kind), self.ours(kind, table=table)):
+            with mock.patch.object(authserver.Log, "error") as said, serving(server) as at:
                 self.assertEqual(request(at, "/").body, b"jim Basic")
+            self.assertEqual(str(said.call_args_list).count("listening on"), 1)
 
-    def test_a_taken_port_is_an_OSError(self) -> None:
-        """As on the stock server: EADDRINUSE."""
+    def test_an_address_is_as_on_the_stock_server(self) -> None:
+        """One that is taken is EADDRINUSE. One that a network reaches offers Digest alone."""
         with taken_port() as port, self.assertRaises(OSError) as caught:
             AuthServer(("127.0.0.1", port), protect(Idiom, USERS))
         self.assertEqual(caught.exception.errno, errno.EADDRINUSE)
-
-    def test_a_network_is_offered_digest_alone(self) -> None:
-        """On an address that a network reaches the right Basic password is 401, unless asked for."""
         for host, offer, want in (("127.0.0.1", {}, [200]), ("", {}, [401]),
                                   ("", {"schemes": ["digest", "basic"]}, [200])):
             with self.subTest(host, offer=offer):
-                handler = protect(Idiom, USERS, **offer)
-                self.assertEqual(self.ask(AuthServer((host, 0), handler)), want)
-
-    def ours(self, handler: Any, **settings: Any) -> AuthServer:
-        """Return a server with an authenticator of its own, closed after the test."""
-        server = AuthServer(("127.0.0.1", 0), handler, authenticator=Authenticator(USERS, **settings))
-        self.addCleanup(server.server_close)
-        return server
+                server = AuthServer((host, 0), protect(Idiom, USERS, **offer))
+                self.assertEqual(self.ask(server), want)
 
     def drain(self, server: Any) -> None:
-        """Have a server drain, and wait until its loop has heard of it; or until there is no loop."""
+        """Have a server drain, and wait until its loop has heard of it; or until there is none."""
         heard = threading.Event()
         server.drain()
         server.call_soon(heard.set)
         until(lambda: heard.is_set() or server.stopped.is_set(), "that")
 
     def test_drain_ends_whatever_became_of_a_connection(self) -> None:
-        """A handler closed it, or its number; an answer, or the rest of a body, was under way: serve_forever() ends."""
+        """A handler closed it, or its number; an answer, or the rest of a body, was under way."""
         def large(request: Any) -> Any:
             return authserver.Answer(200, (), b"a" * 20000000)
+        # It looks for who is overdue in each turn, and not once a second.
+        kind = type("Own", (AuthServer,), {"walked": property(lambda _: 0.0, lambda *_: None)})
         for handler, data, rest in (
                 (Idiom.made(lambda handler: handler.connection.close()), head(), b""),
                 (Idiom.made(lambda handler: os.close(handler.connection.fileno())), head(), b""),
                 (Idiom.made(lambda handler: os.close(handler.connection.detach())), head(), b""),
-                (large, head(), b""), (large, head("/", "POST", JIM, "Content-Length: 4"), b"late")):
-            server = self.ours(handler)
-            with self.subTest(data, rest=rest), serving(server) as at, Wire(at) as wire:
+                (large, head(), b""),
+                (large, head("/", "POST", JIM, "Content-Length: 4"), b"late")):
+            server = self.ours(handler, kind)
+            with self.subTest(data, rest=rest), serving(server) as at, Wire(at) as wire, \
+                    mock.patch.object(authserver, "DRAIN_SECONDS", 0.1):
                 wire.sendall(data)
                 select.select([wire], [], [], PATIENCE)
                 self.drain(server)
                 wire.sendall(rest)
                 wire.hear()
                 self.assertTrue(server.stopped.wait(SOON))
-
-    def test_no_field_of_a_page_splits_its_answer(self) -> None:
-        """A line feed, or another control character, in a name or a value: 500, and the log has it."""
-        fields: List[Tuple[str, str]] = []
-        server = self.ours(lambda _: authserver.Answer(200, tuple(fields), b"page"))
-        with mock.patch.object(authserver.Log, "error") as said, serving(server) as at:
-            for name, value, status in (("X", "a\r\nSet-Cookie: b=c", 500), ("X", "a\r\n\r\n<p>", 500), ("X", "a\nb", 500),
-                                        ("X", "a\rb", 500), ("X", "a\0b", 500), ("X", "a\x7fb", 500), ("X\r\nY", "a", 500),
-                                        ("X: a\nY", "b", 500), ("X", "a\tb \xe4", 200), ("X", "", 200)):
-                with self.subTest(name, value=value):
-                    fields[:], before = [("A", "b"), (name, value)], said.call_count
-                    answer = talk(at, head("/", "GET", JIM, CLOSE), True)
-                    self.assertEqual((statuses(answer), b"Set-Cookie" in answer), ([status], False))
-                    lines = [call[0][0] for call in said.call_args_list[before:] if call[0][0].startswith("error")]
-                    self.assertEqual(["GET / HTTP/1.1" in text for text in lines], [True] * (status == 500))
+        server = self.ours(large, kind)     # handle_request() ends so, too
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        with Wire("127.0.0.1:%d" % server.server_address[1]) as wire, \
+                mock.patch.object(authserver, "DRAIN_SECONDS", 0.1):
+            self.assertEqual(len(wire.ask("/").body), 20000000)
+            self.assertEqual(wire.hear(), b"")
+            thread.join()
 
     def test_whom_a_reload_has_deleted_gets_no_last_answer(self) -> None:
         """A worker that drains has the new passwords: on a kept connection, too, 401."""
         server = self.ours(lambda _: authserver.Answer(200, ()))
-        server.reread = lambda: setattr(server.authenticator, "passwords", Passwords({"ann": "other"}, realm="files"))
-        with mock.patch.object(authserver, "DRAIN_SECONDS", PATIENCE), serving(server) as at, Wire(at) as jim:
+        ann = Passwords({"ann": "other"}, realm="files")
+        server.reread = lambda: setattr(server.authenticator, "passwords", ann)
+        with mock.patch.object(authserver, "DRAIN_SECONDS", PATIENCE), \
+                serving(server) as at, Wire(at) as jim:
             self.assertEqual(jim.ask("/").status, 200)
             self.drain(server)
             self.assertEqual(jim.ask("/").status, 401)
 
+    def test_no_field_of_a_page_splits_its_answer(self) -> None:
+        """A line feed, or another control character, in a name or a value: 500, and logged."""
+        fields: List[Tuple[str, str]] = []
+        server = self.ours(lambda _: authserver.Answer(200, tuple(fields), b"page"))
+        with mock.patch.object(authserver.Log, "error") as said, serving(server) as at:
+            for name, value, status in (
+                    ("X", "a\r\nSet-Cookie: b=c", 500), ("X", "a\r\n\r\n<p>", 500),
+                    ("X", "a\nb", 500), ("X", "a\rb", 500), ("X", "a\0b", 500), ("X", "\x7f", 500),
+                    ("X\r\nY", "a", 500), ("X: a\nY", "b", 500), ("X", "a\tb \xe4", 200),
+                    ("X", "", 200)):
+                with self.subTest(name, value=value):
+                    fields[:], before = [("A", "b"), (name, value)], said.call_count
+                    answer = talk(at, head("/", "GET", JIM, CLOSE), True)
+                    self.assertEqual((statuses(answer), b"Set-Cookie" in answer), ([status], False))
+                    lines = [call[0][0] for call in said.call_args_list[before:]]
+                    self.assertEqual(["GET / HTTP/1.1" in line for line in lines
+                                      if line.startswith("error")], [True] * (status == 500))
+
     def test_an_idle_server_does_what_the_stock_one_does(self) -> None:
-        """handle_request() times out, however often, and then it serves; service_actions() is called with nobody there."""
+        """handle_request() times out, however often; service_actions() is called."""
         acted, called = threading.Event(), threading.Event()
         hooks = {"handle_timeout": lambda _: called.set(), "service_actions": lambda _: acted.set()}
-        server = type("Own", (AuthServer,), hooks)(("127.0.0.1", 0), protect(Idiom, USERS))
+        server = self.protected(kind=type("Own", (AuthServer,), hooks))
         authserver.raise_file_limit.cache_clear()
         with mock.patch.object(os, "register_at_fork", create=True) as forks:
-            for server.timeout in (1.01, 0, 0):
+            for server.timeout in (0.1, 0, 0):
                 called.clear()
+                began = time.monotonic()
                 thread = threading.Thread(target=server.handle_request, daemon=True)
                 thread.start()
                 self.assertTrue(called.wait(SOON))
+                self.assertGreaterEqual(time.monotonic() - began, server.timeout)
                 thread.join()
         self.assertLessEqual(forks.call_count, 1)
         acted.clear()
@@ -4208,49 +4067,21 @@ class HttpHooks(BoxTest):
             self.assertTrue(acted.wait(SOON))
             self.assertEqual([request(at, "/").status for _ in range(3)], [200] * 3)
 
-    def test_nobody_goes_round_the_loop(self) -> None:
-        """What other loops call on a server of socketserver serves nobody who has not been asked."""
-        server = self.ours(Idiom)
-        for way in ("finish_request", "process_request", "_handle_request_noblock"):
-            with self.subTest(way), Wire("127.0.0.1:%d" % server.server_address[1]) as wire:
-                wire.sendall(head("/", "GET", "", CLOSE))
-                with contextlib.suppress(Exception), contextlib.redirect_stderr(io.StringIO()):
-                    with contextlib.closing(server.socket.accept()[0] if way[0] != "_" else wire) as sock:
-                        getattr(server, way)(*[sock, ("192.0.2.1", 1)] * (way[0] != "_"))
-                self.assertEqual(b"" if wire.fileno() < 0 else wire.hear(), b"")
-
-    def test_a_thread_that_could_not_be_started_is_not_waited_for(self) -> None:
-        """With one busy thread and no second one: refused at once; and once there may be one, served."""
-        pool, busy, done = authserver.Pool(5), threading.Event(), threading.Event()
-        wait: Any = lambda: busy.wait() and (lambda: None)
-        self.addCleanup(busy.set)
-        self.assertTrue(pool.lend(wait))
-        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
-            self.assertFalse(pool.lend(wait))
-        self.assertTrue(pool.lend(lambda: done.set) and done.wait(SOON))
-
-    def test_an_heir_says_where_it_listens(self) -> None:
-        """Also with a table in which others have counted."""
-        table = authserver.SharedTable()
-        table.add("workers")
-        with mock.patch.object(authserver.Log, "error") as said, serving(self.ours(Idiom, table=table)) as at:
-            self.assertEqual(request(at).status, 200)
-        self.assertEqual(str(said.call_args_list).count("listening on"), 1)
-
     def test_large_answers_of_handlers(self) -> None:
-        """A file goes in pieces; chunks never end; who has kept the connection writes no more to it."""
+        """A file goes in pieces; chunks never end; who kept the connection writes no more to it."""
         file, kept = mock.Mock(wraps=io.BytesIO(b"a" * 1000000)), []
 
         def answer(handler: Any) -> None:
             kept.append(handler.connection)
-            handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+            handler.begin(CHUNKED)
             for piece in [b"a" * 900] * 10 + [b""]:
                 handler.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
 
         def send(handler: Any) -> None:
-            handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+            handler.begin("Content-Length: 1000000")
             handler.connection.sendfile(file)
-        with mock.patch.object(authserver, "MAX_BODY", 5000), serving(self.ours(Idiom.made(answer))) as at:
+        with mock.patch.object(authserver, "MAX_BODY", 5000), \
+                serving(self.ours(Idiom.made(answer))) as at:
             self.assertEqual(talk(at, head() + head("/", "GET", JIM, CLOSE)).count(b"a" * 900), 20)
         with self.assertRaises(BrokenPipeError):
             kept[0].sendall(b"late")
@@ -4258,83 +4089,78 @@ class HttpHooks(BoxTest):
             self.assertEqual(len(request(at).body), 1000000)
         self.assertTrue(all(0 < call[0][0] < 200000 for call in file.read.call_args_list))
 
-    def test_nothing_of_a_request_is_left(self) -> None:
-        """Without the garbage collector: no Request, with its password, outlives its answer."""
+    def test_nothing_is_kept_in_memory(self) -> None:
+        """No Request, with its password, after its answer; nor what a stranger says at length."""
         with serving(self.ours(lambda _: authserver.Answer(200, ()))) as at, Wire(at) as wire:
             self.addCleanup(gc.enable)
             gc.collect()
-            gc.disable()
+            gc.disable()        # it would hide what keeps them
             for _ in range(20):
-                self.assertEqual(wire.ask("/", "GET", JIM, "Content-Length: 3", data=b"abc").status, 200)
-            self.assertLess(sum(isinstance(item, authserver.Request) for item in gc.get_objects()), 5)
-
-    def test_who_is_not_trusted_fills_no_memory(self) -> None:
-        """X-Forwarded-For of a stranger is not looked at, and of a proxy no more than its end."""
+                answer = wire.ask("/", "GET", JIM, "Content-Length: 3", data=b"abc")
+                self.assertEqual(answer.status, 200)
+            left = [item for item in gc.get_objects() if isinstance(item, authserver.Request)]
+            self.assertLess(len(left), 5)
         for trusted, count in (("192.0.2.1", 0), ("127.0.0.1", 1)):
-            server = self.ours(Idiom)
+            server = self.ours()
             server.proxies = authserver.TrustedProxies([trusted])
-            with mock.patch.object(server.proxies, "find_client", wraps=server.proxies.find_client) as asked, \
-                    serving(server) as at:
+            find = server.proxies.find_client = mock.Mock(wraps=server.proxies.find_client)
+            with serving(server) as at:
                 request(at, "/", "GET", JIM, "X-Forwarded-For: %s, 192.0.2.7" % ("x" * 9000))
-            said = [call[0][1] for call in asked.call_args_list if len(call[0]) > 1]
+            said = [call[0][1] for call in find.call_args_list if len(call[0]) > 1]
             self.assertEqual([len(text) < 2000 for text in said], [True] * count)
 
     def test_who_is_held_accepts_nobody_until_released(self) -> None:
         """After hold() a client waits in the queue of the kernel, and is served after release()."""
-        server = AuthServer(("127.0.0.1", 0), protect(Idiom, USERS))
+        server = self.protected()
         server.hold()
         with serving(server) as at, Wire(at) as wire:
             wire.sendall(head("/x"))
-            self.assertEqual(select.select([wire], [], [], 0.3)[0], [])
+            self.assertEqual(select.select([wire], [], [], 0.1)[0], [])
             server.release()
             self.assertEqual(wire.exchange(b"").status, 200)
 
-    @needs_crypt
-    def test_slow_hashes_are_bounded_and_keep_nobody_waiting(self) -> None:
-        """Two are made at a time, two more wait, the next is told 503 at once."""
-        path = self.box.write("hashed", "jim:%s\n" % crypted("secret", "$6$rounds=1000$saltsalt$"), 0o600)
-        authenticator = Authenticator(Passwords.read(path, "files"), schemes=["basic"])
-        with mock.patch.object(authserver, "SLOW_QUEUE", 2):
-            server = AuthServer(("127.0.0.1", 0), Idiom, authenticator=authenticator)
-        go, function = threading.Event(), authserver.load_crypt()[0]
-
-        def slow(phrase: bytes, setting: bytes) -> Any:
-            go.wait(PATIENCE)
-            return function(phrase, setting)
-        with mock.patch.object(authserver, "load_crypt", lambda: (slow, threading.Semaphore(2))), serving(server) as at, \
-                contextlib.ExitStack() as stack:
-            wires = [stack.enter_context(Wire(at)) for _ in range(6)]
-            for number, wire in enumerate(wires):
-                wire.sendall(head("/x", "GET", basic("jim", "w%d" % number)))
-            busy = until(lambda: len(select.select(wires, [], [], 0)[0]) > 1 and select.select(wires, [], [], 0)[0],
-                         "two refusals")
-            self.assertEqual([wire.exchange(b"").status for wire in busy], [503, 503])
-            self.assertEqual(request(at, "/x", "GET", basic("ann", "wrong")).status, 503)
-            self.assertEqual(server.status()["busy"], 3)
-            go.set()
-            self.assertEqual({wire.exchange(b"").status for wire in wires if wire not in busy}, {401})
-
-    @needs_crypt
-    def test_a_deleted_user_is_out_whatever_is_under_way(self) -> None:
-        """New passwords while a slow hash of the old ones is computed: no later request gets in."""
-        stored = crypted("secret", "$6$rounds=1000$saltsalt$")
-        path = self.box.write("hashed", "jim:%s\nann:%s\n" % (stored, stored), 0o600)
-        authenticator = Authenticator(Passwords.read(path, "files"), schemes=["basic"])
-        server = AuthServer(("127.0.0.1", 0), Idiom, authenticator=authenticator)
-        begun, go = threading.Event(), threading.Event()
-        function, turns = authserver.load_crypt()
+    @contextlib.contextmanager
+    def hashing(self, **pool: Any) -> Iterator[Any]:
+        """Serve who has a slow hash; the body gets server, address, begun, go: that ends hashes."""
+        path = self.write("jim:%s\n" % crypted("secret", "$6$rounds=1000$saltsalt$"))
+        asks = Authenticator(Passwords.read(path, "files"), schemes=["basic"])
+        function, begun, go = authserver.load_crypt()[0], threading.Event(), threading.Event()
 
         def slow(phrase: bytes, setting: bytes) -> Any:
             begun.set()
             go.wait(PATIENCE)
             return function(phrase, setting)
-        with mock.patch.object(authserver, "load_crypt", lambda: (slow, turns)), serving(server) as at:
-            with Wire(at) as wire:
-                wire.sendall(head("/x"))
-                begun.wait(PATIENCE)
-                authenticator.passwords = Passwords({"ann": "other"}, realm="files")
-                go.set()
-                wire.exchange(b"")
+        pool["load_crypt"] = lambda: (slow, threading.Semaphore(2))
+        with mock.patch.multiple(authserver, **pool):
+            server = self.ours(authenticator=asks)
+            with serving(server) as at:
+                yield server, at, begun, go
+
+    @needs_crypt
+    def test_slow_hashes_are_bounded_and_keep_nobody_waiting(self) -> None:
+        """Two are made at a time, two more wait, the next is told 503 at once."""
+        with self.hashing(SLOW_QUEUE=2) as (server, at, _, go), contextlib.ExitStack() as stack:
+            wires = [stack.enter_context(Wire(at)) for _ in range(6)]
+            for number, wire in enumerate(wires):
+                wire.sendall(head("/x", "GET", basic("jim", "w%d" % number)))
+            until(lambda: len(select.select(wires, [], [], 0)[0]) > 1, "two refusals")
+            busy = select.select(wires, [], [], 0)[0]
+            self.assertEqual([wire.exchange(b"").status for wire in busy], [503, 503])
+            self.assertEqual(request(at, "/x", "GET", basic("ann", "wrong")).status, 503)
+            self.assertEqual(server.status()["busy"], 3)
+            go.set()
+            others = [wire for wire in wires if wire not in busy]
+            self.assertEqual({wire.exchange(b"").status for wire in others}, {401})
+
+    @needs_crypt
+    def test_a_deleted_user_is_out_whatever_is_under_way(self) -> None:
+        """New passwords while a slow hash of the old ones is computed: no later request gets in."""
+        with self.hashing() as (server, at, begun, go), Wire(at) as wire:
+            wire.sendall(head("/x"))
+            begun.wait(PATIENCE)
+            server.authenticator.passwords = Passwords({"ann": "other"}, realm="files")
+            go.set()
+            wire.exchange(b"")
             self.assertEqual([request(at, "/x").status for _ in range(4)], [401] * 4)
 
 
