@@ -3158,7 +3158,7 @@ class Service(Host):
         """Have new workers probed; without a probe they must live for a moment, like a program."""
         if not hasattr(self.server, "probe"):
             if readable(fresh, time.monotonic() + ALIVE):
-                expect([], "", 0, fresh)        # one has ended
+                expect([], "able", 0, fresh)        # one has ended
             return
         # After the workers: it asks them, over the sockets that they serve.
         prober = self.fork(self.probe)
