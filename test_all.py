@@ -9224,6 +9224,10 @@ class Programs(DaemonTest):
                       "try: daemonize.py start " % self.box.folder, said)
         self.assertEqual((self.box.processes(), self.files()), ([], []))
         self.box.daemonize(*shlex.split(said.rpartition("try: daemonize.py ")[2]))
+        # In a jail the path is the jail's.
+        plan = daemonize.parse(["start", "--name", "x", "--", PYTHON, "nap.py"], self.box.folder)
+        self.assertRaises(daemonize.Fatal, daemonize.check_script, plan, None)
+        daemonize.check_script(plan._replace(chroot="/jail"), None)
 
     @needs_linux
     def test_a_program_is_the_daemons_child(self) -> None:
