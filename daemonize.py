@@ -2297,12 +2297,13 @@ def find_program(name: str) -> str:
     raise Fatal("unable to execute %s: %s" % (name, found))
 
 
-def check_script(plan: Plan) -> None:
+def check_script(start: Start) -> None:
     """Step 3 of a program: see the commonest mistake of who starts a script.
 
     Its path stays as it was typed, for the program may mean something else by that word.  And the
     program itself is looked up by who executes it: root may not see what is in a user's home.
     """
+    plan = start.plan
     script = script_of(plan.command) if plan.chroot is None else None
     if script and os.path.exists(plan.hosted) and not os.path.exists(
             os.path.join(plan.rundir, script)):
@@ -3246,7 +3247,7 @@ def replace(plan: Plan, turn: Lock, pid: int, has_sockets: bool) -> None:
         # What can be seen is seen before anything is lost.  (In a jail only from inside.)
         if plan.kind == "program" and plan.chroot is None:
             find_program(plan.command[0])
-            check_script(plan)
+            check_script(heir)
         see_out(plan, target, "end")
     try:
         launch(heir, turn)
@@ -3389,7 +3390,7 @@ def die_with_parent() -> None:
 # What can be hosted: what root does for it in step 3, and how it lives from step 7 on.
 HOSTS: Dict[str, Tuple[Callable[[Start], Any], Callable[[Start], int]]] = {
     "app": (bind_application, lambda start: Daemon(start, Service(start)).live()),
-    "program": (lambda start: check_script(start.plan), lambda start: Daemon(start, Program(start)).live()),
+    "program": (check_script, lambda start: Daemon(start, Program(start)).live()),
     "library": (lambda start: None, live_in_script)}
 COMMANDS = {"start": start, "stop": stop, "restart": restart, "reload": reload,
             "status": status, "run": run}
