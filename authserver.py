@@ -5009,6 +5009,24 @@ def write_file(path: str, text: str, gid: Optional[int] = None, replace: bool = 
             os.unlink(new)
 
 
+@contextlib.contextmanager
+def locked(path: str) -> Iterator[bool]:
+    """Have other passwd commands wait for this file; False: there is none to wait for.
+
+    The file's and not its folder's, which anybody could hold who may look into it. It goes with
+    the file when that is replaced: who has waited looks whether the name still stands for what
+    was locked. Of those who make a new file only one succeeds.
+    """
+    while os.path.exists(path):
+        # To write: a file system over a network locks nothing else.
+        with open(path, "rb+") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            if os.path.exists(path) and os.path.samestat(os.fstat(stream.fileno()), os.stat(path)):
+                yield True
+                return
+    yield False
+
+
 def change_password(path: str, username: str, realm: str, password: Optional[str]) -> str:
     """Set the password of a user in a file, or delete the user (None); return what was done."""
     username = normal_username(username)
@@ -5016,19 +5034,18 @@ def change_password(path: str, username: str, realm: str, password: Optional[str
     new_lines = [] if password is None else password_lines(username, realm, password)
     # Through links, or the rename would replace a link by a file.
     target = os.path.realpath(path)
-    with trying_to(f"write passwords {path}"), contextlib.ExitStack() as stack:
-        # Others wait for the folder: the file, with a lock on it, will be another one.
-        folder = os.open(os.path.dirname(target), os.O_RDONLY)
-        stack.callback(os.close, folder)
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        exists = os.path.exists(target)
-        # Read only now, under the lock: or a change just made would be undone. Not strictly: if
-        # others may read it, what takes its place is 0600.
-        old = read_secrets("passwords", target, is_strict=False) if exists else ""
-        known = any(is_line_of(line, username, realm) for line in old.split("\n"))
-        if password is None and not known:
-            raise Refusal(f"unable to delete user {username!r}: not in {path}")
-        write_file(target, edit_passwords(old, username, realm, new_lines), replace=exists)
+    with trying_to(f"write passwords {path}"):
+        try:
+            with locked(target) as exists:
+                # Read only now, under the lock: or a change just made would be undone. Not
+                # strictly: if others may read it, what takes its place is 0600.
+                old = read_secrets("passwords", target, is_strict=False) if exists else ""
+                known = any(is_line_of(line, username, realm) for line in old.split("\n"))
+                if password is None and not known:
+                    raise Refusal(f"unable to delete user {username!r}: not in {path}")
+                write_file(target, edit_passwords(old, username, realm, new_lines), replace=exists)
+        except FileExistsError:     # made by another one meanwhile: now there is one to edit
+            return change_password(path, username, realm, password)
     return "deleted" if password is None else "changed" if known else "added"
 
 
