@@ -1288,8 +1288,10 @@ def failure(child: Channel, message: Message) -> Fatal:
         return Fatal(str(message.get("text")), status, str(message.get("trace", "")))
     if not isinstance(child, Child):
         return Fatal("unable to start: the command that asked for it is gone")
-    with contextlib.suppress(OSError):
-        os.kill(child.pid, signal.SIGKILL)      # it may have closed its end, and go on
+    # It may have closed its end, and go on.  But not at once: whom SIGKILL meets in the middle of
+    # exit(2), when its end is closed already, is said to have died of that.
+    if not wait_until(lambda: child.wait(os.WNOHANG) is not None, ALIVE):
+        child.kill()
     return Fatal("unable to start: it %s before it was ready" % describe(child.wait() or 0))
 
 

@@ -8539,7 +8539,8 @@ class Programs(DaemonTest):
         self.assertEqual((self.box.processes(), self.files()), ([], []))
         self.box.daemonize(*shlex.split(said.rpartition("try: daemonize.py ")[2]))
         # In a jail the path is the jail's.
-        plan = daemonize.parse(["start", "--name", "x", "--", PYTHON, "nap.py"], self.box.folder)
+        plan = daemonize.parse(["start", "--pidfile", self.box.pidfile, "--logfile", self.box.log,
+                                "--", PYTHON, "nap.py"], self.box.folder)
         self.assertRaises(daemonize.Fatal, daemonize.check_script, daemonize.Start(plan))
         daemonize.check_script(daemonize.Start(plan._replace(chroot="/jail")))
 
@@ -8904,6 +8905,8 @@ d.%s = signalled
         self.box.write("ready", "")
         self.box.start(app=APP + self.SLOW)
         old, child = self.draining()
+        with open(self.box.pidfile + ".lock") as lock:      # given up last of all
+            until(lambda: daemonize.lock_holder(lock.fileno(), daemonize.INSTANCE) != old, "a leave")
         for _ in range(30):
             with connect("unix:%s.sock" % self.box.pidfile) as control:
                 control.sendall(b'{"event": "status"}\n')
