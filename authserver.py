@@ -118,7 +118,7 @@ CLOCK_SKEW = 30.0           # seconds that machines with one nonce secret may di
 NC_WINDOW = 64              # uses of a nonce that may overtake one another: a 64-bit word
 NONCE_SLOTS = 1 << 16       # nonces in use whose counts are kept, 24 bytes each
 CLIENT_BUCKETS = 1 << 16    # of clients whose failures are counted, 16 bytes each
-MAX_ROWS = 256              # in which processes count for themselves
+MAX_ROWS = 64               # processes that count for themselves
 MAX_FAILURES = (10, 60.0)   # wrong passwords in so many seconds: more than a person mistypes
 MAX_CREDENTIALS = 16384     # characters of an Authorization field: a uri of 8 KiB fits
 MAX_HOPS = 10               # proxies behind one another, in X-Forwarded-For
@@ -800,11 +800,11 @@ def advance_window(highest: int, seen: int, nonce_count: int) -> Optional[Tuple[
     return highest, seen | 1 << -ahead
 
 
-# The table, from its first byte: what it is, its secrets, its clock; rows of counters; a slot for
-# each nonce in use (time and random bytes, highest nc, its window); a bucket for some of the
-# clients (failures, since when).
+# The table, from its first byte: what it is, its secrets, its clock; a row of counters for each
+# worker; a slot for each nonce in use (time and random bytes, highest nc, its window); a
+# bucket for some of the clients (failures, since when).
 HEADER = struct.Struct("<8s32s16s32sdd")    # layout, nonce key, salt, issuers, offset, started
-LAYOUT = b"authsv03"
+LAYOUT = b"authsv02"
 ISSUERS = 56                                # where they begin in it
 ROW = struct.Struct("<%dQ" % len(COUNTERS))
 SLOT = struct.Struct("<11sxIQ")
@@ -836,10 +836,12 @@ def open_memory(size: int) -> int:
 @functools.lru_cache(maxsize=1024)
 def find_buckets(salt: bytes, client: str) -> Tuple[int, int]:
     """Return where a client's two buckets are; nobody without the salt can choose them."""
-    first, second, _ = struct.unpack("<3I", sign(salt, client.encode("utf-8", "replace")))
-    # One of the even and one of the odd: one client never has the same bucket twice.
-    return (BUCKETS + BUCKET.size * (first * 2 % CLIENT_BUCKETS),
-            BUCKETS + BUCKET.size * (second * 2 % CLIENT_BUCKETS + 1))
+    signature = sign(salt, client.encode("utf-8", "replace"))
+    first, second = (int.from_bytes(signature[i:i + 4], "big") for i in (0, 4))
+    # The second lies among the others: one client never has the same bucket twice.
+    second = first + 1 + second % (CLIENT_BUCKETS - 1)
+    return (BUCKETS + BUCKET.size * (first % CLIENT_BUCKETS),
+            BUCKETS + BUCKET.size * (second % CLIENT_BUCKETS))
 
 
 class Exclusively:
@@ -879,6 +881,7 @@ class SharedTable:
         self.fd = open_memory(TABLE_SIZE) if fd < 0 else fd
         self._memory = mmap.mmap(self.fd, TABLE_SIZE)
         self._mutex = threading.RLock()
+        self._row, self._owner = -1, 0          # of our counters; the pid that claimed it
         self.alone = False                      # True: no other process has this table
         with self._exclusively(0):
             if self._memory[:8] != LAYOUT:
@@ -909,6 +912,11 @@ class SharedTable:
     def issuers(self) -> bytes:
         """Who we are, and were in the seven eras before: 4 bytes each."""
         return self._memory[ISSUERS:ISSUERS + 32]
+
+    @property
+    def started(self) -> float:
+        """Since when this table watches."""
+        return float(HEADER.unpack_from(self._memory)[5])
 
     def set_clock(self, wall: float) -> None:
         """Begin a new era if the time of day has jumped: only machines that share need this."""
@@ -948,9 +956,9 @@ class SharedTable:
         nonces count from when we began to watch. Where its clock is ahead of ours, one that was
         used before that can pass once more: README says so.
         """
-        *_, issuers, _, started = HEADER.unpack_from(self._memory)
+        issuers = self.issuers
         former = [issuers[i:i + 4] for i in range(4, 32, 4)]
-        return body[11:] in former or nonce_time(body) < started
+        return body[11:] in former or nonce_time(body) < self.started
 
     # -- clients who guess: each counts in two buckets, and is locked out when both are full. Two
     # attackers of one bucket cannot reset each other, and an innocent would have to share both.
@@ -960,7 +968,8 @@ class SharedTable:
         with self._exclusively(BUCKETS):
             for offset in find_buckets(self._salt, client):
                 failures, since = BUCKET.unpack_from(self._memory, offset)
-                if not since / 100 <= now < since / 100 + seconds:
+                # Of two who count at a time one may have looked at the clock before the other.
+                if abs(now - since / 100) >= seconds:
                     failures, since = 0, int(now * 100)
                 # The last one starts the lock-out; those that come later do not prolong it.
                 since = int(now * 100) if failures + 1 == limit else since
@@ -972,21 +981,31 @@ class SharedTable:
         left = seconds
         for offset in find_buckets(self._salt, client):
             failures, since = BUCKET.unpack_from(self._memory, offset)
-            if failures < limit or since > now * 100:
+            if failures < limit or since / 100 >= now + seconds:
                 return 0.0
             left = min(left, since / 100 + seconds - now)
         return max(0.0, left)
 
-    # -- counters: a row for each process, found by its pid. Should two have the same row, one may
-    # undo now and then what the other has counted: a lock would cost more than that is worth.
+    # -- counters: a row for each worker, written by nobody else
+
+    def _own_row(self) -> int:
+        """Return the offset of our row; it is ours for as long as we hold the lock on it."""
+        if self._owner != os.getpid():
+            self._owner = os.getpid()
+            for number in range(MAX_ROWS):
+                self._row = ROWS + ROW.size * number
+                with contextlib.suppress(OSError):      # another process has it
+                    fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, self._row)
+                    break
+        return self._row
 
     def add(self, counter: str, amount: int = 1) -> None:
         """Add to one of COUNTERS."""
         with self._mutex:
-            row = ROWS + os.getpid() % MAX_ROWS * ROW.size
-            counts = list(ROW.unpack_from(self._memory, row))
-            counts[COUNTERS.index(counter)] += amount
-            ROW.pack_into(self._memory, row, *counts)
+            row = self._own_row()
+            values = list(ROW.unpack_from(self._memory, row))
+            values[COUNTERS.index(counter)] += amount
+            ROW.pack_into(self._memory, row, *values)
 
     def statistics(self) -> Dict[str, int]:
         """Return all COUNTERS with their values, of all who ever counted."""
@@ -1083,6 +1102,12 @@ class Attempt:
                  client: Optional[str], time: float, schemes: Sequence[str]) -> None:
         self.method, self.target, self.authorization = method, target, authorization
         self.client, self.time, self.schemes = client, time, schemes
+
+
+def call_for(read: Callable[[], bytes]) -> Generator[Any, Any, bytes]:
+    """Read a body as the authenticator wants it read: it asks, and we wait."""
+    content: bytes = (yield read)
+    return content
 
 
 def at_once(asking: Asking) -> Verdict:
@@ -1823,8 +1848,11 @@ STYLE = (
     "@media(max-width:32rem){body{margin:1rem auto}th+th,td+td{padding-left:1rem}i{display:none}}")
 EXPLANATIONS = {
     401: "This is for who has a password. To try again, reload the page.",
+    403: "The server may not give you this.",
+    404: "There is nothing here.",
     429: "Too many wrong passwords came from your address. Wait a minute, then reload the page.",
-    500: "The log of the server says what went wrong.",
+    500: "Something went wrong here; the log of the server says what.",
+    503: "The server cannot answer just now. Reload the page in a moment.",
 }
 HTML = ("Content-Type", "text/html; charset=utf-8")
 # Browsers shall not guess that a text is a program: https://fetch.spec.whatwg.org/#nosniff
@@ -1892,10 +1920,11 @@ def page_answer(server: "AuthServer", request: Request) -> Answer:
     try:
         assert server.page is not None
         answer = server.page(request)
-        # Our own pages say nothing that ends a line, and so begins another field; a program's may.
-        if answer.status not in STATUS_LINES or server.has_guest and ends_line(
-                "".join([name + value for name, value in answer.fields])):
-            raise ValueError(f"no answer of HTTP: {answer!r:.80}")
+        if not isinstance(answer, Answer) or answer.status not in STATUS_LINES:
+            raise TypeError(f"expected an Answer with a status of HTTP, not {answer!r:.40}")
+        # Our own pages say nothing that ends a line; a program's may.
+        if server.has_guest and ends_line("".join([name + value for name, value in answer.fields])):
+            raise ValueError("control characters in its fields")    # which would become others
     except Exception:
         server.log.error(f"error: {request.line}: {traceback.format_exc()}")
         answer = error_answer(500)
@@ -2526,9 +2555,12 @@ class Connection(Channel):
             self.lingers = self.closing = True
         if self.server.draining or not fields.keep_alive:
             self.closing = True
+            self.lingers = self.lingers or not body.done    # or a reset would take the answer along
         length = "" if answer.status in NO_CONTENT else f"Content-Length: {size}\r\n"
         ends = CLOSE if self.closing else "" if request.minor else "Connection: keep-alive\r\n"
-        in_words = field_lines if self.server.has_guest else cached_field_lines
+        # A program's fields may be anybody's, a redirect's as long as what was asked for.
+        once = self.server.has_guest or answer.status != 200
+        in_words = field_lines if once else cached_field_lines
         lines = in_words(answer.fields) + field_lines(request.verdict.fields)
         head = f"{STATUS_LINES[answer.status]}{self.server.stamp}{lines}{length}{ends}\r\n"
         octets = head.encode("latin-1", "replace")
@@ -4060,8 +4092,8 @@ class Follower:
         return passed
 
     def give_up(self) -> bytes:
-        """Return what was held back; from now on nothing is, and this answer is the last."""
-        head, self.head, self.raw, self.closes = self.head, b"", True, True
+        """Return what was held back; from now on nothing is."""
+        head, self.head, self.raw = self.head, b"", bool(self.head) or self.raw
         return head
 
     def complete(self, head: bytes, is_new: bool) -> bytes:
@@ -4111,8 +4143,8 @@ class HandlerSocket:
 
     Reading gives the head, the body as it came, and then its end.  Writing goes to the client.
 
-    Instance variables for the server: verdict; follower; nonsense, what was wrong with the body;
-    gone, the client has left; is_shut, the handler has closed it.
+    Instance variables for the server: verdict; answer, as far as it could be followed; nonsense,
+    what was wrong with the body; gone, the client; is_shut, bypassed, failed: what became of it.
     """
 
     def __init__(self, connection: Connection, octets: bytes, request: Request, body: Body) -> None:
@@ -4120,7 +4152,8 @@ class HandlerSocket:
         self.pending = octets                   # for the handler to read
         self.follower = Follower(request, body, connection.server.draining)
         self.nonsense: Optional[BadRequest] = None
-        self.gone = self.is_shut = False
+        # The client has left; the handler has closed it, has handed it out, has raised.
+        self.gone = self.is_shut = self.bypassed = self.failed = False
         self.timeout: Optional[float] = None    # as the handler wants it
         self.patience = PACE_SECONDS            # for bytes of the body
         self.is_parsed = False                  # the handler has seen the request
@@ -4155,7 +4188,10 @@ class HandlerSocket:
         """Return what the real socket has; what could carry bytes past us is the last we know."""
         if name not in ("family", "type", "proto", "getsockname", "getpeername", "getsockopt",
                         "setsockopt", "cipher", "version", "getpeercert", "context"):
+            self.bypassed = True
             self.put(self.follower.give_up())
+            # A child that is given the descriptor expects one that waits.
+            self.connection.socket.settimeout(None)
         return getattr(self.connection.socket, name)
 
     # -- reading
@@ -4265,7 +4301,7 @@ class HandlerSocket:
         try:
             server.finish_request(self, connection.address)     # type: ignore[arg-type]
         except BaseException:           # SystemExit, too: the loop goes on without this thread
-            answer.closes = True
+            self.failed = True
             if not self.gone and not self.nonsense:
                 server.handle_error(self, connection.address)
         if answer.head:                 # what looked like the beginning of an answer
@@ -4276,12 +4312,14 @@ class HandlerSocket:
 
     def is_silent(self) -> bool:
         """Return whether nothing has been answered, and somebody is there to be told."""
-        return not (self.follower.status or self.follower.raw or self.gone)
+        answer = self.follower
+        return not (answer.status or answer.raw or self.bypassed or self.gone)
 
     def ends_connection(self) -> bool:
         """Return whether nobody knows, or everybody, that this answer was the last one here."""
         answer = self.follower
-        return bool(answer.fault or answer.closes or answer.upgraded or self.nonsense or self.gone)
+        return bool(answer.fault or answer.closes or answer.upgraded or self.nonsense or self.gone
+                    or self.failed or self.bypassed)
 
 
 class Once(http.server.BaseHTTPRequestHandler):
@@ -4295,28 +4333,31 @@ class Once(http.server.BaseHTTPRequestHandler):
 
     remote_user: Optional[str] = None
     auth_type = ""
+    needs_server = True         # which asks for the password; protect() needs none
 
     def handle_one_request(self) -> None:
         """Handle it, and no more: to handle() this was the last one."""
         super().handle_one_request()
-        self.close_connection = True
+        if isinstance(self.request, HandlerSocket):
+            self.close_connection = True
 
     def parse_request(self) -> bool:
         """Parse the first request, and end the connection, as far as we know it, at the second."""
         sock: Any = self.request
-        if not isinstance(sock, HandlerSocket):
+        if isinstance(sock, HandlerSocket):
+            if sock.is_parsed:
+                self.close_connection = True
+                return False
+            sock.is_parsed, verdict = True, sock.verdict
+            self.remote_user, self.auth_type = verdict.username, verdict.scheme
+        elif self.needs_server:
             raise PermissionError("nobody has been asked for a password: AuthServer was gone round")
-        self.close_connection = sock.is_parsed
-        if sock.is_parsed:
-            return False
-        sock.is_parsed = True
-        self.remote_user, self.auth_type = sock.verdict.username, sock.verdict.scheme
         return super().parse_request()
 
     def log_request(self, code: Union[int, str] = "-", size: Union[int, str] = "-") -> None:
         """Leave it to AuthServer's access log, unless the handler has a log of its own."""
         base, own = http.server.BaseHTTPRequestHandler, super().log_request
-        if not isinstance(self.server, AuthServer) or base.log_message is not type(
+        if not isinstance(self.request, HandlerSocket) or base.log_message is not type(
                 self).log_message or base.log_request is not getattr(own, "__func__", own):
             own(code, size)
 
@@ -4341,14 +4382,10 @@ def find_attribute(handler_class: Any, name: str) -> Any:
 
 # -- 16. protect() and protect_wsgi() -----------------------------------------
 #
-# Under a server of other people each connection has a thread, and a handler of its own to read
-# requests. Ours is another one: it tells their story just as the loop does, with the strict parser
-# and all, but waits where the loop would go on; and the handler, when it is its turn, gets
-# what it gets from AuthServer, a socket whose client sends one request (15). So a handler that
-# reads in its own way, or not at all, cannot go round the password.
-#
-# WSGI servers read requests themselves. What a refused client still sends is read to its end, or
-# they would take it for the next request, or close on it: then the client's system throws the
+# Here other people's servers read the requests and write the answers, in a thread or a
+# process for each. Where they do less than we need, it is done here: the head is read once
+# more, strictly; and what a refused client still sends is read to its end, or the server
+# would take it for the next request, or close on it: then the client's system throws the
 # answer away before it has been read (RFC 9112 section 9.6).
 #
 # The processes of a WSGI server know nothing of one another. They meet in a file that has
@@ -4356,12 +4393,16 @@ def find_attribute(handler_class: Any, name: str) -> Any:
 # or below the temporary folder. Who uses it holds a lock on it; what nobody uses is removed
 # by the next one who comes, for its clock may be that of another boot.
 #
-#     Guard()                   made with a socket: by a server of other people
-#       serve()                 until nobody asks any more
-#         answer()              the story of a request (9)
-#           Guard()             made with a HandlerSocket: the handler itself
+#     handle_one_request()      http.server's: reads the request line
+#       parse_request()         ours; where AuthServer has asked already, no more than the next line
+#         parse_request()       http.server's
+#         parse_head()          ours: is it the same that http.server has read?
+#         Gate.judge()          the authenticator; it may call for the body (auth-int)
+#         refuse()              401, and the rest of the body is read: the handler never runs
+#       do_GET()                the handler's
+#         end_headers()         ours: Authentication-Info
 #
-#     application(environ)      ours: judge_environ(), the same for WSGI
+#     application(environ)      ours: judge_environ(), which is all of this for WSGI
 #       application(environ)    theirs, with REMOTE_USER
 
 LINGER_SECONDS = 10.0       # for which a refused client may go on sending
@@ -4403,11 +4444,13 @@ def open_shared_file(name: str, size: int) -> int:
 def shared_table(passwords: Passwords) -> SharedTable:
     """Return the table of all processes that serve this dictionary."""
     name = (LAYOUT + passwords.fingerprint()).hex()
-    table = TABLES[name] = TABLES.get(name) or SharedTable(open_shared_file(name, TABLE_SIZE))
+    table = TABLES.get(name)
+    if table is None:
+        table = TABLES[name] = SharedTable(open_shared_file(name, TABLE_SIZE))
     return table
 
 
-def read_on(read: Callable[[], Optional[bytes]]) -> bool:
+def read_on(read: Callable[[], bytes]) -> bool:
     """Read what a refused client still sends; return whether that has come to an end.
 
     Not for ever: a client that sends a byte now and then would hold a thread, and of those a
@@ -4420,62 +4463,12 @@ def read_on(read: Callable[[], Optional[bytes]]) -> bool:
     return False
 
 
-class StockConnection(Connection):
-    """A connection that another server has accepted: in its thread, which may wait.
-
-    serve tells the stories of its requests; run makes a handler of a socket, show puts what the
-    handler never sees into its log.
-    """
-
-    __slots__ = ("run", "show")
-
-    def serve(self, run: Callable[[Any], Any], show: Callable[[Request], None],
-              patience: float) -> None:
-        """Answer what is asked, until an answer is the last, or nobody asks any more."""
-        self.run, self.show = run, show
-        while not self.closing:
-            self.socket.settimeout(patience)
-            octets = self.receive()
-            if not octets:
-                return
-            self.server.look_at_clock()
-            self.buffer += octets
-            self.advance()
-            while self.server.later.pop(self, self) is None:
-                self.advance()
-        if self.lingers or self.buffer:
-            # Our side first: the client must see the end of the answer, or it might wait for more.
-            with contextlib.suppress(OSError):
-                self.shut()
-                self.socket.settimeout(LINGER_SECONDS)
-                read_on(self.receive)
-
-    def hand_over(self) -> None:
-        """Send what is ready."""
-        octets, self.output = self.output, b""
-        try:
-            self.socket.sendall(octets)
-        except OSError:         # its client has left, or does not read
-            self.closing = True
-
-    def finish(self, request: Request, answer: Answer, body: Body) -> None:
-        """Answer, and show the handler's log that we did."""
-        super().finish(request, answer, body)
-        self.show(request)
-
-    def lend(self, work: Callable[[], Any]) -> None:
-        """Do it here and now: nobody else waits for this thread."""
-        self.go_on(work())
-
-
-class Host(AuthServer):
-    """The authenticator before other people's code, and what our own asks of its server.
+class Gate:
+    """The authenticator before other people's code, with what it needs to know of the host.
 
     Unless schemes says what is offered, Basic is not where it could be listened to: there the
     password itself would be read, and not only what it protects.
     """
-
-    authenticator: Authenticator
 
     def __init__(self, passwords: Passwords, trusted_proxies: Optional[Sequence[str]],
                  offer: Dict[str, Any], share: bool = False) -> None:
@@ -4485,67 +4478,160 @@ class Host(AuthServer):
                             f'Passwords({{"jim": "secret"}}, realm="files")')
         # To the program's own log: it has a name there, and who is in charge may silence it.
         import logging          # 8 ms, only for programs
-        error = functools.partial(logging.getLogger("authserver").warning, "%s")
+        self.log = logging.getLogger("authserver")
         if share and "table" not in offer:
             try:
                 offer["table"] = shared_table(passwords)
-            except OSError as reason:
-                error(f"unable to share nonces with other processes: {reason}")
-        super().__init__(None, http.server.BaseHTTPRequestHandler, True,
-                         Authenticator(passwords, **offer),
-                         [Listener(None, ())])      # type: ignore[arg-type]
+            except OSError as error:
+                self.log.warning("unable to share nonces with other processes: %s", error)
+        self.authenticator = Authenticator(passwords, **offer)
         self.proxies = TrustedProxies(trusted_proxies)
-        self.log: Any = argparse.Namespace(error=error)
         for warning in passwords.warnings:
-            error(warning)
+            self.log.warning(warning)
 
-    def finish_request(self, request: Any, client_address: Any) -> None:
-        """Run the handler, as the server of other people would."""
-        request.connection.run(request)
+    def judge(self, attempt: Attempt, peer: str, forwarded: str, is_safe: bool,
+              read: Callable[[], bytes]) -> Verdict:
+        """Return the verdict on an attempt of peer, whose body read() would return.
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Leave what a handler raised to that server."""
-        raise       # noqa: PLE0704 (called where it was caught)
+        is_safe: nobody can listen on its way.
+        """
+        authenticator = self.authenticator
+        attempt.read_body = functools.partial(call_for, read)
+        # Whom a proxy speaks for, before anything is judged: a lock-out would hit that one. Cut,
+        # for it is remembered, and who asks may have written it; a proxy's word is at the end.
+        host, attempt.client = self.proxies.find_client(peer, forwarded[-MAX_TEXT:])
+        if authenticator.shares_nonces:     # with machines that must agree on the time of day
+            authenticator.table.set_clock(time.time())
+        attempt.time, attempt.schemes = authenticator.clock(), authenticator.offered(is_safe)
+        try:
+            verdict = at_once(authenticator.judge(attempt))
+        except BadRequest as error:         # from read_body
+            verdict = Verdict(error.status, reason=str(error))
+        if verdict.status != 200 and verdict.reason != "no credentials":
+            self.log.warning("%s: refused %s: %s", host, log_name(verdict.log_user), verdict.reason)
+        return verdict
 
 
 class Guard(Once):
     """What protect() puts before a handler; on AuthServer, which has asked already, idle.
 
-    It comes first in the class that protect() makes: so a socket, which only a server of other
-    people hands to a handler, never gets to the handler itself, whatever that would do with it.
+    It comes first in the class that protect() makes, so that no handler's own parse_request()
+    or end_headers() goes before it; where a handler has one, super() leads there.
     """
 
-    _host: Host
+    gate: Gate
+    authenticator: Authenticator
+    needs_server = False
+    info: Fields = ()           # for the handler's answer
+    expects = unread = False    # a client that waits for 100 Continue; a body nobody has read
 
-    def __init__(self, request: Any, client_address: Any, server: Any, *rest: Any,
-                 **named: Any) -> None:
-        if isinstance(request, HandlerSocket):
-            super().__init__(request, client_address, server,   # type: ignore[arg-type]
-                             *rest, **named)
-            return
-        self.client_address, self.server = client_address, server
-        is_safe = (hasattr(request, "getpeercert")      # TLS
-                   or is_private(getattr(server, "socket", request)))
-        host = self._host
-        # Who closes after each answer, as http.server does unless it is told otherwise, may serve
-        # one connection at a time: after a refusal, too, the next one must get its turn.
-        host.draining = self.protocol_version < "HTTP/1.1"
-        StockConnection(host, Listener(request, host.authenticator.offered(is_safe), None, False),
-                        request, client_address).serve(
-            lambda sock: type(self)(sock, client_address, server, *rest, **named),
-            self._show, self.timeout or WAITS["idle"])
+    def parse_request(self) -> bool:
+        """Ask for the password when http.server has read a head and before it acts on it."""
+        self.info, self.expects = (), False         # not those of the last request
+        if isinstance(self.request, HandlerSocket):     # AuthServer adds its fields itself
+            asked = self.request.connection.server.authenticator
+            if asked is None or asked.passwords is not self.authenticator.passwords:
+                raise PermissionError("AuthServer has not asked for the password of protect()")
+            passes = super().parse_request()
+        else:
+            verdict = self.ask()
+            passes, self.info = verdict.status == 200, verdict.fields
+            self.remote_user, self.auth_type = verdict.username, verdict.scheme
+        # Now, and not when http.server meets the field: to whom the password has been asked of.
+        return passes and (not self.expects or super().handle_expect_100())
 
-    def _show(self, request: Request) -> None:
-        """Log what never gets to a handler, as one would that http.server has refused."""
-        self.headers = http.client.HTTPMessage()
-        for name, values in request.values.items():
-            for value in values:
-                self.headers[name] = value
-        self.requestline, self.command, self.path = request.line, request.method, request.path
-        self.request_version = f"HTTP/1.{request.minor}"
-        # A log of its own may need what its own __init__() makes, which has not run.
-        with contextlib.suppress(AttributeError):
-            self.log_request(request.status)
+    def handle_expect_100(self) -> bool:
+        """Put 100 Continue off: http.server would say it before the password is asked for."""
+        self.expects = True
+        return True
+
+    def ask(self) -> Verdict:
+        """Return the verdict on the request, and answer if it may not pass."""
+        octets = line = getattr(self, "raw_requestline")    # the type stubs do not list it
+        while line not in (b"\r\n", b"\n", b"") and len(octets) <= MAX_HEAD:
+            line = self.rfile.readline(MAX_HEAD)
+            octets += line
+        # http.server first: what it refuses, it refuses as it would without us. Then the strict
+        # parser, for what http.server has read may not be what the client meant.
+        stream, self.rfile = self.rfile, io.BytesIO(octets.partition(b"\n")[2])
+        try:
+            if not super().parse_request():         # and has said why
+                return UNASKED
+        finally:
+            self.rfile = stream
+        self.unread = True                          # of a head that we cannot read, anything
+        try:
+            request = parse_head(octets)
+            self.unread = request.has_body()
+            verdict = self.judge(request)
+        except BadRequest as error:
+            verdict = Verdict(error.status)
+        if verdict.status != 200:
+            self.refuse(verdict)
+        return verdict
+
+    def judge(self, request: Request) -> Verdict:
+        """Return the verdict on a request that http.server and parse_head understand."""
+        is_safe = (hasattr(self.connection, "getpeercert")      # TLS
+                   or is_private(getattr(self.server, "socket", self.connection)))
+        # A unix socket's peer has no address, or "".
+        return self.gate.judge(request, self.client_address[0] if self.client_address else "",
+                               request.fields.forwarded, is_safe,
+                               functools.partial(self.read_content, request.fields))
+
+    def read_content(self, fields: FieldBlock) -> bytes:
+        """Return the body, for qop=auth-int; the handler reads it again, and is the last."""
+        if fields.chunked or fields.length > IN_MEMORY:
+            raise BadRequest(411 if fields.chunked else 413, "body too large for auth-int")
+        if self.expects:
+            self.expects = not super().handle_expect_100()
+        content = self.rfile.read(max(0, fields.length))
+        # The last: what the client has sent after it lies in the stream that is replaced here.
+        self.rfile, self.close_connection, self.unread = io.BytesIO(content), True, False
+        return content
+
+    def refuse(self, verdict: Verdict) -> None:
+        """Answer a request that may not pass; let a client that is still sending read it."""
+        page = error_page(verdict.status)
+        # Before send_response(): a handler's own may look at it.
+        self.close_connection = self.close_connection or self.unread
+        self.send_response(verdict.status)
+        closes = [("Connection", "close")] * self.close_connection
+        for name, value in (*verdict.fields, HTML, ("Content-Length", str(len(page))), *closes):
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(page if self.command != "HEAD" else b"")
+        if self.unread:
+            # Our side first: the client must see the end of the answer, or it might wait for more.
+            with contextlib.suppress(OSError):          # it has left, or says nothing
+                self.connection.shutdown(socket.SHUT_WR)
+                self.connection.settimeout(LINGER_SECONDS)
+                read_on(functools.partial(self.connection.recv, IN_MEMORY))
+
+    def end_headers(self) -> None:
+        """Add Authentication-Info to the handler's answer."""
+        for name, value in self.info:
+            self.send_header(name, value)
+        super().end_headers()
+
+
+def check_handler(handler: Any) -> None:
+    """Refuse what would never ask for the password; by name, and before it serves anybody.
+
+    The password is asked for in parse_request(). A handler with a loop of its own that reads
+    requests in another way would go round it, and nothing would show it: it would just serve.
+    """
+    if (not isinstance(handler, type) or issubclass(handler, Guard)
+            or not issubclass(handler, http.server.BaseHTTPRequestHandler)):
+        raise TypeError(f"unable to protect {handler!r:.60}: expected a class of handlers, derived "
+                        f"from BaseHTTPRequestHandler, and not protected yet")
+    for name in ("handle", "handle_one_request"):
+        method: Any = getattr(handler, name)
+        code = getattr(getattr(method, "__wrapped__", method), "__code__", None)
+        # By the names in its code: what calls none of these cannot come to parse_request().
+        if not {"handle", "handle_one_request", "parse_request"} & {*getattr(code, "co_names", ())}:
+            raise TypeError(f"unable to protect {handler.__name__}: its {name}() does not call "
+                            f"parse_request(), where the password is asked for")
 
 
 def protect(handler_class: Any, passwords: Passwords,
@@ -4560,14 +4646,11 @@ def protect(handler_class: Any, passwords: Passwords,
     if isinstance(handler_class, functools.partial):
         return functools.partial(protect(handler_class.func, passwords, trusted_proxies, **offer),
                                  *handler_class.args, **handler_class.keywords)
-    if (not isinstance(handler_class, type) or issubclass(handler_class, Guard)
-            or not issubclass(handler_class, http.server.BaseHTTPRequestHandler)):
-        raise TypeError(f"unable to protect {handler_class!r:.60}: expected a class of handlers, "
-                        f"derived from BaseHTTPRequestHandler, and not protected yet")
-    host = Host(passwords, trusted_proxies, offer)
+    check_handler(handler_class)
+    gate = Gate(passwords, trusted_proxies, offer)
     return type(handler_class.__name__, (Guard, handler_class), {
-        "__module__": handler_class.__module__, "_host": host,
-        "authenticator": host.authenticator, "proxies": host.proxies})      # for AuthServer
+        "__module__": handler_class.__module__, "gate": gate,
+        "authenticator": gate.authenticator, "proxies": gate.proxies})      # for AuthServer
 
 
 def is_same_resource(environ: Dict[str, Any], uri: str, target: str) -> bool:
@@ -4600,7 +4683,7 @@ def body_of(environ: Dict[str, Any]) -> Iterator[bytes]:
         yield piece
 
 
-def read_signed(environ: Dict[str, Any], body: Iterator[bytes]) -> Generator[Any, Any, bytes]:
+def read_signed(environ: Dict[str, Any], body: Iterator[bytes]) -> bytes:
     """Return the body, for qop=auth-int; the application reads it again."""
     content = b""
     for piece in body:
@@ -4609,45 +4692,28 @@ def read_signed(environ: Dict[str, Any], body: Iterator[bytes]) -> Generator[Any
             raise BadRequest(413, "body too large for auth-int")
     environ["wsgi.input"] = io.BytesIO(content)
     return content
-    yield       # as no_body() does
 
 
-def read_environ(host: Host, environ: Dict[str, Any], body: Iterator[bytes]) -> Request:
-    """Return the request that a WSGI environment describes."""
+def judge_environ(gate: Gate, environ: Dict[str, Any]) -> Verdict:
+    """Return the verdict on the request that a WSGI environment describes."""
     peer, field = environ.get("REMOTE_ADDR", ""), environ.get("HTTP_AUTHORIZATION")
+    # One iterator for both who may read it: what the first has read the second must not expect.
+    address, body = parse_address(peer), body_of(environ)
     target = environ.get("RAW_URI") or environ.get("REQUEST_URI")       # gunicorn; the others
-    request = Request(environ["REQUEST_METHOD"], str(target or ""),
-                      authorization=() if field is None else (field,))
+    attempt = Attempt(environ["REQUEST_METHOD"], str(target or ""),
+                      () if field is None else (field,), None, 0.0, ())
     if not target:
-        request.same_target = functools.partial(is_same_resource, environ)
-    request.read_body = functools.partial(read_signed, environ, body)
-    # Whom a proxy speaks for, before anything is judged: a lock-out would hit that one. Cut,
-    # for it is remembered, and who asks may have written it; a proxy's word is at the end.
-    request.host, request.client = host.proxies.find_client(
-        peer, environ.get("HTTP_X_FORWARDED_FOR", "")[-MAX_TEXT:])
-    address = parse_address(peer)
+        attempt.same_target = functools.partial(is_same_resource, environ)
     is_safe = (not peer or environ.get("wsgi.url_scheme") == "https"    # no peer: a unix socket
                or address is not None and address.is_loopback)
-    host.look_at_clock()
-    request.time, request.schemes = host.now, host.authenticator.offered(is_safe)
-    return request
-
-
-def judge_environ(host: Host, environ: Dict[str, Any]) -> Request:
-    """Return the request that a WSGI environment describes, with the verdict on it."""
-    # One iterator for both who may read it: what the first has read the second must not expect.
-    body = body_of(environ)
-    request = read_environ(host, environ, body)
-    try:
-        request.verdict = at_once(host.authenticator.judge(request))
-    except BadRequest as error:         # from read_signed()
-        request.verdict = Verdict(error.status, reason=str(error))
+    verdict = gate.judge(attempt, peer, environ.get("HTTP_X_FORWARDED_FOR", ""), is_safe,
+                         functools.partial(read_signed, environ, body))
     # What read_signed() has left of the body, or all of it.
-    if request.verdict.status != 200 and not read_on(lambda: next(body, b"")) and (
+    if verdict.status != 200 and not read_on(lambda: next(body, b"")) and (
             not environ.get("CONTENT_LENGTH")):
         # Of chunks cheroot does not find the end by itself: this ends the connection.
         raise ConnectionAbortedError("a refused client does not stop sending")
-    return request
+    return verdict
 
 
 def protect_wsgi(application: Any, passwords: Passwords,
@@ -4663,27 +4729,26 @@ def protect_wsgi(application: Any, passwords: Passwords,
     """
     if not callable(application):
         raise TypeError(f"unable to protect {application!r:.60}: expected a WSGI application")
-    host = Host(passwords, trusted_proxies, offer, True)
+    gate = Gate(passwords, trusted_proxies, offer, True)
 
     def guarded(environ: Dict[str, Any], start_response: Any) -> Any:
         """Answer a refusal, or else call the application."""
-        request = judge_environ(host, environ)
-        verdict = request.verdict
+        verdict = judge_environ(gate, environ)
 
-        def start(status: str, fields: Iterable[Tuple[str, str]], *exc_info: Any) -> Any:
-            return start_response(status, [*fields, *verdict.fields], *exc_info)
+        def start(status: str, fields: List[Tuple[str, str]], *exc_info: Any) -> Any:
+            return start_response(status, list(fields) + list(verdict.fields), *exc_info)
         if verdict.status == 200:
             # Set anew: a client cannot send these two, but a server in front may have.
             # WSGI text is bytes read as Latin-1 (PEP 3333).
             environ["REMOTE_USER"] = str(verdict.username).encode("utf-8").decode("latin-1")
             environ["AUTH_TYPE"] = verdict.scheme
             return application(environ, start)
-        status, fields, page = refusal(host, request)
+        page = error_page(verdict.status)
         # uWSGI closes without a word: who asks again at once, as under Digest, would be reset.
         closes = [("Connection", "close")] * ("uwsgi.version" in environ)
-        start(STATUS_LINES[status][9:].rstrip(),
-              [*fields, ("Content-Length", str(len(page))), *closes])
-        return [] if request.is_head else [page]
+        start(STATUS_LINES[verdict.status][9:].rstrip(),
+              [HTML, ("Content-Length", str(len(page)))] + closes)
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [page]
     return guarded
 
 
@@ -5013,9 +5078,8 @@ def write_file(path: str, text: str, gid: Optional[int] = None, replace: bool = 
 def locked(path: str) -> Iterator[bool]:
     """Have other passwd commands wait for this file; False: there is none to wait for.
 
-    The file's and not its folder's, which anybody could hold who may look into it. It goes with
-    the file when that is replaced: who has waited looks whether the name still stands for what
-    was locked. Of those who make a new file only one succeeds.
+    The lock goes with the file when that is replaced: who has waited looks whether the name
+    still stands for what was locked. Of those who make a new file only one succeeds.
     """
     while os.path.exists(path):
         # To write: a file system over a network locks nothing else.
@@ -5249,7 +5313,7 @@ def open_sockets(options: argparse.Namespace) -> List[socket.socket]:
 #       make_server()
 #         make_page()           the folder before the ports: one that is open, and closed again,
 #         make_listeners()      would look like a server that crashed; the key before them, too
-#         Authenticator()       last: only the addresses decide in which schemes every user must
+#         make_authenticator()  last: only the addresses decide in which schemes every user must
 #                               be servable
 #     serve_forever()           as the daemon's user, in each worker
 #       reread()                ... but this in the daemon itself, at `reload`, with its rights
@@ -5329,11 +5393,13 @@ def check_options(options: argparse.Namespace) -> None:
             (options.stream_threads < 1,
              f"use --stream-threads {options.stream_threads}: expected at least 1"),
             (options.tls_key and not options.tls_cert, "use --tls-key: --tls-cert is missing"),
+            (options.forward_auth and not options.forward_auth.startswith("/"),
+             f"answer at {options.forward_auth}: it does not begin with /"),
             # A prefix is plain, a path encoded: one that does not fit itself fits no path.
-            *[(path[:1] != "/" or not is_public(
-                [os.fsencode(path)], urllib.parse.quote(os.fsencode(path))),
-               f"use prefix {path}: no path, as it is once decoded, begins with it")
-              for path in [options.forward_auth or "/", *options.public]]):
+            *[(not prefix.startswith("/") or not is_public(
+                [os.fsencode(prefix)], urllib.parse.quote(os.fsencode(prefix))),
+               f"make {prefix} public: no path, as it is once decoded, begins with it")
+              for prefix in options.public]):
         if is_wrong:
             raise Refusal(f"unable to {text}")
 
@@ -5392,6 +5458,17 @@ def greet(user: str, password: str, path: str, options: argparse.Namespace,
             f"try: curl {insecure}--digest -u {user} {url}")
 
 
+def make_authenticator(options: argparse.Namespace, path: str,
+                       schemes: Sequence[str]) -> Authenticator:
+    """Return the authenticator that the options ask for."""
+    secret = read_nonce_secret(options.nonce_secret) if options.nonce_secret else b""
+    return Authenticator(
+        read_passwords(path, options.realm), schemes,
+        parse_choice(options.algorithms, CANONICAL.values()),
+        parse_choice(options.qop, ("auth", "auth-int")), options.nonce_lifetime, secret,
+        inherited_table(options.legacy), parse_max_failures(options.max_failures))
+
+
 def make_listeners(options: argparse.Namespace) -> List[Listener]:
     """Return the listening sockets, each with what is offered there.
 
@@ -5438,14 +5515,8 @@ def make_server(options: argparse.Namespace, path: str) -> AuthServer:
     page, listeners = make_page(options, path), make_listeners(options)
     # All that any address offers: chosen schemes are those of each, and else the longer has both.
     schemes = max((item.schemes for item in listeners), key=len)
-    authenticator = Authenticator(
-        read_passwords(path, options.realm), schemes,
-        parse_choice(options.algorithms, CANONICAL.values()),
-        parse_choice(options.qop, ("auth", "auth-int")), options.nonce_lifetime,
-        read_nonce_secret(options.nonce_secret) if options.nonce_secret else b"",
-        inherited_table(options.legacy), parse_max_failures(options.max_failures))
-    server = AuthServer(None, page, True, authenticator, listeners, options.public,
-                        options.stream_threads)
+    server = AuthServer(None, page, True, make_authenticator(options, path, schemes), listeners,
+                        options.public, options.stream_threads)
     server.proxies = TrustedProxies(options.trusted_proxy)
     server.forward_auth = options.forward_auth or ""
     # Those that we may use, which macOS does not tell. More than four workers wait for one another:
