@@ -883,7 +883,7 @@ class HeaderParsing(AuthTestCase):
         """Each stands alone beside all that Digest asks for: nothing else is the reason."""
         for field in (self.field(", ,\t,"), self.field(qop=None)):
             self.assertEqual("another realm", attempt(self.authenticator, field).reason)
-        missing: List[Optional[str]] = [None]
+        missing: List[Any] = [None]
         wrong = {"nc": ["0", "1", "00000000", "000000001", "123456789", "zzzzzzzz", "+0000001",
                         '"0000 001"', "0000_001", '"%s"' % ("\xb2" * 8)],
                  "response": ['"%s"' % text for text in (
@@ -892,7 +892,7 @@ class HeaderParsing(AuthTestCase):
         for name, texts in wrong.items():
             self.malformed(*[self.field(**{name: text}) for text in missing + texts])
         for name in ("a", "ISO-8859-1''a", "UTF-8''a'b"):
-            self.malformed(self.field(**{"username": None, "username*": name}))
+            self.malformed(self.field(username=None, **{"username*": name}))
         self.malformed(*map(self.field, (
             ",x", ",x=", ",x=y z=w", ";x=y", ',x="y', ',x=y"', ",=y", ',x="y"z', ",x=\xe9", ",\n",
             "=", ",x=y=", ",nc=00000001", ',NC="00000001"', ',x="", X=y', ",username*=UTF-8''a",
@@ -944,7 +944,7 @@ class DigestArithmetic(AuthTestCase):
         """RFC 2617, RFC 7616 (with errata 4495, 4897), -sess and auth-int forms; CherryPy."""
         def theirs(values: Dict[str, str], method: str = "GET", algorithm: str = "MD5",
                    qop: str = "auth", body: Optional[bytes] = None) -> str:
-            who = [values[word] for word in ("username", "realm", "password")]
+            who = values["username"], values["realm"], values["password"]
             nonce, cnonce = values["nonce"], values["cnonce"]
             ha1 = authserver.digest_ha1(*who, algorithm)
             if algorithm.endswith("-sess"):
@@ -1053,9 +1053,9 @@ class Nonces(AuthTestCase):
     def test_each_count_is_good_once_in_any_order(self) -> None:
         """The second time is a replay. A huge one costs nothing, and makes small ones too old."""
         client, top = Client(make()), 0xffffffff
-        several = (1, 3, 2, 5, 4, 64)
+        several = [1, 3, 2, 5, 4, 64]
         self.assertEqual([client.says(count) for count in several * 2], [""] * 6 + ["replay"] * 6)
-        several = (top, 65, top - authserver.NC_WINDOW, top - 50)
+        several = [top, 65, top - authserver.NC_WINDOW, top - 50]
         self.assertEqual([client.says(count) for count in several], ["", "replay", "replay", ""])
 
     def test_window_agrees_with_a_set(self) -> None:
@@ -1409,7 +1409,7 @@ class Limits(AuthTestCase):
             nfc, nfd = [[unicodedata.normalize(form, text) for text in pair]
                         for form in ("NFC", "NFD")]
             for scheme, field in (("Basic", basic(*pair)),
-                                  ("Digest", Client(authenticator, *nfc).field())):
+                                  ("Digest", Client(authenticator, nfc[0], nfc[1]).field())):
                 verdict = attempt(authenticator, field)
                 self.assertEqual((verdict.username, verdict.scheme), (nfc[0], scheme))
             self.gives(passwords.check_password, (*nfc, True), (*nfd, True))
@@ -1800,8 +1800,8 @@ class DigestScheme(AuthTestCase):
                 verdict = post(read_body=(lambda: b"hello") if body else self.fail)
                 info = 'rspauth="%s", qop=auth, nc=00000001, cnonce="f2"' % respond(
                     client.values, "", algorithm)
-                info = ("Authentication-Info", info)
-                self.assertEqual((200, "jim", "jim", "", (info,), "Digest"), verdict)
+                fields = (("Authentication-Info", info),)
+                self.assertEqual((200, "jim", "jim", "", fields, "Digest"), verdict)
         # A proof without the body, in a field that promises it: wrong, though one came before.
         client = Client(authenticator, qop="auth-int")
         self.assertEqual("", client.says(client.field(body=b"")))
@@ -1838,12 +1838,13 @@ class DigestScheme(AuthTestCase):
         for change in spellings:
             client = Client(make())
             self.gives(client.says, (change(client.field()), ""))
-        for user, changes in (
-                ("müller", {"username": '"m\xfcller"'}), ("müller", {"username": '"m%C3%BCller"'}),
-                ("DOM\\u", {"username": '"DOM\\\\u"'}), ("DOM\\u", {"username": '"DOM\\u"'}),
-                ("a,b", {"username": '"a,b"'}),
-                *[("müller", {"drop": ["username"], "username_star": spelling + "m%C3%BCller"})
-                  for spelling in ("UTF-8''", "utf-8'de'")]):
+        rows: List[Tuple[str, Any]] = [
+            ("müller", {"username": '"m\xfcller"'}), ("müller", {"username": '"m%C3%BCller"'}),
+            ("DOM\\u", {"username": '"DOM\\\\u"'}), ("DOM\\u", {"username": '"DOM\\u"'}),
+            ("a,b", {"username": '"a,b"'}),
+            *[("müller", {"drop": ["username"], "username_star": spelling + "m%C3%BCller"})
+              for spelling in ("UTF-8''", "utf-8'de'")]]
+        for user, changes in rows:
             client = Client(make({user: "x"}), user, "x")
             self.assertEqual((200, user), client.ask(client.field(**changes))[:2], changes)
 
@@ -2924,10 +2925,10 @@ class HttpTest(SharedBoxTest):
         wire.recv(size)
         wire.abort()
 
-    def log(self) -> str:
+    def log(self: Any) -> str:       # HttpCommand, which shares no server, has these two as well
         return read(self.box.output)
 
-    def logged(self, pattern: str, count: int = 1) -> List[Any]:
+    def logged(self: Any, pattern: str, count: int = 1) -> List[Any]:
         """Wait for `count` matches in the log, and return them."""
         return list(until(lambda: len(re.findall(pattern, self.log())) >= count
                           and re.findall(pattern, self.log()), "%d of %s" % (count, pattern)))
@@ -4237,7 +4238,7 @@ class GuardTest(AuthTestCase):
     def serve(self, handler: Any, host: str = "127.0.0.1", kind: Any = StockServer) -> str:
         """Run a handler, or a WSGI application, in a thread; return its address."""
         is_handler = isinstance(handler, (type, functools.partial))
-        server = kind((host, 0), handler) if is_handler else wsgiref.simple_server.make_server(host, 0, handler)
+        server: Any = kind((host, 0), handler) if is_handler else wsgiref.simple_server.make_server(host, 0, handler)
         server.handle_error = lambda *_: self.errors.append("%s" % sys.exc_info()[1])
         return self.stack.enter_context(serving(server))
 
@@ -4546,7 +4547,7 @@ class Construction(GuardTest):
             ("another", Blind, r"Deaf: its handle_one_request\(\)"),
             ("protected twice", protect(Echo, users()), "Echo.*not protected yet"), ("a partial of what is protected",
             functools.partial(protect(functools.partial(Simple, ""), users()).func), "not protected yet")]
-        rows = [(what, "unable to protect .*" + said, protect, (thing, users()), {}) for what, thing, said in not_protected]
+        rows: List[Any] = [(what, "unable to protect .*" + said, protect, (thing, users()), {}) for what, thing, said in not_protected]
         rows += [("no passwords", "as passwords", guard, (thing, passwords), {})
                  for guard, thing in ((protect, Echo), (protect_wsgi, echo)) for passwords in ({"jim": "x"}, None, "users")]
         rows += [("no application", "unable to protect 'app'", protect_wsgi, ("app", users()), {}),
@@ -4677,11 +4678,13 @@ for line in sys.stdin:
             os.chown(path, owner, owner)
             if link:
                 os.symlink(link, os.path.join(path, name))
-        for trap, lay in [("a link", lambda path: os.symlink("/", path)),
-                          ("a link to a folder of ours", lambda path: os.symlink(own, path)),
-                          ("a folder that others may enter", lambda path: make(path, 0o755)),
-                          ("a link as the file", lambda path: make(path, link=own + "/x"))] + [
-                          ("somebody else's folder", lambda path: make(path, owner=NOBODY))] * ROOT:
+        traps: List[Tuple[str, Callable[[str], None]]] = [
+            ("a link", lambda path: os.symlink("/", path)),
+            ("a link to a folder of ours", lambda path: os.symlink(own, path)),
+            ("a folder that others may enter", lambda path: make(path, 0o755)),
+            ("a link as the file", lambda path: make(path, link=own + "/x")),
+            ("somebody else's folder", lambda path: make(path, owner=NOBODY))]
+        for trap, lay in traps[:4 + ROOT]:
             with self.subTest(trap), self.elsewhere() as path:
                 lay(path)
                 self.said.clear()
@@ -5233,7 +5236,8 @@ class HttpCommand(BoxTest):
     def test_addresses_of_every_form(self) -> None:
         """HOST:PORT, [V6]:PORT, :PORT for both families, unix:PATH, which stays plain; Basic where no network hears it."""
         place = "unix:" + self.box.path("sock")
-        for tls in [[]] + [["--tls-cert", make_certificate(self.box)]] * bool(shutil.which("openssl")):
+        for encrypts in [False] + [True] * bool(shutil.which("openssl")):
+            tls = ["--tls-cert", make_certificate(self.box)] if encrypts else []
             self.serve("--bind", "[::1]:0", "--bind", place, "--bind", ":0", *tls)
             found = self.logged(r"listening on (.+) \(([^)]*)\)", 4)
             self.assertEqual([schemes for _, schemes in found], ["digest, basic"] * 3 + ["digest, basic" if tls else "digest"])
@@ -5827,8 +5831,8 @@ class Prompt(Box):
         self.prompt.stdin.flush()
         if not select.select([self.prompt.stdout], [], [], PATIENCE)[0]:
             raise AssertionError("no end within %s s: %s" % (PATIENCE, " ".join(argv)))
-        answer = json.loads(self.prompt.stdout.readline().decode())
-        result = Result(*answer, time.monotonic() - began)
+        status, out, err = json.loads(self.prompt.stdout.readline().decode())
+        result = Result(status, out, err, time.monotonic() - began)
         if want not in (None, result.code):
             raise AssertionError("exit status %s, not %s: %s\n%s%s" % (
                 result.code, want, " ".join(argv), result.out, result.err))
@@ -7066,7 +7070,9 @@ class Run(CommandTest):
                              (True, "Ctrl-C"), (True, "INT")):
             with self.subTest(end, program=program):
                 argv = careful if program else self.argv()
-                terminal = end != "INT" and self.terminal('"$@"; :', *argv) or self.box.spawn(*argv)
+                terminal: Any = None if end == "INT" else self.terminal('"$@"; :', *argv)
+                if end == "INT":
+                    self.box.spawn(*argv)
                 pid = until(self.box.pid, "a pidfile")
                 if program:
                     until(lambda: "begun" in read(self.box.log), "its word")
@@ -7298,7 +7304,7 @@ class Lock(CommandTest):
     def test_root_that_is_busy_is_waited_for(self) -> None:
         """The turn of a user's own daemon, held by a command of root's: the user's wait, too."""
         self.box.move("theirs", 0o755, NOBODY)
-        user = {"preexec_fn": drop(NOBODY), "cwd": "/"}
+        user: Any = {"preexec_fn": drop(NOBODY), "cwd": "/"}
         self.box.start(*NAP, **user)
         with self.locked(0):
             self.says(self.BUSY % os.getpid(), "stop", *self.SHORT, want=1, **user)
@@ -7465,8 +7471,8 @@ class Privilege(DaemonTest):
         names = ("setgroups", "setresgid", "setresuid", "setgid", "setuid")
         for missing, order in (([], "setgroups setresgid setresuid setuid"),
                                (["setresuid"], "setgroups setgid setuid setuid")):
-            spies = {name: functools.partial(lambda name, *ids: calls.append(name), name)
-                     for name in names}
+            spies: Any = {name: functools.partial(lambda name, *ids: calls.append(name), name)
+                          for name in names}
             with self.subTest(order), mock.patch.multiple(os, **spies):
                 for name in missing:
                     delattr(os, name)
@@ -7923,7 +7929,7 @@ def bind(options):
         self.assertEqual(acting, [[0, NOBODY, 0], [0, OTHER, 0], [OTHER]])
         self.assertEqual(self.ids(), [[0] * 3, [0] * 3, [0, 4, 27]])
         with tempfile.TemporaryFile("w+") as said:
-            daemonize.as_user(USER, lambda: json.dump(self.ids(), said) or said.flush())
+            daemonize.as_user(USER, lambda: print(json.dumps(self.ids()), file=said, flush=True))
             said.seek(0)
             self.assertEqual(json.load(said), [[NOBODY] * 3, [OTHER] * 3, [OTHER]])
 
@@ -8064,7 +8070,7 @@ class Channels(unittest.TestCase):
     def test_a_failure_that_is_told_has_the_status_of_a_failure(self) -> None:
         """Who says "fatal" may have been taken over: 1, or 2 for usage.  A long trace arrives."""
         for status, want in ((0, 1), (1, 1), (2, 2), (3, 1), (130, 1), ("2", 1), (None, 1)):
-            said = daemonize.failure(None, {"event": "fatal", "text": "why", "status": status})
+            said = daemonize.failure(mock.Mock(), {"event": "fatal", "text": "why", "status": status})
             self.assertEqual((said.status, str(said)), (want, "why"))
         channel, end = self.pair()
         channel.fail(daemonize.Fatal("why", trace="\x01" * 100000 + "end"))
@@ -8127,7 +8133,11 @@ class Channels(unittest.TestCase):
         def blocked() -> int:
             return len(daemonize.HANDLED & signal.pthread_sigmask(signal.SIG_BLOCK, []))
         self.addCleanup(signal.signal, signal.SIGUSR1, signal.signal(signal.SIGUSR1, print))
-        with mock.patch("os.fork", lambda: seen.append(blocked()) or fork()):
+
+        def spied() -> int:
+            seen.append(blocked())
+            return fork()
+        with mock.patch("os.fork", spied):
             child = daemonize.fork(lambda channel: channel.tell(
                 "seen", blocked=blocked(),
                 reset=signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL))
@@ -8164,7 +8174,7 @@ class Workers(DaemonTest):
     def test_a_pause_is_for_who_dies_young(self) -> None:
         """It doubles, up to 30 s; none after SIGKILL, from outside, or a second of life."""
         host, child, pauses = daemonize.Host.__new__(daemonize.Host), mock.Mock(pid=7), []
-        host.plan, host.pause, host.complain = self.plan(), 0, len
+        vars(host).update(plan=self.plan(), pause=0, complain=len)
         with mock.patch("time.monotonic", lambda: 100.0):
             deaths = [(1 << 8, 0)] * 3 + [(15, 0), (9, 0), (0, 0), (1 << 8, 2)] + [(11, 0.9)] * 10
             for status, age in deaths:
@@ -8723,7 +8733,7 @@ class PointOfNoReturn(SlowTest):
             with mock.patch.multiple(daemonize, Target=mock.Mock(), see_out=mock.Mock(),
                                      take_over=lambda *words: heir, launch=launch):
                 with self.assertRaisesRegex(daemonize.Unknown, r"\Acannot tell\Z"):
-                    daemonize.replace(self.plan(), None, 1, True)
+                    daemonize.replace(self.plan(), mock.Mock(), 1, True)
 
     def test_who_serves_after_a_failure_is_said(self) -> None:
         """By the lock alone; after Ctrl-C nothing is claimed where both may hold it."""
@@ -9180,7 +9190,8 @@ class NothingOfYours(DaemonTest):
               "its main thread's end")
         if child.poll():
             self.skipTest("needs ctypes")
-        self.assertEqual(daemonize.look_at(child.pid).pid, child.pid)
+        found = daemonize.look_at(child.pid)
+        assert found and found.pid == child.pid, found
         child.kill()
         until(lambda: daemonize.look_at(child.pid) is None, "its end")
 
@@ -11295,8 +11306,8 @@ class Part:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
         with open(os.devnull, "rb") as nothing:
             os.dup2(nothing.fileno(), 0)
-        for number in (1, 2):
-            os.dup2(self.output.fileno(), number)
+        for fd in (1, 2):
+            os.dup2(self.output.fileno(), fd)
         try:
             warnings.simplefilter("default")
             result = Sentences()
