@@ -409,10 +409,12 @@ def caller_folder() -> str:
     the same folder.  getcwd(3) says release/1, and a later restart would stay there for ever.
     """
     name = os.environ.get("PWD", "")
-    try:
-        return name if os.path.isabs(name) and os.path.samefile(name, ".") else os.getcwd()
-    except OSError:             # it is gone, or $PWD is: then so says getcwd(3)
-        return ""
+    with contextlib.suppress(OSError):
+        if os.path.isabs(name) and os.path.samefile(name, "."):
+            return name
+    with contextlib.suppress(OSError):
+        return os.getcwd()
+    return ""
 
 
 def absolute(path: str, folder: str) -> str:
@@ -545,10 +547,12 @@ def signal_each(members: Iterable[Process], signum: int, by_group: bool) -> None
 def wait_until(is_so: Callable[[], Any], seconds: float) -> bool:
     """Look until it is so, or the time is up: for what gives no sign of its own."""
     deadline = time.monotonic() + seconds
+    pause = POLL / 16               # most of what is waited for comes in a millisecond
     while not is_so():
         if time.monotonic() > deadline:
             return False
-        time.sleep(POLL)
+        time.sleep(pause)
+        pause = min(2 * pause, POLL)
     return True
 
 
@@ -669,13 +673,14 @@ def acting_as(identity: Optional[Identity]) -> Iterator[None]:
         if identity is not None:
             with trying_to("act as uid %d, gid %d" % identity[:2], NEEDS_CAPABILITIES):
                 # Groups, gid, uid: the first two need root's effective uid.  And back in reverse.
+                # Noted before it is done: a signal in between leaves nobody half another.
                 groups, gid = os.getgroups(), os.getegid()
                 os.setgroups(identity.groups)
-                back.callback(os.setgroups, groups)
-                os.setegid(identity.gid)
+                back.callback(os.setgroups, groups)     # not before: who may not, may not back
                 back.callback(os.setegid, gid)
-                os.seteuid(identity.uid)
+                os.setegid(identity.gid)
                 back.callback(os.seteuid, 0)
+                os.seteuid(identity.uid)
         yield
 
 
@@ -801,7 +806,7 @@ def read_pidfile(path: str) -> str:
             # A pid is short; that the file is, nobody promises.
             return stream.read(32).decode("latin-1").strip()
     except Fatal as error:
-        return "(%s)" % error
+        return "(%s)" % error if exists(path) else ""       # a stop removed it just now
 
 
 def make_folder(folder: str, mode: int, identity: Optional[Identity]) -> bool:
@@ -983,7 +988,14 @@ class Turn(Lock):
 
     def __init__(self, plan: Plan) -> None:
         """Wait for it, and leave no file if it does not come."""
-        self.plan, self.path, self.fd, self.is_free = plan, plan.files.lock, -1, True
+        self.made = [plan.files.folder] * make_own_folder(plan)
+        self.is_new, self.is_free = not exists(plan.files.lock), True
+        try:
+            super().__init__(plan, os.O_RDWR)
+        except Fatal:                   # a first start that failed has just removed the folder?
+            if not make_own_folder(plan):
+                raise
+            super().__init__(plan, os.O_RDWR)
         try:
             self.wait()
         except BaseException as error:
@@ -993,19 +1005,21 @@ class Turn(Lock):
     def __exit__(self, *error: object) -> None:
         """Give it back; who has failed before anything was started leaves no file.
 
-        A lock file with a record, or a daemon, is never removed: its inode is what all others wait
-        on.  Nor is one removed under whoever has the turn.
+        A lock file that was there is never removed: its inode is what all others wait on.  Nor is
+        one removed under whoever has the turn.
         """
-        if error[0] and self.is_free:
-            if self.fd >= 0 and not self.read() and lock_holder(self.fd, INSTANCE) is None:
-                os.unlink(self.path)
-            with contextlib.suppress(OSError):          # somebody has a file in it
-                if has_own_folder(self.plan):
-                    os.rmdir(self.plan.files.folder)
+        # Whom we have waited for may have started a daemon, and noted it: then it is that one's.
+        # (A library's daemon, which comes through here as well, has closed it.)
+        if self.is_new and self.is_free and error[0] and self.fd >= 0 and not self.read():
+            os.unlink(self.path)
+            for folder in self.made:
+                with contextlib.suppress(OSError):      # somebody else has a file in it
+                    os.rmdir(folder)
         self.close()
 
     def wait(self) -> None:
         """Wait until it is ours, and say for whom: who has it may need a whole start and stop."""
+        # After a moment, not at once: most waits are shorter than what there is to read.
         if wait_until(self.take, TICK):
             return
         holder = lock_holder(self.fd, TURN) or lock_holder(self.fd, UNDOING)
@@ -1015,10 +1029,10 @@ class Turn(Lock):
 
     def take(self) -> bool:
         """Try to take the turn."""
-        if self.fd < 0:
-            if has_own_folder(self.plan):
-                make_folder(self.plan.files.folder, 0o700, None)
-            super().__init__(self.plan, os.O_RDWR)
+        if self.is_removed():           # a first start failed, and took its files with it
+            self.close()
+            make_own_folder(self.plan)
+            self.fd, self.is_new = open_regular(self.path, os.O_RDWR, PRIVATE), True
         with trying_to("lock %s" % self.path, "--pidfile on a local file system"):
             try:
                 fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, TURN)
@@ -1028,29 +1042,31 @@ class Turn(Lock):
                     return False
         holder = lock_holder(self.fd, UNDOING)
         self.is_free = holder is None or self.is_foreign(holder)
+        # This may be the lock of a file that a failed start has just removed: of no use.
+        return not self.is_removed() and self.is_free
+
+    def is_removed(self) -> bool:
+        """Tell whether the file has no name any more."""
         with trying_to("look at %s" % self.path):
-            if os.fstat(self.fd).st_nlink:
-                return self.is_free
-        # The file is gone: a first start failed, and took it with it.  So once more.
-        self.close()
-        return self.take()
+            return os.fstat(self.fd).st_nlink == 0
 
     def is_foreign(self, holder: Optional[int]) -> bool:
         """Tell whether who holds a byte of ours is no command, and no starter.
 
         A process that we cannot see counts as one: it may be root's, in another pid namespace.
         """
-        ids = ids_of(holder or 0)
-        is_foreign = holder == -1 or ids is not None and ids[0] not in (0, os.geteuid())
-        if is_foreign:
+        ids = ids_of(holder) if holder and holder > 0 else None
+        if holder == -1 or ids and ids[0] not in (0, os.geteuid()):
             # Only a daemon that was taken over locks these bytes, through its fd: do not wait.
-            warn("pid %s, no command, holds the turn of %s: ignored" % (holder, self.path))
-        return is_foreign
+            warn("pid %d, no command, holds the turn of %s: ignored" % (holder or 0, self.path))
+            return True
+        return False
 
 
-def has_own_folder(plan: Plan) -> bool:
-    """Tell whether the folder is an ordinary user's for the default files, ~/.NAME."""
-    return os.geteuid() != 0 and plan.files.folder == plan.files.prefix.rstrip("/")
+def make_own_folder(plan: Plan) -> bool:
+    """Make an ordinary user's folder of the default files, ~/.NAME; tell whether."""
+    is_own = os.geteuid() != 0 and plan.files.folder == plan.files.prefix.rstrip("/")
+    return is_own and make_folder(plan.files.folder, 0o700, None)
 
 
 # -- 6. Children and their words ---------------------------------------------
@@ -1154,7 +1170,7 @@ class Channel:
         return self.tell("fatal", text=str(fatal), status=fatal.status, trace=trace)
 
 
-NOBODY = Channel(socket.socket())       # who is not there: hears nothing, and says nothing
+NOBODY = Channel(socket.socket(socket.AF_UNIX))         # is not there: hears, and says, nothing
 NOBODY.end.close()
 
 
@@ -1269,9 +1285,10 @@ def live(life: Callable[[Channel], Any], channel: Channel) -> None:
         if isinstance(error, SystemExit) and not isinstance(error.code, str):
             status = exit_status(error)
         else:                                       # sys.exit("why") is said, too
-            channel.fail(error)
+            # The log first: who hears it may kill us.
             fatal = as_fatal(error, "go on")
             log("%s%s" % (fatal.trace, fatal))
+            channel.fail(error)
     finally:
         # Whatever it was, what lies below us on the stack is our parent's to do.
         if not isinstance(sys.exc_info()[1], Returned):
@@ -1680,6 +1697,8 @@ class Host:
     have; is_owner, pidfile and instance lock are ours; is_over, the loop may end.
     """
 
+    retry = TICK            # seconds until a child that could not be forked is tried again
+
     def __init__(self, start: Start) -> None:
         self.start, self.plan, self.server = start, start.plan, start.server
         self.children: List[Child] = []
@@ -1788,8 +1807,10 @@ class Host:
     def tend(self) -> None:
         """Start a child where one is missing, when its time has come."""
         # One at a time: where forking fails, or code is bad, the pause is for each of them.
-        if len(self.children) < self.size and time.monotonic() >= self.next_start:
-            self.next_start = time.monotonic() + BACKOFF[1]     # if even this fails
+        # And nobody once the end was told to all: who came later would not hear of it.
+        is_missing = not self.is_over and len(self.children) < self.size
+        if is_missing and time.monotonic() >= self.next_start:
+            self.next_start = time.monotonic() + self.retry     # if even this fails
             self.children.append(self.spawn())
             self.next_start = 0.0
             self.restarts += 1
@@ -1810,9 +1831,10 @@ class Host:
 
 def log_obstacle(plan: Plan) -> str:
     """Return why this process cannot rename and reopen the log, "" if it can, or need not."""
-    path = inside(plan.files.logfile or os.devnull, plan.chroot)
-    if plan.kind != "app" or not plan.options.log_bytes or path == os.devnull:
+    log = plan.files.logfile
+    if plan.kind != "app" or not plan.options.log_bytes or log is None or log == os.devnull:
         return ""
+    path = inside(log, plan.chroot)
     if path is None:
         return "it is outside the chroot"
     is_ours = os.access(os.path.dirname(path), os.W_OK | os.X_OK)
@@ -1870,7 +1892,8 @@ class Daemon:
             take_place(self.start, self.host.settle, addresses=addresses,
                        obstacle=self.host.obstacle,
                        greeting=getattr(self.start.server, "greeting", None))
-            notify(self.start, "READY=1\nSTATUS=" + addresses)
+            if not self.host.is_over:           # run of a program that has ended: it has failed
+                notify(self.start, "READY=1\nSTATUS=" + addresses)
             if self.host.obstacle:      # also where nobody greets: run, a restart from cron
                 log("unable to rotate the log: " + self.host.obstacle)
             self.patience = self.plan.options.timeout
@@ -2107,7 +2130,8 @@ def converse(files: Files, pid: int, verb: str, seconds: float = ANSWER,
         raise ConnectionRefusedError(errno.ECONNREFUSED, "another process listens there")
     talk.tell(verb, fds)
     message = talk.receive(seconds)
-    if message["event"] != verb:
+    # ("reloaded" was its word in earlier versions.)
+    if message["event"] not in (verb, verb + "ed"):
         LET_GO.append(talk.end.detach())
         raise TimeoutError(errno.ETIMEDOUT, "it does not answer")
     return talk, message
@@ -2229,6 +2253,8 @@ class Program(Host):
     It leads a group of its own, in the daemon's session, and holds no fd of the daemon's: it may
     close all that it has, fork and kill as it likes, and the lock stays where it is.
     """
+
+    retry = BACKOFF[1]      # what cannot be executed will hardly be there in a second
 
     def fresh(self) -> List[Child]:
         """Start it; it has started once it was executed, and lives a moment later."""
@@ -2372,19 +2398,19 @@ def launch(start: Start, turn: Lock) -> None:
     # From here on the new one needs nobody: it takes the place, and tells the old one itself.
     made.starter.tell("go")
     # The point of no return.  What interrupts us now leaves the new daemon where it is.
-    message = made.starter.receive(2 * ANSWER)
+    starter, message = made.starter, made.starter.receive(2 * ANSWER)
+    if message["event"] in (ENDED, "done"):     # or nonsense of who was taken over: not for ever
+        wait_until(lambda: starter.wait(os.WNOHANG) is not None, ANSWER)
     # It says so itself, or is dead: that can be undone.  But its starter ends well, and in silence,
     # only when it has its place: nothing undoes that.
-    if message["event"] == "fatal" or message["event"] == ENDED and made.starter.wait() != 0:
-        error = failure(made.starter, message)
+    if message["event"] == "fatal" or message["event"] == ENDED and starter.result != 0:
+        error = failure(starter, message)
         made.undo(error)
         raise error
-    if message["event"] != "done":
+    if message["event"] != "done" or starter.result is None:
         raise Unknown("unable to tell whether %s has started\ntry: daemonize.py status" % plan.name,
                       trace=log_since(plan, made.logged))
-    # Before the turn is given back: until it is gone the starter holds byte 2.  And greeted last:
-    # who reads that may type the next command.
-    made.starter.wait()
+    # Last, and the starter is gone, which holds byte 2: who reads it may type the next command.
     greet(plan, facts)
 
 
@@ -2501,10 +2527,13 @@ def stop(plan: Plan) -> int:
         if pid is None:
             say_stopped(plan)
         else:
-            was_killed = end_daemon(Target(turn, pid), plan.options.timeout)
             # The lock decides, here as well: "stopped" is when nobody holds it any more.  That is
             # a promise to the next command line (`stop && rm -r ...`, `stop && start`).
-            left = turn.holder()
+            was_killed, left = False, pid  # type: bool, Optional[int]
+            for _ in range(MAX_TALKS):      # a restart that was killed may have left two of them
+                if left is not None:
+                    was_killed |= end_daemon(Target(turn, left), plan.options.timeout)
+                    left = turn.holder()
             if left is not None:
                 raise Fatal("unable to stop %s: pid %s holds its lock" % (plan.name, left))
             if was_killed:              # even with --quiet
@@ -3194,6 +3223,8 @@ def refusal_of(error: BaseException, is_jailed: bool) -> str:
 
 def restart(plan: Plan) -> int:
     """Replace the daemon by a new one; where it has sockets to hand over, without a gap."""
+    if plan.is_bare and is_unknown(plan):
+        repeat(plan, None)              # which says so; no lock file is left behind
     with Turn(plan) as turn:
         pid, record = turn.holder(), turn.record()
         if record is not None and record.kind == "library":
@@ -3229,7 +3260,8 @@ def repeat(plan: Plan, record: Optional[Record]) -> Plan:
     again.options.quiet = plan.options.quiet
     if any(word.startswith("--timeout") for word in plan.spoken):
         again.options.timeout = plan.options.timeout
-    return again._replace(files=again.files._replace(pidfile=plan.files.pidfile))
+    return again._replace(name=record.name,
+                          files=again.files._replace(pidfile=plan.files.pidfile))
 
 
 def replace(plan: Plan, turn: Lock, pid: int, has_sockets: bool) -> None:
@@ -3588,7 +3620,7 @@ def parse(argv: List[str], folder: Optional[str] = None) -> Plan:
     That is in the starter: stop, status and reload load nothing, for broken new code must not
     prevent them.  Words that we do not know are the application's there, and here foreign.
     """
-    folder = caller_folder() if folder is None else folder
+    is_again, folder = folder is not None, caller_folder() if folder is None else folder
     argv, arguments = cut(argv)
     action = argv[0] if argv else ""
     if action not in COMMANDS:
@@ -3612,7 +3644,9 @@ def parse(argv: List[str], folder: Optional[str] = None) -> Plan:
                "daemonize.py %s --name %s" % (action, foreign[0]) if is_name else "daemonize.py -h")
     plan = resolve(Plan(action, words, spoken, arguments, folder, is_bare, options))
     is_known = action in ("start", "run") or options.name or options.app or is_program
-    return plan if is_known or not options.pidfile else renamed(plan)
+    # Not of words that are parsed again: restart knows the name, and has the lock file open, which
+    # to open and close once more would cost it its turn.
+    return plan if is_known or is_again or not options.pidfile else renamed(plan)
 
 
 def resolve(plan: Plan) -> Plan:

@@ -8187,6 +8187,7 @@ class Workers(DaemonTest):
     def test_nobody_is_started_before_the_pause_is_over(self) -> None:
         """A worker, a program; one that cannot be started is tried after 30 s."""
         for kind, error, times in ((daemonize.Service, None, [100, 101, 129, 130]),
+                                   (daemonize.Service, OSError(), [100, 101, 129, 130]),
                                    (daemonize.Program, OSError(), [100, 130])):
             host, tries = kind.__new__(kind), []  # type: Any, List[float]
 
@@ -8201,9 +8202,10 @@ class Workers(DaemonTest):
                 with mock.patch("time.monotonic", lambda: now), contextlib.suppress(OSError):
                     host.tend()
             self.assertEqual((tries, host.restarts), (times, 0 if error else len(times)))
-            host.children, host.size = [], 0
-            host.tend()
-            self.assertEqual(len(tries), len(times))
+            for is_over, size in ((False, 0), (True, 1)):       # it leaves; all are told to end
+                host.children, host.size, host.is_over, host.next_start = [], size, is_over, 0
+                host.tend()
+                self.assertEqual(len(tries), len(times))
 
     def test_a_fresh_worker(self) -> None:
         """The old one's last word is in the log, without a line's end, too; signals are its own."""
@@ -8564,6 +8566,14 @@ class Programs(DaemonTest):
         self.assertRaises(daemonize.Fatal, daemonize.check_script, daemonize.Start(plan))
         daemonize.check_script(daemonize.Start(plan._replace(chroot="/jail")))
 
+    def test_stop_in_a_pause_of_respawn(self) -> None:
+        """Nobody is started any more once all were told to end: stop takes no --timeout."""
+        self.box.start("--respawn", "--timeout", "9", "--", "sh", "-c",
+                       "test -e %s && exec sleep 600; touch %s; sleep 0.5; exit 3"
+                       % ((shlex.quote(self.box.path("once")),) * 2))
+        self.box.logged("exited with status 3")
+        self.assertIn("is stopped", self.box.command("stop", "--timeout", "9").out)
+
     @needs_linux
     def test_a_program_is_the_daemons_child(self) -> None:
         """It leads a group, in /, with /dev/null and the log twice, and ends with all."""
@@ -8725,6 +8735,42 @@ class PointOfNoReturn(SlowTest):
         self.assertEqual((ask(address)["pid"], self.box.pid()), (pid, pid))
         self.box.command("restart")
         self.assertEqual(self.box.status()["word"], "old")
+
+    def test_a_bare_restart_keeps_its_turn(self) -> None:
+        """Though only the pidfile was typed: what the lock file says it reads by the fd it has."""
+        self.box.host()
+        plan = daemonize.parse(["restart", "--pidfile", self.box.pidfile])
+        with daemonize.Turn(plan) as turn:
+            again = daemonize.repeat(plan, turn.record())
+            self.assertEqual(again.name, "app")
+            child = os.fork()
+            if not child:       # F_GETLK tells of others' locks only
+                os._exit(daemonize.lock_holder(turn.fd, daemonize.TURN) != os.getppid())
+            self.assertEqual(os.waitpid(child, 0)[1], 0)
+
+    def test_stop_ends_whoever_holds_the_lock(self) -> None:
+        """A restart was killed while the old one hung: both are there, and both are ended."""
+        self.box.host()
+        old = self.box.pid()
+        child = self.calling("restart", "--timeout", "60")
+        until(lambda: self.box.pid() not in (0, old), "a new daemon")
+        os.kill(old, signal.SIGSTOP)
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        self.assertIn("stopped", self.box.command("stop", "--timeout", "5").out)
+        self.left_alone()
+
+    def test_nonsense_after_go_is_not_waited_for(self) -> None:
+        """A daemon that was taken over says what it likes, and its starter never ends."""
+        starter = daemonize.fork(lambda channel: channel.tell("ready", pid=1) and channel.receive(
+            9) and channel.end.sendall(b"nonsense\n") or signal.pause())
+        turn, began = mock.Mock(), time.monotonic()
+        turn.read.return_value = b""
+        with mock.patch.multiple(daemonize, ANSWER=0.2, fork=lambda life: starter,
+                                 lock_holder=lambda *of: 1), \
+                self.assertRaisesRegex(daemonize.Fatal, "was killed by signal 9"):
+            daemonize.launch(daemonize.Start(self.plan()), turn)
+        self.assertLess(time.monotonic() - began, SOON)
 
     def test_who_cannot_be_told_is_not_told(self) -> None:
         """A restart that hears no "done" does not claim that the old one serves, or nobody."""
@@ -9566,6 +9612,30 @@ def bind(options, file=FILE):
                 self.box.command("stop")
 
     @needs_linux
+    def test_where_a_command_was_typed(self) -> None:
+        """$PWD where it names that folder; else, stale or unreadable, what the kernel says."""
+        here = self.box.make("here")
+        os.symlink(here, self.box.path("link"))
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(here)
+        for typed, want in ((self.box.path("link"), self.box.path("link")), ("link", here),
+                            (self.box.path("gone"), here), ("/", here), ("", here)):
+            with self.subTest(typed), mock.patch.dict(os.environ, {"PWD": typed}):
+                self.assertEqual(daemonize.caller_folder(), os.path.realpath(want)
+                                 if want == here else want)
+        os.rmdir(here)
+        with mock.patch.dict(os.environ, {"PWD": here}):
+            self.assertEqual(daemonize.caller_folder(), "")
+
+    def test_who_rotates_no_log_is_not_warned(self) -> None:
+        """A jail without a log, /dev/null, a program; of a log outside it is said."""
+        for log, jail, said in ((None, "/jail", ""), (os.devnull, "/jail", ""),
+                                ("/log", "/jail", "it is outside the chroot"), ("/tmp/l", None, "")):
+            plan = self.plan(hosted=[])
+            plan = plan._replace(files=plan.files._replace(logfile=log), chroot=jail)
+            with mock.patch("os.access", return_value=True):
+                self.assertEqual(daemonize.log_obstacle(plan), said, (log, jail))
+
     def test_what_is_taken_over_is_what_the_kernel_says(self) -> None:
         """Listening stream sockets; the control socket is the one at the path."""
         self.addCleanup(os.chdir, os.getcwd())
