@@ -8762,8 +8762,12 @@ class PointOfNoReturn(SlowTest):
 
     def test_nonsense_after_go_is_not_waited_for(self) -> None:
         """A daemon that was taken over says what it likes, and its starter never ends."""
-        starter = daemonize.fork(lambda channel: channel.tell("ready", pid=1) and channel.receive(
-            9) and channel.end.sendall(b"nonsense\n") or signal.pause())
+        def life(channel: Any) -> None:
+            channel.tell("ready", pid=1)
+            channel.receive(SOON)
+            channel.end.sendall(b"nonsense\n")
+            signal.pause()
+        starter = daemonize.fork(life)
         turn, began = mock.Mock(), time.monotonic()
         turn.read.return_value = b""
         with mock.patch.multiple(daemonize, ANSWER=0.2, fork=lambda life: starter,
