@@ -2527,19 +2527,7 @@ def stop(plan: Plan) -> int:
         if pid is None:
             say_stopped(plan)
         else:
-            # The lock decides, here as well: "stopped" is when nobody holds it any more.  That is
-            # a promise to the next command line (`stop && rm -r ...`, `stop && start`).
-            was_killed, left = False, pid  # type: bool, Optional[int]
-            for _ in range(MAX_TALKS):      # a restart that was killed may have left two of them
-                if left is not None:
-                    was_killed |= end_daemon(Target(turn, left), plan.options.timeout)
-                    left = turn.holder()
-            if left is not None:
-                raise Fatal("unable to stop %s: pid %s holds its lock" % (plan.name, left))
-            if was_killed:              # even with --quiet
-                emit(1, "%s did not end within %g s: killed\n" % (plan.name, plan.options.timeout))
-            else:
-                say(plan, "%s is stopped" % plan.name)
+            stop_daemon(plan, turn, pid)
         # The names last, when nobody holds the lock any more: as long as something of it lives,
         # monitors find its pid.  Both may be there after a kill -9, too.
         for path in (plan.files.pidfile, plan.files.control):
@@ -2562,6 +2550,26 @@ def say_stopped(plan: Plan) -> None:
     Who meant another user's daemon of that name sees it from the path.
     """
     say(plan, "%s is not running (%s)" % (plan.name, plan.files.pidfile))
+
+
+def stop_daemon(plan: Plan, turn: Lock, pid: int) -> None:
+    """End the daemon, and whoever else holds its lock; say so, once it is so.
+
+    "Stopped" is a promise to the next command line (`stop && rm -r ...`, `stop && start`).
+    """
+    # The lock decides, here as well: "stopped" is when nobody holds it any more.
+    was_killed = end_daemon(Target(turn, pid), plan.options.timeout)
+    for _ in range(100):            # a restart that was killed may have left two; or a liar more
+        left = turn.holder()
+        if left is None:
+            break
+        end_daemon(Target(turn, left), plan.options.timeout)
+    else:
+        raise Fatal("unable to stop %s: pid %s holds its lock" % (plan.name, left))
+    if was_killed:
+        emit(1, "%s did not end within %g s: killed\n" % (plan.name, plan.options.timeout))
+    else:
+        say(plan, "%s is stopped" % plan.name)
 
 
 # -- 13.3 status and reload ---------------------------------------------------
