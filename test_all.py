@@ -8842,8 +8842,8 @@ class PointOfNoReturn(SlowTest):
         made = self.box.path("made")
         app = self.app("""
 def bind(options):
-    open(%r, "w").close()
     try:
+        open(%r, "w").close()
         time.sleep(600)
     finally:
         os.unlink(%r)
