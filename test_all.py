@@ -7561,7 +7561,7 @@ class Logfile(DaemonTest):
         words = ["line-%d" % number for number in range(150)]
         with meanwhile(self.nudge):
             threads(3, lambda client: [ask(address, "print " + word) for word in words[client::3]])
-        until(lambda: len(self.logs()) > 2, "rotated logs")
+        until(lambda: len(self.logs()) > 1, "rotated logs")
         lines = [line for name in self.logs()
                  for line in read(self.box.path("logs", name)).splitlines()]
         self.assertEqual(sorted(line for line in lines if line.startswith("line-")), sorted(words))
@@ -8760,6 +8760,8 @@ class PointOfNoReturn(SlowTest):
         os.kill(child.pid, signal.SIGKILL)
         child.wait()
         self.assertIn("stopped", self.box.command("stop", "--timeout", "5").out)
+        with contextlib.suppress(ProcessLookupError):   # it had given the lock up before it hung
+            os.kill(old, signal.SIGCONT)
         self.left_alone()
 
     def test_nonsense_after_go_is_not_waited_for(self) -> None:
