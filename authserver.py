@@ -487,8 +487,7 @@ def digest_response(ha1: str, nonce: str, nc: str, cnonce: str, qop: str, ha2: s
     """
     # KD(secret, data) = H(secret ":" data), and secret is H(A1).
     # response = KD ( H(A1), unq(nonce) ":" nc ":" unq(cnonce) ":" unq(qop) ":" H(A2) )
-    octets = f"{ha1}:{nonce}:{nc}:{cnonce}:{qop}:{ha2}".encode("latin-1")
-    return str(HASHES[algorithm](octets).hexdigest())
+    return to_hex(algorithm, f"{ha1}:{nonce}:{nc}:{cnonce}:{qop}:{ha2}".encode("latin-1"))
 
 
 # -- 3. The dictionary: one for both schemes ----------------------------------

@@ -3628,7 +3628,8 @@ def parse(argv: List[str], folder: Optional[str] = None) -> Plan:
     That is in the starter: stop, status and reload load nothing, for broken new code must not
     prevent them.  Words that we do not know are the application's there, and here foreign.
     """
-    is_again, folder = folder is not None, caller_folder() if folder is None else folder
+    is_again = folder is not None
+    folder = caller_folder() if folder is None else folder
     argv, arguments = cut(argv)
     action = argv[0] if argv else ""
     if action not in COMMANDS:

@@ -6888,6 +6888,16 @@ class Run(CommandTest):
         self.assertIsNone(child.poll(), read(self.box.output))
         return child
 
+    def notified(self) -> Tuple[socket.socket, Dict[str, str]]:
+        """Return a supervisor's socket, and an environment that names it.  See: sd_notify(3)."""
+        path = tempfile.mktemp(prefix="n", dir=TEMP)
+        notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.addCleanup(notify.close)
+        notify.bind(path)
+        self.addCleanup(os.unlink, path)
+        notify.settimeout(PATIENCE)
+        return notify, dict(self.box.env, NOTIFY_SOCKET=path)
+
     def address(self) -> str:
         """Return the address that status says once the pidfile is written."""
         until(self.box.pid, "a pidfile")
@@ -6965,32 +6975,24 @@ class Run(CommandTest):
 
     def test_systemd_is_told(self) -> None:
         """The notify socket hears READY, RELOADING with its time, READY again, and STOPPING."""
-        path = tempfile.mktemp(prefix="n", dir=TEMP)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-            notify.bind(path)
-            self.addCleanup(os.unlink, path)
-            notify.settimeout(PATIENCE)
-            child, heard = self.foreground(env=dict(self.box.env, NOTIFY_SOCKET=path)), ""
-            self.assertNotIn("NOTIFY_SOCKET", ask(self.address())["env"])
-            for word, number in (("READY=1", signal.SIGHUP), ("RELOADING=1", 0),
-                                 ("READY=1", signal.SIGTERM), ("STOPPING=1", 0)):
-                said = ""
-                while word not in said.split("\n"):
-                    said = notify.recv(4096).decode()
-                    heard += said + "\n"
-                child.send_signal(number)
+        notify, env = self.notified()
+        child, heard = self.foreground(env=env), ""
+        self.assertNotIn("NOTIFY_SOCKET", ask(self.address())["env"])
+        for word, number in (("READY=1", signal.SIGHUP), ("RELOADING=1", 0),
+                             ("READY=1", signal.SIGTERM), ("STOPPING=1", 0)):
+            said = ""
+            while word not in said.split("\n"):
+                said = notify.recv(4096).decode()
+                heard += said + "\n"
+            child.send_signal(number)
         self.assertEqual(child.wait(PATIENCE), 0)
         self.assertRegex(heard, r"(?s)STATUS=.*RELOADING=1\nMONOTONIC_USEC=\d+\n")
 
     def test_systemd_is_told_of_a_program(self) -> None:
         """READY, for a program as well: a unit with Type=notify waits for it."""
-        path = tempfile.mktemp(prefix="n", dir=TEMP)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-            notify.bind(path)
-            self.addCleanup(os.unlink, path)
-            notify.settimeout(PATIENCE)
-            self.foreground("--", "sleep", "600", app="", env=dict(self.box.env, NOTIFY_SOCKET=path))
-            self.assertIn("READY=1", notify.recv(4096).decode())
+        notify, env = self.notified()
+        self.foreground("--", "sleep", "600", app="", env=env)
+        self.assertIn("READY=1", notify.recv(4096).decode())
 
     def test_TERM_with_sockets_of_systemd_drains(self) -> None:
         """They are served; what was accepted is answered, what waits is the next one's."""
