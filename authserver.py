@@ -5131,6 +5131,9 @@ def run_passwd(path: str, username: str, realm: str = REALM, from_stdin: bool = 
         except UnicodeError:
             raise Refusal("unable to read the password: not in the encoding of this locale\n"
                           "try: export LC_ALL=C.UTF-8")
+        except (EOFError, KeyboardInterrupt):       # here Ctrl-C is no end well: none was set
+            raise Refusal("unable to read the password: nobody typed one\ntry: "
+                          + command("passwd", path, username, "--realm", realm, "--stdin"))
     done = change_password(path, username, realm, password)
     # The realm, for it is what one forgets: a line for another one lets nobody in here.
     return f"user {username!r} {done} in {path} (realm {realm!r})"

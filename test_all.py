@@ -1569,12 +1569,15 @@ class PasswdVerb(AuthTestCase):
         self.assertEqual({"passwords", "passwords.link"}, set(os.listdir(os.path.dirname(path))))
 
     def test_asks_twice_or_reads_one_line(self) -> None:
-        """Two different answers change nothing; nor does an umlaut in the locale of cron."""
+        """Two different answers change nothing; nor does none, or an umlaut in cron's locale."""
         path = self.write("")
         ask: Any = functools.partial(authserver.run_passwd, path, "jim", "files")
         with mock.patch("getpass.getpass", side_effect=[
-                UnicodeDecodeError("ascii", b"\xc3", 0, 1, ""), "secret", "secert", "old", "old"]):
+                UnicodeDecodeError("ascii", b"\xc3", 0, 1, ""), EOFError(), "old",
+                KeyboardInterrupt(), "secret", "secert", "old", "old"]):
             self.assertEqual(self.refuses("locale", ask), "export LC_ALL=C.UTF-8")
+            for _ in range(2):
+                self.assertIn("--realm files --stdin", self.refuses("nobody typed one", ask))
             self.refuses("differ", ask)
             self.assertEqual(("", True), (read(path), "'jim' added" in ask()))
         with mock.patch("sys.stdin", io.TextIOWrapper(io.BytesIO(b"new one\nmore\n"))):
