@@ -9034,9 +9034,9 @@ os.fork = fork
     @needs_linux
     def test_what_a_command_left_open_reaches_nobody(self) -> None:
         """A daemon, or script, has after a restart no more fds than after a start."""
-        def kinds() -> List[str]:
-            return sorted(re.sub(r"\d+", "", fd) for one in family(self.box.pid())
-                          for fd in fds_of(one))
+        def kinds() -> Any:
+            return collections.Counter(re.sub(r"\d+", "", fd) for one in family(self.box.pid())
+                                       for fd in fds_of(one))
         script = self.box.write("script.py", SCRIPT
                                 % (HERE, "stdout='out', pidfile=%r" % self.box.pidfile)
                                 + "time.sleep(600)\n")
@@ -9047,12 +9047,11 @@ os.fork = fork
                  ["--pidfile", self.box.pidfile, "--logfile", self.box.log, "--", "sleep", "600"]),
                 ([PYTHON, script], [])):
             with self.subTest(hosted[-1:]):
-                found = []
-                for action in ("start", "restart"):
-                    words = hosted if action == "start" else hosted[:2]
-                    run([*argv, action, *words], 0, env=self.box.env, cwd=self.box.folder)
-                    found.append(until(kinds, "its descriptors"))
-                self.assertEqual(*found)
+                run([*argv, "start", *hosted], 0, env=self.box.env, cwd=self.box.folder)
+                first = until(kinds, "its descriptors")
+                run([*argv, "restart", *hosted[:2]], 0, env=self.box.env, cwd=self.box.folder)
+                # What it said "done" by is closed a moment later.
+                until(lambda: not kinds() - first, "no more descriptors than at first")
                 run([*argv, "stop", *hosted[:2]], 0, env=self.box.env, cwd=self.box.folder)
 
     def test_an_exit_status_that_is_none(self) -> None:
@@ -9719,8 +9718,8 @@ class Fallbacks(DaemonTest):
         old = ask(address)["worker"]
         self.assertIn(" up 0:00:", self.poor("status").out)
         for action in ("reload", "restart"):
-            self.poor(action)
-            self.assertNotEqual(ask(address)["worker"], old)
+            self.poor(action)       # after which an old worker may answer once more
+            until(lambda: ask(address)["worker"] != old, "a fresh worker")
         ask(address, "run two")
         self.poor("stop")
         self.assertEqual((self.box.processes(), os.path.exists(self.box.pidfile)), ([], False))
