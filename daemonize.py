@@ -12,14 +12,17 @@ Or, in a script of your own: `from daemonize import startstop`.
 
 The life of a daemon.  Three processes take part: the COMMAND that you typed, the STARTER that
 it forks, and the DAEMON that the starter forks.  (`run` has one: it is the daemon.)  The daemon
-runs no code of yours: an application lives in WORKERS, a program is the daemon's child.
+runs no code of yours (but for startstop(), section 14): an application lives in WORKERS, a
+program is the daemon's child.
 
     step                                process  uid     twistd's step (and its place)
     1 parse; make each path absolute    command  caller
-    2 the turn: byte 0 of PIDFILE.lock  command  caller  checkPID (1)
-    3 app.bind(): ports, keys; open     starter  root    privilegedStartService (9),
-      log, pidfile, lock, control                        startLogger (3)
-    4 fork, setsid, fork; then stdio    both     root    daemonize (7)
+    2 the turn: byte 0 of PIDFILE.lock; command  caller  checkPID (1)
+      the first fork makes the starter
+    3 lock; app.bind(): ports, keys;    starter  root    privilegedStartService (9),
+      control, log, pidfile                              startLogger (3)
+    4 setsid; the second fork makes     starter  root    daemonize (7)
+      the daemon, which moves its stdio
     5 chroot, chdir, umask              daemon   root    setupEnvironment (4-6)
     6 groups, gid, uid; the proof       daemon   ->user  switchUidGid (10)
     7 children, probe, report ready;    daemon   user    startApplication (11),
@@ -39,12 +42,15 @@ The TURN is the right to change a daemon's state.  The INSTANCE LOCK is being th
 READY is "it answers".  PREDECESSOR and HEIR are the old and the new daemon of a restart.  A
 HOST is the daemon's half that keeps a program, or workers.  A CHANNEL carries lines of JSON between
 two processes; a daemon's are the REPORT, to the command that started it, the LEASH, to the starter,
-and a TALK with each command that calls.
+and a TALK with each command that calls.  The PLACE of a daemon is its lock, pidfile and control
+socket: who has it is the daemon.  A LIBRARY'S DAEMON is a script that called startstop().  Where
+Part I says heir, predecessor, LEGACY (memory that an application leaves to its heir) or leaving,
+a restart is meant (section 17): pass over it at first.
 
 What ps shows.  The session was made by the starter, which is gone.  The daemon leads a group of
 its own but no session (so it can never acquire a terminal), and so does each child of it:
 
-    $ ps -o pid,ppid,pgid,sid,tty,cmd
+    $ ps -o pid,ppid,pgid,sid,tty,cmd -s $(ps -o sid= -p $(cat PIDFILE))
       PID  PPID  PGID   SID TT   CMD
      4243     1  4243  4242 ?    python3 daemonize.py start        the daemon
      4244  4243  4244  4242 ?    python3 daemonize.py start        a worker
@@ -63,10 +69,11 @@ import sys
 
 
 def begin_again() -> None:
-    """Execute what was compiled, without the tree, where that is possible: Python 3.11, Linux.
+    """Begin again without the syntax tree.  (Saves memory; no part of the lesson: skip it.)
 
     Python keeps a script's syntax tree, here 8 MiB, for as long as the script runs: for a daemon,
-    for ever.
+    for ever.  So we put what was compiled into a memfd, and execute Python anew, which loads only
+    that.  First in the file, since what is imported before is imported twice.
     """
     typed, module = list(sys.orig_argv), sys._getframe(1).f_code
     flags = typed[1:-len(sys.argv)]         # -X dev, -W error, ...
@@ -98,7 +105,6 @@ import atexit
 import contextlib
 import errno
 import faulthandler
-import fcntl
 import json
 import re
 import select
@@ -111,13 +117,14 @@ from types import FrameType, ModuleType
 from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, NamedTuple
 from typing import NoReturn, Optional, Sequence, Set, Tuple
 try:
+    import fcntl
     import grp
     import pwd
 except ImportError:
     sys.exit("daemonize: fatal: unable to run here: this system has neither fork nor users")
 
-# Not imported here, but where they are needed: traceback, shlex, threading, subprocess,
-# ctypes.  `status` and `stop` are typed by people who wait, and a daemon keeps what it imported.
+# What only some commands need is imported where it is needed: `status` and `stop` are typed by
+# people who wait, and a daemon keeps what it imported.
 
 __version__ = "2.0"
 __all__ = ["main", "startstop"]
@@ -132,7 +139,9 @@ START_TIMEOUT = 30.0            # seconds after which a start that is not ready 
 UMASK = 0o027                   # for the application's files: nothing for others
 LOG_BYTES, LOG_KEEP = 10 << 20, 5       # size at which the log is rotated; rotated logs kept
 ALIVE = 0.3                     # seconds a program must live to count as started
-ANSWER = 5.0                    # seconds for one exchange over a channel; what SIGKILL may take
+ANSWER = 5.0                    # seconds for one exchange over a channel
+KILLED = 5.0                    # seconds that the kernel may need to end whom SIGKILL has met
+GO = 30.0                       # seconds for a command to note a start, and say "go"
 POLL = 0.02                     # seconds between two looks where there is nothing to wait on
 TICK = 1.0                      # seconds between two looks of an idle daemon; a short patience
 SETTLED = 1.0                   # seconds: the death of an older child is bad luck, not bad code
@@ -489,8 +498,8 @@ def status_of(pid: int, field: str) -> List[str]:
 def ids_of(pid: int) -> Optional[Tuple[int, int]]:
     """Return real uid and gid of a process; None where nobody tells.
 
-    Not the owner of /proc/PID: who changed its uid is not dumpable, and its folder is root's.
-    See: prctl(2), PR_SET_DUMPABLE.
+    Not the owner of /proc/PID: that is the effective uid, which a process can lend itself; and
+    of one that is not dumpable (it has changed its uid) it can be root.  See: proc(5).
     """
     ids = [number for field in ("Uid", "Gid") for number in status_of(pid, field)[:1]]
     if not has_proc():
@@ -560,9 +569,9 @@ def end_all(members: Callable[[], List[Process]], kill: Callable[[], Any], timeo
     """Wait until there are no members; SIGKILL after timeout seconds.  True if that was needed."""
     # Polled: most of them are not our children, and wait(2) is for children only.
     began, is_late = time.monotonic(), False
-    for left in iter(members, []):
+    for left in iter(members, []):      # asks again and again, until the answer is []
         waited = time.monotonic() - began
-        if waited > timeout + ANSWER:
+        if waited > timeout + KILLED:
             pids = ", ".join(str(process.pid) for process in left)
             raise Fatal("unable to stop pids %s: SIGKILL had no effect" % pids)
         # Again and again: a member may have forked since the last look.
@@ -590,7 +599,7 @@ def exists(path: str) -> bool:
     return False
 
 
-APPENDING = os.O_WRONLY | os.O_APPEND, 0o640, True      # how a log is opened
+APPENDING = os.O_WRONLY | os.O_APPEND       # how a log is opened
 PRIVATE = 0o600             # for root, or us, alone: if others can read such a file it is refused
 
 
@@ -653,7 +662,11 @@ def is_trusted(folder: str) -> bool:
 
 
 def check_folder(folder: str) -> None:
-    """Refuse, as root, a pidfile's folder that others could swap: it may be theirs, not its way."""
+    """Refuse, as root, a pidfile's folder in whose place others could put another one.
+
+    The folder itself may be theirs: what root opens in it is checked file by file.  But the way
+    to it must be root's.
+    """
     with trying_to("use %s" % folder):
         os.stat(folder + "/.")
         if os.geteuid() != 0 or is_trusted(folder):
@@ -669,19 +682,25 @@ NEEDS_CAPABILITIES = "with CAP_SETUID, CAP_SETGID and CAP_CHOWN, or start as tha
 @contextlib.contextmanager
 def acting_as(identity: Optional[Identity]) -> Iterator[None]:
     """Lend root the effective ids of the daemon's user, by which the kernel judges."""
-    with contextlib.ExitStack() as back:
-        if identity is not None:
-            with trying_to("act as uid %d, gid %d" % identity[:2], NEEDS_CAPABILITIES):
-                # Groups, gid, uid: the first two need root's effective uid.  And back in reverse.
-                # Noted before it is done: a signal in between leaves nobody half another.
-                groups, gid = os.getgroups(), os.getegid()
-                os.setgroups(identity.groups)
-                back.callback(os.setgroups, groups)     # not before: who may not, may not back
-                back.callback(os.setegid, gid)
-                os.setegid(identity.gid)
-                back.callback(os.seteuid, 0)
-                os.seteuid(identity.uid)
+    if identity is None:
         yield
+        return
+    groups, gid = os.getgroups(), os.getegid()
+    deed = "act as uid %d, gid %d" % identity[:2]
+    # Outside of `try`: where this is refused (no CAP_SETGID), the way back would be refused, too.
+    with trying_to(deed, NEEDS_CAPABILITIES):
+        os.setgroups(identity.groups)
+    try:
+        # The uid last: with another effective uid than root's, groups and gid cannot be changed.
+        with trying_to(deed, NEEDS_CAPABILITIES):
+            os.setegid(identity.gid)
+            os.seteuid(identity.uid)
+        yield
+    finally:
+        # In reverse.  Each of these does no harm where the step that it undoes was never taken.
+        os.seteuid(0)
+        os.setegid(gid)
+        os.setgroups(groups)
 
 
 @contextlib.contextmanager
@@ -709,7 +728,7 @@ def open_log(path: str, identity: Optional[Identity]) -> int:
     # can have made it in between.)
     is_new, owner = not exists(path), identity.uid if identity else os.geteuid()
     with careful(path, identity) as is_safe:
-        fd = open_regular(path, *APPENDING)
+        fd = open_regular(path, APPENDING, 0o640, is_log=True)
     if not is_safe and os.fstat(fd).st_uid not in (0, owner, os.geteuid()):
         raise Fatal("unable to open %s: it belongs to uid %d\ntry: another --logfile" % (
             path, os.fstat(fd).st_uid))
@@ -760,12 +779,12 @@ def open_pidfile(path: str) -> int:
     """Return the pidfile's fd.  A file that is no pidfile of ours stays as it is.
 
     Where the folder is the daemon user's, that user can give any file of root's the pidfile's
-    name: so one that we did not make must look like one.
+    name, and 0644 would show to all what was root's alone: so it must look like a pidfile first.
     """
     fd = open_regular(path, os.O_RDWR, 0o644)
     with trying_to("read %s" % path):
         content, facts = os.pread(fd, 33, 0), os.fstat(fd)
-        # Of 0644 we made it, or anybody may read it: there is nothing in it to lose.
+        # Of 0644 it is ours; or, if not, it hides nothing.
         if facts.st_mode & 0o777 == 0o644:
             return fd
         if re.fullmatch(rb"(\d{1,10}\n?)?", content) and facts.st_size <= 11:
@@ -969,8 +988,8 @@ def check_orphan(plan: Plan, is_locked: Callable[[], bool]) -> None:
     """Refuse to call a daemon dead that answers, though somebody removed its lock file.
 
     Where the folder is another user's, anybody of that user could answer there: not believed.
-    And without a turn it may have come to its place since its lock was looked at: so that is done
-    again, here (is_locked), and then by the caller.
+    is_locked looks once more whether a daemon has the lock: `status` takes no turn, so one may have
+    taken its place since the caller looked.  Then this is no orphan, and the caller looks again.
     """
     with contextlib.suppress(OSError):
         pid, uid = listener_of(plan.files)
@@ -988,7 +1007,7 @@ class Turn(Lock):
 
     def __init__(self, plan: Plan) -> None:
         """Wait for it, and leave no file if it does not come."""
-        self.made = [plan.files.folder] * make_own_folder(plan)
+        self.made = [plan.files.folder] if make_own_folder(plan) else []
         self.is_new, self.is_free = not exists(plan.files.lock), True
         try:
             super().__init__(plan, os.O_RDWR)
@@ -1165,9 +1184,10 @@ class Channel:
     def fail(self, error: BaseException) -> bool:
         """Say why there will be no daemon; tell whether somebody is left to hear it."""
         fatal = as_fatal(error)
-        # The end of a trace says most.  An eighth: JSON may need six bytes for a character.
-        trace = fatal.trace[-(MAX_MESSAGE // 8):]
-        return self.tell("fatal", text=str(fatal), status=fatal.status, trace=trace)
+        # Both must fit into one message, or nothing is heard: JSON may need twelve bytes for a
+        # character.  Of a text the beginning says most, of a trace the end.
+        return self.tell("fatal", text=str(fatal)[:MAX_MESSAGE // 32], status=fatal.status,
+                         trace=fatal.trace[-(MAX_MESSAGE // 24):])
 
 
 NOBODY = Channel(socket.socket(socket.AF_UNIX))         # is not there: hears, and says, nothing
@@ -1194,6 +1214,12 @@ class Start(NamedTuple):
     leash: Channel = NOBODY                 # to the starter
     report: Channel = NOBODY                # to the command
     notifier: socket.socket = NOBODY.end    # to systemd
+
+
+class Hosting(NamedTuple):
+    """What a kind of daemon does where the kinds differ; the table HOSTS has one for each kind."""
+    prepare: Callable[[Start], Any]     # step 3, as root: make ready, return the server
+    live: Callable[[Start], int]        # steps 7 and 8, as the daemon's user: the exit status
 
 
 class Child(Channel):
@@ -1264,6 +1290,10 @@ def fork(life: Callable[[Channel], Any]) -> Child:
     # Between fork(2) and its own handlers the child has ours.
     with trying_to("start a process"), undisturbed():
         ours, theirs = socket.socketpair()
+        # What print() has not written yet would be written by both.
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
         pid = os.fork()
         if pid == 0:
             ours.close()
@@ -1350,7 +1380,7 @@ def expect(waiting: Sequence[Channel], word: str, seconds: float,
 #                                   setsid, fork -----------------> children, probe
 #   <------------------------------------------------- "ready" ---
 #   notes it all in the lock file
-#   --- "go" ----------------------------------------------------> instance lock, pidfile, listen
+#   --- "go" (no Ctrl-C any more) -------------------------------> instance lock, pidfile, listen
 #   ===== here is the point of no return: before it we undo everything, after it nothing ======
 #                                   <------------- "placed" ------
 #                                   exits: nothing is left to undo
@@ -1358,10 +1388,12 @@ def expect(waiting: Sequence[Channel], word: str, seconds: float,
 #   <-------------------------------------------------- "done" ---  (restart: see section 17)
 #   greets; gives the turn back
 #
-# Whoever dies before the point is noticed: the starter by the command (EOF), the command by the
-# daemon (EOF instead of "go"), the daemon by the starter (EOF on the leash).  What the daemon fails
-# of goes over the leash, too: the starter takes all back first, and then says "fatal".  A
-# command that is killed, hung up or blocked after it has no power any more: good.
+# Whoever dies before the point is noticed: the starter by the command (EOF), as long as there
+# is no daemon; then the daemon by the starter (EOF on the leash), and the command by the daemon
+# (EOF instead of "go").  Who kills the starter after the second fork changes nothing: the start
+# goes on.  What the daemon fails of goes over the leash: the starter takes all back first, and
+# then says "fatal".  A command that is killed, hung up or blocked after it has no power any
+# more: good.
 
 # What is open so far: the caller's files, and Python's own, which are told apart by not being
 # inheritable (PEP 446).  What a script opens before it calls startstop() is its own to keep.
@@ -1486,19 +1518,18 @@ def be_starter(start: Start, turn: Lock) -> None:
         # Last.  No command any more: then we tidy, holding byte 2.
         if not start.report.fail(error):
             tidy(start.plan, [], start.predecessor is None)
-    # Not sys.exit(): atexit and unwritten buffers are the command's, of which we are a copy.
-    os._exit(1)
+    sys.exit(1)                         # to live(): no atexit, which is the command's
 
 
 def bind(start: Start) -> Start:
-    """Step 3, its first half: have the application bind, and the next command wait."""
+    """Step 3, its first half: let the next command wait, and the application bind."""
     path = start.plan.files.lock
     # The lock first: whatever bind() makes, the next command waits until it is undone.  A read
     # lock, through a read-only fd: the daemon inherits the fd, but never the lock.
     lock = open_regular(path, os.O_RDONLY, PRIVATE)
     with trying_to("lock %s" % path, "--pidfile on a local file system"):
         fcntl.lockf(lock, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, UNDOING)
-    return start._replace(lock=lock, server=HOSTS[start.plan.kind][0](start))
+    return start._replace(lock=lock, server=HOSTS[start.plan.kind].prepare(start))
 
 
 def take_back(server: Any) -> None:
@@ -1521,7 +1552,7 @@ def call(server: Any, name: str, otherwise: Any = None) -> Any:
 
 
 def detach(start: Start) -> NoReturn:
-    """Step 4.  Fork (that was fork()'s first call), setsid, fork; see the daemon to its place.
+    """Step 4.  setsid, and the second fork; see the daemon to its place.
 
     The daemon itself ends this step, in begin(): it moves its stdio.
     Runs as: root.  See: setsid(2), daemon(7); twistd: daemonize.
@@ -1532,7 +1563,8 @@ def detach(start: Start) -> NoReturn:
         unignore_signals()
     with undisturbed():
         daemon = fork(lambda leash: sys.exit(begin(start._replace(leash=leash))))
-        # The command gave up.  SIGKILL at once: nothing of it has begun.
+        # SIGTERM is the command's "I give up".  The daemon is killed, for nothing of its work has
+        # begun; receive() sees its end; and be_starter() takes back what is there.
         signal.signal(signal.SIGTERM, end_family)
     message = daemon.receive(float("inf"))
     if message["event"] != "placed":
@@ -1642,10 +1674,10 @@ def begin(start: Start) -> int:
         # Not without need: a daemon keeps what it has imported.
         import subprocess, threading, traceback       # noqa: F401
         if start.plan.kind == "program":
-            prctl(PR_GET_DUMPABLE, 0)               # which changes nothing, but imports ctypes
+            prctl(PR_GET_DUMPABLE, 0)   # changes nothing, but imports ctypes for die_with_parent()
     set_environment(start.plan)
     switch_user(start.plan.identity)
-    return HOSTS[start.plan.kind][1](start)
+    return HOSTS[start.plan.kind].live(start)
 
 
 def take_place(start: Start, settle: Callable[[], Any], **facts: Any) -> None:
@@ -1657,7 +1689,7 @@ def take_place(start: Start, settle: Callable[[], Any], **facts: Any) -> None:
     """
     # Who does not say it in time (Ctrl-Z) is as good as gone: nobody could tell it more.
     start.report.tell("ready", pid=os.getpid(), **facts)
-    if start.report is not NOBODY and start.report.receive(START_TIMEOUT)["event"] != "go":
+    if start.report is not NOBODY and start.report.receive(GO)["event"] != "go":
         raise Fatal("unable to start: the command that asked for it is gone")
     # The lock, then the name: who reads the pidfile in between finds the old pid, which is dead or
     # still serves.  Then the socket, for who asks it must be able to believe both.
@@ -1693,8 +1725,10 @@ class Host:
     Hosts override: fresh (start children, see them prove themselves), spawn (start one more),
     settle (we have the place), on_death, tend, on_end, reload, facts.
 
-    Instance variables: children, at work; leaving, told to drain; ends, sockets that no child may
-    have; is_owner, pidfile and instance lock are ours; is_over, the loop may end.
+    Instance variables: children, at work, and size, how many there should be (0: it is leaving);
+    leaving, children that were told to drain; ends, sockets that no child may have; is_owner, the
+    pidfile and instance lock are ours; is_over, the loop may end; result, the exit status then.
+    For a restart (section 17) only: heir, verbs.
     """
 
     retry = TICK            # seconds until a child that could not be forked is tried again
@@ -1776,7 +1810,7 @@ class Host:
                 raise Fatal("unable to open %s: it is outside the chroot\n"
                             "try: daemonize.py reload, as root" % self.plan.files.logfile)
             # With the daemon's own rights.
-            new = fds.pop(0) if fds else open_regular(str(path), *APPENDING)
+            new = fds.pop(0) if fds else open_regular(str(path), APPENDING, 0o640, is_log=True)
         except Fatal as error:
             self.complain("%s: the old log is kept" % error)
             return str(error)
@@ -1881,9 +1915,9 @@ class Daemon:
         try:
             # As in the picture of section 7: able, ready, the place; nobody is let in before.
             self.host.children = self.host.fresh()
-            # Before the pidfile names us: who reads it may signal us at once.  And then the old
-            # daemon may have left: what ended us now would end the service.
-            # A note wakes the loop up: what nobody notes, and nobody wakes, waits for the tick.
+            # Before the pidfile names us, for who reads it may signal us at once; and while
+            # end_once() is in force that would end us, when the old daemon has perhaps left.
+            # The wakeup fd first: a signal that is noted, but wakes nobody, waits for a tick.
             signal.set_wakeup_fd(self.waker.fileno())
             # What run's caller ignores stays so: nohup means SIGHUP, `&` in a script SIGINT.
             set_handlers(HANDLED, lambda signum, frame: self.signals.add(signum),
@@ -2395,23 +2429,38 @@ def launch(start: Start, turn: Lock) -> None:
         # Before "go": a full disk can still be undone.  And afterwards this alone proves who a
         # script is that closes the lock's fd.
         turn.note(plan, int(facts.get("pid", 0)))
-    # From here on the new one needs nobody: it takes the place, and tells the old one itself.
     made.starter.tell("go")
-    # The point of no return.  What interrupts us now leaves the new daemon where it is.
-    starter, message = made.starter, made.starter.receive(2 * ANSWER)
-    if message["event"] in (ENDED, "done"):     # or nonsense of who was taken over: not for ever
+    see_placed(made)
+    # Last, and the starter is gone, which holds byte 2: who reads it may type the next command.
+    greet(plan, facts)
+
+
+def see_placed(made: "Made") -> None:
+    """Find out how a start ends after "go".  Raises Fatal if it failed, Unknown if none can tell.
+
+    "go" is the command's last word: an interrupt from here on leaves the new daemon where it is.
+    But until "placed" the start can still fail, and then the command helps to undo it:
+
+        the daemon says   the starter      so the daemon
+        "done"            has ended        has its place, and serves
+        "fatal"           -                failed before it had its place, and says why
+        nothing (EOF)     ended with 0     had its place ("placed"), and died there: Unknown
+        nothing (EOF)     otherwise        died before it had its place
+        else              -                is late, or lies: Unknown
+    """
+    plan, starter = made.plan, made.starter
+    assert starter is not None
+    message = starter.receive(2 * ANSWER)
+    word = message["event"]
+    if word in (ENDED, "done"):         # it should end now: but who was taken over may keep it
         wait_until(lambda: starter.wait(os.WNOHANG) is not None, ANSWER)
-    # It says so itself, or is dead: that can be undone.  But its starter ends well, and in silence,
-    # only when it has its place: nothing undoes that.
-    if message["event"] == "fatal" or message["event"] == ENDED and starter.result != 0:
+    if word == "fatal" or word == ENDED and starter.result != 0:
         error = failure(starter, message)
         made.undo(error)
         raise error
-    if message["event"] != "done" or starter.result is None:
+    if word != "done" or starter.result is None:
         raise Unknown("unable to tell whether %s has started\ntry: daemonize.py status" % plan.name,
                       trace=log_since(plan, made.logged))
-    # Last, and the starter is gone, which holds byte 2: who reads it may type the next command.
-    greet(plan, facts)
 
 
 class Made(ContextManager["Made"]):
@@ -2436,7 +2485,7 @@ class Made(ContextManager["Made"]):
         # turn: a start that finds its daemon running makes nothing.  See: rename(2).
         folder = "/var/log/" + plan.name
         if os.geteuid() == 0 and os.path.dirname(self.logfile or "") == folder:
-            self.new += [folder] * make_folder(folder, 0o750, plan.identity)
+            self.new += [folder] if make_folder(folder, 0o750, plan.identity) else []
 
     def __exit__(self, _: object, error: Optional[BaseException], trace: object) -> None:
         if error is not None and not isinstance(error, Returned):   # for that see fork()
@@ -2785,7 +2834,9 @@ def inherited_sockets() -> List[socket.socket]:
 
 def startstop(stdout: str = "/dev/null", stderr: Optional[str] = None, stdin: str = "/dev/null",
               pidfile: str = "pid.txt", startmsg: str = "started with pid %s", **more: Any) -> None:
-    """Do what sys.argv[1] says: start returns in the daemon; stop, restart, reload, status exit.
+    """Do what sys.argv[1] says: start and restart return, in the daemon; the others exit.
+
+    (The process that you typed exits in any case: with 0, once the daemon runs.)
 
     Clark Evans' call, in front of any script:
 
@@ -3405,7 +3456,7 @@ def by_ps() -> Dict[int, Process]:
 def prctl(option: int, value: int) -> None:
     """Set an attribute of this process, where that is possible.  See: prctl(2)."""
     with contextlib.suppress(ImportError, OSError, AttributeError):     # a jail, another system
-        import ctypes               # here: no daemon has to keep it
+        import ctypes           # here: of daemons only `run`, and a jailed program's, need it
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
@@ -3430,10 +3481,10 @@ def die_with_parent() -> None:
 # all (a default is no word), and these words themselves, for the lock file.
 
 # What can be hosted: what root does for it in step 3, and how it lives from step 7 on.
-HOSTS: Dict[str, Tuple[Callable[[Start], Any], Callable[[Start], int]]] = {
-    "app": (bind_application, lambda start: Daemon(start, Service(start)).live()),
-    "program": (check_script, lambda start: Daemon(start, Program(start)).live()),
-    "library": (lambda start: None, live_in_script)}
+HOSTS: Dict[str, Hosting] = {
+    "app": Hosting(bind_application, lambda start: Daemon(start, Service(start)).live()),
+    "program": Hosting(check_script, lambda start: Daemon(start, Program(start)).live()),
+    "library": Hosting(lambda start: None, live_in_script)}
 COMMANDS = {"start": start, "stop": stop, "restart": restart, "reload": reload,
             "status": status, "run": run}
 STARTING = ("start", "restart", "run")
