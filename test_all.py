@@ -6346,6 +6346,8 @@ class StartFailure(CommandTest):
                 (APP + refuse + "bind = refuse\n", refused, 2),     # as for a wrong command line
                 (APP + refuse + "Server.probe = refuse\n", refused, 1),     # which was right
                 (APP + deep, "RecursionError", 1),      # of a hundred KiB the end says most
+                # ... and of a reason the beginning, in characters that JSON makes twelve bytes of
+                (APP + "def bind(o):\n    raise ValueError('\\U0001f600' * 70000)\n", "\U0001f600{99}", 1),
                 (APP + probe + "time.sleep(600)\n", "not ready after", 1, "--start-timeout", "0.5"),
                 # It closes its end, and goes on; a killed daemon has a worker with a child.
                 (APP + probe + "os.closerange(3, 256) or time.sleep(600)\n", "before it was", 1),
@@ -6354,6 +6356,14 @@ class StartFailure(CommandTest):
             with self.subTest(text[-20:]):
                 self.box.write("d.pid", "4711\n" * text.startswith(APP))
                 self.assertRegex(self.fails(text, *options, want=want), words)
+
+    def test_what_bind_prints_is_printed_once(self) -> None:
+        """Though standard output is no terminal, and Python keeps what is printed for a while."""
+        for bind, want in (("raise ValueError", 1), ("", 0)):
+            path = self.box.write("app.py", APP + "well = bind\ndef bind(options):\n    print('a word')\n"
+                                  "    %s\n    return well(options)\n" % bind)
+            said = run(self.box.argv("start", "--logfile", self.box.log, "--app", path), want, env=self.box.env)
+            self.assertEqual((said.out + read(self.box.log)).count("a word\n"), 1)
 
     def test_who_is_killed_before_it_is_ready_is_noticed_at_once(self) -> None:
         """The starter (in bind), the daemon (workers, status) or a worker (probe)."""
