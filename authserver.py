@@ -5504,7 +5504,7 @@ def make_page(options: argparse.Namespace, path: str) -> Page:
     secrets = [path, options.nonce_secret, options.tls_key or options.tls_cert,
                *options.private_files]
     files = Files(options.root, options.hidden,
-                  [os.path.abspath(name) for name in secrets if name and name != "-"],
+                  [name for name in secrets if name and name != "-"],
                   options.chroot)
     for name in files.exposed:
         warn(f"{name} lies below --root {options.root}: it is not served, but would be safer "
@@ -5532,6 +5532,10 @@ def make_server(options: argparse.Namespace, path: str) -> AuthServer:
 def bind(options: argparse.Namespace) -> AuthServer:
     """Open sockets and files, with full privileges; return the server that will use them."""
     options = argparse.Namespace(**dict(UNHOSTED, **vars(options)))
+    # A reload reads them again, and a daemon has another working directory by then.
+    for name in ("tls_cert", "tls_key", "nonce_secret"):
+        given = getattr(options, name)
+        setattr(options, name, given and os.path.abspath(given))
     check_options(options)
     path, first = find_passwords(options)
     with contextlib.ExitStack() as undo:        # also after Ctrl-C: nobody has seen the password

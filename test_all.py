@@ -5127,7 +5127,9 @@ class HttpsCommand(BoxTest):
 
     @needs_linux
     def test_a_session_goes_on_in_another_worker(self) -> None:
-        at = self.box.address(self.box.start(*self.common, "--tls-cert", self.pem, "--workers", "2"))
+        """And a reload finds the certificate, though its name was relative."""
+        at = self.box.address(self.box.start(
+            *self.common, "--tls-cert", os.path.relpath(self.pem, self.box.folder), "--workers", "2"))
         workers = family(self.box.pid())[1:3]
         for old in (0, getattr(ssl, "OP_NO_TLSv1_3", 0)):
             context, session = trusting(), None
@@ -5140,6 +5142,7 @@ class HttpsCommand(BoxTest):
                     self.assertEqual(wire.session_reused, session is not None)
                     session = wire.session
                 os.kill(stopped, signal.SIGCONT)
+        self.box.command("reload")
 
 
 PUBLIC = r'''
