@@ -5045,23 +5045,25 @@ def edit_passwords(text: str, username: str, realm: str, new_lines: Sequence[str
 def write_file(path: str, text: str, gid: Optional[int] = None, replace: bool = False) -> None:
     """Put text into a file, 0600, or 0640 for a group: whole, or not at all.
 
-    A file that is replaced keeps its owner and group if we may give them, and 0640 if it
-    had that: it may have been made for the group of a daemon.
+    A file that is replaced keeps its owner, group and mode, for it may have been made for the
+    group of a daemon. But what others could read, or change, is 0600 from now on.
     """
     # Beside it, for neither a link nor a rename leads to another file system. With a dot before
     # it: the folder may be one that is served, and what lies there for a moment is a secret, too.
     fd, new = tempfile.mkstemp(".new", f".{os.path.basename(path)}.", os.path.dirname(path))
+    mode = 0o600 if gid is None else 0o640
     try:
         with open(fd, "w", encoding="utf-8", errors="surrogateescape") as stream:
             if replace:
                 old = os.stat(path)
-                gid = old.st_gid if stat.S_IMODE(old.st_mode) == 0o640 else None
+                mode = 0o600 if old.st_mode & 0o007 else stat.S_IMODE(old.st_mode)
+                gid = old.st_gid if mode & 0o070 else None
                 if os.geteuid() == 0:
                     os.fchown(fd, old.st_uid, old.st_gid)
             # The group before the mode: for a moment another group could read it.
             if gid is not None:
                 os.fchown(fd, -1, gid)
-                os.fchmod(fd, 0o640)
+            os.fchmod(fd, mode)
             stream.write(text)
             stream.flush()
             # Before the name: after a crash it must not stand for an empty file.
@@ -5084,6 +5086,9 @@ def locked(path: str) -> Iterator[bool]:
         # To write: a file system over a network locks nothing else.
         with open(path, "rb+") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
+            # Of /dev/null root would make a file, for everybody.
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                raise OSError(errno.EINVAL, "it is no regular file")
             if os.path.exists(path) and os.path.samestat(os.fstat(stream.fileno()), os.stat(path)):
                 yield True
                 return

@@ -1551,9 +1551,10 @@ class PasswdVerb(AuthTestCase):
         self.assertEqual(["new", "new1", "new2"], sorted(os.listdir(os.path.dirname(path))))
 
     def test_what_is_written_anew_is_as_it_was(self) -> None:
-        """0640, owner, group, a link stay; what was more open is 0600; a full disk loses nothing."""
+        """Mode, owner, group, a link stay; what others read is 0600; a full disk loses nothing."""
         owner = (NOBODY, OTHER) if ROOT else (os.getuid(), os.getgid())
-        for before, after in ((0o640, 0o640), (0o600, 0o600), (0o644, 0o600), (0o666, 0o600)):
+        for before, after in ((0o640, 0o640), (0o600, 0o600), (0o660, 0o660), (0o644, 0o600),
+                              (0o666, 0o600), (0o602, 0o600)):
             path = self.write("# x\n", before)
             os.chown(path, *owner)
             os.symlink(path, path + ".link")
@@ -1565,6 +1566,11 @@ class PasswdVerb(AuthTestCase):
         text = read(path)
         with mock.patch("os.fsync", side_effect=OSError(28, "No space left")):
             self.refuses("unable to write", self.change, path, "ann")
+        if ROOT:                            # who would replace /dev/null by a file
+            os.mknod(path + ".null", stat.S_IFCHR | 0o600, os.makedev(1, 3))
+            self.refuses("no regular file", self.change, path + ".null", "ann")
+            self.assertTrue(stat.S_ISCHR(os.stat(path + ".null").st_mode))
+            os.unlink(path + ".null")
         self.assertEqual(read(path), text)
         self.assertEqual({"passwords", "passwords.link"}, set(os.listdir(os.path.dirname(path))))
 
