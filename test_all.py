@@ -10114,7 +10114,7 @@ def calling(*addresses: str, context: Any = None) -> Iterator[Tuple[List[Caller]
 class Machines(SharedBoxTest):
     """Three machines (addresses of loopback) that share a password file and a nonce secret"""
     nodes, places, options = [], [], []  # type: List[Box], List[str], List[str]
-    PUBLIC_PAGE = "option httpchk GET /example/healthz"
+    CHECKS = ("option httpchk GET /\n http-check expect status 401\n", "option httpchk GET /example/healthz\n")
 
     @classmethod
     def set_up(cls) -> None:
@@ -10135,7 +10135,7 @@ class Machines(SharedBoxTest):
             node.close()
         super().tearDownClass()
 
-    def balance(self, *programs: str, check: str = PUBLIC_PAGE) -> List[str]:
+    def balance(self, *programs: str, check: str = CHECKS[0]) -> List[str]:
         """Run the balancers that are installed until the test ends; return their addresses."""
         fronts = []
         for program in programs:
@@ -10146,8 +10146,9 @@ class Machines(SharedBoxTest):
                     text = block("location / {").replace("127.0.0.1:8081", "nodes")
                     nodes = " ".join("server %s max_fails=1 fail_timeout=1s;" % place for place in self.places)
                 else:
-                    text = block("backend authserver").replace("option httpchk GET /healthz", check)
-                    text = re.sub(" server .*\n", "", text) + "NODES"
+                    text = block("backend authserver")
+                    self.assertIn(self.CHECKS[0], text)
+                    text = re.sub(" server .*\n", "", text).replace(self.CHECKS[0], check) + "NODES"
                     nodes = "".join(" server n%d %s check inter 100ms fall 2 rise 1\n" % pair
                                     for pair in enumerate(self.places))
                 fronts.append(other(self.box, program, text, NODES=nodes))
@@ -10190,7 +10191,7 @@ class Machines(SharedBoxTest):
     @needs("haproxy")
     def test_health_checks_see_a_node_go_and_come(self) -> None:
         """A public path, or the 401 itself, is up; a stop under load loses nothing and is seen, as is a start."""
-        for check in (self.PUBLIC_PAGE, "option httpchk GET /\n http-check expect status 401"):
+        for check in self.CHECKS:
             with self.subTest(check), calling(*self.balance("haproxy", check=check)) as (callers, _):
                 self.sees("UP", "UP", "UP")
                 self.nodes[2].command("stop")
@@ -10598,7 +10599,8 @@ class ReadmeTest(BoxTest):
         os.symlink(PYTHON, shims + "/python3")
         self.box.write("bin/curl", "#!/bin/sh\nexec %s --retry 9 --retry-connrefused --fail --silent "
                        "--show-error --noproxy '*' \"$@\"\n" % shutil.which("curl"), 0o755)
-        env = {"PATH": shims + ":/usr/sbin:/usr/bin:/sbin:/bin", "DAEMONIZE_TEST": self.box.folder}
+        env = {"PATH": shims + ":/usr/sbin:/usr/bin:/sbin:/bin", "DAEMONIZE_TEST": self.box.folder,
+               "HOME": self.box.folder}
         self.addCleanup(remove, shims)
 
         def do(command: str, want: Optional[int] = 0, data: str = "") -> Result:
