@@ -3678,9 +3678,13 @@ class Files:
         self.path, real = os.path.abspath(root), os.path.realpath(root)
         # How absolute links begin that stay inside.
         self.prefixes = {os.path.join(os.fsencode(path), b"") for path in (self.path, real)}
-        self.exposed = [path for path in secrets if is_below(path, real)]
-        # Those are found by their place: each may be replaced, or made, while we serve.
-        self.inside = [os.path.relpath(os.path.realpath(path), real) for path in self.exposed]
+        self.exposed = [path for path in secrets
+                        if is_below(path, real) or is_below(os.path.dirname(path), real)]
+        # Those are found by their place: each may be replaced, or made, while we serve. A link has
+        # two: where it lies, for it may be given another target (certbot), and where it leads.
+        self.inside = [os.path.relpath(place, real) for path in self.exposed for place in {
+            os.path.realpath(path),
+            os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))}]
         self.known: Dict[Tuple[int, int], Tuple[str, int]] = {}
         self.open()
         self.note_secrets([os.path.realpath(path) for path in secrets])
@@ -5424,9 +5428,13 @@ def find_passwords(options: argparse.Namespace) -> Tuple[str, Optional[Tuple[str
     path = options.config_prefix and options.config_prefix + "passwords"
     if path and os.path.exists(path):
         return path, None
-    if not (path and options.may_create):
-        raise refuse_file("find a password file", [f"{path or 'FILE'} is not there"],
-                          passwd_command(path or "FILE", [FIRST_USER], options.realm))
+    if not path:
+        raise Refusal("unable to find a password file: expected --passwords FILE\ntry: "
+                      f"{passwd_command('users', [FIRST_USER], options.realm)} && "
+                      f"{command('--passwords', 'users')}")
+    if not options.may_create:
+        raise refuse_file("find a password file", [f"{path} is not there"],
+                          passwd_command(path, [FIRST_USER], options.realm))
     # Only with --uid another user must read the file; without it 0600 is enough.
     gid = None if options.uid is None else options.gid
     return path, first_password(path, gid, options.realm)
@@ -5506,12 +5514,12 @@ def make_page(options: argparse.Namespace, path: str) -> Page:
     if not options.root:
         return example
     # Not served, by whatever name: Files knows them by device and inode.
-    secrets = [path, options.nonce_secret, options.tls_key or options.tls_cert,
-               *options.private_files]
-    files = Files(options.root, options.hidden,
-                  [name for name in secrets if name and name != "-"],
+    chosen = [options.passwords and path, options.nonce_secret, options.tls_key or options.tls_cert]
+    files = Files(options.root, options.hidden, [
+        name for name in (path, *chosen, *options.private_files) if name and name != "-"],
                   options.chroot)
-    for name in files.exposed:
+    # Who shares a home folder has not chosen that ~/.NAME lies below it.
+    for name in set(chosen).intersection(files.exposed):
         warn(f"{name} lies below --root {options.root}: it is not served, but would be safer "
              f"elsewhere")
     return files

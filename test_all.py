@@ -1636,6 +1636,8 @@ class PasswdVerb(AuthTestCase):
             said = told("passwd", path, user, option, typed=typed)
             self.assertRegex("%d %s" % said, r"\A2 authserver: fatal: unable to [^\n]+\n\Z")
         self.assertIn("usage", run([PYTHON, AUTHSERVER, "passwd", path], 2).err)
+        self.assertRegex("%d %s" % told(), "2 .*: expected --passwords FILE\ntry: .* passwd users "
+                         "admin && .* --passwords users\n")
         self.assertEqual("ann:plain:x\n", read(path))
 
     def test_eight_at_once(self) -> None:
@@ -2612,6 +2614,17 @@ class FilesTest(unittest.TestCase):
         with open(inside, "w"), mock.patch.object(os, "fsync", side_effect=look) as looked:
             authserver.change_password(inside, "jim", "files", "x")
         self.assertTrue(looked.called)
+
+    def test_a_secret_behind_a_link(self) -> None:
+        """Below the folder or beside it: given another target (certbot), it leads to the new one."""
+        old, new = (self.write("tree/" + name, b"OUTSIDE") for name in ("old", "new"))
+        for link in (self.path("tree/live"), self.path("live")):
+            os.symlink(old, link)
+            files = self.serve(secrets=(link,))
+            os.unlink(link)
+            os.symlink(new, link)
+            self.check({"/old": 404, "/new": 404, "/live": 404}, files)
+            os.unlink(link)
 
     def test_the_folder_by_other_names(self) -> None:
         """Served by a link, with secrets named by one: links in it are followed, no secret is."""
@@ -10540,7 +10553,7 @@ class FirstStart(BoxTest):
             with self.subTest(name):
                 self.assertEqual(https(at, "/" + name).status, 404)
                 self.assertNotIn(b'href="%s"' % os.path.basename(name).encode(), listings)
-                self.assertEqual("/%s lies below" % name in said.err, path != second)
+                self.assertEqual("/%s lies below" % name in said.err, path in (passwords, secret, pem))
 
 
 @needs("openssl", "chromium")
