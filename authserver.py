@@ -4136,10 +4136,6 @@ class Follower:
         self.size += len(octets)
         return octets
 
-    def is_complete(self) -> bool:
-        """Return whether the answer has ended, where it said that it would."""
-        return self.announced is not None and self.announced.done
-
 
 class HandlerSocket:
     """What a handler takes for the client's socket.
@@ -4200,14 +4196,10 @@ class HandlerSocket:
     # -- reading
 
     def recv(self, size: int, flags: int = 0) -> bytes:
-        """Return some of what the client sent, for this request; b"" is its end.
-
-        That comes with the answer's, if not before: http.server would read on, and take a body
-        that the handler did not want for the next request.
-        """
+        """Return some of what the client sent, for this request; b"" is its end."""
         if not self.pending and self.follower.upgraded:
             self.pending = self.receive(None)
-        elif not self.pending and not self.follower.is_complete():
+        elif not self.pending:
             self.pending, self.body.taken = self.body.taken or self.receive_body(), b""
         piece, rest = self.pending[:size], self.pending[size:]
         if not flags & socket.MSG_PEEK:

@@ -3793,6 +3793,10 @@ class BodyFromTheSocket(Idiom):
     def do_POST(self):
         select.select([self.connection], [], [], 9)
         self.answer(self.request.recv(3))
+class ReadsLate(Idiom):
+    ASKED = head("/", "POST", JIM, "Content-Length: 3") + b"abc" + head("/", "GET", JIM)
+    def do_POST(self): self.answer(b"ok"); ReadsLate.seen = self.rfile.read(3)
+    def do_GET(self): self.answer(self.seen)
 class Expects(Idiom):
     ASKED, do_POST = head("/", "POST", JIM, "Expect: 100-continue", EMPTY), Idiom.do_GET
     def handle_expect_100(self): self.send_error(417); return False
