@@ -6,7 +6,7 @@
     python3 authserver.py --passwords users --root .
     curl --digest -u jim http://127.0.0.1:8081/README
 
-One exchange, as it goes over the wire (\\ marks a line broken for this page):
+One exchange, of a server with --realm files (\\ marks a line broken for this page):
 
     GET /example/foo HTTP/1.1
                                 401 Unauthorized
@@ -53,7 +53,7 @@ The way of a request: bytes -> head (7) -> Authorization (1) -> credentials (2) 
 dictionary (3) and the nonce (4) -> verdict (5) -> page (8) -> one write (9, 10).  Part III, which
 nobody has to read, has what people serve and how they get at it: folders (11 to 13), HTTPS
 (14), handlers (15), other servers (16), proxies that ask (17), files of secrets (18), addresses
-(19) and options (20).  Each section begins with what it took to find out.
+(19) and options (20).  Nearly each section begins with what it took to find out.
 
 For programs: protect(HandlerClass, passwords), protect_wsgi(application, passwords),
 Passwords({"jim": "secret"}, realm="files"), AuthServer, Files.  daemonize.py finds
@@ -107,7 +107,7 @@ from typing import (Any, Callable, Deque, Dict, Generator, Iterable, Iterator, L
 
 # -- 0. Settings and messages -------------------------------------------------
 
-DEFAULT_ADDRESS = "127.0.0.1:8081"      # the article's port
+DEFAULT_ADDRESS = "127.0.0.1:8081"      # the port of the article that this began with
 REALM = "authserver"
 SCHEMES = ("digest", "basic")   # Digest first: urllib reads only the first challenge
 ALGORITHMS = ("MD5",)       # alone: urllib (until 3.13) fails when SHA-256 stands before it
@@ -148,7 +148,6 @@ PACE_SECONDS = 30.0     # for each 64 KiB of body or answer: who is slower than 
 SLICE = 0.001           # seconds of a turn for who asks ahead; 200 such clients had taken 13 ms
 PAUSE_SECONDS = 0.02    # between looks whether we may accept connections (again)
 DRAIN_SECONDS = 1       # for which a draining server waits for a connection's next request
-F_ADD_SEALS, F_SEAL_SHRINK = 1033, 2     # of fcntl(2), which Python names since 3.8
 
 
 class Refusal(ValueError):
@@ -353,43 +352,9 @@ def parse_digest(params: Mapping[str, str]) -> DigestCredentials:
     # uri stays as it came: curl sends a backslash in it bare, as in its request line.
     return DigestCredentials(
         read_usernames(params), unescape(realm), unescape(nonce), uri, response.lower(),
-        # No algorithm means MD5; an unknown one becomes "", which is never offered: 401, not 400.
+        # No algorithm means MD5; an unknown one (CANONICAL: section 2) becomes "", which is never
+        # offered: 401, not 400.
         CANONICAL.get(algorithm.lower() or "md5", ""), qop, nc, unescape(cnonce))
-
-
-# What a client sends with each request differs in four HOLES: uri, cnonce, nc and response,
-# in this spelling with most of them. What lies between is the FRAME. What fits in a hole is
-# visible ASCII but for " , and \, so it ends no quotation, no parameter and no line.
-# Split, it is piece, hole, filling, piece, hole, filling ... piece: [::3] are the pieces, which
-# are the frame, and [1::3] the holes between them.
-HOLES = (' uri="', ' cnonce="', ' nc=', ' response="')
-split_frame = re.compile(rf'({"|".join(HOLES)})([!#-+\--\[\]-~]+)').split
-
-
-def is_frame(parts: List[str], credentials: DigestCredentials) -> bool:
-    r"""Return whether these holes are where the strict parser finds uri, cnonce, nc and response.
-
-    A quotation may have in it what looks like a hole. So they are filled anew, and parsed.
-
-    >>> plain = ('Digest username="jim", realm="r", nonce="n", uri="/", cnonce="c", nc=00000001, '
-    ...          'qop=auth, response="' + "0" * 32 + '"')
-    >>> sly = plain.replace("jim", "a nc=00000001 b").replace(", nc", ",nc")
-    >>> for value in (plain, sly):
-    ...     is_frame(split_frame(value), parse_digest(parse_authorization(value)[2]))
-    True
-    False
-    """
-    if sorted(parts[1::3]) != sorted(HOLES):
-        return False
-    probes = dict(zip(HOLES, ("/", "c", "12345678", "0" * 64)))
-    filled = [text for piece, hole in zip(parts[::3], parts[1::3])
-              for text in (piece, hole, probes[hole])]
-    uri, cnonce, nc, response = probes.values()
-    expected = credentials._replace(uri=uri, cnonce=cnonce, nc=nc, response=response)
-    try:
-        return parse_digest(parse_authorization("".join(filled) + parts[-1])[2]) == expected
-    except Malformed:       # what was filled is no hole
-        return False
 
 
 # -- 2. The digest ------------------------------------------------------------
@@ -418,11 +383,12 @@ def find_hash(*names: str) -> Optional[Callable[[bytes], Any]]:
     return None
 
 
-FOUND = {"MD5": find_hash("md5"), "SHA-256": find_hash("sha256"),
+# Without -sess; None: this Python has none.
+PLAIN = {"MD5": find_hash("md5"), "SHA-256": find_hash("sha256"),
          "SHA-512-256": find_hash("sha512_256", "sha512-256")}
 # H is the same with -sess; only A1 differs (digest_ha1_session).
-HASHES = {name + sess: found for name, found in FOUND.items() if found for sess in ("", "-sess")}
-CANONICAL = {(name + sess).lower(): name + sess for name in FOUND for sess in ("", "-sess")}
+HASHES = {name + sess: found for name, found in PLAIN.items() if found for sess in ("", "-sess")}
+CANONICAL = {(name + sess).lower(): name + sess for name in PLAIN for sess in ("", "-sess")}
 
 
 def to_hex(algorithm: str, octets: bytes) -> str:
@@ -445,7 +411,7 @@ def digest_ha1(username: str, realm: str, password: str, algorithm: str = "MD5")
     See: RFC 7616 section 3.4.2.
     """
     # A1 = unq(username) ":" unq(realm) ":" passwd
-    # surrogatepass: a lone surrogate, which only a program can pass, is wrong and no exception.
+    # surrogatepass: a program may pass a lone surrogate. It is a wrong password then, no error.
     return to_hex(algorithm, f"{username}:{realm}:{password}".encode("utf-8", "surrogatepass"))
 
 
@@ -493,10 +459,10 @@ def digest_response(ha1: str, nonce: str, nc: str, cnonce: str, qop: str, ha2: s
 # -- 3. The dictionary: one for both schemes ----------------------------------
 #
 # Basic brings a password, Digest a proof made from HA1. A checker that compares passwords
-# can never serve Digest: in the second article all looked well, and every log-in failed
-# in silence. But HA1 can be made from the password; so a dictionary of HA1s serves both,
-# and holds no password. What it cannot serve (from a htpasswd hash there is no way to
-# HA1) is found at start, and not by the user in front of the door.
+# can never serve Digest: Digest is offered, all looks well, and every log-in fails in
+# silence (README's article [4]). But HA1 can be made from the password; so a dictionary of
+# HA1s serves both, and holds no password. What it cannot serve (from a htpasswd hash there
+# is no way to HA1) is found at start, and not by the user in front of the door.
 #
 # An HA1 is worth as much as the password, for this realm: who reads it can log in. "Do
 # not use it because in-memory passwords can be a security hole", says Twisted of its own
@@ -504,7 +470,7 @@ def digest_response(ha1: str, nonce: str, nc: str, cnonce: str, qop: str, ha2: s
 # worse for this realm. It is for all others in which the same person has the same password:
 # so it is for tests, and for programs that write the file themselves.
 #
-# Limits have twins: what no client could send, or some clients would spoil, is refused
+# What the parser (1) would refuse, what no client could send or some would spoil, is refused
 # here, where the person who chose it can choose again. So is what one reader of the file
 # would take for something else than another: a blank at an end, a letter nobody sees.
 
@@ -585,12 +551,12 @@ def check_realm(realm: str) -> None:
 def entry_of_password(username: str, line: int, realm: str, password: str) -> Entry:
     """Return an entry that serves every scheme and algorithm, and forget the password."""
     password = normal_password(username, password)
-    ha1 = {name: digest_ha1(username, realm, password, name) for name in FOUND if name in HASHES}
+    ha1 = {name: digest_ha1(username, realm, password, name) for name in PLAIN if name in HASHES}
     return Entry(username, line, ha1, "")
 
 
 def matches(entry: Entry, realm: str, password: str) -> bool:
-    """Return whether an entry is of this password; may wait for a slow hash.
+    """Return whether this is the password of an entry's user; may wait for a slow hash.
 
     >>> matches(Entry("jim", 1, {}, "{SHA}5en6G6MezRroT3XKqkdPOmY/BfQ="), "files", "secret")
     True
@@ -638,7 +604,7 @@ class Passwords:
     @classmethod
     def read(cls, path: str, realm: str = REALM) -> "Passwords":
         """Read the password file at path ("-" = standard input), or name all its mistakes."""
-        # First: no command that cures the file could cure that.
+        # First: a bad realm is a mistake of the options, and no change to the file would cure it.
         check_realm(realm)
         entries, mistakes = parse_passwords(
             read_secrets("passwords", path, passwd_command(path, [FIRST_USER], realm)), realm)
@@ -653,7 +619,7 @@ class Passwords:
         """What a person should know of the hashes in it."""
         kinds = sorted({entry.kind if entry.crypted else "HA1" for entry in self.entries.values()})
         mixed = [f"{' and '.join(kinds)} in one file: the time of an answer tells which a user has"]
-        return mixed * (len(kinds) > 1) + [
+        return (mixed if len(kinds) > 1 else []) + [
             f"{kind} in {self.source}: bcrypt knows {BCRYPT_BYTES} bytes of a password, longer "
             f"ones are refused" for kind in kinds if kind.startswith("$2")]
 
@@ -666,8 +632,7 @@ class Passwords:
     def check_servable(self, schemes: Sequence[str], algorithms: Sequence[str]) -> None:
         """Refuse what some user could never answer, however right the password.
 
-        This is the trap of the second article, where Digest was offered and the checker
-        knew Basic only.
+        Or Digest would be offered, and fail in silence: see the beginning of this section.
         """
         gaps = [(entry, algorithm) for entry in self.entries.values() if "digest" in schemes
                 for algorithm in algorithms if hash_name(algorithm) not in entry.ha1]
@@ -676,7 +641,7 @@ class Passwords:
         if texts:
             cure = passwd_command(self.source, [gaps[0][0].username], self.realm)
             raise refuse_file(f"serve every user of {self.source}", texts,
-                              (cure + "   # or: ") * bool(cure) + "--schemes basic")
+                              (cure + "   # or: " if cure else "") + "--schemes basic")
 
     def find(self, usernames: Iterable[str]) -> Optional[Entry]:
         """Return the entry of the first of these names that has one."""
@@ -736,7 +701,7 @@ def find_mac() -> Callable[[bytes, bytes], bytes]:
         hashlib.blake2s(b"", key=b"key", digest_size=12)
     except (AttributeError, TypeError, ValueError):     # FIPS mode knows no BLAKE2, or no key to it
         return lambda key, data: hmac.new(key, data, "sha256").digest()[:12]
-    # BLAKE2 takes a key, so this is a MAC by itself: a third of the time of HMAC with SHA-256.
+    # BLAKE2 takes a key, so this is a MAC by itself: half the time of HMAC with SHA-256.
     return lambda key, data: hashlib.blake2s(data, key=key, digest_size=12).digest()
 
 
@@ -814,8 +779,11 @@ BUCKETS = SLOTS + NONCE_SLOTS * SLOT.size
 TABLE_SIZE = BUCKETS + CLIENT_BUCKETS * BUCKET.size
 
 
+F_ADD_SEALS, F_SEAL_SHRINK = 1033, 2     # of fcntl(2), which Python names since 3.8
+
+
 def open_memory(size: int) -> int:
-    """Return a descriptor of that much memory, which nobody can make smaller.
+    """Return a descriptor of that much memory; on Linux nobody can make it smaller.
 
     An heir maps it: a page that is cut off under a process kills it (SIGBUS).
     See: memfd_create(2), F_SEAL_SHRINK.
@@ -870,8 +838,8 @@ class Exclusively:
 class SharedTable:
     """What all workers must agree on: the nonce key, uses of nonces, failures, the clock.
 
-    Methods for the authenticator: accept, count_failure, lock_left, now, set_clock.
-    Methods for the server: add, statistics; fd is what an heir is given.
+    For the authenticator: accept, count_failure, lock_left, now, add; key, issuers.
+    For the server: set_clock, offset, add, statistics; fd is what an heir is given.
     """
 
     fd = -1
@@ -985,7 +953,7 @@ class SharedTable:
             left = min(left, since / 100 + seconds - now)
         return max(0.0, left)
 
-    # -- counters: a row for each worker, written by nobody else
+    # -- counters: a row for each worker; those beyond MAX_ROWS share the last one
 
     def _own_row(self) -> int:
         """Return the offset of our row; it is ours for as long as we hold the lock on it."""
@@ -1014,12 +982,13 @@ class SharedTable:
 
 # -- 5. The authenticator -----------------------------------------------------
 #
-# The order of checks is a promise. First the lock-out (429). Then the grammar: what is
-# malformed gets 400, whoever it names. Then realm, algorithm and qop, and the uri: it must be
-# the very target of the request line (RFC 7616 section 3.4.6); four servers that we tried do
-# not compare it, and there a header recorded on /x opens /secret. Then the response, made with
-# the user's HA1, or for a stranger with one that nobody has. Only for a right response the
-# nonce and its count: who has no password can use up nothing, and learns nothing.
+# The order of checks is a promise. Who brings no credentials gets a challenge. Then the
+# lock-out (429). Then the grammar: what is malformed gets 400, whoever it names. Then
+# realm, algorithm and qop, and the uri: it must be the very target of the request line
+# (RFC 7616 section 3.4.6); four servers that we tried do not compare it, and there a
+# header recorded on /x opens /secret. Then the response, made with the user's HA1, or
+# for a stranger with one that nobody has. Only for a right response the nonce and its
+# count: who has no password can use up nothing, and learns nothing.
 #
 # The checks are a generator, for two of them may have to wait: it yields a function where a
 # slow hash has to be made (and wants its result sent back), and passes on what reading a body
@@ -1034,13 +1003,14 @@ class SharedTable:
 # nobody without a password makes the server remember anything.
 
 Fields = Sequence[Tuple[str, str]]
+# It yields what has to be called, is sent the result, and ends with a Verdict.
 Asking = Generator[Any, Any, "Verdict"]
 
 
 class Verdict(NamedTuple):
     """What the authenticator says about a request."""
 
-    status: int                     # 200, 400, 401, 403, 429 or 503
+    status: int                     # 200: let in; 0: not asked yet; else what it is refused with
     username: Optional[str] = None                  # who it is; with 200 only
     log_user: Optional[str] = None                  # that, or who it wrongly claimed to be
     reason: str = ""                                # for the error log
@@ -1121,6 +1091,42 @@ def at_once(asking: Asking) -> Verdict:
         result = work()
 
 
+# The short cut for Digest: what a client sends with each request differs in four HOLES: uri,
+# cnonce, nc and response, in this spelling with most of them. What lies between is the FRAME.
+# What fits in a hole is visible ASCII but for " , and \, so it ends no quotation, no parameter
+# and no line.
+# Split, it is piece, hole, filling, piece, hole, filling ... piece: [::3] are the pieces, which
+# are the frame, and [1::3] the holes between them.
+HOLES = (' uri="', ' cnonce="', ' nc=', ' response="')
+split_frame = re.compile(rf'({"|".join(HOLES)})([!#-+\--\[\]-~]+)').split
+
+
+def is_frame(parts: List[str], credentials: DigestCredentials) -> bool:
+    r"""Return whether these holes are where the strict parser finds uri, cnonce, nc and response.
+
+    A quotation may have in it what looks like a hole. So they are filled anew, and parsed.
+
+    >>> plain = ('Digest username="jim", realm="r", nonce="n", uri="/", cnonce="c", nc=00000001, '
+    ...          'qop=auth, response="' + "0" * 32 + '"')
+    >>> sly = plain.replace("jim", "a nc=00000001 b").replace(", nc", ",nc")
+    >>> for value in (plain, sly):
+    ...     is_frame(split_frame(value), parse_digest(parse_authorization(value)[2]))
+    True
+    False
+    """
+    if sorted(parts[1::3]) != sorted(HOLES):
+        return False
+    probes = dict(zip(HOLES, ("/", "c", "12345678", "0" * 64)))
+    filled = [text for piece, hole in zip(parts[::3], parts[1::3])
+              for text in (piece, hole, probes[hole])]
+    uri, cnonce, nc, response = probes.values()
+    expected = credentials._replace(uri=uri, cnonce=cnonce, nc=nc, response=response)
+    try:
+        return parse_digest(parse_authorization("".join(filled) + parts[-1])[2]) == expected
+    except Malformed:       # what was filled is no hole
+        return False
+
+
 def challenges(realm: str, nonce: str, schemes: Sequence[str] = SCHEMES,
                algorithms: Sequence[str] = ALGORITHMS, qop: Sequence[str] = QOP,
                stale: bool = False) -> List[str]:
@@ -1163,8 +1169,7 @@ def offer(chosen: Sequence[str], is_safe: bool) -> Sequence[str]:
 class Authenticator:
     """Say who sends a request; the conductor of everything above.
 
-    Methods for the server: judge, which is recall and then examine; lock_left_of, challenge,
-    clock, offered.
+    Methods for the server: recall, and then examine, or judge, which is both; clock, offered.
     Instance variables: passwords, which a reload sets; table; schemes, and is_explicit: somebody
     has said which.
     """
@@ -1241,7 +1246,7 @@ class Authenticator:
             return None
         if scheme == "basic":
             return self.passwords.granted.get(self._memo_of(said))
-        if len(said) > MAX_TEXT:        # no longer one is remembered
+        if len(said) > MAX_TEXT:        # a longer one was never remembered
             return None
         parts = split_frame(said)
         found = self.passwords.granted.get(self._frame_of(parts))
@@ -1263,7 +1268,8 @@ class Authenticator:
         return Verdict(429, reason="locked out", fields=(
             ("Retry-After", str(wait)),)) if wait else None
 
-    # With a key of ours in both: who has the same dictionary may offer less, or know other nonces.
+    # Two authenticators may share a dictionary, and one may offer less than the other, or know
+    # other nonces. So a key of ours is in both: neither believes what the other has found.
 
     def _memo_of(self, authorization: str) -> bytes:
         return hashlib.sha256(self._memo_key + authorization.encode("latin-1")).digest()
@@ -1304,6 +1310,14 @@ class Authenticator:
             passwords.granted.clear()       # then all are judged once more, that is all
         passwords.granted[credentials] = found
 
+    def _remember_frame(self, passwords: Passwords, attempt: Attempt,
+                        credentials: DigestCredentials, grant: Grant) -> None:
+        """Remember right credentials by their frame, and where its holes are."""
+        parts = split_frame(attempt.authorization[0])
+        if is_frame(parts, credentials):
+            pick = operator.itemgetter(*[3 * parts[1::3].index(hole) + 2 for hole in HOLES])
+            self._remember(passwords, self._frame_of(parts), (grant, pick))
+
     def _judge_digest(self, attempt: Attempt, credentials: DigestCredentials,
                       body: Optional[bytes]) -> Verdict:
         """Look at Digest credentials: whom they concern, the uri, the response, the nonce.
@@ -1329,16 +1343,14 @@ class Authenticator:
             ha1, credentials.nonce, credentials.nc, credentials.cnonce, credentials.qop,
             digest_ha2(attempt.method, uri, algorithm, body), algorithm)
         if not hmac.compare_digest(response, credentials.response) or entry is None:
-            known = "bad response" if entry else "unknown user"
-            return self._fail(attempt, entry.username if entry else credentials.usernames[0], known)
+            reason = "bad response" if entry else "unknown user"
+            claimed = entry.username if entry else credentials.usernames[0]
+            return self._fail(attempt, claimed, reason)
         nonce = nonce_body(credentials.nonce, self._key)
         grant = Grant(entry.username, ha1, credentials.nonce, algorithm, nonce, nonce_time(nonce))
-        # With auth-int a body belongs to it, and with -sess its cnonce to HA1.
-        if body is None and algorithm in FOUND and len(attempt.authorization[0]) <= MAX_TEXT:
-            parts = split_frame(attempt.authorization[0])
-            if is_frame(parts, credentials):
-                pick = operator.itemgetter(*[3 * parts[1::3].index(hole) + 2 for hole in HOLES])
-                self._remember(passwords, self._frame_of(parts), (grant, pick))
+        # With auth-int a body belongs to the proof, and with -sess its cnonce to HA1.
+        if body is None and algorithm in PLAIN and len(attempt.authorization[0]) <= MAX_TEXT:
+            self._remember_frame(passwords, attempt, credentials, grant)
         return self._spend_nonce(attempt, grant, credentials.nc, credentials.cnonce,
                                  digest_ha2("", uri, algorithm))
 
@@ -1397,6 +1409,10 @@ class Authenticator:
 
 
 # -- 6. Who is asking ---------------------------------------------------------
+#
+# A lock-out needs to know whom it hits. Behind a proxy all clients have the proxy's address.
+# X-Forwarded-For has theirs, but a client can write that field, too: so it is read from the
+# right, and only as far as those who wrote it are trusted.
 
 Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 
@@ -2017,8 +2033,10 @@ def is_public(prefixes: Sequence[bytes], path: str) -> bool:
 # for; none is moved by a single byte, or a client could make one last for ever. A connection
 # is always in exactly one of these stages:
 #
-#     (handshake) -> first -> [head] -> [body] [thread] -> write -> [rest] -> idle -> [head] ...
-#                                                          or -> linger -> closed
+#     (handshake) -> first -> [head] -> [body] [thread] -> [rest] [write] -> idle -> [head] ...
+#                                                                  or -> linger -> closed
+#
+# (A thread has its own limits: section 15.)
 #
 # Two sides of a connection end apart. We say that nothing more will come (FIN) as soon as the
 # last answer has left; but a client that is still sending has not read it yet, and close(2) with
@@ -2098,7 +2116,8 @@ class Body:
             return False
         line = bytes(self.rest[:end])
         del self.rest[:end + 2]
-        getattr(self, "take_" + self.next_line)(line)
+        take = {"size": self.take_size, "end": self.take_end, "trailer": self.take_trailer}
+        take[self.next_line](line)
         return True
 
     def take_end(self, line: bytes) -> None:
@@ -3128,7 +3147,7 @@ class AuthServer(Loop):
     """
 
     request_queue_size = BACKLOG
-    reread: Callable[[], None]      # the password file; whoever knows it sets this
+    reread: Callable[[], None]      # passwords and certificate; whoever knows them sets this
     abandon: Callable[[], None]     # what a start that failed has made
     greeting = forward_auth = ""
     workers = 1                 # a program's own; the command line says one per CPU
@@ -3306,7 +3325,7 @@ class AuthServer(Loop):
             raise Refusal(f"unable to probe the server: it answered {escape(line)}")
 
     def reload(self) -> None:
-        """Read the password file again; raise Refusal and keep the old one if it is wrong."""
+        """Read passwords and certificate again; raise Refusal, and keep the old, if one is bad."""
         self.reread()
 
     def addresses(self) -> List[str]:
@@ -3331,8 +3350,8 @@ class AuthServer(Loop):
 
 ################################################################ PART III: WHAT NOBODY HAS TO READ
 #
-# Each section stands alone: folders of files, TLS, other people's code, files of secrets,
-# addresses, the command line.
+# Folders of files, TLS, other people's code, proxies that ask, files of secrets, addresses, the
+# command line. Parts I and II call a few functions of it, whose names say what they do.
 
 
 @contextlib.contextmanager
@@ -4142,8 +4161,8 @@ class HandlerSocket:
 
     Reading gives the head, the body as it came, and then its end.  Writing goes to the client.
 
-    Instance variables for the server: verdict; answer, as far as it could be followed; nonsense,
-    what was wrong with the body; gone, the client; is_shut, bypassed, failed: what became of it.
+    Instance variables for the server: verdict; follower, which knows the answer; nonsense, what
+    was wrong with the body; gone, the client; is_shut, bypassed, failed: what became of it.
     """
 
     def __init__(self, connection: Connection, octets: bytes, request: Request, body: Body) -> None:
@@ -4963,7 +4982,7 @@ def parse_passwords(text: str, realm: str) -> Tuple[Dict[str, Entry], List[Tuple
             mistakes.append((f"line {line}: user {name!r}: {error}",
                              name if is_ours and is_username(name) else ""))
     if not entries and not mistakes:
-        others = ", but of " * bool(elsewhere) + ", ".join(sorted(elsewhere))
+        others = ", but of " + ", ".join(sorted(elsewhere)) if elsewhere else ""
         mistakes.append((f"no user of realm {realm} in it{others}", FIRST_USER))
     return entries, mistakes
 
@@ -4974,9 +4993,9 @@ def refuse_file(what: str, mistakes: Sequence[str], cure: str) -> Refusal:
     >>> str(refuse_file("use passwords F", ["a", "b"], "chmod 600 F"))
     'unable to use passwords F: a; b\\ntry: chmod 600 F'
     """
-    more = [f"and {len(mistakes) - 10} more"] * (len(mistakes) > 10)
+    more = [f"and {len(mistakes) - 10} more"] if len(mistakes) > 10 else []
     return Refusal(f"unable to {what}: " + "; ".join(list(mistakes[:10]) + more)
-                   + f"\ntry: {cure}" * bool(cure))
+                   + (f"\ntry: {cure}" if cure else ""))
 
 
 def is_exposed(fd: int) -> bool:
