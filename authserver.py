@@ -1036,18 +1036,25 @@ def cached_ha2(method: str, uri: str, algorithm: str) -> Tuple[str, str]:
     return digest_ha2(method, uri, algorithm), digest_ha2("", uri, algorithm)
 
 
+ORIGIN = re.compile("(?i)^https?://[^/?#]*")
+
+
 def is_same_target(uri: str, target: str) -> bool:
     """Return whether the uri of a proof is the target of the request line, as sent.
 
-    As sent: http.server makes /x of //x, and the proof is about what was asked for. A
-    target in absolute form may stand for its path: that is what clients of a proxy prove.
+    As sent: http.server makes /x of //x, and the proof is about what was asked for. An
+    absolute form stands for its path: of a proxy's clients some prove the one and some the
+    other (urllib), and it asks us for either.
 
-    >>> is_same_target("/x?a=1", "/x"), is_same_target("/x", "http://host/x")
-    (False, True)
+    >>> is_same_target("/x?a=1", "/x"), is_same_target("//h/x", "http://h/x")
+    (False, False)
+    >>> is_same_target("/x", "http://host/x"), is_same_target("http://host/x", "/x")
+    (True, True)
 
-    See: RFC 7616 section 3.4.6, which would have them prove the absolute form.
+    See: RFC 7616 section 3.4.6.
     """
-    return uri == target or uri[:1] == "/" and uri == re.sub("(?i)^https?://[^/?#]*", "", target)
+    path = ORIGIN.sub("", uri)
+    return uri == target or path[:1] == "/" and path == ORIGIN.sub("", target)
 
 
 def no_body() -> Generator[Any, Any, bytes]:
@@ -2319,7 +2326,11 @@ class Channel:
         if self in self.server.connections:
             self.server.forget(self)
             with contextlib.suppress(OSError):      # a handler has closed it by its number
-                self.socket.close()
+                try:
+                    if self.server.has_guest:       # a child that it forked may hold it, too
+                        self.socket.shutdown(socket.SHUT_WR)
+                finally:
+                    self.socket.close()
         if self.part:
             self.part.file.close()
         self.closing, self.buffer, self.output, self.part = True, b"", b"", None
@@ -2664,6 +2675,8 @@ class Connection(Channel):
             result = work()
         except BaseException as caught:     # SystemExit, too: the story has to know
             error = caught
+        if self.server.is_over:             # shutdown(): it let us finish, and nobody is left
+            return self.close
         return functools.partial(self.server.call_soon,
                                  functools.partial(self.come_back, result, error))
 
@@ -2822,8 +2835,11 @@ class Pool:
 
     def run(self) -> None:
         """Do what comes, for ever; work does not raise."""
+        process = os.getpid()
         while True:
             tell = self.queue.get()()
+            if os.getpid() != process:      # a child that a handler forked has come back from it
+                os._exit(0)
             # Our place is free before anybody hears of it: who is told may need it at once.
             with self.mutex:
                 self.work -= 1
@@ -2875,6 +2891,7 @@ class Loop(http.server.HTTPServer):
     authenticator: Optional[Authenticator]
     listeners: List[Listener]
     draining = held = False     # it accepts nobody any more; nobody yet
+    is_over = False             # nobody takes turns: the loop has ended
 
     def begin_life(self) -> None:
         """Be a loop without connections; BaseServer's __init__ has done the rest."""
@@ -2893,6 +2910,7 @@ class Loop(http.server.HTTPServer):
 
     def open(self) -> None:
         """Begin to wait for whatever may happen."""
+        self.is_over = False
         self.calls.clear()          # what was asked for while nobody listened, the flags say, too
         self.limit = max(BATCH, min(MAX_CONNECTIONS, raise_file_limit() - SPARE_FILES))
         self.wake, self.waker = socket.socketpair()
@@ -2901,10 +2919,11 @@ class Loop(http.server.HTTPServer):
         self.accept_again()
 
     def close(self) -> None:
-        """Send and log what is ready, end all connections."""
+        """Send and log what is ready, end all connections; but a handler at work may finish."""
+        self.is_over = True
         self.send_answers()
         self.save()
-        for connection in list(self.connections):
+        for connection in [item for item in self.connections if item.stage != "thread"]:
             connection.close()
         for closable in (self.selector, self.wake, self.waker):
             closable.close()
@@ -4065,6 +4084,7 @@ class TLSConnection(Connection):
 match_status_line = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])[ \r]").match
 find_length = re.compile(rb"(?i)\ncontent-length:[ \t]*([0-9]{1,15})[ \t]*\r").search
 is_chunked = re.compile(rb"(?i)\ntransfer-encoding:[^\n]*chunked[ \t]*\r").search
+find_bare_lf = re.compile(rb"(?<!\r)\n").search      # whose end of a head nobody agrees upon
 says_close = re.compile(rb"(?i)\nconnection:(?:[^\n]*,)?[ \t]*close[ \t]*[,\r]").search
 
 
@@ -4098,7 +4118,8 @@ class Follower:
         self.head, passed = self.head + octets, b""
         while self.head and not self.status:
             end = self.head.find(b"\r\n\r\n") + 4
-            found = match_status_line(self.head)
+            is_odd = find_bare_lf(self.head, 0, end if end > 3 else len(self.head))
+            found = None if is_odd else match_status_line(self.head)
             if end < 4 and len(self.head) <= MAX_HEAD and (found or len(self.head) < 16):
                 break
             if end < 4 or not found:
@@ -4348,17 +4369,24 @@ class Once(http.server.BaseHTTPRequestHandler):
     remote_user: Optional[str] = None
     auth_type = ""
     needs_server = True         # which asks for the password; protect() needs none
+    _lent: Optional[HandlerSocket] = None       # by AuthServer; a handler may wrap self.request
+
+    def setup(self) -> None:
+        """Look who serves us, before a handler does something to its socket."""
+        if isinstance(self.request, HandlerSocket):
+            self._lent = self.request
+        super().setup()
 
     def handle_one_request(self) -> None:
         """Handle it, and no more: to handle() this was the last one."""
         super().handle_one_request()
-        if isinstance(self.request, HandlerSocket):
+        if self._lent:
             self.close_connection = True
 
     def parse_request(self) -> bool:
         """Parse the first request, and end the connection, as far as we know it, at the second."""
-        sock: Any = self.request
-        if isinstance(sock, HandlerSocket):
+        sock = self._lent
+        if sock:
             if sock.is_parsed:
                 self.close_connection = True
                 return False
@@ -4371,7 +4399,7 @@ class Once(http.server.BaseHTTPRequestHandler):
     def log_request(self, code: Union[int, str] = "-", size: Union[int, str] = "-") -> None:
         """Leave it to AuthServer's access log, unless the handler has a log of its own."""
         base, own = http.server.BaseHTTPRequestHandler, super().log_request
-        if not isinstance(self.request, HandlerSocket) or base.log_message is not type(
+        if not self._lent or base.log_message is not type(
                 self).log_message or base.log_request is not getattr(own, "__func__", own):
             own(code, size)
 
@@ -4542,8 +4570,8 @@ class Guard(Once):
     def parse_request(self) -> bool:
         """Ask for the password when http.server has read a head and before it acts on it."""
         self.info, self.expects = (), False         # not those of the last request
-        if isinstance(self.request, HandlerSocket):     # AuthServer adds its fields itself
-            asked = self.request.connection.server.authenticator
+        if self._lent:                              # AuthServer adds its fields itself
+            asked = self._lent.connection.server.authenticator
             if asked is None or asked.passwords is not self.authenticator.passwords:
                 raise PermissionError("AuthServer has not asked for the password of protect()")
             passes = super().parse_request()
@@ -5414,6 +5442,8 @@ def check_options(options: argparse.Namespace) -> None:
              f"use --nonce-lifetime {options.nonce_lifetime}: expected 1 to 1000000 seconds"),
             (options.stream_threads < 1,
              f"use --stream-threads {options.stream_threads}: expected at least 1"),
+            (options.forward_auth and "auth-int" in options.qop,
+             "use --forward-auth with --qop auth-int: a proxy asks without the body"),
             (options.tls_key and not options.tls_cert, "use --tls-key: --tls-cert is missing"),
             (options.forward_auth and not options.forward_auth.startswith("/"),
              f"answer at {options.forward_auth}: it does not begin with /"),

@@ -3404,7 +3404,7 @@ class Turns(unittest.TestCase):
     def test_the_overdue_are_looked_for_once_a_second(self) -> None:
         """However many quiet turns there are: with 10,000 connections it takes 0.5 ms."""
         server, looked = self.loop(), mock.PropertyMock(return_value=float("inf"))
-        idle = type("Idle", (), {"deadline": looked, "close": staticmethod(lambda: None)})
+        idle = type("Idle", (), {"deadline": looked, "stage": "idle", "close": staticmethod(lambda: None)})
         server.connections.add(idle())
         for _ in range(50):
             server.turn(0)
@@ -3893,6 +3893,56 @@ class HttpIdioms(SharedBoxTest):
                 self.assertNotIn(statuses(bare)[:1], ([], [401]))
                 self.assertIn(word, bare)
                 self.assertEqual((bare, bare), (stock, ours))
+
+    def test_a_handler_may_fork(self) -> None:
+        """Its client hears the end though a child holds the socket; a child that comes back ends."""
+        for server, stays in ((StockServer, True), (AuthServer, True), (AuthServer, False)):
+            children: List[int] = []
+            gate, key = os.pipe()
+
+            def answer(handler: Any) -> None:
+                children.append(os.fork())
+                if not children[-1]:
+                    sys.exit(int(not stays) or len(os.read(gate, 1)))   # which it waits for
+                handler.answer(b"ok", CLOSE)
+
+            with self.subTest(server, stays=stays), serving(
+                    server(("127.0.0.1", 0), protect(Idiom.made(answer), USERS))) as at:
+                self.assertTrue(talk(at, head()).endswith(b"ok"))
+                if stays:
+                    self.assertEqual(os.waitpid(children[0], os.WNOHANG)[0], 0)
+                os.write(key, b"x")
+                until(lambda: os.waitpid(children[0], os.WNOHANG)[0], "the end of the child")
+            os.close(gate)
+            os.close(key)
+
+    def test_a_handler_may_end_the_server(self) -> None:
+        """By shutdown(), which waits for the loop, and not for handlers: its answer arrives."""
+        def answer(handler: Any) -> None:
+            handler.server.shutdown()
+            handler.answer(b"ok", CLOSE)
+        for server in (StockServer, AuthServer):
+            with serving(server(("127.0.0.1", 0), protect(Idiom.made(answer), USERS))) as at:
+                self.assertTrue(talk(at, head()).endswith(b"ok"), server)
+
+    def test_a_handler_may_end_lines_with_line_feeds(self) -> None:
+        """Nobody agrees on where such a head ends: nothing is added to it, or held back."""
+        said = b"HTTP/1.0 200 OK\nX: y\n\nbody\r\n\r\nmore"
+        server = AuthServer(("127.0.0.1", 0), protect(Idiom.made(
+            lambda handler: handler.wfile.write(said)), USERS))
+        with serving(server) as at:
+            self.assertEqual(talk(at, head()), said)
+
+    def test_a_handler_may_wrap_its_socket(self) -> None:
+        """Behind protect() nobody is asked twice for a proof, which would be a replay."""
+        class Wraps(Idiom):
+            def setup(self) -> None:
+                self.request: Any = mock.Mock(wraps=self.request)
+                super().setup()
+        for server in (AuthServer(("127.0.0.1", 0), Wraps, authenticator=Authenticator(USERS)),
+                       AuthServer(("127.0.0.1", 0), protect(Wraps, USERS))):
+            with serving(server) as at:
+                self.assertEqual(enters(at, "jim", "secret"), [200, 200])
 
     def test_a_handler_may_switch_protocols(self) -> None:
         """101 passes with its Connection field; then the connection is the handler's."""
@@ -5311,6 +5361,7 @@ class HttpCommand(BoxTest):
                 (2, "--nonce-lifetime nan", "nonce-lifetime"), (2, "--stream-threads -1", "stream-threads"),
                 (2, "--stream-threads 0", "stream-threads 0: expected at least 1"),
                 (2, "--forward-auth x", "answer at x"), (2, "--allow-partial", "partial"),
+                (2, "--forward-auth /x --qop auth-int", "without the body"),
                 (2, "--bind %s:0" % ("x" * 64), "unable to bind"), (2, "--root '\x1b[31m'", "\\x1b[31m"),
                 (1, "--bind " + shlex.quote("unix:" + precious), "unable to bind unix:"),
                 (1, "--bind " + self.serve(), "unable to bind 127.0.0.1:"),
