@@ -5411,7 +5411,8 @@ def add_arguments(parser: Any) -> None:
     add("--public", metavar="PREFIX", action="append", default=[],
         help="ask for no password below this path; repeatable (nowhere)")
     add("--passwords", metavar="FILE",
-        help="the password dictionary; - reads standard input, once (as `start` says)")
+        help="the password dictionary; - reads standard input, once (hosted: /etc/NAME.passwords, "
+             "or ~/.NAME/passwords)")
     add("--realm", metavar="NAME", default=REALM, help="protection space (%(default)s)")
     # No default, but one for each address: make_listeners().
     add("--schemes", metavar="LIST", help="offered, in this order (digest,basic on loopback, unix "
@@ -5649,9 +5650,9 @@ def say(text: str, stream: TextIO) -> None:
 
 
 EPILOG = """examples:
-  authserver.py passwd users jim                        a user, and the password is asked for
-  authserver.py --passwords users --root . --bind :8081
-  authserver.py --passwords users --tls-cert fullchain.pem --tls-key privkey.pem --bind :8443"""
+  authserver.py passwd users jim            a user; the password is asked for
+  authserver.py --passwords users --root .
+  authserver.py --passwords users --bind :8443 --tls-cert cert.pem"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -5659,7 +5660,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="authserver.py", allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EPILOG,
-        usage="authserver.py [options] | passwd FILE USER [--stdin] [--delete] [--realm NAME]",
+        usage="authserver.py [options] | passwd [options] FILE USER",
         description="Serve over HTTP, to users with a password (Basic and Digest).")
     add_arguments(parser)
     return parser
