@@ -91,7 +91,9 @@ def begin_again() -> None:
                 "file = os.fdopen(%d, 'rb'); code = marshal.load(file); file.close(); exec(code)"
                 % (__file__, sys.path[:1] * (not getattr(sys.flags, "safe_path", False)), fd))
         os.execv(sys.executable, [sys.executable] + flags + ["-P", "-c", text] + sys.argv[1:])
-    except (AttributeError, OSError):       # then with the tree: it costs nothing but memory
+    # ValueError: env -i, and Python does not know where it lies.  Then with the tree: it costs
+    # nothing but memory.
+    except (AttributeError, OSError, ValueError):
         pass
 
 
@@ -1311,7 +1313,9 @@ def live(life: Callable[[Channel], Any], channel: Channel) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
         life(channel)
         status = 0
-    except (Exception, SystemExit) as error:
+    except (KeyboardInterrupt, Returned):
+        raise
+    except BaseException as error:                  # asyncio's CancelledError, too
         if isinstance(error, SystemExit) and not isinstance(error.code, str):
             status = exit_status(error)
         else:                                       # sys.exit("why") is said, too
@@ -1778,7 +1782,7 @@ class Host:
             for pid, status in iter(lambda: os.waitpid(-1, os.WNOHANG), (0, 0)):
                 for child in [c for c in self.children + self.leaving if c.pid == pid]:
                     child.bury(status)
-                    if child in self.children and not self.is_over:     # else we have ended it
+                    if child in self.children:
                         self.on_death(child, status)
         self.children = [child for child in self.children if child.result is None]
         self.leaving = [child for child in self.leaving if child.result is None]
@@ -1788,6 +1792,8 @@ class Host:
 
         Without it bad code would fill the log, and keep a core busy with nothing but forks.
         """
+        if self.is_over:                # we have ended it
+            return
         self.complain("%s %d %s" % (self.plan.name, child.pid, describe(status)))
         # SIGKILL comes from outside (a person, the OOM killer) and tells nothing of the code.
         is_killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
@@ -1903,6 +1909,8 @@ class Daemon:
         self.verbs["status"] = self.answer_status
         self.verbs["reload"] = lambda talk: talk.tell("reload", reason=self.reload(talk.fds))
         self.talks: List[Channel] = []
+        # Now: of one that has hung up nothing is left to be asked.  (Only `run` can have one.)
+        self.has_terminal = foreground_group() is not None
 
     def live(self) -> int:
         """Step 7.  Start the children, take the place; then do what comes, until it is over.
@@ -1970,8 +1978,7 @@ class Daemon:
         # At once, for a handler may add to it at any time; what comes now is for the next look.
         signals, self.signals = self.signals, set()
         # Where there is a terminal HUP says that it is gone; else custom made it "reload".
-        is_hung_up = signal.SIGHUP in signals and self.start.session is None and (
-            foreground_group() is not None)
+        is_hung_up = signal.SIGHUP in signals and self.has_terminal
         if signals & ENDINGS or is_hung_up:
             if self.host.on_end():
                 self.tell_family(signal.SIGINT if signal.SIGINT in signals else signal.SIGTERM)
@@ -2289,6 +2296,7 @@ class Program(Host):
     """
 
     retry = BACKOFF[1]      # what cannot be executed will hardly be there in a second
+    patience = 0.0          # until when what a dead program has left may end by itself
 
     def fresh(self) -> List[Child]:
         """Start it; it has started once it was executed, and lives a moment later."""
@@ -2327,12 +2335,33 @@ class Program(Host):
 
     def on_death(self, child: Child, status: int) -> None:
         """End with the program, as it did; or start it again, with --respawn."""
+        is_ended = self.is_over         # by us
         super().on_death(child, status)
-        if self.plan.options.respawn:
+        if self.plan.options.respawn and not is_ended:
+            self.tell_rest(signal.SIGTERM)
+            self.patience = time.monotonic() + self.plan.options.timeout
             return
         self.is_over, self.size = True, 0
-        is_killed = os.WIFSIGNALED(status)
-        self.result = 128 + os.WTERMSIG(status) if is_killed else os.WEXITSTATUS(status)
+        signum = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+        self.result = 128 + signum if signum else os.WEXITSTATUS(status)
+        if is_ended and signum in ENDINGS:      # as it was told to
+            self.result = 0
+
+    def rest(self) -> List[Process]:
+        """Return what a program that is dead has left: it may hold the port of the next one."""
+        lives = [child for child in self.children if child.result is None]
+        return [] if lives or self.is_over else family(self.start.session)
+
+    def tell_rest(self, signum: int) -> None:
+        """Send it a signal."""
+        signal_each(self.rest(), signum, self.start.session is not None)
+
+    def tend(self) -> None:
+        """Start the program again when its time has come, and nothing of the last one is left."""
+        if not self.rest():
+            super().tend()
+        elif time.monotonic() > self.patience:
+            self.tell_rest(signal.SIGKILL)
 
     def reload(self) -> str:
         """Pass SIGHUP on, if the program has a handler: else it would die of it."""
@@ -2360,12 +2389,15 @@ def find_program(name: str) -> str:
 
 
 def check_script(start: Start) -> None:
-    """Step 3 of a program: see the commonest mistake of who starts a script.
+    """Step 3 of a program: see what it could not use, and the commonest mistake with a script.
 
     Its path stays as it was typed, for the program may mean something else by that word.  And the
     program itself is looked up by who executes it: root may not see what is in a user's home.
     """
     plan = start.plan
+    if start.sockets:       # else they stayed open here, and clients waited for nobody
+        raise Fatal("unable to start %s: a program gets no sockets from systemd\n"
+                    "try: ExecStart=%s" % (plan.name, " ".join(plan.command)))
     script = script_of(plan.command) if plan.chroot is None else None
     if script and os.path.exists(plan.hosted) and not os.path.exists(
             os.path.join(plan.rundir, script)):
@@ -2433,6 +2465,10 @@ def launch(start: Start, turn: Lock) -> None:
     see_placed(made)
     # Last, and the starter is gone, which holds byte 2: who reads it may type the next command.
     greet(plan, facts)
+    if plan.kind == "library":
+        # Not by exit(3): what the script had before its call (temporary folders, files to be
+        # flushed, `finally`, threads) is the daemon's now, and would be ended for it.
+        os._exit(0)
 
 
 def see_placed(made: "Made") -> None:
@@ -2478,7 +2514,8 @@ class Made(ContextManager["Made"]):
         self.before = turn.read()                   # the record of the last start
         self.new = [path for path in (files.pidfile, files.control, files.logfile)
                     if path and not exists(path)]       # lock and folder are the turn's affair
-        self.logged = os.path.getsize(self.logfile) if self.logfile and exists(self.logfile) else 0
+        logfile = self.logfile or ""
+        self.logged = os.path.getsize(logfile) if os.path.exists(logfile) else 0
         if self.logfile == "":
             default_files(plan.name)                # raises, and says why there is no place
         # Root's folder for the default log is the daemon user's, for rotation renames.  Under the
@@ -2576,6 +2613,8 @@ def stop(plan: Plan) -> int:
         if pid is None:
             say_stopped(plan)
         else:
+            if plan.action != "stop":       # startstop()'s restart
+                check_outside(plan, Target(turn, pid))
             stop_daemon(plan, turn, pid)
         # The names last, when nobody holds the lock any more: as long as something of it lives,
         # monitors find its pid.  Both may be there after a kill -9, too.
@@ -2763,6 +2802,9 @@ def run(plan: Plan) -> int:
 
     No fork, no setsid, and we stay in the group of who started us: what ends that ends us, too.
     """
+    # Nothing to reopen yet, and without a terminal nothing that could hang up.
+    set_handlers({signal.SIGUSR1} | ({signal.SIGHUP} if foreground_group() is None else set()),
+                 do_nothing, spares_ignored=True)
     # Both look at the environment, and take what they find out of it: a child of ours that knows
     # these protocols must not believe that it is meant.
     begun = Start(plan, inherited_sockets(), notifier=open_notifier())
@@ -2794,6 +2836,7 @@ def open_notifier() -> socket.socket:
         notifier = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         # "@" is for the zero byte of Linux' abstract names: an environment variable holds none.
         notifier.connect("\0" + address[1:] if address.startswith("@") else address)
+    notifier.setblocking(False)         # a supervisor that reads nothing shall not stop us
     return notifier
 
 
@@ -2836,7 +2879,8 @@ def startstop(stdout: str = "/dev/null", stderr: Optional[str] = None, stdin: st
               pidfile: str = "pid.txt", startmsg: str = "started with pid %s", **more: Any) -> None:
     """Do what sys.argv[1] says: start and restart return, in the daemon; the others exit.
 
-    (The process that you typed exits in any case: with 0, once the daemon runs.)
+    (The process that you typed exits in any case: with 0, once the daemon runs.  What follows in
+    sys.argv is the script's own.)
 
     Clark Evans' call, in front of any script:
 
@@ -2848,7 +2892,7 @@ def startstop(stdout: str = "/dev/null", stderr: Optional[str] = None, stdin: st
     does.  `stop` ends its whole session, with a SIGTERM handler in main() or without.  more: uid,
     gid, umask, chroot, rundir, timeout, start_timeout, as on the command line; exit status, too.
     """
-    action = sys.argv[1] if len(sys.argv) == 2 else ""
+    action = sys.argv[1] if len(sys.argv) > 1 else ""
     try:
         if action not in ("start", "stop", "restart", "reload", "status"):
             raise Fatal("usage: %s start|stop|restart|reload|status" % sys.argv[0], 2)
@@ -3337,6 +3381,7 @@ def replace(plan: Plan, turn: Lock, pid: int, has_sockets: bool) -> None:
     except OSError as error:
         warn("pid %d hands nothing over (%s): it is stopped first" % (pid, because(error)))
     if heir.talk is NOBODY:
+        check_outside(plan, target)
         # What can be seen is seen before anything is lost.  (In a jail only from inside.)
         if plan.kind == "program" and plan.chroot is None:
             find_program(plan.command[0])
@@ -3359,6 +3404,17 @@ def replace(plan: Plan, turn: Lock, pid: int, has_sockets: bool) -> None:
         see_out(plan, target, "drain")
 
 
+def check_outside(plan: Plan, target: Target) -> None:
+    """Refuse a restart that a process of the daemon's own has typed: it would end half-way."""
+    if os.getpid() in [process.pid for process in target.members()]:
+        import shlex
+        # (sys.argv[0] is -c where we have begun again.)
+        script = plan.hosted if plan.kind == "library" else os.path.abspath(__file__)
+        words = " ".join(map(shlex.quote, [script] + sys.argv[1:]))
+        raise Fatal("unable to restart %s: this command is a part of it, and would end with it\n"
+                    "try: setsid -f python3 %s" % (plan.name, words))
+
+
 def see_out(plan: Plan, target: Target, how: str) -> None:
     """End the old daemon; one that drains was told to by the new one."""
     if end_daemon(target, plan.options.timeout, how == "drain"):
@@ -3370,7 +3426,8 @@ def take_over(plan: Plan, pid: int) -> Start:
 
     The application compares the addresses with what is asked for, and closes the others.
     """
-    talk, _ = converse(plan.files, pid, "sockets")
+    # As long as a start may take: it may be busy with a reload, whose workers prove themselves.
+    talk, _ = converse(plan.files, pid, "sockets", plan.options.start_timeout)
     sockets, control, legacy = [], NOBODY.end, None     # type: Any, socket.socket, Any
     # By what the kernel says of each, whatever the daemon calls it.
     fds, talk.fds = talk.fds, []
@@ -3716,7 +3773,9 @@ def resolve(plan: Plan) -> Plan:
     """
     options, folder, arguments = plan.options, plan.cwd, plan.arguments
     # First, since it decides how all that follows is read.
-    chroot = absolute(options.chroot, folder) if options.chroot else None
+    if options.chroot == "":            # --chroot "$UNSET": to be in no jail must not be a slip
+        refuse("--chroot is empty")
+    chroot = None if options.chroot is None else absolute(options.chroot, folder)
     plan = plan._replace(hosted=absolute(options.app, folder) if options.app else APPLICATION)
     if arguments is not None and options.app is None:
         if not arguments:

@@ -81,7 +81,7 @@ import warnings
 import wave
 import wsgiref.simple_server
 from random import Random
-from typing import (Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union)
+from typing import (Any, BinaryIO, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union)
 from unittest import mock
 
 sys.dont_write_bytecode = True  # nothing is written beside the programs
@@ -6043,6 +6043,7 @@ class CommandLine(CommandTest):
             for words in typed.replace("APP", app).split("|"):
                 with self.subTest(words):
                     self.assertIn(said, self.refused(*words.split()))
+        self.assertIn("--chroot is empty", self.refused("start", *self.FILES, "--chroot", "", *NAP))
         for word in (".", "..", "...", "", "a b", "a/b", "a\n", "\u00e9", "$x"):
             with self.subTest(name=word):
                 said = self.refused("start", "--pidfile", "d.pid", "--name", word, *NAP)
@@ -6082,6 +6083,12 @@ class CommandLine(CommandTest):
         said = self.box.start(app=APP, env={}, want=1).err
         self.assertRegex(said, "\\Adaemonize: fatal: unable to .*n\u00f6")
         self.assertNotIn("Traceback", said)
+
+    def test_a_python_that_does_not_know_where_it_lies(self) -> None:
+        """Found by no path, as under env -i: then it cannot begin again, and need not."""
+        for action in ("start", "stop"):
+            argv = ["python3", SOURCES[0], *self.box.argv(action, *NAP * (action == "start"))[2:]]
+            run(argv, 0, env={"DAEMONIZE_TEST": self.box.folder}, executable=sys.executable)
 
     def test_a_user_that_it_cannot_be(self) -> None:
         """No such name; 2^32 - 1, to the kernel "leave it", or more; for an ordinary user root."""
@@ -6422,6 +6429,8 @@ class StartFailure(CommandTest):
                 (APP + "def bind(o):\n    sys.exit('no licence')\n", "fatal: no licence\n", 1),
                 (APP + refuse + "bind = refuse\n", refused, 2),     # as for a wrong command line
                 (APP + refuse + "Server.probe = refuse\n", refused, 1),     # which was right
+                (APP + "class Gone(BaseException): pass\ndef fail(_): raise Gone('for good')\n"
+                 "Server.probe = fail\n", "Gone: for good", 1),         # as asyncio's CancelledError
                 (APP + deep, "RecursionError", 1),      # of a hundred KiB the end says most
                 # ... and of a reason the beginning, in characters that JSON makes twelve bytes of
                 (APP + "def bind(o):\n    raise ValueError('\\U0001f600' * 70000)\n", "\U0001f600{99}", 1),
@@ -6460,10 +6469,12 @@ class StartFailure(CommandTest):
         missing, path_of = self.box.path("missing", "x"), self.box.path
         os.mkfifo(path_of("fifo"))
         os.symlink(target, path_of("a symlink"))
+        os.symlink("nowhere", path_of("a dangling"))
         os.link(target, path_of("a hardlink"))
         with taken_port() as port:
             rows = [("--bind", "127.0.0.1:%d" % port), ("--logfile", self.box.folder)]
-            logs = [path_of(name) for name in ("fifo", "/dev/full", "a symlink", "a hardlink")]
+            logs = [path_of(name) for name in ("fifo", "/dev/full", "a symlink", "a dangling",
+                                             "a hardlink")]
             rows += [("--logfile", path) for path in logs]
             rows += [(option, missing) for option in ("--pidfile", "--logfile", "--rundir")]
             rows += [("--chroot", missing)] if ROOT else [(option, os.path.join(sealed, "x"))
@@ -6993,12 +7004,13 @@ class Run(CommandTest):
         until(self.box.pid, "a pidfile")
         return self.box.address()
 
-    def terminal(self, script: str, *argv: str) -> int:
+    def terminal(self, script: str, *argv: str) -> BinaryIO:
         """Run a shell script, its $0 the box's folder, in a terminal; return our end of that."""
-        shell, terminal = pty.fork()
+        shell, end = pty.fork()
         if shell == 0:
             os.execve("/bin/sh", ["sh", "-c", script, self.box.folder, *argv], self.box.env)
-        self.addCleanup(os.close, terminal)
+        terminal = os.fdopen(end, "wb", 0)
+        self.addCleanup(terminal.close)
         self.addCleanup(os.waitpid, shell, 0)
         self.addCleanup(os.kill, shell, signal.SIGKILL)
         return terminal
@@ -7044,6 +7056,14 @@ class Run(CommandTest):
         for code, status in ends.items():
             self.box.command("run", "--", "sh", "-c", code, want=status)
         self.assertEqual(read(self.box.pidfile), "")
+        # Also when it is told to end; but to die of what it is told is no failure.
+        for code, status in (("trap 'exit 5' TERM; echo set", 5), ("trap '' TERM; echo set", 137),
+                             ("echo set", 0)):
+            child = self.foreground("--timeout", "0.5", "--", "sh", "-c",
+                                    code + "; while :; do sleep 0.05; done", app="")
+            until(lambda: "set" in read(self.box.output), "its word")
+            child.terminate()
+            self.assertEqual(child.wait(PATIENCE), status, code)
 
     def test_a_failure_is_told_like_at_start(self) -> None:
         """A NOTIFY_SOCKET that leads nowhere, a bind() that fails, a pidfile that is none."""
@@ -7062,6 +7082,26 @@ class Run(CommandTest):
         self.box.python("sys.exit(daemonize.main(sys.argv[1:]))", *self.argv(app=app)[2:], want=1)
         left = [os.path.exists(self.box.path(name)) for name in ("taken back", "fifo.lock")]
         self.assertEqual(left, [True, False])
+
+    def test_a_supervisor_that_reads_nothing(self) -> None:
+        """Its socket is full after some words: nobody waits for it."""
+        child = self.foreground(env=self.notified()[1])
+        for _ in range(9):
+            self.box.command("reload")
+        child.terminate()
+        self.assertEqual(child.wait(PATIENCE), 0)
+
+    def test_a_signal_before_it_is_ready(self) -> None:
+        """HUP and USR1, which supervisors pass on, have nothing to do yet; they end nothing."""
+        os.mkfifo(self.box.path("gate"))
+        script = "well = bind\ndef bind(options): open(%r).read(); return well(options)\n"
+        child = self.box.spawn(*self.argv(app=APP + script % self.box.path("gate")), start_new_session=True)
+        with open(self.box.path("gate"), "w"):      # which waits for bind()
+            for number in (signal.SIGHUP, signal.SIGUSR1):
+                child.send_signal(number)
+        self.assertEqual(ask(self.address())["pid"], child.pid)
+        child.terminate()
+        self.assertEqual(child.wait(PATIENCE), 0)
 
     def test_systemd_is_told(self) -> None:
         """The notify socket hears READY, RELOADING with its time, READY again, and STOPPING."""
@@ -7175,13 +7215,15 @@ class Run(CommandTest):
                     self.assertTrue(ask(self.address())["tty"])
                 if program and end == "Ctrl-C":
                     os.kill(pid, signal.SIGSTOP)    # the program shall be the first to hear of it
-                    os.write(terminal, b"\x03")
+                    terminal.write(b"\x03")
                     until(lambda: "interrupted" in read(self.box.log), "its word")
                     os.kill(pid, signal.SIGCONT)
                 elif end == "Ctrl-C":
-                    os.write(terminal, b"\x03")
+                    terminal.write(b"\x03")
+                elif program:
+                    os.kill(pid, signal.SIGINT)
                 else:
-                    os.kill(pid, signal.SIGINT if program else signal.SIGHUP)
+                    terminal.close()                # then it has none any more that could be asked
                 until(lambda: not is_alive(pid), "the end")
                 self.assertEqual(read(self.box.pidfile), "")
                 if program:
@@ -8493,7 +8535,7 @@ class Library(DaemonTest):
         known = ("stdout='out.log', startmsg='off we go', umask=0o22, timeout=5, start_timeout=5, "
                  "rundir='/tmp', uid=None")
         self.recipe(arguments=known + ", nonsense=1")
-        for argv in ((), ("begin",), ("start", "now")):
+        for argv in ((), ("begin",), ("now", "start")):
             result = self.action(*argv, want=2)
             self.assertIn("usage: recipe.py start|stop|restart|reload|status\n",
                           result.out + result.err)
@@ -8501,9 +8543,26 @@ class Library(DaemonTest):
         said = self.action("start", want=1).err
         self.assertIn("TypeError: startstop() got an unexpected keyword argument 'nonsense'", said)
         self.recipe(arguments=known)
-        self.assertIn("off we go\n", self.action("start").out)
+        # What follows the action is the script's own.
+        self.assertIn("off we go\n", self.action("start", "--port", "80").out)
         self.assertIn(" /tmp\n", self.box.logged("main"))
         self.action("status")
+        self.action("stop")
+
+    def test_what_a_script_has_made_is_the_daemons(self) -> None:
+        """Its launcher flushes, removes and waits for nothing; one that finds a daemon does."""
+        self.script("print(os.path.isdir(folder.name), flush=True)\nlines.close()\ntime.sleep(600)\n")
+        made = ("import tempfile, threading, time\nfolder = tempfile.TemporaryDirectory(dir=%r)\n"
+                "lines = open('lines', 'a')\nlines.write('a line\\n')\n"
+                "threading.Thread(target=time.sleep, args=(%s,)).start()\n")
+        text = read(self.box.path("recipe.py")).replace("before = ", made + "before = ")
+        self.box.write("recipe.py", text % (self.box.make("temporary"), 60))
+        self.assertLess(self.action("start").seconds, SOON)
+        self.assertEqual(self.box.logged("\n"), "True\n")
+        self.assertEqual(read(self.box.path("lines")), "a line\n")
+        self.box.write("recipe.py", text % (self.box.path("temporary"), 0))
+        self.action("start")
+        self.assertEqual(len(os.listdir(self.box.path("temporary"))), 1)    # not its own, too
         self.action("stop")
 
     def test_what_a_script_has_done_and_does(self) -> None:
@@ -8622,12 +8681,30 @@ class Programs(DaemonTest):
                 except daemonize.Fatal as error:
                     self.assertEqual(str(error), "unable to execute %s: %s" % (name, found))
 
+    def test_what_a_dead_program_has_left_ends_before_the_next_one(self) -> None:
+        """With --respawn: its children, which may hold a port; who is deaf has --timeout."""
+        self.box.start("--respawn", "--timeout", "0.5", "--", "sh", "-c",
+                       "echo $$ >> begun; (trap '' TERM; echo $PPID; exec sleep 6000) & sleep 6000 & "
+                       "test -e end || { : > end; sleep 0.5; exit 3; }; wait".replace(
+                           "begun", shlex.quote(self.box.path("begun"))).replace(
+                           " end", " " + shlex.quote(self.box.path("end"))))
+        until(lambda: read(self.box.path("begun")).count("\n") == 2, "the second one")
+        self.assertEqual(self.box.status()["restarts"], 1)
+        # The daemon, the shell and its two children: of the first three nobody is left.
+        until(lambda: len(self.box.processes()) == 4, "four processes")
+
+    def test_no_sockets_for_a_program(self) -> None:
+        """Or they would stay open in the daemon, and clients wait for nobody."""
+        with self.assertRaisesRegex(daemonize.Fatal, "a program gets no sockets from systemd"):
+            daemonize.check_script(daemonize.Start(self.plan(), [mock.Mock()]))
+
     def test_how_it_ends_is_how_the_daemon_ends(self) -> None:
         """With its exit status, or 128 and the signal's number; not at all with --respawn."""
         for options, status, over, result in (([], 768, True, 3), ([], 9, True, 137),
                                               (["--respawn"], 768, False, 0)):
-            program = self.program(*options)
-            program.on_death(mock.Mock(pid=7, born=0), status)
+            program = self.program(*options, children=[], start=mock.Mock(session=None))
+            with mock.patch.object(daemonize, "family", lambda session: []):
+                program.on_death(mock.Mock(pid=7, born=0), status)
             self.assertEqual((program.is_over, program.result, program.next_start > 0),
                              (over, result, True))
 
@@ -8660,6 +8737,19 @@ class Programs(DaemonTest):
                                 "--", PYTHON, "nap.py"], self.box.folder)
         self.assertRaises(daemonize.Fatal, daemonize.check_script, daemonize.Start(plan))
         daemonize.check_script(daemonize.Start(plan._replace(chroot="/jail")))
+
+    @needs("setsid")
+    def test_a_program_may_restart_itself(self) -> None:
+        """In a session of its own, as the refusal says; else the command would end half-way."""
+        restart = " ".join(map(shlex.quote, self.box.argv("restart")))
+        begun = shlex.quote(self.box.path("begun"))
+        self.box.start("--", "sh", "-c", "echo $$ >> %s; sleep 0.5; test -e said || { %s 2> said; "
+                       "eval \"$(sed -n 's/^try: setsid -f python3/setsid -f %s/p' said)\"; }; sleep 6000"
+                       .replace("said", shlex.quote(self.box.path("said")))
+                       % (begun, restart, PYTHON.replace("/", "\\/")))
+        until(lambda: read(self.box.path("begun")).count("\n") == 2, "the second one")
+        self.assertRegex(read(self.box.path("said")), "unable to restart sh: this command is a part of it")
+        until(lambda: len(self.box.processes()) == 3, "the new one alone")
 
     def test_stop_in_a_pause_of_respawn(self) -> None:
         """Nobody is started any more once all were told to end: stop takes no --timeout."""
@@ -8785,6 +8875,23 @@ class PointOfNoReturn(SlowTest):
                 self.box.command("stop")
                 self.assertTrue(os.path.exists(self.box.path("passwords")))
 
+    def test_a_restart_waits_for_a_reload(self) -> None:
+        """As long as a start may take: who is busy with that is not taken for hung."""
+        for name in ("ready", "drained"):
+            self.box.write(name, "")
+        address = self.box.host(app=APP + self.SLOW)
+        os.unlink(self.box.path("ready"))
+        reload = self.calling("reload")
+        until(lambda: len(self.box.processes()) >= 4, "a fresh worker, and who waits for it")
+        restart = self.box.spawn(PYTHON, "-c", "import sys; sys.path.insert(0, %r)\nimport daemonize\n"
+                                 "daemonize.ANSWER = 0.1\nsys.exit(daemonize.main(sys.argv[1:]))"
+                                 % HERE, *self.box.argv("restart")[2:])
+        self.assertRaises(subprocess.TimeoutExpired, restart.wait, 0.5)
+        self.box.write("ready", "")
+        self.assertEqual((reload.wait(PATIENCE), restart.wait(PATIENCE)), (0, 0))
+        self.assertNotIn("hands nothing over", read(self.box.output))
+        self.assertEqual(ask(address)["pid"], self.box.pid())
+
     def test_a_restart_that_is_interrupted(self) -> None:
         """Before it the old one serves on; after it the new one does, though nobody waits."""
         self.box.write("ready", "")
@@ -8877,8 +8984,8 @@ class PointOfNoReturn(SlowTest):
         """A restart that hears no "done" does not claim that the old one serves, or nobody."""
         for heir in (daemonize.Start(self.plan(), talk=mock.Mock()), daemonize.Start(self.plan())):
             launch = mock.Mock(side_effect=daemonize.Unknown("cannot tell"))
-            with mock.patch.multiple(daemonize, Target=mock.Mock(), see_out=mock.Mock(),
-                                     take_over=lambda *words: heir, launch=launch):
+            with mock.patch.multiple(daemonize, check_outside=mock.Mock(), Target=mock.Mock(),
+                                     see_out=mock.Mock(), take_over=lambda *words: heir, launch=launch):
                 with self.assertRaisesRegex(daemonize.Unknown, r"\Acannot tell\Z"):
                     daemonize.replace(self.plan(), mock.Mock(), 1, True)
 
@@ -8891,8 +8998,8 @@ class PointOfNoReturn(SlowTest):
                                     (KeyboardInterrupt(), 7, [])):
             warned: List[str] = []
             with self.subTest(error=error, holder=holder), mock.patch.multiple(
-                    daemonize, Target=mock.Mock(), see_out=mock.Mock(), warn=warned.append,
-                    lock_holder=lambda *words: holder, launch=mock.Mock(side_effect=error)):
+                    daemonize, check_outside=mock.Mock(), Target=mock.Mock(), see_out=mock.Mock(),
+                    warn=warned.append, lock_holder=lambda *words: holder, launch=mock.Mock(side_effect=error)):
                 with self.assertRaises(type(error)):
                     daemonize.replace(self.plan(), mock.Mock(), 7, False)
                 self.assertEqual(warned, said)
