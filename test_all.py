@@ -5364,7 +5364,8 @@ class HttpCommand(BoxTest):
                 (2, "--forward-auth /x --qop auth-int", "without the body"),
                 (2, "--bind %s:0" % ("x" * 64), "unable to bind"), (2, "--root '\x1b[31m'", "\\x1b[31m"),
                 (1, "--bind " + shlex.quote("unix:" + precious), "unable to bind unix:"),
-                (1, "--bind " + self.serve(), "unable to bind 127.0.0.1:"),
+                (1, "--bind " + self.serve("--stream-threads", "1", "--nonce-lifetime", "1e6"),
+                 "unable to bind 127.0.0.1:"),
                 # Prefixes that no path can lie below, as it would be spelled.
                 *((2, "--public '%s'" % prefix, "fatal: unable to make %s public" % prefix)
                   for prefix in ("", "open", "/a//b", "/../a", "/a/./b", "/a\\b"))):
@@ -6013,11 +6014,11 @@ class CommandLine(CommandTest):
     def test_help_and_version(self) -> None:
         """-h of start, or of nothing, has the application's options, too, and defaults."""
         app = self.box.write("app.py", APP)
-        of_start = ("--word --bind --uid --gid --umask --chroot --rundir --logfile --workers "
-                    "--start-timeout --log-bytes --log-keep --quiet --app 027 ")
+        of_start = ("--word --bind --uid --gid --umask (027) --chroot --rundir --logfile --workers "
+                    "--start-timeout (30) --log-bytes (10485760) --log-keep (5) --quiet --app ")
         for action in ("start", "stop", "restart", "reload", "status", "run"):
             text = self.box.daemonize(action, "--app", app, "-h").out
-            words = of_start * (action == "start") + "--pidfile --name --timeout"
+            words = of_start * (action == "start") + "--pidfile --name --timeout (10)"
             self.assertEqual([word for word in words.split() if word not in text], [], action)
         self.assertIn("--realm", self.box.daemonize("-h").out)      # of authserver.py
         self.assertNotIn("--realm", self.box.daemonize("start", "-h", "--", "sleep").out)
@@ -9598,6 +9599,15 @@ class SystemCalls(DaemonTest):
             result = run(["unshare", "-m", "sh", "-c", script, word, *start], 1, env=self.box.env)
             self.assertRegex(result.err, r"\Adaemonize: fatal: %s\S+: Read-only file system\n\Z"
                              % said)
+
+    def test_a_new_folder_that_was_swapped_is_given_to_nobody(self) -> None:
+        """Another put a link in its place: what that leads to stays as it is."""
+        theirs = self.box.make("theirs")
+        before = os.stat(theirs).st_mode
+        with mock.patch("os.mkdir", lambda path, mode: os.symlink(theirs, path)), \
+                self.assertRaisesRegex(daemonize.Fatal, "unable to make "):
+            daemonize.make_folder(self.box.path("new"), 0o7777, None)
+        self.assertEqual(os.stat(theirs).st_mode, before)
 
     def test_a_pidfile_with_a_long_name(self) -> None:
         """What start proved possible is so for restart; what is not is refused at start."""
