@@ -5138,6 +5138,19 @@ server.socket = context.wrap_socket(server.socket, server_side=True)
             wire.sendall(b"0\r\n\r\n")
             Wire.hear(wire)
 
+    def test_an_answer_that_our_end_cuts_off_does_not_look_whole(self) -> None:
+        with secure(self.at) as wire:
+            wire.sendall(head("/", "STREAM", JIM, CHUNKED) + b"2\r\na\n\r\n")
+            said = b""
+            while b"A\n" not in said:
+                said += wire.recv(100)
+            self.box.server.send_signal(signal.SIGINT)
+            with self.assertRaises(OSError):    # no close_notify
+                while wire.recv(100):
+                    pass
+        self.box.server.wait(PATIENCE)
+        self.set_up()
+
 
 @needs("openssl")
 class HttpsCommand(BoxTest):
