@@ -5366,6 +5366,11 @@ class HttpCommand(BoxTest):
             code, said = told("--passwords", passwords, "--bind", place)
             self.assertEqual((code, "unable to bind unix:" in said, reach(place)), (1, True, None))
 
+    def test_a_probe_is_counted_as_nobody(self) -> None:
+        with authserver.bind(contract(["--passwords", self.passwords(), "--bind", "127.0.0.1:0"])) as server:
+            server.probe()
+            self.assertFalse(any(server.authenticator.table.statistics().values()))
+
     def test_mistakes_are_named(self) -> None:
         """Exit 2 for a wrong option, 1 for what cannot be bound; one line that says which."""
         precious = self.box.write("precious", "precious")
