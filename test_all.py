@@ -6143,7 +6143,7 @@ class CommandLine(CommandTest):
         rows = {"start -- /bin/sleep 9": "sleep", "start -- python3 -u x/b.py c": "b",
                 "start -- sh run.sh": "run", "start -- sh -c x": "sh",
                 "start -- node srv.js": "srv", "start -- python3.9 -m a": "python3",
-                "start --name n -- perl a.pl": "n",
+                "start --name n -- perl a.pl": "n", "start": "authserver", "run --quiet": "authserver",
                 "restart": "True", "restart --quiet --timeout 10": "True",
                 # These are the defaults; but they were typed.
                 "restart --umask 027": "False", "restart --log-keep 5": "False"}
