@@ -5214,6 +5214,16 @@ class HttpsCommand(BoxTest):
                     self.assertEqual(https(at, "/").status, 200)
                 self.assertEqual("dated.pem has expired\n" in said.getvalue(), warns)
 
+    def test_a_reload_takes_a_new_certificate(self) -> None:
+        """For who spoke TLS; a unix socket stays plain."""
+        place = "unix:" + self.box.path("sock")
+        at = self.box.address(self.box.start(*self.common, "--bind", place, "--tls-cert", self.pem))
+        first = shown(at)
+        make_certificate(self.box)
+        self.box.command("reload")
+        until(lambda: shown(at) != first, "the new one")    # an old worker may answer for a moment
+        self.assertEqual(request(place, "/", "GET", "").status, 401)
+
     @needs_linux
     def test_a_session_goes_on_in_another_worker(self) -> None:
         """And a reload finds the certificate, though its name was relative."""
