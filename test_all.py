@@ -7112,7 +7112,8 @@ class Run(CommandTest):
                 heard += said + "\n"
             child.send_signal(number)
         self.assertEqual(child.wait(PATIENCE), 0)
-        self.assertRegex(heard, r"(?s)STATUS=.*RELOADING=1\nMONOTONIC_USEC=\d+\n")
+        self.assertRegex(heard, r"(?s)STATUS=.*RELOADING=1\nMONOTONIC_USEC=\d+\n"
+                         r"READY=1\nSTATUS=reloaded\n")
 
     def test_systemd_is_told_of_a_program(self) -> None:
         """READY, for a program as well: a unit with Type=notify waits for it."""
