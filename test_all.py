@@ -3254,6 +3254,23 @@ class HttpInMemory(unittest.TestCase):
             self.assertEqual((channel.stage, channel.deadline), (
                 stage, 95.0 + (authserver.DRAIN_SECONDS if soon else authserver.WAITS[stage])))
 
+    def test_who_has_to_wait_and_who_has_to_go(self) -> None:
+        """A drain hastens who asks nothing, a story in a thread waits, a full machine makes room."""
+        for stage in ("first", "idle", "handshake", "head", "thread", "write"):
+            connection = mock.Mock(stage=stage, deadline=1e9, writes=False)
+            AuthServer.begin_drain(mock.Mock(clock=95.0, connections=[connection]))
+            self.assertEqual(connection.deadline, 1e9 if stage in ("head", "thread", "write") else
+                             95.0 + authserver.DRAIN_SECONDS)
+        for stage, writes in (("thread", False), ("thread", True), ("head", True), ("head", False)):
+            connection = mock.Mock(stage=stage, writes=writes)
+            authserver.Connection.advance(connection)
+            self.assertEqual(connection.go_on.called, (stage, writes) == ("head", False))
+        for number in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EPERM):
+            loop = mock.Mock(draining=False)
+            with mock.patch("socket.socket.accept", side_effect=OSError(number, "")):
+                authserver.Loop.accept(loop, mock.Mock(), 1)
+            self.assertEqual(loop.make_room.called, number != errno.EPERM)
+
     def test_who_may_still_be_sending_is_heard_to_its_end(self) -> None:
         for stage, lingers, buffer, error, calls in (
                 ("linger", True, b"x", None, ""), ("write", False, b"", None, "close"),
