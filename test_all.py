@@ -5396,6 +5396,7 @@ class HttpCommand(BoxTest):
     def test_a_probe_is_counted_as_nobody(self) -> None:
         with authserver.bind(contract(["--passwords", self.passwords(), "--bind", "127.0.0.1:0"])) as server:
             server.probe()
+            assert server.authenticator
             self.assertFalse(any(server.authenticator.table.statistics().values()))
 
     def test_mistakes_are_named(self) -> None:
