@@ -3255,7 +3255,7 @@ class HttpInMemory(unittest.TestCase):
                 stage, 95.0 + (authserver.DRAIN_SECONDS if soon else authserver.WAITS[stage])))
 
     def test_who_has_to_wait_and_who_has_to_go(self) -> None:
-        """A drain hastens who asks nothing, a story in a thread waits, a full machine makes room."""
+        """A drain hastens who asks nothing, a story in a thread waits, a full machine has room."""
         for stage in ("first", "idle", "handshake", "head", "thread", "write"):
             connection = mock.Mock(stage=stage, deadline=1e9, writes=False)
             AuthServer.begin_drain(mock.Mock(clock=95.0, connections=[connection]))
@@ -5394,7 +5394,7 @@ class HttpCommand(BoxTest):
             self.assertEqual((code, "unable to bind unix:" in said, reach(place)), (1, True, None))
 
     def test_a_probe_is_counted_as_nobody(self) -> None:
-        with authserver.bind(contract(["--passwords", self.passwords(), "--bind", "127.0.0.1:0"])) as server:
+        with authserver.bind(contract(self.argv("--bind", "127.0.0.1:0")[2:])) as server:
             server.probe()
             assert server.authenticator
             self.assertFalse(any(server.authenticator.table.statistics().values()))
@@ -6175,7 +6175,8 @@ class CommandLine(CommandTest):
         rows = {"start -- /bin/sleep 9": "sleep", "start -- python3 -u x/b.py c": "b",
                 "start -- sh run.sh": "run", "start -- sh -c x": "sh",
                 "start -- node srv.js": "srv", "start -- python3.9 -m a": "python3",
-                "start --name n -- perl a.pl": "n", "start": "authserver", "run --quiet": "authserver",
+                "start --name n -- perl a.pl": "n",
+                "start": "authserver", "run --quiet": "authserver",
                 "restart": "True", "restart --quiet --timeout 10": "True",
                 # These are the defaults; but they were typed.
                 "restart --umask 027": "False", "restart --log-keep 5": "False"}
