@@ -2112,7 +2112,9 @@ class LockOut(AuthTestCase):
             (own + " 10.0.0.0/8", own, "192.0.2.1, 10.0.0.7", one),
             ("10.1.2.3/8", "10.9.9.9", "192.0.2.1", one),   # named by any address in it
             (own, own, "192.0.2.1, unknown", local), (own, own, "192.0.2.1, [", local),
-            ("10.0.0.0/8", "10.0.0.1", "192.0.2.1" + ",10.0.0.7" * 3000, ("10.0.0.7", None)),
+            ("10.0.0.0/8", "10.0.0.1", "192.0.2.1" + ",10.0.0.7" * 9, one),     # MAX_HOPS, or more
+            *[("10.0.0.0/8", "10.0.0.1", "192.0.2.1" + ",10.0.0.7" * number, ("10.0.0.7", None))
+              for number in (10, 3000)],
             (own, own, "192.0.2.1, ", local), (own, own, "", local),
             (own, "192.0.2.9", "192.0.2.1", ("192.0.2.9", "192.0.2.9")), (own, own, own, local))
         for option in ("x", "10.0.0.0/33", "", "10.0.0.0/8/8", "unix"):
@@ -2864,10 +2866,10 @@ class FilesTest(unittest.TestCase):
             for name, size in (("z", ""), ("b.txt", "1.5 KiB")):
                 os.utime(self.path("tree/" + name), (mtime, mtime))
                 self.assertIn("</a><td>%s<td>%s" % (size, date), self.get("/").body.decode())
-        self.assertNotIn(" of 6 names", self.get("/").body.decode())
-        with mock.patch.object(authserver, "MAX_LISTED", 3):
-            self.assertEqual(len(self.links()), 3)
-            self.assertIn("3 of 6 names", self.get("/").body.decode())
+        for most in (6, 3):
+            with mock.patch.object(authserver, "MAX_LISTED", most):
+                self.assertEqual(len(self.links()), most)
+                self.assertEqual("%d of 6 names" % most in self.get("/").body.decode(), most < 6)
 
     def test_pages(self) -> None:
         """All pages have one style, for phones and dark rooms; a 401 says how to try again."""
@@ -3097,8 +3099,9 @@ class HttpSyntax(HttpTest):
                 (431, b"GET / HTTP/1.1\r\nX: " + b"a" * 40000), (414, b"GET /" + b"a" * 9000),
                 (400, b"GET / HTTP/1.1\nHost: a\r\n"),
                 (401, head("/", "POST", "", "Content-Length: %d" % size) + b"a" * size)):
-            with self.subTest(status):
-                self.assertEqual(statuses(talk(self.at, data)), [status])
+            with self.subTest(status), Wire(self.at, SOON) as wire:     # before "linger" is over
+                wire.sendall(data)
+                self.assertEqual(statuses(wire.hear()), [status])
 
     def test_a_proof_is_good_once(self) -> None:
         """nc from 1 to 9, also out of order; the same again, or with another response, is 401.
@@ -3250,6 +3253,23 @@ class HttpInMemory(unittest.TestCase):
             soon = draining and stage in ("idle", "first")
             self.assertEqual((channel.stage, channel.deadline), (
                 stage, 95.0 + (authserver.DRAIN_SECONDS if soon else authserver.WAITS[stage])))
+
+    def test_who_has_to_wait_and_who_has_to_go(self) -> None:
+        """A drain hastens who asks nothing, a story in a thread waits, a full machine has room."""
+        for stage in ("first", "idle", "handshake", "head", "thread", "write"):
+            connection = mock.Mock(stage=stage, deadline=1e9, writes=False)
+            AuthServer.begin_drain(mock.Mock(clock=95.0, connections=[connection]))
+            self.assertEqual(connection.deadline, 1e9 if stage in ("head", "thread", "write") else
+                             95.0 + authserver.DRAIN_SECONDS)
+        for stage, writes in (("thread", False), ("thread", True), ("head", True), ("head", False)):
+            connection = mock.Mock(stage=stage, writes=writes)
+            authserver.Connection.advance(connection)
+            self.assertEqual(connection.go_on.called, (stage, writes) == ("head", False))
+        for number in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EPERM):
+            loop = mock.Mock(draining=False)
+            with mock.patch("socket.socket.accept", side_effect=OSError(number, "")):
+                authserver.Loop.accept(loop, mock.Mock(), 1)
+            self.assertEqual(loop.make_room.called, number != errno.EPERM)
 
     def test_who_may_still_be_sending_is_heard_to_its_end(self) -> None:
         for stage, lingers, buffer, error, calls in (
@@ -5138,6 +5158,19 @@ server.socket = context.wrap_socket(server.socket, server_side=True)
             wire.sendall(b"0\r\n\r\n")
             Wire.hear(wire)
 
+    def test_an_answer_that_our_end_cuts_off_does_not_look_whole(self) -> None:
+        with secure(self.at) as wire:
+            wire.sendall(head("/", "STREAM", JIM, CHUNKED) + b"2\r\na\n\r\n")
+            said = b""
+            while b"A\n" not in said:
+                said += wire.recv(100)
+            self.box.server.send_signal(signal.SIGINT)
+            with self.assertRaises(OSError):    # no close_notify
+                while wire.recv(100):
+                    pass
+        self.box.server.wait(PATIENCE)
+        self.set_up()
+
 
 @needs("openssl")
 class HttpsCommand(BoxTest):
@@ -5197,6 +5230,16 @@ class HttpsCommand(BoxTest):
                 with serving(authserver.bind(contract(self.common + ["--tls-cert", path]))) as at:
                     self.assertEqual(https(at, "/").status, 200)
                 self.assertEqual("dated.pem has expired\n" in said.getvalue(), warns)
+
+    def test_a_reload_takes_a_new_certificate(self) -> None:
+        """For who spoke TLS; a unix socket stays plain."""
+        place = "unix:" + self.box.path("sock")
+        at = self.box.address(self.box.start(*self.common, "--bind", place, "--tls-cert", self.pem))
+        first = shown(at)
+        make_certificate(self.box)
+        self.box.command("reload")
+        until(lambda: shown(at) != first, "the new one")    # an old worker may answer for a moment
+        self.assertEqual(request(place, "/", "GET", "").status, 401)
 
     @needs_linux
     def test_a_session_goes_on_in_another_worker(self) -> None:
@@ -5350,6 +5393,12 @@ class HttpCommand(BoxTest):
             code, said = told("--passwords", passwords, "--bind", place)
             self.assertEqual((code, "unable to bind unix:" in said, reach(place)), (1, True, None))
 
+    def test_a_probe_is_counted_as_nobody(self) -> None:
+        with authserver.bind(contract(self.argv("--bind", "127.0.0.1:0")[2:])) as server:
+            server.probe()
+            assert server.authenticator
+            self.assertFalse(any(server.authenticator.table.statistics().values()))
+
     def test_mistakes_are_named(self) -> None:
         """Exit 2 for a wrong option, 1 for what cannot be bound; one line that says which."""
         precious = self.box.write("precious", "precious")
@@ -5364,7 +5413,8 @@ class HttpCommand(BoxTest):
                 (2, "--forward-auth /x --qop auth-int", "without the body"),
                 (2, "--bind %s:0" % ("x" * 64), "unable to bind"), (2, "--root '\x1b[31m'", "\\x1b[31m"),
                 (1, "--bind " + shlex.quote("unix:" + precious), "unable to bind unix:"),
-                (1, "--bind " + self.serve(), "unable to bind 127.0.0.1:"),
+                (1, "--bind " + self.serve("--stream-threads", "1", "--nonce-lifetime", "1e6"),
+                 "unable to bind 127.0.0.1:"),
                 # Prefixes that no path can lie below, as it would be spelled.
                 *((2, "--public '%s'" % prefix, "fatal: unable to make %s public" % prefix)
                   for prefix in ("", "open", "/a//b", "/../a", "/a/./b", "/a\\b"))):
@@ -5373,6 +5423,10 @@ class HttpCommand(BoxTest):
                 self.assertEqual(found[0], code)
                 self.assertIn(said, found[1])
         self.assertEqual(read(precious), "precious")
+        with mock.patch("signal.signal"), mock.patch.object(
+                AuthServer, "serve_forever", side_effect=OSError(errno.EMFILE, "too many")):
+            self.assertEqual(called(authserver.main, self.argv("--bind", "127.0.0.1:0")[2:]),
+                             (1, "authserver: fatal: [Errno %d] too many\n" % errno.EMFILE))
         hashes = ["--passwords", self.passwords(SHA), "--bind", "127.0.0.1:0"]
         for words, said in (([], "try: .*authserver.py'? passwd"), (hashes, "line 1: user 'jim' .*cannot answer Digest MD5")):
             code, text = told(*words)
@@ -6013,11 +6067,11 @@ class CommandLine(CommandTest):
     def test_help_and_version(self) -> None:
         """-h of start, or of nothing, has the application's options, too, and defaults."""
         app = self.box.write("app.py", APP)
-        of_start = ("--word --bind --uid --gid --umask --chroot --rundir --logfile --workers "
-                    "--start-timeout --log-bytes --log-keep --quiet --app 027 ")
+        of_start = ("--word --bind --uid --gid --umask (027) --chroot --rundir --logfile --workers "
+                    "--start-timeout (30) --log-bytes (10485760) --log-keep (5) --quiet --app ")
         for action in ("start", "stop", "restart", "reload", "status", "run"):
             text = self.box.daemonize(action, "--app", app, "-h").out
-            words = of_start * (action == "start") + "--pidfile --name --timeout"
+            words = of_start * (action == "start") + "--pidfile --name --timeout (10)"
             self.assertEqual([word for word in words.split() if word not in text], [], action)
         self.assertIn("--realm", self.box.daemonize("-h").out)      # of authserver.py
         self.assertNotIn("--realm", self.box.daemonize("start", "-h", "--", "sleep").out)
@@ -6129,6 +6183,7 @@ class CommandLine(CommandTest):
                 "start -- sh run.sh": "run", "start -- sh -c x": "sh",
                 "start -- node srv.js": "srv", "start -- python3.9 -m a": "python3",
                 "start --name n -- perl a.pl": "n",
+                "start": "authserver", "run --quiet": "authserver",
                 "restart": "True", "restart --quiet --timeout 10": "True",
                 # These are the defaults; but they were typed.
                 "restart --umask 027": "False", "restart --log-keep 5": "False"}
@@ -7116,7 +7171,8 @@ class Run(CommandTest):
                 heard += said + "\n"
             child.send_signal(number)
         self.assertEqual(child.wait(PATIENCE), 0)
-        self.assertRegex(heard, r"(?s)STATUS=.*RELOADING=1\nMONOTONIC_USEC=\d+\n")
+        self.assertRegex(heard, r"(?s)STATUS=.*RELOADING=1\nMONOTONIC_USEC=\d+\n"
+                         r"READY=1\nSTATUS=reloaded\n")
 
     def test_systemd_is_told_of_a_program(self) -> None:
         """READY, for a program as well: a unit with Type=notify waits for it."""
@@ -8956,7 +9012,8 @@ class PointOfNoReturn(SlowTest):
         old = self.box.pid()
         child = self.calling("restart", "--timeout", "60")
         until(lambda: self.box.pid() not in (0, old), "a new daemon")
-        os.kill(old, signal.SIGSTOP)
+        with contextlib.suppress(ProcessLookupError):   # it was too fast
+            os.kill(old, signal.SIGSTOP)
         os.kill(child.pid, signal.SIGKILL)
         child.wait()
         self.assertIn("stopped", self.box.command("stop", "--timeout", "5").out)
@@ -9705,6 +9762,15 @@ class SystemCalls(DaemonTest):
             result = run(["unshare", "-m", "sh", "-c", script, word, *start], 1, env=self.box.env)
             self.assertRegex(result.err, r"\Adaemonize: fatal: %s\S+: Read-only file system\n\Z"
                              % said)
+
+    def test_a_new_folder_that_was_swapped_is_given_to_nobody(self) -> None:
+        """Another put a link in its place: what that leads to stays as it is."""
+        theirs = self.box.make("theirs")
+        before = os.stat(theirs).st_mode
+        with mock.patch("os.mkdir", lambda path, mode: os.symlink(theirs, path)), \
+                self.assertRaisesRegex(daemonize.Fatal, "unable to make "):
+            daemonize.make_folder(self.box.path("new"), 0o7777, None)
+        self.assertEqual(os.stat(theirs).st_mode, before)
 
     def test_a_pidfile_with_a_long_name(self) -> None:
         """What start proved possible is so for restart; what is not is refused at start."""
