@@ -3548,11 +3548,11 @@ STARTING = ("start", "restart", "run")
 NEUTRAL = {"--name", "--pidfile", "--timeout", "--quiet"}       # a restart with others is not bare
 HELP = """Run an application or a program as a daemon.
 
-  start    return when it is ready (0; 1: why not)   run      the same in the foreground
-  stop     end it and all that it started            reload   read passwords, open the log again
-  restart  new code, no request lost                 status   0 running, 1 dead, 3 not, 4 unknown"""
+  start    return when it is ready       run      the same in the foreground
+  stop     end it and what it started    reload   passwords, and the log, again
+  restart  new code, no request lost     status   0 running, 1 dead, 3 not, 4 ?"""
 EXAMPLES = """@FILE reads options from FILE (shell quoting, # comments).  Examples:
-  daemonize.py start --uid nobody --bind :80
+  daemonize.py start --uid www --bind :80
   daemonize.py start -- python3 $PWD/FILE.py
   daemonize.py start --name nap -- sleep 1000"""
 
@@ -3609,8 +3609,8 @@ def add_options(add: Callable[..., Any]) -> None:
     add("--uid", metavar="USER", help="become this user after binding (stay; needs root)")
     add("--gid", metavar="GROUP", help="and this group (the user's)")
     add("--workers", metavar="N", type=bounded(int, 1, 1024),
-        help="processes that serve (as the application says, else 1)")
-    add("--respawn", action="store_true", help="start a program that ended again")
+        help="processes that serve (as the application says: one per CPU, or 1)")
+    add("--respawn", action="store_true", help="start a program again when it ended")
     add("--timeout", help="to stop, drain; then SIGKILL (%g)" % TIMEOUT, **seconds)
     add("--start-timeout", help="to be ready (%g)" % START_TIMEOUT, **seconds)
     add("--log-bytes", metavar="N", type=bounded(int, 0, 1 << 62),
