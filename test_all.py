@@ -10923,6 +10923,7 @@ class ReadmeSays(ReadmeTest):
         helps = self.box.daemonize("start", "-h").out + run([PYTHON, AUTHSERVER, "--help"], 0, env=self.box.env).out
         known = set(re.findall(r"--[a-z][a-z-]+", helps))
         self.assertIn("--pidfile", known)
+        self.assertLess(max(map(len, helps.splitlines())), 80)
         self.assertEqual(known - set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", read(README))), set())
         own, source = self.section("Your own application"), read(SOURCES[0])
         app = APP.replace("def bind(options):", "def bind(options):\n    print(sorted(vars(options)), flush=True)")
