@@ -5411,7 +5411,7 @@ def add_arguments(parser: Any) -> None:
     add("--public", metavar="PREFIX", action="append", default=[],
         help="ask for no password below this path; repeatable (nowhere)")
     add("--passwords", metavar="FILE",
-        help="the dictionary; - reads standard input, once (/etc/NAME.passwords, ~/.NAME/passwords)")
+        help="dictionary; - reads standard input, once (/etc/NAME.passwords, ~/.NAME/passwords)")
     add("--realm", metavar="NAME", default=REALM, help="protection space (%(default)s)")
     # No default, but one for each address: make_listeners().
     add("--schemes", metavar="LIST", help="offered, in this order (digest,basic on loopback, unix "
