@@ -1993,7 +1993,8 @@ class Daemon:
         # second KeyboardInterrupt would hit the program in the midst of its clean-up.
         has_got_it = signum == signal.SIGINT and foreground_group() == os.getpgrp()
         if not self.is_told and not has_got_it:
-            signal_each(self.family(), signum, self.start.session is not None)
+            for number in (signum, signal.SIGCONT):     # who was stopped obeys when it goes on
+                signal_each(self.family(), number, self.start.session is not None)
         self.is_told = True
 
     def family(self) -> List[Process]:
