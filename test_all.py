@@ -6618,7 +6618,8 @@ class Stop(CommandTest):
                 if name == "child":
                     ask(self.box.address(started), "run stubborn")
                 if words == stopped:
-                    os.kill(self.box.pid(), signal.SIGSTOP)
+                    for process in self.box.processes():
+                        os.kill(process, signal.SIGSTOP)
                 result = self.box.command("stop", "--timeout", timeout)
                 self.assertRegex(result.out, words)
                 self.assertEqual(self.box.processes(), [])
