@@ -3262,7 +3262,10 @@ class Service(Host):
 def obey(server: Any, channel: Channel) -> None:
     """Follow the daemon, in a thread of a worker; when it is gone, go."""
     while True:
-        event = channel.receive(3600)["event"]          # an hour, and again
+        # Blocked while it waits: after SIGSTOP the kernel gives a signal to any thread that takes
+        # it, and the main one, whose `finally` it is for, would sleep on.
+        with undisturbed():
+            event = channel.receive(3600)["event"]      # an hour, and again
         if event == ENDED:
             os._exit(1)
         elif event == "release":

@@ -6141,7 +6141,8 @@ class CommandLine(CommandTest):
     def test_a_python_that_does_not_know_where_it_lies(self) -> None:
         """Found by no path, as under env -i: then it cannot begin again, and need not."""
         for action in ("start", "stop"):
-            argv = ["python3", SOURCES[0], *self.box.argv(action, *NAP * (action == "start"))[2:]]
+            options = ["--logfile", self.box.log, *NAP] if action == "start" else []
+            argv = ["python3", SOURCES[0], *self.box.argv(action, *options)[2:]]
             run(argv, 0, env={"DAEMONIZE_TEST": self.box.folder}, executable=sys.executable)
 
     def test_a_user_that_it_cannot_be(self) -> None:
