@@ -8656,8 +8656,9 @@ class Library(DaemonTest):
 
     def test_a_recycled_pid_is_nobody(self) -> None:
         """A record whose pid was born at another time names nobody: stop signals no stranger."""
-        self.script("os.closerange(3, 256)\ntime.sleep(600)\n")
+        self.script("os.closerange(3, 256)\nprint('closed', flush=True)\ntime.sleep(600)\n")
         self.action("start")
+        self.box.logged("closed")
         pid, stranger = self.box.pid(), self.box.spawn("sleep", "600")
         record = json.loads(read(self.box.path("pid.txt.lock")))
         for change in ({"pid": stranger.pid}, {"birth": record["birth"] + "1"},
