@@ -2156,9 +2156,11 @@ def listener_of(files: Files) -> Tuple[Optional[int], Optional[int]]:
     return listener
 
 
-def converse(files: Files, pid: int, verb: str, seconds: float = ANSWER,
-             fds: Sequence[int] = ()) -> Tuple[Channel, Message]:
+def converse(files: Files, pid: int, verb: str, seconds: float = ANSWER, fds: Sequence[int] = (),
+             notice: str = "") -> Tuple[Channel, Message]:
     """Ask the daemon for something; return the conversation, and its answer, which has that name.
+
+    notice: what to say to a person who has to wait for longer than usual.
 
     Whoever owns the folder can bind a socket there.  The kernel says who listens: we talk to
     nobody but the daemon, root and ourselves (a starter, in a restart).  Raises OSError if nobody
@@ -2171,7 +2173,10 @@ def converse(files: Files, pid: int, verb: str, seconds: float = ANSWER,
     if listener not in (None, pid) and uid not in (0, os.geteuid()):
         raise ConnectionRefusedError(errno.ECONNREFUSED, "another process listens there")
     talk.tell(verb, fds)
-    message = talk.receive(seconds)
+    message = talk.receive(ANSWER if notice else seconds)
+    if notice and message["event"] == LATE:
+        warn(notice)
+        message = talk.receive(seconds)
     # ("reloaded" was its word in earlier versions.)
     if message["event"] not in (verb, verb + "ed"):
         LET_GO.append(talk.end.detach())
@@ -3431,7 +3436,8 @@ def take_over(plan: Plan, pid: int) -> Start:
     The application compares the addresses with what is asked for, and closes the others.
     """
     # As long as a start may take: it may be busy with a reload, whose workers prove themselves.
-    talk, _ = converse(plan.files, pid, "sockets", plan.options.start_timeout)
+    talk, _ = converse(plan.files, pid, "sockets", plan.options.start_timeout,
+                       notice="waiting for pid %d, which is busy, or hangs" % pid)
     sockets, control, legacy = [], NOBODY.end, None     # type: Any, socket.socket, Any
     # By what the kernel says of each, whatever the daemon calls it.
     fds, talk.fds = talk.fds, []

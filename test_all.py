@@ -8945,11 +8945,13 @@ class PointOfNoReturn(SlowTest):
         reload = self.calling("reload")
         until(lambda: len(self.box.processes()) >= 4, "a fresh worker, and who waits for it")
         restart = self.box.spawn(PYTHON, "-c", "import sys; sys.path.insert(0, %r)\nimport daemonize\n"
-                                 "daemonize.converse.__defaults__ = (0.1, ())\nsys.exit(daemonize.main(sys.argv[1:]))"
+                                 "daemonize.ANSWER = 0.1\n"
+                                 "daemonize.converse.__defaults__ = (0.1, (), '')\nsys.exit(daemonize.main(sys.argv[1:]))"
                                  % HERE, *self.box.argv("restart")[2:])
         self.assertRaises(subprocess.TimeoutExpired, restart.wait, 0.5)
         self.box.write("ready", "")
         self.assertEqual((reload.wait(PATIENCE), restart.wait(PATIENCE)), (0, 0))
+        self.assertIn("waiting for pid", read(self.box.output))
         self.assertNotIn("hands nothing over", read(self.box.output))
         self.assertEqual(ask(address)["pid"], self.box.pid())
 
