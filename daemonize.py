@@ -1959,6 +1959,9 @@ class Daemon:
                     self.accept()
                 elif source in self.talks:      # else the call just now drove it out
                     self.answer(source)
+            # Who was told to end has not just died: systemd tells all of us at a time.
+            if self.signals & ENDINGS:
+                self.on_signals()
             # The dead first: a signal that asks for a reload shall find the living.  Who is
             # missing last: a reload has just brought a full set.
             self.host.reap()

@@ -7121,7 +7121,12 @@ class Run(CommandTest):
             child = self.foreground("--timeout", "0.5", "--", "sh", "-c",
                                     code + "; while :; do sleep 0.05; done", app="")
             until(lambda: "set" in read(self.box.output), "its word")
-            child.terminate()
+            program, = self.box.status()["program_pid"]
+            os.kill(child.pid, signal.SIGSTOP)      # both are told, as by systemd; it looks later
+            for told in (child.pid, program):
+                os.kill(told, signal.SIGTERM)
+            until(lambda: status == 137 or not is_alive(program), "the end of the program")
+            os.kill(child.pid, signal.SIGCONT)
             self.assertEqual(child.wait(PATIENCE), status, code)
 
     def test_a_failure_is_told_like_at_start(self) -> None:
