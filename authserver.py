@@ -4369,13 +4369,21 @@ class Once(http.server.BaseHTTPRequestHandler):
     remote_user: Optional[str] = None
     auth_type = ""
     needs_server = True         # which asks for the password; protect() needs none
-    _lent: Optional[HandlerSocket] = None       # by AuthServer; a handler may wrap self.request
+    _given: Any = None          # self.request, before a handler has wrapped it
 
     def setup(self) -> None:
-        """Look who serves us, before a handler does something to its socket."""
-        if isinstance(self.request, HandlerSocket):
-            self._lent = self.request
+        """Note what we were given, before a handler does something to it."""
+        self._given = self.request
         super().setup()
+
+    @property
+    def _lent(self) -> Optional[HandlerSocket]:
+        """The socket, if AuthServer serves us."""
+        # self.request, too: a handler's own setup() need not have called ours.
+        for sock in (self._given, self.request):
+            if isinstance(sock, HandlerSocket):
+                return sock
+        return None
 
     def handle_one_request(self) -> None:
         """Handle it, and no more: to handle() this was the last one."""

@@ -3959,8 +3959,13 @@ class HttpIdioms(SharedBoxTest):
             def setup(self) -> None:
                 self.request: Any = mock.Mock(wraps=self.request)
                 super().setup()
+
+        class OwnSetup(protect(Idiom, USERS)):      # type: ignore[misc]
+            def setup(self) -> None:
+                Base.setup(self)                    # which goes round protect()'s
         for server in (AuthServer(("127.0.0.1", 0), Wraps, authenticator=Authenticator(USERS)),
-                       AuthServer(("127.0.0.1", 0), protect(Wraps, USERS))):
+                       AuthServer(("127.0.0.1", 0), protect(Wraps, USERS)),
+                       AuthServer(("127.0.0.1", 0), OwnSetup)):
             with serving(server) as at:
                 self.assertEqual(enters(at, "jim", "secret"), [200, 200])
 
