@@ -1731,7 +1731,8 @@ class Host:
 
     Instance variables: children, at work, and size, how many there should be (0: it is leaving);
     leaving, children that were told to drain; ends, sockets that no child may have; is_owner, the
-    pidfile and instance lock are ours; is_over, the loop may end; result, the exit status then.
+    pidfile and instance lock are ours; is_over, the loop may end; result, the exit status then;
+    is_reloading, what is under way can be given up.
     For a restart (section 17) only: heir, verbs.
     """
 
@@ -1741,7 +1742,7 @@ class Host:
         self.start, self.plan, self.server = start, start.plan, start.server
         self.children: List[Child] = []
         self.leaving: List[Child] = []
-        self.is_owner = self.is_over = False
+        self.is_owner = self.is_over = self.is_reloading = False
         self.obstacle = log_obstacle(start.plan)    # why the log is not rotated; "" if it is
         self.result = 0                 # exit status
         self.size, self.restarts = 1, 0     # children that there should be; 0: it is leaving
@@ -1928,8 +1929,7 @@ class Daemon:
             # The wakeup fd first: a signal that is noted, but wakes nobody, waits for a tick.
             signal.set_wakeup_fd(self.waker.fileno())
             # What run's caller ignores stays so: nohup means SIGHUP, `&` in a script SIGINT.
-            set_handlers(HANDLED, lambda signum, frame: self.signals.add(signum),
-                         spares_ignored=self.start.session is None)
+            set_handlers(HANDLED, self.note, spares_ignored=self.start.session is None)
             addresses = ", ".join(map(str, self.host.facts().get("addresses", [])))
             take_place(self.start, self.host.settle, addresses=addresses,
                        obstacle=self.host.obstacle,
@@ -1944,6 +1944,13 @@ class Daemon:
         finally:
             self.end()
         return self.host.result
+
+    def note(self, signum: int, frame: Optional[FrameType]) -> None:
+        """Note a signal; when it is the end, wait for no reload, which may hang in a probe."""
+        self.signals.add(signum)
+        if signum in ENDINGS and self.host.is_reloading:
+            self.host.is_reloading = False      # once: what it has forked is to be killed
+            raise Fatal("it is told to end")
 
     def step(self) -> None:
         """Wait a moment for what comes, and do it."""
@@ -2337,6 +2344,10 @@ class Program(Host):
         # execve(2) resets handlers, but what is ignored stays so; `yes | head` relies on SIGPIPE.
         set_handlers({signal.SIGPIPE, signal.SIGXFSZ}, signal.SIG_DFL)
         os.environ.setdefault("PYTHONUNBUFFERED", "1")      # what it prints is in the log at once
+        if "LISTEN_FDS" in os.environ:      # systemd's sockets, which are meant for it
+            os.environ["LISTEN_PID"] = str(os.getpid())
+            for fd in range(3, 3 + int(os.environ["LISTEN_FDS"])):
+                os.set_inheritable(fd, True)
         # In the jail, and as the user: what counts is what that user may execute there.
         path = find_program(self.plan.command[0])
         with trying_to("execute %s" % path):
@@ -2398,15 +2409,12 @@ def find_program(name: str) -> str:
 
 
 def check_script(start: Start) -> None:
-    """Step 3 of a program: see what it could not use, and the commonest mistake with a script.
+    """Step 3 of a program: see the commonest mistake of who starts a script.
 
     Its path stays as it was typed, for the program may mean something else by that word.  And the
     program itself is looked up by who executes it: root may not see what is in a user's home.
     """
     plan = start.plan
-    if start.sockets:       # else they stayed open here, and clients waited for nobody
-        raise Fatal("unable to start %s: a program gets no sockets from systemd\n"
-                    "try: ExecStart=%s" % (plan.name, " ".join(plan.command)))
     script = script_of(plan.command) if plan.chroot is None else None
     if script and os.path.exists(plan.hosted) and not os.path.exists(
             os.path.join(plan.rundir, script)):
@@ -2428,7 +2436,7 @@ def start(plan: Plan) -> int:
     with Turn(plan) as turn:
         pid = turn.holder()
         if pid is None:
-            launch(Start(plan, inherited_sockets()), turn)
+            launch(Start(plan, inherited_sockets(plan)), turn)
         else:
             say_running(plan, turn.record(), pid)
     return 0
@@ -2816,7 +2824,7 @@ def run(plan: Plan) -> int:
                  do_nothing, spares_ignored=True)
     # Both look at the environment, and take what they find out of it: a child of ours that knows
     # these protocols must not believe that it is meant.
-    begun = Start(plan, inherited_sockets(), notifier=open_notifier())
+    begun = Start(plan, inherited_sockets(plan), notifier=open_notifier())
     with Turn(plan) as turn:
         pid = turn.holder()
         if pid is not None:
@@ -2870,15 +2878,23 @@ def adopt(fd: int) -> Optional[socket.socket]:
     return passed
 
 
-def inherited_sockets() -> List[socket.socket]:
-    """Return the sockets that systemd passed to this very process.  See: sd_listen_fds(3)."""
-    # Popped: a child that knows the protocol would take fds 3, 4, ... of ours for its own.
+def inherited_sockets(plan: Plan) -> List[socket.socket]:
+    """Return the sockets that systemd passed to this very process.  See: sd_listen_fds(3).
+
+    A program's stay what they are, for Program.execute() to pass on.
+    """
     # Ours only if the pid is: a shell between systemd and us has passed on what was its own.
     is_ours = os.environ.pop("LISTEN_PID", "") == str(os.getpid())
-    number = os.environ.pop("LISTEN_FDS", "")
-    os.environ.pop("LISTEN_FDNAMES", None)
+    number = os.environ.get("LISTEN_FDS", "")
     fds = range(3, 3 + int(number)) if is_ours and number.isdecimal() else range(0)
     with trying_to("take over the %s fds of LISTEN_FDS" % number):
+        if fds and plan.kind == "program":
+            for fd in fds:
+                os.set_inheritable(fd, False)       # or close_inherited() would close it
+            return []
+        # A child that knows the protocol would take fds 3, 4, ... of ours for its own.
+        for name in ("LISTEN_FDS", "LISTEN_FDNAMES"):
+            os.environ.pop(name, None)
         return [passed for passed in map(adopt, fds) if passed is not None]
 
 
@@ -2908,7 +2924,10 @@ def startstop(stdout: str = "/dev/null", stderr: Optional[str] = None, stdin: st
         open_stdio()
         # As in main(): who ignores SIGCHLD cannot wait for a child.  No more of main() than that,
         # for what else this process handles, and its umask, is the script's affair.
-        set_handlers({signal.SIGCHLD}, signal.SIG_DFL)
+        try:
+            set_handlers({signal.SIGCHLD}, signal.SIG_DFL)
+        except ValueError:
+            raise Fatal("unable to %s: startstop() works in the main thread only" % action)
         plan = library_plan(action, pidfile, stdout, more)._replace(
             stdin=absolute(stdin, caller_folder()), startmsg=startmsg,
             stderr=absolute(stderr, caller_folder()) if stderr else None)
@@ -3195,6 +3214,7 @@ class Service(Host):
         """
         if not self.size:
             return "it is leaving: another one takes its place"
+        self.is_reloading = True
         try:
             call(self.server, "reload")
             # The right side runs first: if it raises, the old workers are still in place.
@@ -3204,6 +3224,8 @@ class Service(Host):
             if trace:
                 log("reload: " + trace)
             return refusal_of(error, self.plan.chroot is not None)
+        finally:
+            self.is_reloading = False
         self.retire()
         self.children = fresh
         return ""
@@ -3338,6 +3360,7 @@ def refusal_of(error: BaseException, is_jailed: bool) -> str:
 
 def restart(plan: Plan) -> int:
     """Replace the daemon by a new one; where it has sockets to hand over, without a gap."""
+    os.environ.pop("LISTEN_FDS", None)      # another's: who restarts brings no sockets
     if plan.is_bare and is_unknown(plan):
         repeat(plan, None)              # which says so; no lock file is left behind
     with Turn(plan) as turn:

@@ -7206,6 +7206,22 @@ class Run(CommandTest):
             self.assertEqual(select.select([queued], [], [], 0)[0], [])
         self.assertEqual(self.box.processes(), [])
 
+    def test_a_program_gets_the_sockets_of_systemd(self) -> None:
+        """As if systemd had started it: LISTEN_PID is its own; under start as under run."""
+        script = ("import os, socket\nsock = socket.socket(fileno=3)\n"
+                  "names = ['LISTEN_FDS', 'LISTEN_FDNAMES', 'LISTEN_PID']\n"
+                  "said = ' '.join(map(os.environ.get, names)) + ' %d' % os.getpid()\n"
+                  "while True:\n    peer = sock.accept()[0]\n"
+                  "    peer.sendall(said.encode())\n    peer.close()")
+        for action in ("run", "start"):
+            address = self.activated(*self.box.argv(
+                action, "--logfile", self.box.log, "--", PYTHON, "-c", script))[1]
+            with self.subTest(action):
+                said = talk(address, b"").decode()
+                self.assertRegex(said, r"\A1 web (\d+) \1\Z")
+            until(self.box.pid, "a pidfile")
+            self.box.command("stop")
+
     def test_a_second_TERM_waits_for_no_answer(self) -> None:
         """The first one drains, with sockets of systemd; that ends long before --timeout."""
         child, address = self.activated(*self.argv())
@@ -8664,6 +8680,14 @@ class Library(DaemonTest):
         self.action("stop")
         self.assertEqual(self.box.processes(), [])
 
+    def test_a_call_in_a_thread_is_refused_in_words(self) -> None:
+        """Only the main thread can handle signals."""
+        self.script("")
+        text = read(self.box.path("recipe.py"))
+        self.box.write("recipe.py", text.replace("startstop(std", "import threading\n"
+                       "threading.Thread(target=startstop, args=('out.log',)).start() and dict(std"))
+        self.assertRegex(self.action("start").err, r"\Adaemonize: fatal: .*main thread only\n\Z")
+
     def test_a_recycled_pid_is_nobody(self) -> None:
         """A record whose pid was born at another time names nobody: stop signals no stranger."""
         self.script("os.closerange(3, 256)\nprint('closed', flush=True)\ntime.sleep(600)\n")
@@ -8763,11 +8787,6 @@ class Programs(DaemonTest):
         self.assertEqual(self.box.status()["restarts"], 1)
         # The daemon, the shell and its two children: of the first three nobody is left.
         until(lambda: len(self.box.processes()) == 4, "four processes")
-
-    def test_no_sockets_for_a_program(self) -> None:
-        """Or they would stay open in the daemon, and clients wait for nobody."""
-        with self.assertRaisesRegex(daemonize.Fatal, "a program gets no sockets from systemd"):
-            daemonize.check_script(daemonize.Start(self.plan(), [mock.Mock()]))
 
     def test_how_it_ends_is_how_the_daemon_ends(self) -> None:
         """With its exit status, or 128 and the signal's number; not at all with --respawn."""
@@ -8895,6 +8914,16 @@ Server.drain = lambda self: wait_for("drained") or drain_well(self)
         """Call start, or restart, of an application that takes its time."""
         return self.calling(action, *self.app(self.SLOW), **popen)
 
+    def reloading(self) -> None:
+        """Start it, and have it hang in the probe of a reload."""
+        self.box.write("ready", "")
+        self.box.start("--workers", "1", app=APP + self.SLOW)
+        self.box.write("drained", "")
+        remove(self.box.path("ready"))
+        self.calling("reload", "--start-timeout", "60")
+        # The command, the daemon, its worker, a fresh one, and who probes that.
+        until(lambda: len(self.box.processes()) == 5, "a probe")
+
     def draining(self) -> Tuple[int, "subprocess.Popen[bytes]"]:
         """Return the old daemon, which drains, and the restart that waits for it."""
         old, child = self.box.pid(), self.calling("restart")
@@ -8905,6 +8934,12 @@ Server.drain = lambda self: wait_for("drained") or drain_well(self)
 
 class PointOfNoReturn(SlowTest):
     """Before it all that a start has made is undone, after it nothing is; whatever interrupts it"""
+
+    def test_stop_waits_for_no_reload(self) -> None:
+        """One that hangs in a probe is given up: nobody is killed."""
+        self.reloading()
+        self.stops()
+        self.assertNotIn("was killed", read(self.box.log))
 
     def test_a_start_that_is_interrupted_before_it(self) -> None:
         """While the probe waits: nothing runs, no file stays, an older pidfile is emptied."""
