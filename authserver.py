@@ -2839,7 +2839,7 @@ class Pool:
         while True:
             tell = self.queue.get()()
             if os.getpid() != process:      # a child that a handler forked has come back from it
-                os._exit(0)
+                return                      # ... and ends when its own threads have
             # Our place is free before anybody hears of it: who is told may need it at once.
             with self.mutex:
                 self.work -= 1
@@ -5113,7 +5113,11 @@ def write_file(path: str, text: str, gid: Optional[int] = None, replace: bool = 
                     os.fchown(fd, old.st_uid, old.st_gid)
             # The group before the mode: for a moment another group could read it.
             if gid is not None:
-                os.fchown(fd, -1, gid)
+                try:
+                    os.fchown(fd, -1, gid)
+                except PermissionError:
+                    raise Refusal(f"unable to write {path}: only root, or a member, may keep group "
+                                  f"{gid}\ntry: chmod 600 {shlex.quote(path)}")
             os.fchmod(fd, mode)
             stream.write(text)
             stream.flush()

@@ -117,7 +117,7 @@ import struct
 import time
 from types import FrameType, ModuleType
 from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, NamedTuple
-from typing import NoReturn, Optional, Sequence, Set, Tuple
+from typing import NoReturn, Optional, Sequence, Set, Tuple, Union
 try:
     import fcntl
     import grp
@@ -605,6 +605,14 @@ APPENDING = os.O_WRONLY | os.O_APPEND       # how a log is opened
 PRIVATE = 0o600             # for root, or us, alone: if others can read such a file it is refused
 
 
+def looks_of(file: Union[str, int]) -> Optional[Tuple[int, int]]:
+    """Return what tells a file from the next one of that name; None if there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        facts = os.stat(file)
+        return facts.st_ino, facts.st_mtime_ns
+    return None
+
+
 def open_regular(path: str, flags: int, mode: int, is_log: bool = False) -> int:
     """Open a regular file that has one name; to write, create it with exactly that mode.
 
@@ -1010,13 +1018,15 @@ class Turn(Lock):
     def __init__(self, plan: Plan) -> None:
         """Wait for it, and leave no file if it does not come."""
         self.made = [plan.files.folder] if make_own_folder(plan) else []
-        self.is_new, self.is_free = not exists(plan.files.lock), True
+        self.is_free, before = True, looks_of(plan.files.lock)
         try:
             super().__init__(plan, os.O_RDWR)
         except Fatal:                   # a first start that failed has just removed the folder?
             if not make_own_folder(plan):
                 raise
             super().__init__(plan, os.O_RDWR)
+        # Not only where there was none: one may have been removed just before we opened ours.
+        self.is_new = looks_of(self.fd) != before
         try:
             self.wait()
         except BaseException as error:
@@ -1283,19 +1293,23 @@ def undisturbed() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED - before)
 
 
+def flush_streams() -> None:
+    """Write what print() has kept."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):    # None, closed, full, or without a reader
+            stream.flush()
+
+
 def fork(life: Callable[[Channel], Any]) -> Child:
     """Return a new child that lives that life and ends with it.
 
     After fork(2) there are two of us, on two copies of one stack.  The parent returns from here;
     the child never does: below it lies what is its parent's to do.  (But for Returned.)
     """
+    flush_streams()             # or what print() has kept would be written by both
     # Between fork(2) and its own handlers the child has ours.
     with trying_to("start a process"), undisturbed():
         ours, theirs = socket.socketpair()
-        # What print() has not written yet would be written by both.
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(Exception):
-                stream.flush()
         pid = os.fork()
         if pid == 0:
             ours.close()
@@ -1326,8 +1340,7 @@ def live(life: Callable[[Channel], Any], channel: Channel) -> None:
     finally:
         # Whatever it was, what lies below us on the stack is our parent's to do.
         if not isinstance(sys.exc_info()[1], Returned):
-            with contextlib.suppress(Exception):    # the last print(), into a log that is full
-                sys.stdout.flush()
+            flush_streams()
             os._exit(status)
 
 
@@ -2368,13 +2381,17 @@ class Program(Host):
             self.result = 0
 
     def rest(self) -> List[Process]:
-        """Return what a program that is dead has left: it may hold the port of the next one."""
+        """Return what a program that is dead has left: it may hold the port of the next one.
+
+        Of `run` nobody knows: it may have had children before, and as pid 1 gets anybody's.
+        """
         lives = [child for child in self.children if child.result is None]
-        return [] if lives or self.is_over else family(self.start.session)
+        is_ours = self.start.session is not None and not lives and not self.is_over
+        return family(self.start.session) if is_ours else []
 
     def tell_rest(self, signum: int) -> None:
         """Send it a signal."""
-        signal_each(self.rest(), signum, self.start.session is not None)
+        signal_each(self.rest(), signum, True)
 
     def tend(self) -> None:
         """Start the program again when its time has come, and nothing of the last one is left."""
@@ -2922,6 +2939,7 @@ def startstop(stdout: str = "/dev/null", stderr: Optional[str] = None, stdin: st
         if action not in ("start", "stop", "restart", "reload", "status"):
             raise Fatal("usage: %s start|stop|restart|reload|status" % sys.argv[0], 2)
         open_stdio()
+        flush_streams()         # now, while nobody waits for us: a full pipe may take its time
         # As in main(): who ignores SIGCHLD cannot wait for a child.  No more of main() than that,
         # for what else this process handles, and its umask, is the script's affair.
         try:
@@ -3463,7 +3481,8 @@ def take_over(plan: Plan, pid: int) -> Start:
     """
     # As long as a start may take: it may be busy with a reload, whose workers prove themselves.
     talk, _ = converse(plan.files, pid, "sockets", plan.options.start_timeout,
-                       notice="waiting for pid %d, which is busy, or hangs" % pid)
+                       notice="waiting up to %g s for pid %d, which is busy, or hangs" % (
+                           plan.options.start_timeout, pid))
     sockets, control, legacy = [], NOBODY.end, None     # type: Any, socket.socket, Any
     # By what the kernel says of each, whatever the daemon calls it.
     fds, talk.fds = talk.fds, []

@@ -3916,17 +3916,21 @@ class HttpIdioms(SharedBoxTest):
 
     def test_a_handler_may_fork(self) -> None:
         """Its client hears the end though a child holds the socket; a child that comes back ends."""
-        for server, stays in ((StockServer, True), (AuthServer, True), (AuthServer, False)):
+        for server, stays, threads in ((StockServer, True, False), (AuthServer, True, False),
+                                       (AuthServer, True, True), (AuthServer, False, False)):
             children: List[int] = []
             gate, key = os.pipe()
 
             def answer(handler: Any) -> None:
                 children.append(os.fork())
-                if not children[-1]:
+                if not children[-1] and threads:
+                    threading.Thread(target=os.read, args=(gate, 1)).start()
+                elif not children[-1]:
                     sys.exit(int(not stays) or len(os.read(gate, 1)))   # which it waits for
-                handler.answer(b"ok", CLOSE)
+                else:
+                    handler.answer(b"ok", CLOSE)
 
-            with self.subTest(server, stays=stays), serving(
+            with self.subTest(server, stays=stays, threads=threads), serving(
                     server(("127.0.0.1", 0), protect(Idiom.made(answer), USERS))) as at:
                 self.assertTrue(talk(at, head()).endswith(b"ok"))
                 if stays:
@@ -8789,6 +8793,18 @@ class Programs(DaemonTest):
         # The daemon, the shell and its two children: of the first three nobody is left.
         until(lambda: len(self.box.processes()) == 4, "four processes")
 
+    def test_who_was_there_before_is_not_what_it_has_left(self) -> None:
+        """A container's entry point that began something, and became `run`: that goes on."""
+        argv = self.box.argv("run", "--respawn", "--", "sh", "-c", "sleep 0.1; exit 1")
+        child = self.box.spawn("sh", "-c", 'sleep 6001 & exec "$@"', "sh", *argv)
+        until(self.box.pid, "a pidfile")
+        sleeper, = [pid for pid in self.box.processes()
+                    if "6001" in read("/proc/%d/cmdline" % pid).split("\0")]
+        until(lambda: self.box.status()["restarts"] > 1, "the third one")
+        self.assertTrue(is_alive(sleeper))
+        child.terminate()
+        child.wait(PATIENCE)
+
     def test_how_it_ends_is_how_the_daemon_ends(self) -> None:
         """With its exit status, or 128 and the signal's number; not at all with --respawn."""
         for options, status, over, result in (([], 768, True, 3), ([], 9, True, 137),
@@ -8921,7 +8937,7 @@ Server.drain = lambda self: wait_for("drained") or drain_well(self)
         self.box.start("--workers", "1", app=APP + self.SLOW)
         self.box.write("drained", "")
         remove(self.box.path("ready"))
-        self.calling("reload", "--start-timeout", "60")
+        self.reload = self.calling("reload", "--start-timeout", "60")
         # The command, the daemon, its worker, a fresh one, and who probes that.
         until(lambda: len(self.box.processes()) == 5, "a probe")
 
@@ -8939,7 +8955,9 @@ class PointOfNoReturn(SlowTest):
     def test_stop_waits_for_no_reload(self) -> None:
         """One that hangs in a probe is given up: nobody is killed."""
         self.reloading()
-        self.stops()
+        self.box.command("stop")
+        self.reload.wait(PATIENCE)
+        self.assertEqual(self.box.processes(), [])
         self.assertNotIn("was killed", read(self.box.log))
 
     def test_a_start_that_is_interrupted_before_it(self) -> None:
@@ -8994,7 +9012,7 @@ class PointOfNoReturn(SlowTest):
                                  "daemonize.ANSWER = 0.1\n"
                                  "daemonize.converse.__defaults__ = (0.1, (), '')\nsys.exit(daemonize.main(sys.argv[1:]))"
                                  % HERE, *self.box.argv("restart")[2:])
-        until(lambda: "waiting for pid" in read(self.box.output), "its word")
+        until(lambda: "waiting up to 30 s for pid" in read(self.box.output), "its word")
         self.assertIsNone(restart.poll())
         self.box.write("ready", "")
         self.assertEqual((reload.wait(PATIENCE), restart.wait(PATIENCE)), (0, 0))
@@ -9271,6 +9289,18 @@ d.%s = signalled
                 self.stops()
                 remove(self.box.pidfile + ".lock", self.box.log)
         self.assertEqual(self.files(), [])
+
+    def test_a_lock_file_that_is_removed_just_before_it_is_opened(self) -> None:
+        """By a first start that failed: what takes its place is ours, and goes when we fail."""
+        lock, well = self.box.write("d.pid.lock", "", 0o600), daemonize.open_regular
+
+        def removed(*words: Any) -> int:
+            os.unlink(lock)
+            return int(well(*words))
+        with mock.patch.object(daemonize, "open_regular", removed):
+            with self.assertRaises(KeyboardInterrupt), daemonize.Turn(self.plan()):
+                raise KeyboardInterrupt
+        self.assertFalse(os.path.exists(lock))
 
     def test_a_turn_that_is_given_back_between_two_looks(self) -> None:
         """lockf(2) says that another one has it, F_GETLK that nobody has: it is not ours yet."""
