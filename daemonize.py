@@ -606,8 +606,11 @@ PRIVATE = 0o600             # for root, or us, alone: if others can read such a 
 
 
 def looks_of(file: Union[str, int]) -> Optional[Tuple[int, int]]:
-    """Return what tells a file from the next one of that name; None if there is none."""
-    with contextlib.suppress(FileNotFoundError):
+    """Return what tells a file from the next one of that name; None if there is none.
+
+    Raises Fatal where we may not look.
+    """
+    with trying_to("look at %s" % file), contextlib.suppress(FileNotFoundError, NotADirectoryError):
         facts = os.stat(file)
         return facts.st_ino, facts.st_mtime_ns
     return None
