@@ -2325,12 +2325,11 @@ class Channel:
         """Forget the connection; harmless when it is repeated."""
         if self in self.server.connections:
             self.server.forget(self)
+            with contextlib.suppress(OSError):      # it has ended already
+                if self.server.has_guest:           # a child that it forked may hold it, too
+                    self.socket.shutdown(socket.SHUT_WR)
             with contextlib.suppress(OSError):      # a handler has closed it by its number
-                try:
-                    if self.server.has_guest:       # a child that it forked may hold it, too
-                        self.socket.shutdown(socket.SHUT_WR)
-                finally:
-                    self.socket.close()
+                self.socket.close()
         if self.part:
             self.part.file.close()
         self.closing, self.buffer, self.output, self.part = True, b"", b"", None
@@ -5568,11 +5567,10 @@ def make_page(options: argparse.Namespace, path: str) -> Page:
         return example
     # Not served, by whatever name: Files knows them by device and inode.
     chosen = [options.passwords and path, options.nonce_secret, options.tls_key or options.tls_cert]
-    files = Files(options.root, options.hidden, [
-        name for name in (path, *chosen, *options.private_files) if name and name != "-"],
-                  options.chroot)
+    secrets = {path, *chosen, *options.private_files} - {"-", "", None}     # each once
+    files = Files(options.root, options.hidden, sorted(secrets), options.chroot)
     # Who shares a home folder has not chosen that ~/.NAME lies below it.
-    for name in set(chosen).intersection(files.exposed):
+    for name in secrets.intersection(chosen, files.exposed):
         warn(f"{name} lies below --root {options.root}: it is not served, but would be safer "
              f"elsewhere")
     return files

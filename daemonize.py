@@ -2374,7 +2374,7 @@ class Program(Host):
         is_ended = self.is_over         # by us
         super().on_death(child, status)
         if self.plan.options.respawn and not is_ended:
-            self.tell_rest(signal.SIGTERM)
+            signal_each(self.rest(), signal.SIGTERM, True)
             self.patience = time.monotonic() + self.plan.options.timeout
             return
         self.is_over, self.size = True, 0
@@ -2392,16 +2392,13 @@ class Program(Host):
         is_ours = self.start.session is not None and not lives and not self.is_over
         return family(self.start.session) if is_ours else []
 
-    def tell_rest(self, signum: int) -> None:
-        """Send it a signal."""
-        signal_each(self.rest(), signum, True)
-
     def tend(self) -> None:
         """Start the program again when its time has come, and nothing of the last one is left."""
-        if not self.rest():
+        rest = self.rest()
+        if not rest:
             super().tend()
         elif time.monotonic() > self.patience:
-            self.tell_rest(signal.SIGKILL)
+            signal_each(rest, signal.SIGKILL, True)
 
     def reload(self) -> str:
         """Pass SIGHUP on, if the program has a handler: else it would die of it."""
@@ -2481,9 +2478,13 @@ def command_line(action: str, plan: Plan) -> str:
 
     Quoted as a shell wants it, since a path may hold a blank.
     """
-    import shlex
     words = ["daemonize.py", action] + plan.words
-    words += [] if plan.arguments is None else ["--"] + plan.arguments
+    return quoted(words + ([] if plan.arguments is None else ["--"] + plan.arguments))
+
+
+def quoted(words: Sequence[str]) -> str:
+    """Return words as a shell wants them."""
+    import shlex
     return " ".join(map(shlex.quote, words))
 
 
@@ -3463,12 +3464,10 @@ def replace(plan: Plan, turn: Lock, pid: int, has_sockets: bool) -> None:
 def check_outside(plan: Plan, target: Target) -> None:
     """Refuse a restart that a process of the daemon's own has typed: it would end half-way."""
     if os.getpid() in [process.pid for process in target.members()]:
-        import shlex
         # (sys.argv[0] is -c where we have begun again.)
         script = plan.hosted if plan.kind == "library" else os.path.abspath(__file__)
-        words = " ".join(map(shlex.quote, [script] + sys.argv[1:]))
         raise Fatal("unable to restart %s: this command is a part of it, and would end with it\n"
-                    "try: setsid -f python3 %s" % (plan.name, words))
+                    "try: setsid -f python3 %s" % (plan.name, quoted([script] + sys.argv[1:])))
 
 
 def see_out(plan: Plan, target: Target, how: str) -> None:
