@@ -5453,7 +5453,7 @@ def check_options(options: argparse.Namespace) -> None:
              f"use --nonce-lifetime {options.nonce_lifetime}: expected 1 to 1000000 seconds"),
             (options.stream_threads < 1,
              f"use --stream-threads {options.stream_threads}: expected at least 1"),
-            (options.forward_auth and "auth-int" in options.qop,
+            (options.forward_auth and "auth-int" in options.qop.lower(),
              "use --forward-auth with --qop auth-int: a proxy asks without the body"),
             (options.tls_key and not options.tls_cert, "use --tls-key: --tls-cert is missing"),
             (options.forward_auth and not options.forward_auth.startswith("/"),

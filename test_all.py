@@ -5427,6 +5427,7 @@ class HttpCommand(BoxTest):
                 (2, "--stream-threads 0", "stream-threads 0: expected at least 1"),
                 (2, "--forward-auth x", "answer at x"), (2, "--allow-partial", "partial"),
                 (2, "--forward-auth /x --qop auth-int", "without the body"),
+                (2, "--forward-auth /x --qop auth,Auth-Int", "without the body"),
                 (2, "--bind %s:0" % ("x" * 64), "unable to bind"), (2, "--root '\x1b[31m'", "\\x1b[31m"),
                 (1, "--bind " + shlex.quote("unix:" + precious), "unable to bind unix:"),
                 (1, "--bind " + self.serve("--stream-threads", "1", "--nonce-lifetime", "1e6"),
